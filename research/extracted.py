@@ -8,8 +8,8 @@ import torch
 from scipy.spatial.distance import cdist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmcompress.data.chat import rendered
-from llmcompress.data.generate import continued
+from llmcompress.data.chat import render_chat
+from llmcompress.data.generate import continue_sequences
 
 ROWS = 16  # chats written side by side
 MARK = "MESSAGE"
@@ -17,14 +17,14 @@ MARK = "MESSAGE"
 
 def chats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, length: int) -> list[str]:
     """Return `count` chats of `length` tokens, from the user's message on; ends of turns do not end them."""
-    head = rendered([{"role": "user", "content": MARK}], tokenizer).split(MARK)[0]
+    head = render_chat([{"role": "user", "content": MARK}], tokenizer).split(MARK)[0]
     given = tokenizer(head, add_special_tokens=False, return_tensors="pt").input_ids
     start, found = given.shape[1], []
     for first in range(0, count, ROWS):
         rows = min(ROWS, count - first)
         ids = torch.cat((given.expand(rows, start), torch.zeros(rows, length, dtype=torch.int64)), 1)
         seeds = [f"chat {first + row}" for row in range(rows)]
-        written = continued(model, ids, torch.full((rows,), start), set(), 1.0, seeds)
+        written = continue_sequences(model, ids, torch.full((rows,), start), set(), 1.0, seeds)
         found += [str(tokenizer.decode(row)) for row in written[:, start:]]
     return found
 

@@ -50,7 +50,7 @@ from llmcompress.evaluation.uncertainty import mean, paired
 from llmcompress.models.dense.load import is_dense, load_model
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.tokenizer import load_tokenizer
-from llmcompress.models.files.checkpoint import read_json
+from llmcompress.models.files.reading import read_json
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.surgery.drop import drop_blocks
 

@@ -25,7 +25,7 @@ from idle import idle_source
 from self_data import MODULES, TEACHER, WORDS, chat, lesson, references
 
 import llmcompress as lc
-from llmcompress.data.schedule import reweighted
+from llmcompress.data.schedule import reweight
 from llmcompress.data.self_data import Answering, answer
 from llmcompress.distillation.run import distill
 
@@ -99,7 +99,7 @@ def main() -> None:
     }
     dense = [found["perplexity"] for found in scores(TEACHER, texts, None).values()]
     before = scores(options.student, texts)
-    fallen = reweighted([1 / 3] * 3, [found["perplexity"] for found in before.values()], dense)
+    fallen = reweight([1 / 3] * 3, [found["perplexity"] for found in before.values()], dense)
     counts = {
         arm: shared_out(shares, options.chats) for arm, shares in {"equal": [1 / 3] * 3, "fallen": fallen}.items()
     }

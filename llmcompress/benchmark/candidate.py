@@ -21,11 +21,11 @@ from llmcompress.models.dense.headers import FLOATS, Header, read_headers
 from llmcompress.models.dense.load import is_dense
 from llmcompress.models.dense.locate import Place, locate
 from llmcompress.models.dense.model import open_source
-from llmcompress.models.dense.skeleton import check_causal, described
+from llmcompress.models.dense.skeleton import check_causal, folder_skeleton
 from llmcompress.models.dense.tokenizer import check_vocabularies
 from llmcompress.models.files import file_names
-from llmcompress.models.files.checkpoint import read_json
 from llmcompress.models.files.integrity import MENDING
+from llmcompress.models.files.reading import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,7 +102,7 @@ def describe_folder(place: Place, dtype: str) -> Candidate:
         source = open_source(place)  # which says what is wrong with a folder
         skeleton, stored = source.skeleton(), source.tensors
     else:
-        skeleton = described(place.folder, trust_remote_code=place.trust_remote_code)
+        skeleton = folder_skeleton(place.folder, trust_remote_code=place.trust_remote_code)
         stored = read_headers(place.folder)
     check_causal(skeleton.config, "measuring how fast text is generated")
     size = size_of(place)

@@ -20,7 +20,7 @@ from llmcompress.errors import InputError, first_line
 from llmcompress.models.dense.config import load_config
 from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import Place
-from llmcompress.models.dense.skeleton import described
+from llmcompress.models.dense.skeleton import folder_skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,7 +115,7 @@ def prepare_files(request: dict[str, Any]) -> None:
     match request["engine"]:
         case "transformers":
             folder = Path(request["path"])
-            described(folder, trust_remote_code=request.get(TRUST, False))
+            folder_skeleton(folder, trust_remote_code=request.get(TRUST, False))
             files = sorted(folder.glob("*.safetensors"))
         case "llama.cpp":
             import_module("xllamacpp")

@@ -25,7 +25,7 @@ from torch import Tensor
 from llmcompress.errors import DiskError, InputError
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.models.files.checkpoint import CHECKPOINT
-from llmcompress.models.files.output import claim, clear, merge_mark, remove
+from llmcompress.models.files.output import claim_folder, clear_folder, merge_mark, remove_folder
 from llmcompress.models.files.store import Store
 from llmcompress.models.files.tensor_files import part_file, read_tensors
 from llmcompress.recipe.compression import Recipe
@@ -158,7 +158,7 @@ class Journal:
             blocks = "one finished block is" if self.count == 1 else f"{self.count} finished blocks are"
             error.add_note(f"{blocks} kept in {self.folder}, from where the same command resumes")
         else:
-            remove(self.folder)
+            remove_folder(self.folder)
 
 
 def open_journal(folder: Path, identity: Mapping[str, Any], resume: bool = True, last: bool = True) -> Journal:
@@ -167,12 +167,12 @@ def open_journal(folder: Path, identity: Mapping[str, Any], resume: bool = True,
 
     Raises DiskError for finished blocks of another run, or damaged ones.
     """
-    claim(folder)
+    claim_folder(folder)
     advice = "ask to start over (--no-resume), or choose another output folder"
     store = Store(folder / FINISHED, identity, place=folder, advice=advice, error=DiskError)
     found, parts = _found(folder, store) if resume else ((), {})
     if not found:
-        clear(folder)
+        clear_folder(folder)
     return Journal(store, folder, found, last, parts)
 
 

@@ -25,10 +25,10 @@ from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import DiskError, InputError
 from llmcompress.models.dense.companions import Companions, companions
 from llmcompress.models.files import file_names
-from llmcompress.models.files.checkpoint import Writer, publishing
+from llmcompress.models.files.checkpoint import Writer, publish_checkpoint
 from llmcompress.models.files.compressed import check_written
 from llmcompress.models.files.identity import binding
-from llmcompress.models.files.output import check_writable, is_ours, locked, remove
+from llmcompress.models.files.output import check_writable, is_ours, lock_output, remove_folder
 from llmcompress.models.transformers.hf_quantizer import table_entry
 from llmcompress.recipe.published import published
 from llmcompress.recipe.read import dump
@@ -64,9 +64,9 @@ class Books:
 
         Raises LockedError, DiskError, and InputError for a model that cannot be copied from.
         """
-        self._staging = staging = self._held.enter_context(locked(self.output, "output folder"))
+        self._staging = staging = self._held.enter_context(lock_output(self.output, "output folder"))
         if self.resume and is_ours(staging) and is_complete(self.output, self.job, self.device):
-            remove(staging)
+            remove_folder(staging)
             return reports.read(self.output)
         check_writable(self.output, self.planned.bytes + self.planned.bytes // 20)
         _check_rest(self.job)
@@ -80,7 +80,7 @@ class Books:
         self.identity = identity
         self._journal = self._held.enter_context(open_journal(staging, identity, self.resume, self.last))
         count = len(self._journal.closed())
-        self._writer = self._held.enter_context(publishing(staging, self.output, count))
+        self._writer = self._held.enter_context(publish_checkpoint(staging, self.output, count))
         return self._journal.found
 
     def kept(self, name: str, find: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ class Batch:
         return Batch(ids, counted)
 
     @staticmethod
-    def joined(batches: Sequence[Batch]) -> Batch:
+    def join(batches: Sequence[Batch]) -> Batch:
         """All sequences, short ones padded to the longest."""
         if len(batches) == 1:
             return batches[0]
@@ -44,7 +44,7 @@ class Batch:
         return Batch(
             torch.cat([_padded(batch.ids, length, 0) for batch in batches]),
             torch.cat([_padded(batch.counted, length, False) for batch in batches]),
-            torch.cat([_padded(batch.numbered(), length, PADDING) for batch in batches]) if apart else None,
+            torch.cat([_padded(batch.document_numbers(), length, PADDING) for batch in batches]) if apart else None,
         )
 
     def __len__(self) -> int:
@@ -55,7 +55,7 @@ class Batch:
         """Some of the sequences."""
         return self._with(lambda values: values[index], lambda numbers: numbers[index])
 
-    def split(self, size: int) -> list[Batch]:
+    def chunks(self, size: int) -> list[Batch]:
         """Parts of at most `size` sequences."""
         return [self[start : start + size] for start in range(0, len(self), size)]
 
@@ -63,7 +63,7 @@ class Batch:
         """The same on another device."""
         return self._with(lambda values: values.to(device))
 
-    def trimmed(self) -> Batch:
+    def trim(self) -> Batch:
         """Return a batch without the columns after the last target: later tokens change nothing that counts."""
         used = self.counted.any(0).nonzero()
         last = int(used[-1]) + 1 if len(used) else 2
@@ -92,13 +92,13 @@ class Batch:
         """bool `[sequences, length]`: true up to a sequence's last target; what comes behind is read by nothing."""
         return self.counted.flip(1).cumsum(1).flip(1) > 0
 
-    def numbered(self) -> Tensor:
+    def document_numbers(self) -> Tensor:
         """`documents`; zeros where a sequence is one document."""
         return torch.zeros_like(self.ids, dtype=torch.int32) if self.documents is None else self.documents
 
     def positions(self) -> Tensor:
         """int64 `[sequences, length]`: the place of each token in its document, from 0."""
-        documents, place = self.numbered(), torch.arange(self.ids.shape[1], device=self.ids.device)
+        documents, place = self.document_numbers(), torch.arange(self.ids.shape[1], device=self.ids.device)
         begins = torch.ones_like(self.counted)
         begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
         return place - torch.where(begins, place, 0).cummax(1).values

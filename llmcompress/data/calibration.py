@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from llmcompress.data.builtin import stdlib_source
-from llmcompress.data.chat import rendered
+from llmcompress.data.chat import render_chat
 from llmcompress.data.generate import TextSampling, teacher_sequences
-from llmcompress.data.text import Document, file_notes, read_documents, shuffled
+from llmcompress.data.text import Document, file_notes, read_documents, shuffle
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.dense.config import context_length
 from llmcompress.recipe.calibration import Calibration, Switch, is_file
@@ -186,7 +186,7 @@ def _read(config: Calibration, tokenizer: PreTrainedTokenizerBase) -> Calibratio
         streaming=config.streaming,
     )
     if config.shuffle:
-        documents = shuffled(documents, config.seed)
+        documents = shuffle(documents, config.seed)
     bos, eos = special_tokens(tokenizer, config.bos, config.eos)
     cuts: set[str] = set()
     encoded = (
@@ -271,7 +271,7 @@ def document_tokens(
     if isinstance(document, str):
         text = document
     elif templated:
-        text = rendered(document, tokenizer)
+        text = render_chat(document, tokenizer)
     else:
         text = "\n\n".join(message["content"] for message in document)
     done = 0

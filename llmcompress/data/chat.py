@@ -27,7 +27,7 @@ MOST_CHARACTERS = 10_000_000  # of a rendered chat
 ADVICE = "leave such chats out, or use another chat template"
 
 
-def rendered(
+def render_chat(
     messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, prompt: bool = False, where: str = "a chat"
 ) -> str:
     """Return a chat as its template writes it; with `prompt`, up to where the next answer begins.
@@ -140,7 +140,7 @@ atexit.register(_PROCESS.end)
 ROLE = "assistant"
 
 
-def answered(messages: list[Message], tokenizer: PreTrainedTokenizerBase, where: str) -> Tokens:
+def answer_tokens(messages: list[Message], tokenizer: PreTrainedTokenizerBase, where: str) -> Tokens:
     """The tokens of a chat as its template renders it; those count that begin within an answer.
 
     Raises InputError, naming `where`, for a chat that the template refuses, and for a template that writes what
@@ -149,7 +149,7 @@ def answered(messages: list[Message], tokenizer: PreTrainedTokenizerBase, where:
     """
     if not tokenizer.is_fast:
         raise RecipeError("answers_only needs a tokenizer that tells where its tokens begin; set it to false")
-    text = rendered(messages, tokenizer, where=where)
+    text = render_chat(messages, tokenizer, where=where)
     spans = list(_spans(messages, tokenizer, text, where))
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     begins = [begin for begin, _ in found.offset_mapping]
@@ -165,8 +165,8 @@ def _spans(
     for number, message in enumerate(messages):
         if message["role"] != ROLE or number == 0:
             continue
-        before = rendered(messages[:number], tokenizer, prompt=True, where=where)
-        after = rendered(messages[: number + 1], tokenizer, where=where)
+        before = render_chat(messages[:number], tokenizer, prompt=True, where=where)
+        after = render_chat(messages[: number + 1], tokenizer, where=where)
         if not (after.startswith(before) and text.startswith(after)):
             raise InputError(
                 f"{where}: the chat template writes the messages before answer {number + 1} in another way once it is "

@@ -31,9 +31,9 @@ from llmcompress.data.calibration import (
     source_notes,
     special_tokens,
 )
-from llmcompress.data.chat import answered
-from llmcompress.data.packing import Packed, Tokens, one_each, packed
-from llmcompress.data.text import Document, read_documents, shuffled
+from llmcompress.data.chat import answer_tokens
+from llmcompress.data.packing import PackedText, Tokens, pack_documents, pad_documents
+from llmcompress.data.text import Document, read_documents, shuffle
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.recipe.data import Domain, TextSource
 
@@ -78,9 +78,9 @@ def read_data(
     parts = [sequences for sequences, _, _ in found]
     firsts = [len(sequences) - held_out for sequences, held_out, _ in found]
     reports = {name: report for name, (*_, report) in zip(names, found, strict=True)}
-    content = (_bytes(values) for part in parts for values in (part.ids, part.counted, part.numbered()))
+    content = (_bytes(values) for part in parts for values in (part.ids, part.counted, part.document_numbers()))
     return Data(
-        sequences=Batch.joined([part[:first] for part, first in zip(parts, firsts, strict=True)]),
+        sequences=Batch.join([part[:first] for part, first in zip(parts, firsts, strict=True)]),
         held_out=tuple(part[first:] for part, first in zip(parts, firsts, strict=True)),
         names=names,
         weights=tuple(domain.weight for domain in domains) or (1.0,),
@@ -113,9 +113,9 @@ def _read(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> tuple[Calib
     cuts: set[str] = set()
     documents = _documents(source, tokenizer, eos, cuts)
     if source.packing:
-        found = packed(documents, bos, source.length, source.samples, source.boundaries)
+        found = pack_documents(documents, bos, source.length, source.samples, source.boundaries)
     else:
-        found = one_each(documents, bos, source.length, source.samples)
+        found = pad_documents(documents, bos, source.length, source.samples)
     _check_amount(found, source)
     return replace(_counted(found, source, bos, eos), notes=source_notes(source, cuts)), found.sequences
 
@@ -133,7 +133,7 @@ def _documents(
         streaming=source.streaming,
     )
     targets = False
-    for number, document in enumerate(shuffled(texts, source.seed) if source.shuffle else texts, start=1):
+    for number, document in enumerate(shuffle(texts, source.seed) if source.shuffle else texts, start=1):
         if source.answers_only is True or (source.answers_only == "auto" and _is_chat(document, source, tokenizer)):
             pieces = list(_answers(document, source, tokenizer, eos, f"{source_name(source)}, document {number}"))
             targets |= any(any(counted) for _, counted in pieces)
@@ -162,10 +162,10 @@ def _answers(
         pieces = document_tokens(document, tokenizer, source.chat_template, eos, joined)
         return ((ids, [False] * len(ids)) for ids in pieces)
     ended: list[Tokens] = [] if eos is None else [([eos], [False])]
-    return chain([answered(document, tokenizer, where)], ended)
+    return chain([answer_tokens(document, tokenizer, where)], ended)
 
 
-def _check_amount(found: Packed, source: TextSource) -> None:
+def _check_amount(found: PackedText, source: TextSource) -> None:
     got, wanted = len(found.sequences), source.samples
     if found.read == 0:
         raise InputError(f"text from {source_name(source)} is empty; give a file or data set with text")
@@ -186,7 +186,7 @@ def _nothing_counts(source: TextSource, read: int) -> InputError:
     )
 
 
-def _counted(found: Packed, source: TextSource, bos: int | None, eos: int | None) -> CalibrationTokens:
+def _counted(found: PackedText, source: TextSource, bos: int | None, eos: int | None) -> CalibrationTokens:
     return CalibrationTokens(
         sequences=found.sequences.ids,
         held_out=held_out_count(source.held_out, len(found.sequences)),

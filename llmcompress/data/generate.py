@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from llmcompress.data.chat import rendered
+from llmcompress.data.chat import render_chat
 from llmcompress.data.text import Message
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.models.dense.config import context_length
@@ -64,7 +64,7 @@ class TextSampling:
 
 
 @dataclass(frozen=True, eq=False)
-class Written:
+class TeacherText:
     """sequences: int64 [n, length]. bos: each starts with the BOS token. eos: documents in them end with EOS."""
 
     sequences: Tensor
@@ -80,7 +80,7 @@ def teacher_sequences(
     sampling: TextSampling,
     chat: Literal["auto"] | bool = "auto",
     progress: Callable[[int, int], None] | None = None,
-) -> Written:
+) -> TeacherText:
     """Sequences that `model` writes: free text after BOS (chat false), answers to short prompts (true), or in turn.
 
     The same seed gives the same text on one machine and library version; the global random state is left alone.
@@ -109,7 +109,7 @@ def teacher_sequences(
         documents += begun
     sequences = torch.cat(batches)
     bos = tokenizer.bos_token_id is not None and bool((sequences[:, 0] == tokenizer.bos_token_id).all())
-    return Written(sequences, documents, " and ".join(kinds), bos, eos=tokenizer.eos_token_id is not None)
+    return TeacherText(sequences, documents, " and ".join(kinds), bos, eos=tokenizer.eos_token_id is not None)
 
 
 def _starts(tokenizer: PreTrainedTokenizerBase, row: int, prompted: bool) -> Iterator[list[int]]:
@@ -117,7 +117,7 @@ def _starts(tokenizer: PreTrainedTokenizerBase, row: int, prompted: bool) -> Ite
     for document in count(row):
         if prompted:
             message = [{"role": "user", "content": PROMPTS[document % len(PROMPTS)]}]
-            text = rendered(message, tokenizer, prompt=True)
+            text = render_chat(message, tokenizer, prompt=True)
             yield tokenizer(text, add_special_tokens=False).input_ids
             continue
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -195,7 +195,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 
 
 @torch.no_grad()
-def continued(
+def continue_sequences(
     model: PreTrainedModel, ids: Tensor, kept: Tensor, ends: set[int], temperature: float, seeds: Sequence[str]
 ) -> Tensor:
     """Let `model` go on with sequences `ids` -> int64 [sequences, length], NOTHING behind a token that ends one.
@@ -264,22 +264,22 @@ class Answerer:
 
     def answers(self, prompts: Sequence[tuple[int, list[Message]]]) -> list[Answer]:
         """Answer numbered prompts; the number is part of the seed. A prompt that leaves no room is not answered."""
-        ids = [self.rendered(messages) for _, messages in prompts]
+        ids = [self.prompt_tokens(messages) for _, messages in prompts]
         room = [self.context is None or len(row) + self.sampling.longest <= self.context for row in ids]
         fitting = [index for index, fits in enumerate(room) if fits]
         wrote = self._written([ids[index] for index in fitting], [prompts[index][0] for index in fitting])
         found = [Answer("", "prompt too long")] * len(ids)
         for index, answer in zip(fitting, wrote, strict=True):
-            found[index] = self.checked(answer)
+            found[index] = self.judge(answer)
         return found
 
-    def rendered(self, messages: list[Message]) -> list[int]:
+    def prompt_tokens(self, messages: list[Message]) -> list[int]:
         """The tokens of a chat up to where its next answer starts."""
-        text = rendered(messages, self.tokenizer, prompt=True)
+        text = render_chat(messages, self.tokenizer, prompt=True)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
-    def checked(self, answer: list[int]) -> Answer:
+    def judge(self, answer: list[int]) -> Answer:
         """The text of an answer's tokens, and what is wrong with it."""
         ended = bool(answer) and answer[-1] in self.ends
         inside = answer[:-1] if ended else answer
@@ -346,7 +346,7 @@ class _Draw:
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The special token that the chat template puts behind an answer; nothing where it puts none."""
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
-    text = rendered(chat, tokenizer)
+    text = render_chat(chat, tokenizer)
     behind = tokenizer(text.rpartition(MARK)[2], add_special_tokens=False).input_ids
     return set(behind[:1]) & special_tokens(tokenizer).keys()
 

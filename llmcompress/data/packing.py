@@ -16,7 +16,7 @@ Document = Iterable[Tokens]  # piece by piece
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
+class PackedText:
     """Sequences, the documents `read` for them, and how much was `dropped` because nothing in it counts: sequences, or
     documents where each has a sequence of its own."""
 
@@ -25,7 +25,9 @@ class Packed:
     dropped: int
 
 
-def packed(documents: Iterable[Document], bos: int | None, length: int, samples: int, boundaries: bool) -> Packed:
+def pack_documents(
+    documents: Iterable[Document], bos: int | None, length: int, samples: int, boundaries: bool
+) -> PackedText:
     """At most `samples` sequences of `length` tokens cut out of the joined documents; what is left over is dropped.
 
     Every sequence starts with `bos`. With `boundaries` every document does, its first token is no target, and the
@@ -47,11 +49,11 @@ def packed(documents: Iterable[Document], bos: int | None, length: int, samples:
                     dropped += not rows.keep(row, boundaries)
                     row = _Row()
                     if len(rows.ids) == samples:
-                        return Packed(rows.batch(boundaries), read, dropped)
-    return Packed(rows.batch(boundaries), read, dropped)
+                        return PackedText(rows.batch(boundaries), read, dropped)
+    return PackedText(rows.batch(boundaries), read, dropped)
 
 
-def one_each(documents: Iterable[Document], bos: int | None, length: int, samples: int) -> Packed:
+def pad_documents(documents: Iterable[Document], bos: int | None, length: int, samples: int) -> PackedText:
     """The first `length` tokens of each document, `bos` first, short ones padded behind their end."""
     rows, read, dropped = _Rows(length), 0, 0
     for document in documents:
@@ -66,7 +68,7 @@ def one_each(documents: Iterable[Document], bos: int | None, length: int, sample
         dropped += not rows.keep(row, False)
         if len(rows.ids) == samples:
             break
-    return Packed(rows.batch(False), read, dropped)
+    return PackedText(rows.batch(False), read, dropped)
 
 
 @dataclass

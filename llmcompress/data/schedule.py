@@ -43,17 +43,17 @@ SMOOTHING = 0.5
 MOST = 20.0
 
 
-def normalized(weights: Sequence[float]) -> list[float]:
+def normalize(weights: Sequence[float]) -> list[float]:
     """Shares, which sum to 1, from weights."""
     total = math.fsum(weights)
     return [weight / total for weight in weights]
 
 
-def reweighted(shares: Sequence[float], student: Sequence[float], teacher: Sequence[float]) -> list[float]:
+def reweight(shares: Sequence[float], student: Sequence[float], teacher: Sequence[float]) -> list[float]:
     """The next shares of the domains, from the perplexities of both models on each."""
     ratios = [min(one / other, MOST) for one, other in zip(student, teacher, strict=True)]
     most = max(ratios)
-    psi = normalized([share * math.exp(ratio - most) for share, ratio in zip(shares, ratios, strict=True)])
+    psi = normalize([share * math.exp(ratio - most) for share, ratio in zip(shares, ratios, strict=True)])
     return [SMOOTHING * part + (1 - SMOOTHING) / len(psi) for part in psi]
 
 

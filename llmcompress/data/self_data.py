@@ -2,7 +2,7 @@
 
 A student that learns from its teacher's answers stays with what the teacher would say; answers of others pull it away.
 As in the paper, the teacher sees the data's own answer and writes it anew (`rewrite`); by default it sees the prompt
-alone. An answer that fails a check (`Answerer.checked` in `generate.py`) is left out, or the reference takes its place.
+alone. An answer that fails a check (`Answerer.judge` in `generate.py`) is left out, or the reference takes its place.
 
 The file is written a batch at a time into `<output>.partial`, beside a record of the batches, so an interrupted run
 resumes after its last batch and ends with the same bytes.
@@ -31,7 +31,7 @@ from llmcompress.models.dense.locate import Place, locate
 from llmcompress.models.dense.skeleton import check_causal
 from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.models.files.identity import teacher_digest
-from llmcompress.models.files.output import check_name, locked, sync
+from llmcompress.models.files.output import check_name, lock_output, sync
 from llmcompress.models.files.store import Store
 from llmcompress.runtime.facts import versions
 from llmcompress.runtime.json_values import JsonRecord
@@ -81,7 +81,7 @@ class Answering:
 
 
 @dataclass(frozen=True)
-class Answered(JsonRecord):
+class AnswerCounts(JsonRecord):
     """The count of written lines. `answers`: lines by the teacher; `references`: lines with the reference in its place;
     `faults`: how many answers failed, by reason; `dropped`: prompts without a line."""
 
@@ -113,7 +113,7 @@ def answer(
     device: str = "cpu",
     progress: Progress | None = None,
     trust_remote_code: bool = False,
-) -> Answered:
+) -> AnswerCounts:
     """Write the answers of `model` to the prompts as the JSON lines `{id, messages, source, checked, generation}`.
 
     Equal arguments give equal bytes on one machine and library version. An interrupted run resumes.
@@ -134,7 +134,7 @@ def answer(
     answerer = Answerer(loaded, tokenizer, asked.sampling)
     made = {"model": place.name, "revision": place.revision, "dtype": str(dtype).removeprefix("torch.")}
     generation = made | asdict(asked.sampling) | {"versions": versions()}
-    with locked(output, "file"):
+    with lock_output(output, "file"):
         try:
             store = _store(asked, place, output, generation)
             counts = _write(answerer, asked, output, generation, store, progress)
@@ -142,7 +142,7 @@ def answer(
             raise DiskError(f"{output} cannot be written ({error}); free some space and start again") from error
     lines = counts["answers"] + counts["references"]
     faults = {name.removeprefix("fault: "): count for name, count in sorted(counts.items()) if name.startswith("fault")}
-    return Answered(
+    return AnswerCounts(
         output=str(output),
         model=place.name,
         prompts=counts["prompts"],

@@ -53,7 +53,7 @@ def read_documents(
             yield document
 
 
-def shuffled(documents: Iterable[Document], seed: int, buffer: int = SHUFFLE_BUFFER) -> Iterator[Document]:
+def shuffle(documents: Iterable[Document], seed: int, buffer: int = SHUFFLE_BUFFER) -> Iterator[Document]:
     """The same documents in another order, holding at most `buffer` of them, and hardly more than HELD_CHARACTERS.
 
     The order follows from `seed` alone.

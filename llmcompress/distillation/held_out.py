@@ -55,8 +55,8 @@ class Distances:
 def distances(teacher: PreTrainedModel, student: PreTrainedModel, sequences: Batch, device: torch.device) -> Distances:
     """Measure over all targets of `sequences`, one sequence at a time. Log-probabilities are float32, sums float64."""
     total, heads = Distances(), [head_of(model) for model in (teacher, student)]
-    for one in sequences.split(1):
-        batch = one.trimmed().to(device)
+    for one in sequences.chunks(1):
+        batch = one.trim().to(device)
         rows = batch.predicting
         targets = batch.ids[batch.counted]
         wanted, given = (hidden_states(model, batch)[rows] for model in (teacher, student))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.data.batch import Batch
-from llmcompress.data.generate import NOTHING, continued, end_tokens
+from llmcompress.data.generate import NOTHING, continue_sequences, end_tokens
 from llmcompress.distillation.context import TrainContext
 from llmcompress.distillation.parallel.launch import sharded
 from llmcompress.distillation.resume import Progress
@@ -76,7 +76,7 @@ def _written(run: TrainContext, asked: OnPolicy, step: int, ahead: Sequence[Batc
         rows = asked.rows(len(batch))
         parts.append(batch[torch.tensor(rows, dtype=torch.int64)])
         names += _names(asked, step, batch, rows)
-    whole = Batch.joined(parts)
+    whole = Batch.join(parts)
     kept, order = prompts(whole, asked.prompt), torch.arange(len(whole))
     mine = run.ranks.share(order)
     todo = mine if len(mine) else order[:1]  # of more processes than sequences, some write for nothing
@@ -84,7 +84,7 @@ def _written(run: TrainContext, asked: OnPolicy, step: int, ahead: Sequence[Batc
     for part in todo.split(SIDE_BY_SIDE):
         seeds = [f"{run.recipe.seed}/on-policy/{step}/{names[row]}" for row in part]
         with run.autocast():
-            found = continued(model, whole.ids[part], kept[part], end_tokens(model), asked.temperature, seeds)
+            found = continue_sequences(model, whole.ids[part], kept[part], end_tokens(model), asked.temperature, seeds)
         texts += found.tolist()
     return zip(names, run.ranks.gather_items(texts[: len(mine)]), strict=True)
 

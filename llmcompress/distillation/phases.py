@@ -147,7 +147,7 @@ def _by_blocks(run: TrainContext, learned: Learned, report: Report | None) -> No
     kl = first["kl"]
     run.metrics.start(0, begun=False)
     run.metrics.add(first)
-    batch = Batch.joined([run.data.sequences, *run.data.held_out])
+    batch = Batch.join([run.data.sequences, *run.data.held_out])
     if batch.documents is not None:
         raise RecipeError(
             "a blockwise phase cannot keep documents apart; set boundaries: false in data, or leave it out"

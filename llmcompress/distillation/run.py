@@ -36,10 +36,10 @@ from llmcompress.models.dense.config import code_files
 from llmcompress.models.dense.locate import Place, locate
 from llmcompress.models.dense.tokenizer import check_vocabularies, load_tokenizer
 from llmcompress.models.files import file_names
-from llmcompress.models.files.checkpoint import making
+from llmcompress.models.files.checkpoint import make_checkpoint
 from llmcompress.models.files.compressed import check_written
 from llmcompress.models.files.identity import binding, content_digest, teacher_digest, tokenizer_digest
-from llmcompress.models.files.output import check_writable, claim, locked
+from llmcompress.models.files.output import check_writable, claim_folder, lock_output
 from llmcompress.models.files.store import Store
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.published import published
@@ -133,7 +133,7 @@ def distill(
     progress = progress or progress_line("step", "loss", "tokens/s", "held-out KL")
     asked, target = read_as(Distillation, recipe), Path(output)
     accelerator = launched_accelerator(device, asked, target)
-    with join_ranks("cpu") as ranks, locked(target, "output folder") if ranks.rank == 0 else nullcontext():
+    with join_ranks("cpu") as ranks, lock_output(target, "output folder") if ranks.rank == 0 else nullcontext():
         with ranks.agree_on_errors():
             pupil, place = (locate(model, trust_remote_code=trust_remote_code) for model in (student, teacher))
         done = _distilled(pupil, place, asked, target, accelerator, ranks, progress)
@@ -167,7 +167,7 @@ def _distilled(
     identity = _identity(asked, data, opened, place)
     ranks.compare(identity)
     if ranks.rank == 0:
-        claim(training)
+        claim_folder(training)
     store = Store(training, identity)
     job = DistillationJob(pupil, place, asked, target, data, store, accelerator, ranks)
     with ranks.agree_on_errors():
@@ -247,7 +247,7 @@ def _write(
     metrics: Path,
 ) -> None:
     """Write the student's folder with the learned weights in place of its own, and with the measurements."""
-    with making(output) as writer:
+    with make_checkpoint(output) as writer:
         beside.copy(writer.folder)
         opened.store(learned.linears, learned.dense, writer)
         compressed = bool(opened.layouts)

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 
 from llmcompress.data.batch import Batch
-from llmcompress.data.schedule import draw, normalized, quotas, rate, reweighted
+from llmcompress.data.schedule import draw, normalize, quotas, rate, reweight
 from llmcompress.distillation.activation_checkpointing import recomputed
 from llmcompress.distillation.balance import balanced, gradient_norms, gradient_shares
 from llmcompress.distillation.context import Report, TrainContext
@@ -104,7 +104,7 @@ def train(run: TrainContext, report: Report | None = None) -> Progress:
 def _begun(run: TrainContext, engine: Engine, states: Sequence[Any]) -> Progress:
     """Return the progress of an earlier run, with the `states` of its losses put back, or that of a start."""
     progress = engine.load(run.store)
-    progress.shares = progress.shares or normalized(run.data.weights)
+    progress.shares = progress.shares or normalize(run.data.weights)
     progress.cursors = progress.cursors or [0] * len(run.data.sizes)
     for state, saved in zip(states, progress.losses):
         if state is not None and saved is not None:
@@ -138,7 +138,7 @@ def _next(run: TrainContext, engine: Engine, progress: Progress, step: int) -> B
         few = recipe.mixture.sequences
         gaps = engine.within(lambda: [held_out_distances(run, held_out[:few]).means() for held_out in data.held_out])
         perplexities = ([gap[key] for gap in gaps] for key in ("perplexity", "teacher_perplexity"))
-        progress.shares = _agreed(run.accelerator, reweighted(progress.shares, *perplexities))
+        progress.shares = _agreed(run.accelerator, reweight(progress.shares, *perplexities))
     before = progress.cursors
     batch, progress.cursors = _drawn(run, progress.shares, before, step)
     if recipe.on_policy is None:
@@ -216,7 +216,7 @@ def _parts(run: TrainContext, batch: Batch) -> list[Batch]:
     """Return the micro-batches of this process's part of a batch."""
     accelerator = run.accelerator
     mine = batch[torch.arange(len(batch)).tensor_split(accelerator.num_processes)[accelerator.process_index]]
-    return [part.trimmed().to(accelerator.device) for part in mine.split(run.recipe.micro_batch)]
+    return [part.trim().to(accelerator.device) for part in mine.chunks(run.recipe.micro_batch)]
 
 
 def _step(

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from llmcompress.data.generate import NOTHING, continued, end_tokens
+from llmcompress.data.generate import NOTHING, continue_sequences, end_tokens
 from llmcompress.errors import InputError, RecipeError, first_line
 from llmcompress.evaluation.distance import kl_divergence
 from llmcompress.evaluation.logits import Counting
@@ -222,9 +222,9 @@ def _written(dense: PeftModel, small: PeftModel, ids: Tensor, ends: set[int]) ->
     begun, kept = ids[:, :width], torch.full((len(ids),), min(PROMPT, width - 1))
     how: dict[str, Any] = {"ends": ends, "temperature": 1.0, "seeds": [f"passport/{row}" for row in range(len(ids))]}
     first, second = (cast("PreTrainedModel", model) for model in (dense, small))  # which they stand for
-    by_dense, by_small = (continued(model, begun, kept, **how) for model in (first, second))
+    by_dense, by_small = (continue_sequences(model, begun, kept, **how) for model in (first, second))
     over = (kept + OVER).clamp(max=width - 1)
-    handed = continued(second, by_dense.where(by_dense != NOTHING, begun), over, **how)
+    handed = continue_sequences(second, by_dense.where(by_dense != NOTHING, begun), over, **how)
     texts = {"dense": by_dense, "compressed": by_small, "handed_over": handed}
     return {name: [row[int(kept[0]) :].tolist() for row in rows] for name, rows in texts.items()}
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from llmcompress.data.chat import rendered
+from llmcompress.data.chat import render_chat
 from llmcompress.data.text import read_text
 from llmcompress.errors import DiskError, InputError, RecipeError, first_line
 from llmcompress.evaluation.cut_prompts import cut_prompts
@@ -105,7 +105,7 @@ def find_tasks(tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> FoundT
     if protocol.chat_template and tokenizer.chat_template is None:
         raise RecipeError("the model's tokenizer has no chat template; score it without one")
     if protocol.chat_template:
-        rendered([{"role": "user", "content": "?"}], tokenizer)  # lm-eval would wait for one that never ends
+        render_chat([{"role": "user", "content": "?"}], tokenizer)  # lm-eval would wait for one that never ends
     with _contained():
         return _found(_lm_eval()[1], protocol)
 

@@ -23,11 +23,12 @@ from llmcompress.models.dense.headers import read_headers
 from llmcompress.models.dense.load import check_fits, is_dense
 from llmcompress.models.dense.locate import Place, locate
 from llmcompress.models.dense.model import DenseModel, open_source
-from llmcompress.models.dense.skeleton import described
+from llmcompress.models.dense.skeleton import folder_skeleton
 from llmcompress.models.dense.tokenizer import check_vocabularies, load_tokenizer
 from llmcompress.models.files import file_names
-from llmcompress.models.files.checkpoint import add_file, read_json, writing
+from llmcompress.models.files.checkpoint import add_file, write_checkpoint
 from llmcompress.models.files.output import check_writable
+from llmcompress.models.files.reading import read_json
 from llmcompress.reporting import report as reports
 from llmcompress.runtime.facts import versions
 from llmcompress.runtime.notebook import progress_lines
@@ -124,7 +125,7 @@ def _kept(found: Evaluation, size: Size, protocol: Protocol, place: Place, outpu
 
 
 def _write(output: Path, place: Place, found: Evaluation, values: dict[str, Any]) -> None:
-    with writing(output) as writer:
+    with write_checkpoint(output) as writer:
         writer.write(file_names.SCORES, json.dumps(values, indent=2))
         if found.tasks.scores:
             found.tasks.save(writer.folder, place.name if place.name.strip("./") else str(place.folder.resolve()))
@@ -151,7 +152,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _quantized_size(place: Place) -> Size:
     """Return the size of a model of another tool: all that is stored under a linear's name counts as its bits."""
-    dense = described(place.folder, trust_remote_code=place.trust_remote_code)
+    dense = folder_skeleton(place.folder, trust_remote_code=place.trust_remote_code)
     stored = read_headers(place.folder)
     total = sum(path.stat().st_size for path in {header.file for header in stored.values()})
     own = {name: value.numel() for name, value in dense.named_parameters() if name not in dense.all_tied_weights_keys}

@@ -25,8 +25,8 @@ from llmcompress.errors import InputError, RecipeError
 from llmcompress.formats.exported import ALLOW_DENSE, Exported
 from llmcompress.models.dense.companions import copy_companions
 from llmcompress.models.dense.skeleton import transposed_linears
-from llmcompress.models.files.checkpoint import writing
-from llmcompress.models.files.compressed import Opened
+from llmcompress.models.files.checkpoint import write_checkpoint
+from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.weight.expression import dense, float_steps
 from llmcompress.weight.modules import LIKE
 from llmcompress.weight.nodes import Grid, Minifloat, Weight
@@ -57,13 +57,13 @@ class Scheme:
         return entries | {"strategy": self.strategy} | {key: value for key, value in own.items() if value is not None}
 
 
-def to_compressed_tensors(opened: Opened, output: Path, allow_dense: bool = False) -> Exported:
+def to_compressed_tensors(opened: CompressedCheckpoint, output: Path, allow_dense: bool = False) -> Exported:
     """Write grids and floats as they are; other expressions raise InputError, or become bfloat16 with `allow_dense`."""
     turned = transposed_linears(opened.folder, opened.trust_remote_code)
     linears, factors = _linears(opened), shared_factors(opened)
     schemes: dict[str, Scheme] = {}
     plain: list[str] = []
-    with writing(output, opened.dense_bytes) as writer:
+    with write_checkpoint(output, opened.dense_bytes) as writer:
         copy_companions(opened.folder, writer.folder, opened.trust_remote_code)
         for layers, others in opened.parts():
             tensors = opened.read_plain(others)
@@ -95,7 +95,7 @@ def to_compressed_tensors(opened: Opened, output: Path, allow_dense: bool = Fals
     )
 
 
-def shared_factors(opened: Opened) -> dict[str, Tensor]:
+def shared_factors(opened: CompressedCheckpoint) -> dict[str, Tensor]:
     """Return the factor, float32 `[1]`, of each layer that has one: the largest of those beside it that are as wide."""
     beside: dict[tuple[str, int], dict[str, Tensor]] = {}
     for layer, layout in opened.layouts.items():
@@ -167,7 +167,7 @@ def _integers(w: Grid) -> tuple[Scheme, dict[str, Tensor]]:
     return Scheme("pack-quantized", integer_bits(w), strategy, group_size), tensors
 
 
-def _linears(opened: Opened) -> set[str]:
+def _linears(opened: CompressedCheckpoint) -> set[str]:
     """Return the names under which the format knows compressed modules: linears, not token tables or the head."""
     tables = {name.removesuffix(f".{LIKE}") for name in opened.files if name.endswith(f".{LIKE}")}
     return set(opened.layouts) - tables - {HEAD}

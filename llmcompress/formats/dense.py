@@ -12,30 +12,30 @@ from transformers.pytorch_utils import Conv1D
 from llmcompress.formats.exported import Exported
 from llmcompress.models.dense.companions import copy_companions
 from llmcompress.models.dense.experts import experts_of
-from llmcompress.models.dense.skeleton import described
+from llmcompress.models.dense.skeleton import folder_skeleton
 from llmcompress.models.dense.stored_names import hub_names
-from llmcompress.models.files.checkpoint import writing
-from llmcompress.models.files.compressed import Opened, rounded
+from llmcompress.models.files.checkpoint import write_checkpoint
+from llmcompress.models.files.compressed import CompressedCheckpoint, round_to_bfloat16
 from llmcompress.weight.expression import dense
 
 
-def to_dense(opened: Opened, output: Path) -> Exported:
+def to_dense(opened: CompressedCheckpoint, output: Path) -> Exported:
     """Write every compressed matrix decoded and rounded to bfloat16; all else as it is stored.
 
     Blocks that have widths of their own are filled up with zeros to the widest, which changes no prediction.
     """
     folder, trusted = opened.folder, opened.trust_remote_code
-    model, plain = (described(folder, unfused, trusted) for unfused in (True, False))
+    model, plain = (folder_skeleton(folder, unfused, trusted) for unfused in (True, False))
     experts = experts_of(model)
     turned = {name for name, child in model.named_modules() if isinstance(child, Conv1D)}
     shapes = {name: value.shape for name, value in model.state_dict().items()} if opened.sizes else {}
     rounding = 0.0
-    with writing(output, opened.dense_bytes) as writer:
+    with write_checkpoint(output, opened.dense_bytes) as writer:
         copy_companions(folder, writer.folder, trusted)
         for layers, others in opened.parts(apart=experts):
             tensors = opened.read_plain(others)
             for layer in layers:
-                stored, moved = rounded(dense(opened.expression(layer)))
+                stored, moved = round_to_bfloat16(dense(opened.expression(layer)))
                 rounding = max(rounding, moved)
                 tensors[f"{layer}.weight"] = stored.T.contiguous() if layer in turned else stored
             narrower = [name for name, value in tensors.items() if shapes.get(name, value.shape) != value.shape]

@@ -21,8 +21,8 @@ from llmcompress.formats.exported import ALLOW_DENSE, Exported
 from llmcompress.formats.half import as_half
 from llmcompress.models.dense.companions import copy_companions
 from llmcompress.models.dense.skeleton import transposed_linears
-from llmcompress.models.files.checkpoint import writing
-from llmcompress.models.files.compressed import Opened
+from llmcompress.models.files.checkpoint import write_checkpoint
+from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.weight.expression import dense, describe
 from llmcompress.weight.nodes import Tiles
 from llmcompress.weight.tiles import MULTIPLIER, STEPS
@@ -30,13 +30,13 @@ from llmcompress.weight.tiles import MULTIPLIER, STEPS
 WORD = 16  # bits
 
 
-def to_exl3(opened: Opened, output: Path, allow_dense: bool = False) -> Exported:
+def to_exl3(opened: CompressedCheckpoint, output: Path, allow_dense: bool = False) -> Exported:
     """Write tiles as they are; other expressions raise InputError, or become float16 with `allow_dense`."""
     read = readable_entries(opened.folder, opened.config, EXL3, "EXL3")
     turned = transposed_linears(opened.folder, opened.trust_remote_code)
     stored: list[Tiles] = []
     plain: list[str] = []
-    with writing(output, opened.dense_bytes) as writer:
+    with write_checkpoint(output, opened.dense_bytes) as writer:
         copy_companions(opened.folder, writer.folder, opened.trust_remote_code)
         for layers, others in opened.parts():
             tensors = {name: as_half(value, name) for name, value in opened.read_plain(others).items()}

@@ -14,8 +14,8 @@ from llmcompress.formats.gguf.write import to_gguf
 from llmcompress.formats.mlx import to_mlx
 from llmcompress.formats.peft import to_peft
 from llmcompress.models.dense.experts import experts_of
-from llmcompress.models.dense.skeleton import check_causal, described
-from llmcompress.models.files.compressed import Opened
+from llmcompress.models.dense.skeleton import check_causal, folder_skeleton
+from llmcompress.models.files.compressed import CompressedCheckpoint
 
 DOORS = ("dense", "compressed-tensors", "peft", "gguf", "mlx", "exl3")
 
@@ -50,7 +50,7 @@ def export(
         raise RecipeError(f"only the export to gguf rounds to a type, not that to {to}; leave round_to out")
     if to not in DOORS:
         raise RecipeError(f"there is no export to {to!r}; choose one of {', '.join(DOORS)}")
-    opened, target = Opened(Path(folder), trust_remote_code), Path(output)
+    opened, target = CompressedCheckpoint(Path(folder), trust_remote_code), Path(output)
     if to != "dense":
         _check_form(opened, to)
     match to:
@@ -67,7 +67,7 @@ def export(
     return to_dense(opened, target)
 
 
-def _check_form(opened: Opened, to: str) -> None:
+def _check_form(opened: CompressedCheckpoint, to: str) -> None:
     """Raise InputError for what predicts no next token, which no reader of these formats here can check, for blocks
     with widths of their own, and for mixtures of experts but to GGUF: other readers would draw random numbers for
     experts that are stored otherwise.
@@ -77,7 +77,7 @@ def _check_form(opened: Opened, to: str) -> None:
             f"blocks of {opened.folder} have widths of their own, which {to} has no place for; export it to dense, "
             f"which fills them up, or load it with transformers as it is"
         )
-    model = described(opened.folder, trust_remote_code=opened.trust_remote_code)
+    model = folder_skeleton(opened.folder, trust_remote_code=opened.trust_remote_code)
     check_causal(model.config, f"the export to {to}")
     experts = {} if to == "gguf" else experts_of(model)
     if experts:

@@ -17,7 +17,8 @@ from llmcompress.formats.evidence import Evidence, evidence
 from llmcompress.formats.model_card import Taught, card
 from llmcompress.models.dense.companions import OURS, companions
 from llmcompress.models.files import file_names
-from llmcompress.models.files.checkpoint import CARD, MANIFEST, PLOT, README, manifest, manifest_text, read_json
+from llmcompress.models.files.checkpoint import CARD, MANIFEST, PLOT, README, manifest, manifest_text
+from llmcompress.models.files.reading import read_json
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.plots import layers_png
 from llmcompress.runtime.json_values import JsonRecord

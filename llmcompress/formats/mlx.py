@@ -23,8 +23,8 @@ from llmcompress.formats.exported import ALLOW_DENSE, Exported
 from llmcompress.formats.half import as_half
 from llmcompress.models.dense.companions import copy_companions
 from llmcompress.models.dense.skeleton import transposed_linears
-from llmcompress.models.files.checkpoint import writing
-from llmcompress.models.files.compressed import Opened
+from llmcompress.models.files.checkpoint import write_checkpoint
+from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.weight.expression import dense, describe
 from llmcompress.weight.nodes import Grid, Minifloat, Weight
 from llmcompress.weight.packing import pack, stream_bits
@@ -48,14 +48,14 @@ class Quantization:
         return sizes if self.mode == "affine" else sizes | {"mode": self.mode}
 
 
-def to_mlx(opened: Opened, output: Path, allow_dense: bool = False) -> Exported:
+def to_mlx(opened: CompressedCheckpoint, output: Path, allow_dense: bool = False) -> Exported:
     """Write what MLX can hold packed; other expressions raise InputError, or become float16 with `allow_dense`."""
     read = readable_entries(opened.folder, opened.config, MLX, "MLX")
     turned = transposed_linears(opened.folder, opened.trust_remote_code)
     forms: dict[str, Quantization] = {}
     plain: list[str] = []
     moved = 0.0
-    with writing(output, opened.dense_bytes) as writer:
+    with write_checkpoint(output, opened.dense_bytes) as writer:
         copy_companions(opened.folder, writer.folder, opened.trust_remote_code)
         for layers, others in opened.parts():
             tensors = {name: as_half(value, name) for name, value in opened.read_plain(others).items()}

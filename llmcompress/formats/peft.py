@@ -15,8 +15,8 @@ from torch import Tensor
 from llmcompress.errors import InputError
 from llmcompress.formats.exported import Exported
 from llmcompress.models.dense.companions import copy_companions
-from llmcompress.models.files.checkpoint import Writer, seal, writing
-from llmcompress.models.files.compressed import Opened
+from llmcompress.models.files.checkpoint import Writer, seal, write_checkpoint
+from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.models.transformers.hf_quantizer import table_entry
 from llmcompress.weight.expression import dense
 from llmcompress.weight.hadamard import unrotate
@@ -24,11 +24,11 @@ from llmcompress.weight.modules import Layout, pack_weight, payload_texts
 from llmcompress.weight.nodes import LowRank, RotatedInputs, Sum, Weight
 
 
-def to_peft(opened: Opened, output: Path) -> Exported:
+def to_peft(opened: CompressedCheckpoint, output: Path) -> Exported:
     """Write OUT/base without low-rank terms and OUT/adapter with them. Raises InputError where there are none."""
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     layouts: dict[str, Layout] = {}
-    with writing(output, 2 * opened.bytes) as whole:
+    with write_checkpoint(output, 2 * opened.bytes) as whole:
         writer = Writer(whole.folder / "base")
         writer.folder.mkdir()
         copy_companions(opened.folder, writer.folder, opened.trust_remote_code)

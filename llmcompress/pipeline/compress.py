@@ -34,7 +34,7 @@ from llmcompress.models.dense.companions import companions
 from llmcompress.models.dense.model import resolve
 from llmcompress.models.files import file_names
 from llmcompress.models.files.compressed import check_kind
-from llmcompress.models.files.output import check_writable, is_ours, locked, remove
+from llmcompress.models.files.output import check_writable, is_ours, lock_output, remove_folder
 from llmcompress.pipeline.quality_check import check, is_unsettled, judge
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.distillation import Distillation
@@ -239,7 +239,7 @@ def _begin_pricing(held: ExitStack, kept: Path, output: Path, resume: bool) -> N
     """Check and lock the output; discard prices in `kept` unless this is to `resume`."""
     if not (resume and kept.is_file() and (output / file_names.REPORT).is_file()):  # else all but the plan may be there
         check_writable(output, 0)
-    held.enter_context(locked(output, "output folder"))
+    held.enter_context(lock_output(output, "output folder"))
     if not resume:
         discard_prices(kept)
 
@@ -316,9 +316,9 @@ def completed(output: Path, job: Job, device: str) -> Result | None:
     wanted = None if job.recipe.distill is None else published(job.recipe.distill)
     if taught != wanted:
         raise DiskError(f"{output} was distilled with another recipe; remove it, or choose another output folder")
-    with locked(output, "output folder") as staging:  # the end may have come just before this was removed
+    with lock_output(output, "output folder") as staging:  # the end may have come just before this was removed
         if is_ours(staging):
-            remove(staging)
+            remove_folder(staging)
     return Result(output, reports.read(output), distillation=reports.read_distillation(output))
 
 
@@ -328,4 +328,4 @@ def _discard(staged: Path, training: Path) -> None:
         check_kind(staged)
         shutil.rmtree(staged)
     if is_ours(training):
-        remove(training)
+        remove_folder(training)

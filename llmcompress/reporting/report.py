@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.errors import InputError
-from llmcompress.models.files.checkpoint import read_json
 from llmcompress.models.files.file_names import ALLOCATION, DISTILLATION, REPORT
+from llmcompress.models.files.reading import read_json
 from llmcompress.reporting.quality_limits import GateReport
 from llmcompress.runtime.json_values import JsonRecord
 

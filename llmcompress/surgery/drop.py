@@ -18,7 +18,7 @@ from llmcompress.models.dense.companions import companions
 from llmcompress.models.dense.families import FAMILIES
 from llmcompress.models.dense.model import DenseModel, resolve
 from llmcompress.models.dense.skeleton import check_causal
-from llmcompress.models.files.checkpoint import PART, writing
+from llmcompress.models.files.checkpoint import PART, write_checkpoint
 from llmcompress.models.files.tensor_files import shards
 from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.surgery.edited_model import check_equal_widths
@@ -71,7 +71,7 @@ def drop_blocks(
     stays = _staying_blocks(source, set(blocks))
     names, beside = _stored_names(source, stays), companions(source.folder, trust_remote_code)
     sizes = {name: source.tensors[name].bytes for name in names}
-    with writing(target, sum(sizes.values())) as writer:
+    with write_checkpoint(target, sum(sizes.values())) as writer:
         beside.copy(writer.folder)
         for part in shards(sizes, PART):
             writer.add({names[name]: source.read(name) for name in part})

@@ -24,7 +24,7 @@ from llmcompress.models.dense.headers import Header
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.models.dense.skeleton import dense_skeleton
 from llmcompress.models.dense.stored_names import hub_names
-from llmcompress.models.files.checkpoint import PART, Writer, writing
+from llmcompress.models.files.checkpoint import PART, Writer, write_checkpoint
 from llmcompress.models.files.tensor_files import shards
 from llmcompress.models.transformers.hf_quantizer import resize, table_entry
 
@@ -172,7 +172,7 @@ def writing_model(
     Raises DiskError for an output that cannot be written; then nothing is left behind.
     """
     beside = companions(model.folder, trust_remote_code)
-    with writing(output, model.bytes) as writer:
+    with write_checkpoint(output, model.bytes) as writer:
         beside.copy(writer.folder)
         yield EditedFiles(model, skeleton, writer)
 

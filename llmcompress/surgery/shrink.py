@@ -12,8 +12,8 @@ from llmcompress.distillation.student.folder import CompressedStudent
 from llmcompress.errors import RecipeError
 from llmcompress.models.dense.companions import companions
 from llmcompress.models.files import file_names
-from llmcompress.models.files.checkpoint import writing
-from llmcompress.models.files.compressed import Opened, check_written
+from llmcompress.models.files.checkpoint import write_checkpoint
+from llmcompress.models.files.compressed import CompressedCheckpoint, check_written
 from llmcompress.models.files.identity import binding
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.quality_limits import pending
@@ -59,7 +59,7 @@ def shrink(folder: str | Path, rank: int, output: str | Path, *, trust_remote_co
         DiskError: for an output that cannot be written; then nothing is left behind.
     """
     source, target = Path(folder), Path(output)
-    before, opened = reports.read(source), Opened(source, trust_remote_code)
+    before, opened = reports.read(source), CompressedCheckpoint(source, trust_remote_code)
     if opened.ties:
         raise RecipeError(f"{source} has matrices in common, whose terms are not taken apart; shrink an untied model")
     if rank < 0:
@@ -69,7 +69,7 @@ def shrink(folder: str | Path, rank: int, output: str | Path, *, trust_remote_co
     if not changed:
         raise RecipeError(f"{source} has no low-rank term of more than rank {rank}, so there is nothing to take away")
     beside = companions(source, trust_remote_code)
-    with writing(target, opened.bytes) as writer:
+    with write_checkpoint(target, opened.bytes) as writer:
         beside.copy(writer.folder)
         linears = {name: CompressedLinear.of(new) for name, (_, new) in changed.items()}
         CompressedStudent(opened).store(linears, {}, writer)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import llmcompress as lc
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.formats.compressed_tensors import to_compressed_tensors
-from llmcompress.models.files.compressed import Opened
+from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.weight.expression import dense, describe
 from llmcompress.weight.modules import compressed_linears
 from llmcompress.weight.nodes import ScaledInputs, Transpose
@@ -63,7 +63,7 @@ def test_a_checkpoint_holds_them_and_its_report_says_which(
     if node is Transpose:
         assert any(not isinstance(layer.expression(), node) for layer in layers.values()), "nothing was chosen"
     with pytest.raises(InputError, match="is no single grid"):
-        to_compressed_tensors(Opened(tmp_path / "out"), tmp_path / "exported")
+        to_compressed_tensors(CompressedCheckpoint(tmp_path / "out"), tmp_path / "exported")
 
 
 def test_a_table_that_is_head_and_embedding_has_no_groups_along_the_output(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from llmcompress.distillation.run import distill
 from llmcompress.errors import DiskError, InputError, LLMCompressError, LockedError
 from llmcompress.evaluation.verify import verify
 from llmcompress.models.files import checkpoint, tensor_files
-from llmcompress.models.files.output import MARK, claim, locked
+from llmcompress.models.files.output import MARK, claim_folder, lock_output
 from tests.compression.test_journal import RTN, begun, files, recipe
 from tests.compression.test_run import TEXT
 from tests.tiers import tiered
@@ -153,7 +153,7 @@ def test_what_is_not_ours_stays(place: Path, tmp_path: Path) -> None:
 def test_an_empty_folder_of_that_name_is_taken(tmp_path: Path) -> None:
     """Between making the folder and marking it the end can come, too."""
     (tmp_path / "out.partial").mkdir()
-    claim(tmp_path / "out.partial")
+    claim_folder(tmp_path / "out.partial")
     assert (tmp_path / "out.partial" / MARK).is_file()
 
 
@@ -275,7 +275,10 @@ def test_one_training_at_a_time(place: Path, tmp_path: Path) -> None:
     """The second is refused before it reads a model, and the state of the first stays."""
     stopped(place, tmp_path, place / "dense")
     kept = files(tmp_path / "out.training")
-    with locked(tmp_path / "out", "output folder"), pytest.raises(LockedError, match="is being written by another"):
+    with (
+        lock_output(tmp_path / "out", "output folder"),
+        pytest.raises(LockedError, match="is being written by another"),
+    ):
         distill(tmp_path / "small", tmp_path / "no such teacher", lesson(place), tmp_path / "out")
     assert files(tmp_path / "out.training") == kept
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from llmcompress.data.builtin import _documented, builtin_documents, stdlib_documents, stdlib_text
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, given_tokens, held_out_count
-from llmcompress.data.text import read_documents, shuffled
+from llmcompress.data.text import read_documents, shuffle
 from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.recipe.calibration import Calibration
 from tests.tiny import tiny, tiny_tokenizer
@@ -121,8 +121,8 @@ def test_same_settings_same_hash_another_seed_another_order(jsonl: Callable[...,
 def test_shuffling_loses_nothing_and_small_buffers_shuffle_too() -> None:
     documents = [str(i) for i in range(50)]
     for buffer in (1, 7, 100):
-        assert sorted(map(str, shuffled(documents, 0, buffer)), key=int) == documents
-    assert list(shuffled(documents, 0, 7)) != documents
+        assert sorted(map(str, shuffle(documents, 0, buffer)), key=int) == documents
+    assert list(shuffle(documents, 0, 7)) != documents
 
 
 def test_standard_library_is_deterministic_and_its_test_part_is_disjoint() -> None:

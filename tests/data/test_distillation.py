@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from llmcompress.data.batch import Batch
 from llmcompress.data.calibration import calibration_tokens
-from llmcompress.data.chat import answered
+from llmcompress.data.chat import answer_tokens
 from llmcompress.data.distillation import PATIENCE, Data, read_data
-from llmcompress.data.packing import one_each, packed
+from llmcompress.data.packing import pack_documents, pad_documents
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.recipe.data import TextSource
 from tests.tiny import tiny_tokenizer
@@ -70,7 +70,7 @@ def read(path: Path, tokenizer: PreTrainedTokenizerFast | None = None, **more: A
 
 @pytest.mark.parametrize("chat", CHATS, ids=range(len(CHATS)))
 def test_answers_are_what_the_assistant_says(chat: list[tuple[str, str]]) -> None:
-    assert answered(messages(chat), tiny_tokenizer(), "here") == slow(chat)
+    assert answer_tokens(messages(chat), tiny_tokenizer(), "here") == slow(chat)
 
 
 def test_an_answer_without_an_ending_token_ends_with_its_text() -> None:
@@ -79,7 +79,7 @@ def test_an_answer_without_an_ending_token_ends_with_its_text() -> None:
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    ids, counted = answered(messages([("user", "a"), ("assistant", "b"), ("user", "c")]), tokenizer, "here")
+    ids, counted = answer_tokens(messages([("user", "a"), ("assistant", "b"), ("user", "c")]), tokenizer, "here")
     assert tokenizer.decode([token for token, counts in zip(ids, counted) if counts]) == "b\n"
 
 
@@ -87,7 +87,7 @@ def test_a_template_that_rewrites_what_precedes_is_refused() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ messages | length }}" + str(tokenizer.chat_template)
     with pytest.raises(InputError, match=r"^x, document 3: the chat template writes the messages before answer 2"):
-        answered(messages(CHATS[1]), tokenizer, "x, document 3")
+        answer_tokens(messages(CHATS[1]), tokenizer, "x, document 3")
 
 
 def test_a_chat_that_the_template_refuses_is_named() -> None:
@@ -95,7 +95,7 @@ def test_a_chat_that_the_template_refuses_is_named() -> None:
     refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     tokenizer.chat_template = refusal + str(tokenizer.chat_template)
     with pytest.raises(InputError, match=r"^x, document 3: the chat template refuses it \(no system\); leave"):
-        answered(messages(CHATS[0]), tokenizer, "x, document 3")
+        answer_tokens(messages(CHATS[0]), tokenizer, "x, document 3")
 
 
 def test_unpacked_chats_are_padded_and_their_answers_count(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_unpacked_chats_are_padded_and_their_answers_count(tmp_path: Path) -> No
     found = read(path, packing=False, length=50, samples=3)
     rows = [slow(CHATS[index]) for index in (0, 1, 3)]
     for row, (ids, counted) in enumerate(rows):
-        whole = Batch.joined([found.sequences, *found.held_out])
+        whole = Batch.join([found.sequences, *found.held_out])
         used = min(50, len(ids))
         assert whole.ids[row].tolist() == ids[:50] + [0] * (50 - used)
         assert whole.counted[row].tolist() == counted[:50] + [False] * (50 - used)
@@ -114,7 +114,7 @@ def test_unpacked_chats_are_padded_and_their_answers_count(tmp_path: Path) -> No
 def test_packed_chats_count_their_answers(tmp_path: Path) -> None:
     path = write(tmp_path / "chats.jsonl", [{"messages": messages(chat)} for chat in CHATS * 2])
     found = read(path, length=40, samples=5)
-    whole = Batch.joined([found.sequences, *found.held_out])
+    whole = Batch.join([found.sequences, *found.held_out])
     stream = [pair for chat in CHATS * 2 for pair in zip(*slow(chat))]
     rows = []
     while len(stream) >= 40:
@@ -207,7 +207,9 @@ def test_documents_keep_their_boundaries(bos: int | None) -> None:
     generator = torch.Generator().manual_seed(0)
     sizes = torch.randint(1, 30, (40,), generator=generator).tolist()
     documents = [torch.randint(0, 255, (size,), generator=generator).tolist() for size in sizes]
-    found = packed((iter([(ids, [True] * len(ids))]) for ids in documents), bos, 16, 1000, boundaries=True).sequences
+    found = pack_documents(
+        (iter([(ids, [True] * len(ids))]) for ids in documents), bos, 16, 1000, boundaries=True
+    ).sequences
     assert found.documents is not None
     restored: dict[int, list[int]] = {}
     for ids, counted, numbers in zip(found.ids.tolist(), found.counted.tolist(), found.documents.tolist()):
@@ -225,7 +227,7 @@ def test_documents_keep_their_boundaries(bos: int | None) -> None:
 
 def test_documents_too_short_to_learn_from_are_dropped() -> None:
     pieces = [[([1, 2, 3], [True] * 3)], [([], []), ([4], [True])], [([5, 6, 7, 8, 9, 10], [True] * 6)]]
-    found = one_each(map(iter, pieces), None, 4, 10)
+    found = pad_documents(map(iter, pieces), None, 4, 10)
     assert found.sequences.ids.tolist() == [[1, 2, 3, 0], [5, 6, 7, 8]] and (found.read, found.dropped) == (3, 1)
     assert found.sequences.counted.tolist() == [[False, True, True, False], [False, True, True, True]]
-    assert len(one_each(map(iter, pieces), BOS, 4, 10).sequences) == 3
+    assert len(pad_documents(map(iter, pieces), BOS, 4, 10).sequences) == 3

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from llmcompress.data import chat
 from llmcompress.data import text as texts
 from llmcompress.data.calibration import LONG_LINE, PIECE, CalibrationTokens, calibration_tokens, pieces
-from llmcompress.data.chat import rendered
-from llmcompress.data.text import file_notes, file_rows, read_documents, read_text, shuffled
+from llmcompress.data.chat import render_chat
+from llmcompress.data.text import file_notes, file_rows, read_documents, read_text, shuffle
 from llmcompress.errors import InputError
 from llmcompress.evaluation import perplexity
 from llmcompress.evaluation.perplexity import text_windows
@@ -88,7 +88,7 @@ def test_shuffling_holds_few_long_documents(monkeypatch: pytest.MonkeyPatch) -> 
             read.append(str(number))
             yield str(number) * 30
 
-    order = shuffled(source(), seed=0)
+    order = shuffle(source(), seed=0)
     first = next(order)
     assert len(read) <= 6
     assert len({first, *order}) == 50
@@ -181,21 +181,21 @@ def test_a_template_that_fails_is_a_sentence(template: str, reason: str) -> None
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(InputError, match="the row: the chat template refuses it") as caught:
-        rendered(CHAT, tokenizer, where="the row")
+        render_chat(CHAT, tokenizer, where="the row")
     assert reason in str(caught.value)
 
 
 def test_a_template_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ messages[0].content }}"
-    assert rendered(CHAT, tokenizer) == "Hi"
+    assert render_chat(CHAT, tokenizer) == "Hi"
     monkeypatch.setattr(chat, "SECONDS", 0.5)
     tokenizer.chat_template = LOOP
     with pytest.raises(InputError, match="it takes more than 0.5 seconds"):
-        rendered(CHAT, tokenizer)
+        render_chat(CHAT, tokenizer)
     monkeypatch.undo()
     tokenizer.chat_template = "{{ messages[0].content }}"
-    assert rendered(CHAT, tokenizer) == "Hi"
+    assert render_chat(CHAT, tokenizer) == "Hi"
 
 
 @pytest.mark.parametrize("prompt", [False, True])
@@ -207,7 +207,7 @@ def test_a_chat_is_rendered_as_transformers_does(prompt: bool) -> None:
     )
     chat = [{"role": "user", "content": " a\nb\r\n \U0001f600 \\ \" '"}, *CHAT, {"role": "tool", "content": ""}]
     expected = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
-    assert rendered(chat, tokenizer, prompt=prompt) == expected
+    assert render_chat(chat, tokenizer, prompt=prompt) == expected
 
 
 def judge(data: bytes, suffix: str, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 
 import llmcompress as lc
 from llmcompress.cli.distill import distilled_view
-from llmcompress.data.schedule import draw, normalized, quotas, reweighted
+from llmcompress.data.schedule import draw, normalize, quotas, reweight
 from llmcompress.distillation.run import distill
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.recipe.data import Mixture
@@ -48,16 +48,16 @@ def oracle(shares: list[float], student: list[float], teacher: list[float]) -> l
 def test_shares_follow_the_gap(seed: int) -> None:
     chance = random.Random(seed)
     count = chance.randint(1, 6)
-    shares = normalized([chance.uniform(0.1, 3) for _ in range(count)])
+    shares = normalize([chance.uniform(0.1, 3) for _ in range(count)])
     teacher = [chance.uniform(3, 50) for _ in range(count)]
     student = [value * chance.choice([1.0, 1.1, 2.5, 30.0]) for value in teacher]
-    found = reweighted(shares, student, teacher)
+    found = reweight(shares, student, teacher)
     assert found == pytest.approx(oracle(shares, student, teacher), rel=1e-12)
     assert math.isclose(sum(found), 1) and min(found) >= 0.5 / count
 
 
 def test_a_student_in_ruins_does_not_overflow() -> None:
-    assert reweighted([0.5, 0.5], [math.inf, 10.0], [10.0, 10.0]) == pytest.approx([0.75, 0.25], abs=1e-6)
+    assert reweight([0.5, 0.5], [math.inf, 10.0], [10.0, 10.0]) == pytest.approx([0.75, 0.25], abs=1e-6)
 
 
 def test_a_domain_has_its_share_of_the_steps() -> None:
@@ -249,4 +249,4 @@ def test_a_mixture_is_written_as_it_is_read(folders: Path, tmp_path: Path) -> No
     assert [domain.name for domain in again.data] == ["corn", "sea"]  # type: ignore[union-attr]
     (tmp_path / "one.yaml").write_text(dump(Distillation()))
     assert read_as(Distillation, tmp_path / "one.yaml").data == Distillation().data
-    assert torch.tensor(normalized([1, 3])).tolist() == [0.25, 0.75]
+    assert torch.tensor(normalize([1, 3])).tolist() == [0.25, 0.75]

@@ -85,7 +85,7 @@ def test_answers_are_those_of_a_loop_that_reads_everything_again(temperature: fl
     model.generation_config.repetition_penalty = 5.0  # its own settings must not bend what it says
     writer = answerer(model, temperature=temperature)
     for number, messages in asked(PROMPTS[:3]):
-        ids, draw = writer.rendered(messages), generate.generator(0, "answer", number)
+        ids, draw = writer.prompt_tokens(messages), generate.generator(0, "answer", number)
         start = len(ids)
         while len(ids) < start + 12 and (len(ids) == start or ids[-1] != END):
             with torch.no_grad():
@@ -131,7 +131,7 @@ def test_every_token_that_ends_a_text_ends_an_answer() -> None:
 )
 def test_answers_are_checked(text: str, end: bool, fault: str | None) -> None:
     ids = tiny_tokenizer()(text, add_special_tokens=False).input_ids
-    assert answerer().checked(ids + [END] * end) == Answer(text, fault)
+    assert answerer().judge(ids + [END] * end) == Answer(text, fault)
 
 
 def test_repetition_needs_length() -> None:
@@ -172,7 +172,7 @@ def test_answers_are_chats_with_their_origin(place: Path) -> None:
     assert done.prompts == 10 and done.answers == len(found) > 3 and done.references == 0
     assert done.dropped == 10 - len(found) == sum(done.faults.values()) > 0
     for line in found:
-        assert list(line) == ["id", "messages", "source", "checked", "generation"]
+        assert list(line) == ["id", "messages", "source", "judge", "generation"]
         assert [turn["role"] for turn in line["messages"]] == ["system", "user", "assistant"]
         assert line["source"] == "teacher" and line["checked"] and line["generation"] == done.generation
     assert {"model", "revision", "temperature", "top_p", "seed", "versions"} <= done.generation.keys()
@@ -193,7 +193,7 @@ def test_what_was_asked_for_is_answered(place: Path) -> None:
 
 
 def test_the_reference_takes_the_place_of_what_failed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Answerer, "checked", lambda self, ids: Answer("?", "empty"))
+    monkeypatch.setattr(Answerer, "judge", lambda self, ids: Answer("?", "empty"))
     done = answer(str(place / "model"), request(place, keep_reference=True), place / "out.jsonl")
     assert (done.answers, done.references, done.dropped, done.faults) == (0, 5, 5, {"empty": 10})
     found = [line["messages"][-1]["content"] for line in lines(place / "out.jsonl")]

@@ -71,13 +71,13 @@ def test_padding_is_read_by_nothing() -> None:
 
 
 def test_positions_and_targets() -> None:
-    batch = Batch.joined([packed((2, 3), 5), ragged((3,), 4)])
+    batch = Batch.join([packed((2, 3), 5), ragged((3,), 4)])
     assert batch.positions().tolist() == [[0, 1, 0, 1, 2], [0, 1, 2, 3, 0]]
     assert batch.counted.tolist() == [[False, True, False, True, True], [False, True, True, False, False]]
     assert batch.predicting.tolist() == [[True, False, True, True, False], [True, True, False, False, False]]
     assert batch.read.tolist() == [[True] * 5, [True, True, True, False, False]]
-    assert batch.targets == 5 and batch[1:].trimmed().ids.shape == (1, 3)
-    assert [len(part) for part in batch.split(1)] == [1, 1]
+    assert batch.targets == 5 and batch[1:].trim().ids.shape == (1, 3)
+    assert [len(part) for part in batch.chunks(1)] == [1, 1]
 
 
 def terms(*names: str) -> list[tuple[Term, Any]]:
@@ -98,7 +98,7 @@ def gradient(objective: Objective, parts: list[Batch], targets: int) -> tuple[Te
     total = torch.zeros((), dtype=torch.float64)
     objective.zero_grad()
     for part in parts:
-        loss, report = objective(part.trimmed(), weights)
+        loss, report = objective(part.trim(), weights)
         assert report.shape == (len(weights), 2) and float(report[0, 1]) == part.targets
         loss.backward()
         total += loss.detach()
@@ -112,7 +112,7 @@ def test_the_gradient_of_ragged_parts_is_that_of_one_batch(size: int) -> None:
     on_states = [(Term.model_validate({"of": one}), None) for one in states]
     objective = objective_of(student, teacher, terms("forward_kl", "cross_entropy", "taid") + on_states)
     batch = ragged()
-    whole, parts = (gradient(objective, batch.split(n), batch.targets) for n in (len(batch), size))
+    whole, parts = (gradient(objective, batch.chunks(n), batch.targets) for n in (len(batch), size))
     assert_close(parts[0], whole[0], rtol=1e-10, atol=0)
     assert_close(parts[1], whole[1], rtol=0, atol=1e-10)
 
@@ -120,8 +120,8 @@ def test_the_gradient_of_ragged_parts_is_that_of_one_batch(size: int) -> None:
 def test_the_gradient_is_that_of_all_targets_one_by_one() -> None:
     """Sum over targets of KL(teacher || student) / their number, documents alone and unpadded, by plain autograd."""
     student, teacher = tiny("llama", seed=1).double(), tiny("llama").double().requires_grad_(False)
-    batch = Batch.joined([packed(), ragged()])
-    total, found = gradient(objective_of(student, teacher, terms("forward_kl")), batch.split(3), batch.targets)
+    batch = Batch.join([packed(), ragged()])
+    total, found = gradient(objective_of(student, teacher, terms("forward_kl")), batch.chunks(3), batch.targets)
     alone = [packed().ids[:, 0:5], packed().ids[:, 6:12]]
     alone += [ragged().ids[row : row + 1, :length] for row, length in enumerate(LENGTHS) if length > 1]
     student.zero_grad()
@@ -155,7 +155,7 @@ def test_an_objective_in_which_nothing_counts_reaches_every_parameter() -> None:
     """So that wrappers of several processes, which wait for all of them, go on."""
     student, teacher = tiny("llama", seed=1), tiny("llama")
     batch = ragged()
-    empty = Batch(batch.ids, torch.zeros_like(batch.counted)).trimmed()
+    empty = Batch(batch.ids, torch.zeros_like(batch.counted)).trim()
     loss, report = objective_of(student, teacher, terms("forward_kl"))(empty, [10.0])
     loss.backward()
     assert loss.item() == 0 and not report.any()

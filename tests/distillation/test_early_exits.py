@@ -116,11 +116,11 @@ def test_micro_batches_add_up_to_one_batch(loss: str, size: int) -> None:
     terms = [FORWARD, {"of": {"loss": loss}, "exits": [1, 3], "weight": 0.5}]
     batch = ragged()
     if loss == "dad":  # its count is a sum of weights, the same at every exit
-        rows = [objective(student, teacher, *terms)(part, [1.0, 1.0])[1] for part in (batch, *batch.split(size))]
+        rows = [objective(student, teacher, *terms)(part, [1.0, 1.0])[1] for part in (batch, *batch.chunks(size))]
         assert_close(torch.stack(rows[1:]).sum(0), rows[0], **EXACT)
         return
     whole, parts = (
-        gradient(objective(student, teacher, *terms), batch.split(n), batch.targets) for n in (len(batch), size)
+        gradient(objective(student, teacher, *terms), batch.chunks(n), batch.targets) for n in (len(batch), size)
     )
     assert_close(parts[0], whole[0], rtol=1e-10, atol=0)
     assert_close(parts[1], whole[1], rtol=0, atol=1e-10)

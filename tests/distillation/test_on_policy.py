@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmcompress.data.batch import Batch
-from llmcompress.data.generate import NOTHING, continued, end_tokens
+from llmcompress.data.generate import NOTHING, continue_sequences, end_tokens
 from llmcompress.distillation import on_policy
 from llmcompress.distillation.controls import control_recipe
 from llmcompress.distillation.on_policy import prompts, rewritten, window
@@ -59,7 +59,7 @@ def slowly(model: PreTrainedModel, row: Tensor, kept: int, ends: set[int], tempe
 @pytest.mark.parametrize("ends", [set(), set(range(100))])
 def test_what_is_written_is_what_one_reads_token_by_token(temperature: float, ends: set[int]) -> None:
     model, batch, kept = tiny("llama").eval(), text(), torch.tensor([5, 9, 5, 23])
-    found = continued(model, batch.ids, kept, ends, temperature, seeds(4))
+    found = continue_sequences(model, batch.ids, kept, ends, temperature, seeds(4))
     for row in range(4):
         wanted = slowly(model, batch.ids[row], int(kept[row]), ends, temperature, f"row {row}")
         assert found[row].tolist() == wanted + [NOTHING] * (24 - len(wanted))
@@ -78,9 +78,9 @@ def test_many_sequences_are_written_in_parts(folders: Path, tmp_path: Path, monk
 
 def test_neighbours_change_nothing() -> None:
     model, batch, kept = tiny("llama").eval(), text(), torch.full((4,), 6)
-    whole = continued(model, batch.ids, kept, set(), 1.0, seeds(4))
+    whole = continue_sequences(model, batch.ids, kept, set(), 1.0, seeds(4))
     order = torch.tensor([2, 0])
-    some = continued(model, batch.ids[order], kept[order], set(), 1.0, ["row 2", "row 0"])
+    some = continue_sequences(model, batch.ids[order], kept[order], set(), 1.0, ["row 2", "row 0"])
     assert torch.equal(some, whole[order])
 
 

@@ -81,7 +81,7 @@ def test_the_gradient_goes_through_the_projection_and_to_it(width: int) -> None:
 def test_micro_batches_add_up_to_one_batch(size: int) -> None:
     student, teacher = pair()
     found, batch = objective(student, teacher, FORWARD, HIDDEN, EXITS), ragged()
-    whole, parts = (gradient(found, batch.split(n), batch.targets) for n in (len(batch), size))
+    whole, parts = (gradient(found, batch.chunks(n), batch.targets) for n in (len(batch), size))
     assert_close(parts[0], whole[0], rtol=1e-10, atol=0)
     assert_close(parts[1], whole[1], rtol=0, atol=1e-10)
 

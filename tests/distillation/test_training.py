@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
 from llmcompress.data import calibration
-from llmcompress.data.generate import Written, teacher_sequences
+from llmcompress.data.generate import TeacherText, teacher_sequences
 from llmcompress.data.schedule import rate, rows
 from llmcompress.distillation import train
 from llmcompress.distillation.context import TrainContext
@@ -113,7 +113,7 @@ def test_the_teacher_that_is_loaded_writes_the_text(
 ) -> None:
     writers = []
 
-    def written(model: PreTrainedModel, *rest: Any, **more: Any) -> Written:
+    def written(model: PreTrainedModel, *rest: Any, **more: Any) -> TeacherText:
         writers.append((model.dtype, model.config.name_or_path))
         return teacher_sequences(model, *rest, **more)
 

@@ -19,8 +19,8 @@ from llmcompress.errors import InputError
 from llmcompress.formats.compressed_tensors import converted, obstacle, shared_factors
 from llmcompress.formats.formats import export
 from llmcompress.methods.solvers.floats import LAYOUTS, nearest_floats
-from llmcompress.models.files.checkpoint import read_json
-from llmcompress.models.files.compressed import Opened
+from llmcompress.models.files.compressed import CompressedCheckpoint
+from llmcompress.models.files.reading import read_json
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Minifloat
 from tests.builders import compressed, correlated, gaussian, minifloat
@@ -135,7 +135,7 @@ def test_an_exported_model_has_every_value(folder: Path, tmp_path: Path) -> None
     config = read_json(tmp_path / "out" / "config.json")["quantization_config"]
     assert config["format"] == "mixed-precision"
     stored = load_file(tmp_path / "out" / "model.safetensors")
-    opened, checked = Opened(folder), 0
+    opened, checked = CompressedCheckpoint(folder), 0
     for group in config["config_groups"].values():
         for name in group["targets"]:
             tensors = {key.removeprefix(f"{name}."): v for key, v in stored.items() if key.startswith(f"{name}.")}
@@ -156,14 +156,14 @@ def test_matrices_that_read_the_same_input_have_one_factor(folder: Path, tmp_pat
 
 
 def projection(folder: Path, part: str) -> Minifloat:
-    w = Opened(folder).expression(f"model.layers.0.self_attn.{part}_proj")
+    w = CompressedCheckpoint(folder).expression(f"model.layers.0.self_attn.{part}_proj")
     assert isinstance(w, Minifloat)
     return w
 
 
 def test_factors_too_far_apart_are_refused_or_dense(folder: Path) -> None:
     name = "model.layers.0.self_attn.q_proj"
-    w, factor = projection(folder, "q"), shared_factors(Opened(folder))[name]
+    w, factor = projection(folder, "q"), shared_factors(CompressedCheckpoint(folder))[name]
     assert obstacle(w, factor) is None
     assert obstacle(w, factor * 2.0**14) is not None, "scales of e4m3 do not go down that far"
 

@@ -16,7 +16,7 @@ import llmcompress as lc
 from llmcompress.errors import InputError
 from llmcompress.formats.exl3 import packed_words
 from llmcompress.formats.formats import export
-from llmcompress.models.files.compressed import Opened
+from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.weight.expression import dense
 from tests.builders import seeded
 from tests.tiny import save_tiny
@@ -67,7 +67,7 @@ def test_a_file_decodes_to_our_weights_and_logits(tmp_path: Path) -> None:
     tensors: dict[str, np.ndarray] = {}
     for path in (tmp_path / "exl3").glob("*.safetensors"):
         tensors |= load_file(path)
-    opened = Opened(folder)
+    opened = CompressedCheckpoint(folder)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     for name, module in model.named_modules():
         if f"{name}.trellis" in tensors:

@@ -26,7 +26,7 @@ from llmcompress.formats.gguf.tensor_types import Inexact, exact_type, packed
 from llmcompress.formats.gguf.vocabulary import BYTES, PRE_TOKENIZERS, SPACE, Steps, read_vocabulary
 from llmcompress.formats.peft import without_term
 from llmcompress.models.dense.locate import locate
-from llmcompress.models.files.compressed import Opened
+from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Dense, Grid, LowRank, RotatedInputs, Sum, Weight, Zero
 from tests.builders import grid
@@ -220,7 +220,7 @@ def test_the_file_holds_the_same_matrices(family: str, tmp_path: Path) -> None:
     done = export(folder, tmp_path / "out", "gguf")
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
     lora = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out" / "lora.gguf").tensors}
-    opened = Opened(folder)
+    opened = CompressedCheckpoint(folder)
 
     def restored(name: str, values: Tensor) -> Tensor:
         """llama.cpp has neighbours where transformers has the halves of a head."""
@@ -297,7 +297,7 @@ def test_what_gguf_cannot_hold_is_refused_or_dense(tmp_path: Path) -> None:
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
     assert "output.weight" not in found and found["token_embd.weight"].tensor_type.name == "BF16"
     assert not (tmp_path / "out" / "lora.gguf").exists(), "the terms are in the matrices that became dense"
-    expected = dense(Opened(folder).expression("model.layers.0.self_attn.v_proj")).bfloat16().float()
+    expected = dense(CompressedCheckpoint(folder).expression("model.layers.0.self_attn.v_proj")).bfloat16().float()
     tensor = found["blk.0.attn_v.weight"]
     assert torch.equal(torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type)), expected)
 
@@ -621,7 +621,7 @@ def test_experts_are_stacked_value_for_value(rules: dict[str, dict[str, Any]], t
     source = tiny_llama(tmp_path / "dense", "qwen3_moe", head_dim=32, **MIXTURE)
     folder = compressed(source, tmp_path / "small", *((match, [step]) for match, step in rules.items()))
     exported = export(folder, tmp_path / "out", "gguf", allow_dense=True)
-    opened, found = Opened(folder), gguf.GGUFReader(tmp_path / "out" / "model.gguf")
+    opened, found = CompressedCheckpoint(folder), gguf.GGUFReader(tmp_path / "out" / "model.gguf")
     tensors = {tensor.name: tensor for tensor in found.tensors}
     for leaf in ("gate", "up", "down"):
         tensor = tensors[f"blk.1.ffn_{leaf}_exps.weight"]

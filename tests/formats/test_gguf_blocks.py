@@ -27,7 +27,7 @@ from llmcompress.formats.gguf.write import file_type
 from llmcompress.methods.grids import gguf as method
 from llmcompress.methods.layer import relative_error
 from llmcompress.methods.solvers.floats import LAYOUTS, nearest_floats
-from llmcompress.models.files.compressed import Opened
+from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Dense, Grid, LowRank, Sum, Weight
 from tests.builders import compressed, correlated, gaussian, grid, moments, seeded
@@ -231,7 +231,7 @@ def test_what_no_type_holds_is_rounded_where_that_is_asked_for(tmp_path: Any) ->
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
     tensor, layer = tensors["blk.1.ffn_down.weight"], "model.layers.1.mlp.down_proj"
     values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-    expected = dense(Opened(small).expression(layer))
+    expected = dense(CompressedCheckpoint(small).expression(layer))
     assert float((values - expected).norm() / expected.norm()) < 0.006
     with pytest.raises(RecipeError, match="nothing is rounded to 'Q9_0' here; choose one of Q4_0, Q5_0, Q8_0"):
         export(small, tmp_path / "other", "gguf", round_to="Q9_0")

@@ -16,7 +16,7 @@ import llmcompress as lc
 from llmcompress.errors import InputError
 from llmcompress.formats.engine_configs import MLX
 from llmcompress.formats.formats import export
-from llmcompress.models.files.compressed import Opened
+from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.weight.expression import dense
 from tests.formats.test_gguf_families import CASES, GEMMA, LINEAR, PLAIN, YARN, every
 from tests.tiny import save_tiny
@@ -81,7 +81,7 @@ def test_every_grid_is_read_by_the_documented_packing(tmp_path: Path) -> None:
         tensors |= load_file(path)
     common = {key: value for key, value in forms.items() if not isinstance(value, dict)}
     assert common == {"group_size": 32, "bits": 4}
-    opened = Opened(folder)
+    opened = CompressedCheckpoint(folder)
     assert "model.embed_tokens" in opened.layouts
     for layer in opened.layouts:
         expected = dense(opened.expression(layer)).numpy()
@@ -125,7 +125,7 @@ def test_mlx_computes_our_logits(family: str, tied: bool, tmp_path: Path) -> Non
     model, _ = load_model(tmp_path / "mlx")
     table = model.model.embed_tokens
     numbers = mx.dequantize(table.weight, table.scales, table.biases, table.group_size, table.bits)
-    expected = dense(Opened(folder).expression("model.embed_tokens")).numpy()
+    expected = dense(CompressedCheckpoint(folder).expression("model.embed_tokens")).numpy()
     assert np.linalg.norm(np.array(numbers) - expected) < 1e-3 * np.linalg.norm(expected)
     found = np.array(model(mx.array(IDS.numpy())).astype(mx.float32))
     with torch.no_grad():

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import llmcompress as lc
 from llmcompress.errors import InputError
 from llmcompress.formats.vllm.plugin import register
-from llmcompress.models.files.compressed import Opened
+from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.weight.expression import dense
 from tests.formats import vllm_stand_in as vllm
 from tests.rules.source_tree import ROOT
@@ -49,7 +49,7 @@ def config(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     registered = vllm.install(monkeypatch)
     register()
     register()  # vLLM may do so in some processes
-    entries = Opened(folder)
+    entries = CompressedCheckpoint(folder)
     assert list(registered) == ["llmcompress"]
     made = registered["llmcompress"](entries.layouts)
     made.packed_modules_mapping = FUSED
@@ -58,7 +58,7 @@ def config(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def test_config_json_is_read(folder: Path, config: Any) -> None:
-    from llmcompress.models.files.checkpoint import read_json
+    from llmcompress.models.files.reading import read_json
 
     entries = read_json(folder / "config.json")["quantization_config"]
     read = type(config).from_config(entries)
@@ -70,7 +70,7 @@ def test_config_json_is_read(folder: Path, config: Any) -> None:
 
 
 def test_fused_linears_multiply_as_their_parts(folder: Path, config: Any) -> None:
-    opened = Opened(folder)
+    opened = CompressedCheckpoint(folder)
     x = torch.randn(5, 32)
     for parent, fused, sizes in (("self_attn", "qkv_proj", [32, 16, 16]), ("mlp", "gate_up_proj", [48, 48])):
         layer = vllm.LinearBase(32, sizes, config, f"model.layers.0.{parent}.{fused}")
@@ -93,7 +93,7 @@ def test_a_linear_that_is_not_compressed_is_left_to_vllm(config: Any) -> None:
 
 @pytest.mark.parametrize("prefix", ["model.embed_tokens", ""])  # some of vLLM's models give no name
 def test_tables_look_up_rows_and_serve_a_tied_head(folder: Path, config: Any, prefix: str) -> None:
-    opened = Opened(folder)
+    opened = CompressedCheckpoint(folder)
     table, head = vllm.VocabParallelEmbedding(264, 32, config, prefix), vllm.ParallelLMHead(264, 32, config, "lm_head")
     if "model.embed_tokens" not in opened.layouts:
         assert {type(table.quant_method).__name__, type(head.quant_method).__name__} == {
@@ -121,7 +121,7 @@ def test_what_cannot_be_loaded_is_said(folder: Path, config: Any) -> None:
     with pytest.raises(InputError, match="vLLM fuses model.layers.0.mlp.gate_proj into model.layers.0.mlp, which"):
         config.get_quant_method(torch.nn.Identity(), "model.layers.0.mlp")
     layer = vllm.LinearBase(32, [32], config, name)
-    stored = Opened(folder).read(f"{name}.weight")
+    stored = CompressedCheckpoint(folder).read(f"{name}.weight")
     with pytest.raises(InputError, match="part 0 of .*o_proj is torch.uint8 .* in the file, not the"):
         vllm.load(layer, "weight", stored[:-8])
     with pytest.raises(InputError, match="part 0 of .*o_proj is torch.float32"):

@@ -20,7 +20,7 @@ from vllm.distributed import init_distributed_environment, initialize_model_para
 from vllm.model_executor.layers.quantization import get_quantization_config
 
 from llmcompress.formats.vllm.plugin import register
-from llmcompress.models.files.checkpoint import read_json
+from llmcompress.models.files.reading import read_json
 
 
 class Attention(nn.Module):

@@ -18,7 +18,7 @@ from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.score import score
 from llmcompress.models.files import tensor_files as merge
 from llmcompress.models.files.checkpoint import MANIFEST
-from llmcompress.models.files.identity import bound
+from llmcompress.models.files.identity import read_binding
 from llmcompress.models.files.integrity import SINGLE
 from llmcompress.models.files.tensor_files import shard_files
 from tests.tiers import tiered
@@ -123,7 +123,7 @@ def test_what_transformers_saves_is_bound_again(family: str, tmp_path: Path) -> 
         assert torch.equal(again(ids).logits, model(ids).logits)
     again.save_pretrained(tmp_path / "twice")  # type: ignore[operator]
     loaded(tmp_path / "twice")
-    entries = [bound(path) for path in shard_files(tmp_path / "saved")]
+    entries = [read_binding(path) for path in shard_files(tmp_path / "saved")]
     assert len(entries) > 1 and "config" in entries[0] and all(entry == entries[0] for entry in entries)
     with pytest.raises(InputError, match=r"config\.json"):
         loaded(edited(tmp_path / "saved", tmp_path / "edited", {"initializer_range": 0.5}))
@@ -135,5 +135,5 @@ def test_files_of_earlier_versions_load(siblings: tuple[Path, Path], tmp_path: P
     model = loaded(siblings[0])
     model.save_pretrained(folder)  # type: ignore[operator]
     path = unbound(folder) / SINGLE
-    assert bound(path) == {}
+    assert read_binding(path) == {}
     loaded(folder)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
 from llmcompress.errors import InputError, NumericsError
-from llmcompress.models.dense.experts import experts_of, fused, unfuse
+from llmcompress.models.dense.experts import experts_of, fuse_experts, unfuse
 from llmcompress.models.dense.model import resolve
 from tests.tiers import tiered
 from tests.zoo import MIXTURES, expert_slices, save_zoo, zoo
@@ -63,7 +63,7 @@ def test_every_expert_is_a_piece_of_the_parameters_and_they_are_made_of_the_piec
     again = {
         f"{path}.{leaf}": value
         for path, experts in experts_of(model).items()
-        for leaf, value in fused(experts, experts.state_dict().__getitem__).items()
+        for leaf, value in fuse_experts(experts, experts.state_dict().__getitem__).items()
     }
     assert again.keys() == before.keys() - after.keys()
     assert all(torch.equal(value, before[name]) for name, value in again.items())

@@ -29,9 +29,9 @@ from llmcompress.models.dense.locate import Place
 from llmcompress.models.dense.model import open_source
 from llmcompress.models.files import tensor_files
 from llmcompress.models.files.checkpoint import MANIFEST, manifest
-from llmcompress.models.files.compressed import Opened
+from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.models.files.integrity import INDEX, SINGLE, weight_files, weight_map
-from llmcompress.models.files.reading import MOST_HEADER, MOST_JSON, open_tensors, read_object
+from llmcompress.models.files.reading import MOST_HEADER, MOST_JSON, open_tensors, read_json
 from llmcompress.models.transformers.hf_quantizer import LLMCompressConfig
 from tests.mutations import changed, places, values
 from tests.tiny import save_tiny
@@ -77,7 +77,7 @@ def by_us(folder: Path) -> None:
 
 
 def opened(folder: Path) -> None:
-    found = Opened(folder)
+    found = CompressedCheckpoint(folder)
     for name in found.layouts:
         found.expression(name)
 
@@ -203,7 +203,7 @@ def test_a_json_file_of_any_size_is_not_read(tmp_path: Path) -> None:
     path.touch()
     os.truncate(path, MOST_JSON + 1)  # sparse
     with pytest.raises(ValueError, match="more than 64 MiB"):
-        read_object(path)
+        read_json(path)
 
 
 # --- headers of weight files ----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from llmcompress.models.files.checkpoint import writing
+from llmcompress.models.files.checkpoint import write_checkpoint
 from llmcompress.models.transformers.hf_quantizer import table_entry
 from llmcompress.weight.modules import Layout, pack_weight, payload_texts
 from llmcompress.weight.nodes import Grid
@@ -40,7 +40,7 @@ def write_large(folder: Path) -> int:
     sizes = {name: tuple(m.weight.shape) for name, m in model.model.named_modules() if name.endswith("_proj")}
     grids = {size: pack_weight(grid(*size)) for size in sorted(set(sizes.values()))}  # one for all of a size
     layouts: dict[str, Layout] = {}
-    with writing(folder) as writer:
+    with write_checkpoint(folder) as writer:
         for block in range(DEPTH):
             inside = {f"model.{n}": grids[size] for n, size in sizes.items() if n.startswith(f"layers.{block}.")}
             layouts |= {name: layout for name, (layout, _) in inside.items()}

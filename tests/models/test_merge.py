@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from llmcompress.errors import InputError
 from llmcompress.models.files import tensor_files as merge
 from llmcompress.models.files.checkpoint import Writer
-from llmcompress.models.files.identity import bound
+from llmcompress.models.files.identity import read_binding
 from llmcompress.models.files.integrity import BINDING, DIGESTS, INDEX, SINGLE, digest
-from llmcompress.models.files.tensor_files import merged, part_file, shard_files, write_tensors
+from llmcompress.models.files.tensor_files import merge_parts, part_file, shard_files, write_tensors
 
 DTYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.int64, torch.bool, torch.float16)
 
@@ -59,7 +59,7 @@ def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> boo
 def test_shards_hold_every_tensor(size: int, files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge, "SHARD", size)
     wanted = write(tmp_path / "a")
-    found = merged(tmp_path / "a", tmp_path / "mark", {"config": "x"})
+    found = merge_parts(tmp_path / "a", tmp_path / "mark", {"config": "x"})
     assert same(read(tmp_path / "a"), wanted) and not list((tmp_path / "a").glob("part*"))
     assert (len(found) == 1) == (files == 1) and (found[0].name == SINGLE) == (files == 1)
     for path in found:
@@ -67,7 +67,7 @@ def test_shards_hold_every_tensor(size: int, files: int, tmp_path: Path, monkeyp
             metadata, names = file.metadata(), list(file.keys())
         digests = json.loads(metadata[DIGESTS])
         assert digests == {name: digest(wanted[name]) for name in names} and metadata["format"] == "pt"
-        assert bound(path) == bound(found[0]) and json.loads(metadata[BINDING])["config"] == "x"
+        assert read_binding(path) == read_binding(found[0]) and json.loads(metadata[BINDING])["config"] == "x"
         if len(names) > 1:
             assert sum(wanted[name].nbytes for name in names) <= size
 
@@ -77,7 +77,7 @@ def test_an_interrupted_merge_is_resumed(size: int, tmp_path: Path, monkeypatch:
     """At every call that changes the disk: while headers are made, within a copy, between a copy and the removal."""
     monkeypatch.setattr(merge, "SHARD", size)
     write(tmp_path / "whole")
-    wanted = {path.name: path.read_bytes() for path in merged(tmp_path / "whole", tmp_path / "mark0")}
+    wanted = {path.name: path.read_bytes() for path in merge_parts(tmp_path / "whole", tmp_path / "mark0")}
     fsync, copy = merge.os.fsync, merge._copy
     for end in range(200):
         folder, mark, calls = tmp_path / f"cut{end}", tmp_path / f"mark{end + 1}", [0]
@@ -93,11 +93,11 @@ def test_an_interrupted_merge_is_resumed(size: int, tmp_path: Path, monkeypatch:
             patch.setattr(merge.os, "fsync", lambda *given, counted=counted: counted(fsync, *given))
             patch.setattr(merge, "_copy", lambda *given, counted=counted: counted(copy, *given))
             try:
-                merged(folder, mark)
+                merge_parts(folder, mark)
                 interrupted = False
             except Cut:
                 interrupted = True
-        merged(folder, mark)
+        merge_parts(folder, mark)
         assert {path.name: path.read_bytes() for path in shard_files(folder)} == wanted, f"cut at {end}"
         if not interrupted:
             break
@@ -115,7 +115,7 @@ def test_the_disk_holds_one_part_twice_at_most(tmp_path: Path, monkeypatch: pyte
         move(part, *given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(merge, "_move", watched)
-    merged(tmp_path / "a", tmp_path / "mark")
+    merge_parts(tmp_path / "a", tmp_path / "mark")
     assert len(seen) == len(sizes) and seen == sorted(seen, reverse=True) and seen[-1] < seen[0]
 
 
@@ -137,7 +137,7 @@ def test_a_part_that_ends_early_is_no_shard(tmp_path: Path) -> None:
     path = part_file(tmp_path / "a", 3)
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(OSError, match="bytes early"):
-        merged(tmp_path / "a", tmp_path / "mark")
+        merge_parts(tmp_path / "a", tmp_path / "mark")
 
 
 def test_a_damaged_binding_is_a_sentence(tmp_path: Path) -> None:
@@ -145,4 +145,4 @@ def test_a_damaged_binding_is_a_sentence(tmp_path: Path) -> None:
 
     save_file({"w": torch.ones(3)}, tmp_path / SINGLE, metadata={BINDING: "[1]"})
     with pytest.raises(InputError, match="is damaged"):
-        bound(tmp_path / SINGLE)
+        read_binding(tmp_path / SINGLE)

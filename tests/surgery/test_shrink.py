@@ -14,7 +14,7 @@ import llmcompress as lc
 from llmcompress.cli.app import app
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.formats.hub import push
-from llmcompress.models.files.compressed import Opened
+from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.reporting.quality_limits import PENDING
 from llmcompress.surgery.shrink import shrink
 from llmcompress.weight.expression import bits, dense
@@ -79,7 +79,7 @@ def logits(folder: Path, config: Any = None) -> torch.Tensor:
 
 def test_a_smaller_size_loads_and_is_counted(large: Path, tmp_path: Path) -> None:
     done = shrink(large, 2, tmp_path / "small")
-    opened, before = Opened(tmp_path / "small"), Opened(large)
+    opened, before = CompressedCheckpoint(tmp_path / "small"), CompressedCheckpoint(large)
     assert done.terms == len(opened.layouts) and done.bytes_after == opened.bytes < done.bytes_before
     for name in opened.layouts:
         torch.testing.assert_close(dense(opened.expression(name)), dense(truncate_low_rank(before.expression(name), 2)))
@@ -102,10 +102,14 @@ def test_a_model_is_loaded_at_a_smaller_size(large: Path, tmp_path: Path) -> Non
     assert torch.equal(logits(large, config), logits(tmp_path / "small"))
     AutoModelForCausalLM.from_pretrained(large, config=config).save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(tmp_path / "saved"), logits(tmp_path / "small"))
-    assert Opened(tmp_path / "saved").bytes == pytest.approx(Opened(tmp_path / "small").bytes, rel=0.02)
+    assert CompressedCheckpoint(tmp_path / "saved").bytes == pytest.approx(
+        CompressedCheckpoint(tmp_path / "small").bytes, rel=0.02
+    )
     headed = AutoModelForSequenceClassification.from_pretrained(large, config=config)
     up = headed.model.layers[0].mlp.up_proj.expression()
-    torch.testing.assert_close(dense(up), dense(Opened(tmp_path / "small").expression("model.layers.0.mlp.up_proj")))
+    torch.testing.assert_close(
+        dense(up), dense(CompressedCheckpoint(tmp_path / "small").expression("model.layers.0.mlp.up_proj"))
+    )
     for rank, said in ((-1, "no number of components"), (True, "no number of components")):
         config.quantization_config["rank"] = rank
         with pytest.raises(InputError, match=said):
@@ -116,8 +120,8 @@ def test_a_model_is_loaded_at_a_smaller_size(large: Path, tmp_path: Path) -> Non
 def test_first_components_are_nearly_the_best_term_of_their_rank(large: Path, tmp_path: Path) -> None:
     steps = [{"method": "rotate"}, {"method": "rtn", "bits": 2}, {"method": "eora", "rank": 2, "factor_bits": 4}]
     recipe = {"version": 1, "calibration": {"samples": 4, "length": 32}, "rules": [{"match": "*", "steps": steps}]}
-    own = Opened(lc.compress(large.parent / "dense", recipe, tmp_path / "own").folder)
-    first = Opened(large)
+    own = CompressedCheckpoint(lc.compress(large.parent / "dense", recipe, tmp_path / "own").folder)
+    first = CompressedCheckpoint(large)
     exact = dict(AutoModelForCausalLM.from_pretrained(large.parent / "dense").named_parameters())
     for name in first.layouts:
         weight = exact[f"{name}.weight"].detach().float()

@@ -14,9 +14,10 @@ from llmcompress.models.dense.config import MODEL, needs_code, public_entries
 from llmcompress.models.dense.load import own_sizes
 from llmcompress.models.dense.locate import Place
 from llmcompress.models.dense.model import DenseModel, open_source
-from llmcompress.models.files.checkpoint import PART, Writer, read_json
-from llmcompress.models.files.compressed import Opened
+from llmcompress.models.files.checkpoint import PART, Writer
+from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.models.files.integrity import digest
+from llmcompress.models.files.reading import read_json
 from llmcompress.models.files.tensor_files import shards
 from llmcompress.models.transformers.hf_quantizer import NAME, table_entry
 from llmcompress.runtime.facts import versions
@@ -58,13 +59,13 @@ def open_folder(place: Place) -> StudentFolder:
         kind = None
     if kind != NAME or own_sizes(entries):
         return Plain(open_source(place))
-    return CompressedStudent(Opened(place.folder, place.trust_remote_code))
+    return CompressedStudent(CompressedCheckpoint(place.folder, place.trust_remote_code))
 
 
 class CompressedStudent:
     """A checkpoint that `compress` wrote: `store` writes the same expressions at the same bytes."""
 
-    def __init__(self, opened: Opened) -> None:
+    def __init__(self, opened: CompressedCheckpoint) -> None:
         self.opened, self.folder, self.bytes = opened, opened.folder, opened.bytes
         self.digests, self.layouts = opened.digests, opened.stored_layouts
 

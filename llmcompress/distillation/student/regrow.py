@@ -99,8 +99,8 @@ def input_norms(
     `text`."""
     norms: dict[str, Tensor] = {}
     with decoded(model), autocast(), _watched(model, names, norms):
-        for part in text[:SEQUENCES].split(1):
-            batch = part.trimmed().to(next(model.parameters()).device)
+        for part in text[:SEQUENCES].chunks(1):
+            batch = part.trim().to(next(model.parameters()).device)
             hidden_states(model, batch)
     return norms
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from llmcompress.data.batch import Batch
 from llmcompress.distillation.teacher.top_k import Likeliest
 from llmcompress.errors import DiskError, InputError, NumericsError, Termination
-from llmcompress.models.files.output import check_writable, claim, locked, sync
+from llmcompress.models.files.output import check_writable, claim_folder, lock_output, sync
 from llmcompress.models.files.store import Store
 from llmcompress.runtime.signals import stop_requests
 
@@ -91,7 +91,7 @@ def write_cache(folder: Path, origin: CacheOrigin, counted: Tensor, logits: Logi
     if folder.exists():
         _done(_store(folder, origin))
         return
-    with locked(folder, "folder") as staged:
+    with lock_output(folder, "folder") as staged:
         try:
             _write(staged, folder, origin, counted, logits, vocabulary)
             staged.rename(folder)
@@ -104,7 +104,7 @@ def _write(staged: Path, folder: Path, origin: CacheOrigin, counted: Tensor, log
     """Write all chunks that are not in `staged` yet."""
     store, record = _store(staged, origin), record_type(min(origin.k, vocabulary), vocabulary)
     done = 0 if store.path(DONE) is None else int(_done(store)["sequences"])
-    claim(staged)
+    claim_folder(staged)
     check_writable(folder, int(counted[done:].sum()) * record.itemsize)
     size = max(1, CHUNK // counted.shape[1])
     with stop_requests() as stopping, _opened(staged / RECORDS, record, counted, done) as file:

@@ -54,8 +54,8 @@ class RememberedTeacher(nn.Module):
         self.config = model.config
         self.linear = cast(nn.Module, model.get_output_embeddings())
         self.hidden: dict[bytes, Tensor] = {}
-        for batch in chain.from_iterable(each.split(1) for each in sequences):
-            one = batch.trimmed()
+        for batch in chain.from_iterable(each.chunks(1) for each in sequences):
+            one = batch.trim()
             with torch.no_grad():
                 states = hidden_states(model, one.to(model.device))
             self.hidden[_name(one.ids, None if one.documents is None else one.positions())] = states
@@ -138,7 +138,7 @@ class _Logits:
     @torch.no_grad()
     def __call__(self, rows: slice) -> Iterator[Tensor]:
         """Yield logits, as many tokens at once as LOGITS allows."""
-        batch = self.sequences[rows].trimmed().to(self.model.device)
+        batch = self.sequences[rows].trim().to(self.model.device)
         hidden, head = hidden_states(self.model, batch)[batch.predicting], head_of(self.model)
         for part in hidden.split(max(1, LOGITS // self.vocabulary)):
             yield head(part)
@@ -155,8 +155,8 @@ def measured_bias(run: TrainContext, k: int) -> dict[str, float]:
     models = (run.teacher, run.student.model)
     with run.autocast(), decoded(run.teacher), decoded(run.student.model):
         heads = [head_of(model) for model in models]
-        for one in chain.from_iterable(part.split(1) for part in run.data.held_out):
-            batch = one.trimmed().to(run.accelerator.device)
+        for one in chain.from_iterable(part.chunks(1) for part in run.data.held_out):
+            batch = one.trim().to(run.accelerator.device)
             hidden = [hidden_states(model, batch)[batch.predicting].split(POSITIONS) for model in models]
             targets = batch.ids[batch.counted].split(POSITIONS)
             for wanted, given, here in zip(*hidden, targets, strict=True):

@@ -35,10 +35,10 @@ from llmcompress.formats.gguf.tensor_types import (
 from llmcompress.formats.gguf.vocabulary import read_vocabulary
 from llmcompress.formats.peft import without_term
 from llmcompress.models.dense.experts import experts_of
-from llmcompress.models.dense.skeleton import described, transposed_linears
+from llmcompress.models.dense.skeleton import folder_skeleton, transposed_linears
 from llmcompress.models.files import file_names
-from llmcompress.models.files.checkpoint import writing
-from llmcompress.models.files.compressed import Opened
+from llmcompress.models.files.checkpoint import write_checkpoint
+from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.reporting import report
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import LIKE
@@ -91,7 +91,9 @@ class FilePlan:
         return weights.most_common(1)[0][0]
 
 
-def to_gguf(opened: Opened, output: Path, allow_dense: bool = False, round_to: str | None = None) -> Exported:
+def to_gguf(
+    opened: CompressedCheckpoint, output: Path, allow_dense: bool = False, round_to: str | None = None
+) -> Exported:
     """Write grids value for value; others are rounded to the type `round_to`, to bfloat16, or raise InputError."""
     if round_to is not None and round_to not in ROUNDED:
         raise RecipeError(f"nothing is rounded to {round_to!r} here; choose one of {', '.join(ROUNDED)}")
@@ -102,7 +104,7 @@ def to_gguf(opened: Opened, output: Path, allow_dense: bool = False, round_to: s
     folder = opened.folder
     model = gguf_model(folder, opened.config)
     vocabulary = read_vocabulary(folder, model.config.vocab_size, opened.config)
-    with writing(output, opened.dense_bytes) as staged:
+    with write_checkpoint(output, opened.dense_bytes) as staged:
         plan = planned(opened, model, Fallbacks(allow_dense, ROUNDED[round_to] if round_to else None))
         writer = GGUFWriter(staged.folder / MODEL, model.architecture)
         _introduce(writer, folder, plan.mostly)
@@ -161,7 +163,7 @@ class Fallbacks:
         return Dense(values.to(torch.bfloat16)), FLOATS["BF16"], "bfloat16"
 
 
-def planned(opened: Opened, model: GGUFModel, fallbacks: Fallbacks) -> FilePlan:
+def planned(opened: CompressedCheckpoint, model: GGUFModel, fallbacks: Fallbacks) -> FilePlan:
     """The type of every tensor. Raises InputError for what GGUF cannot hold, unless it may be rounded."""
     plan = FilePlan()
     transposed = transposed_linears(opened.folder)
@@ -182,10 +184,10 @@ def planned(opened: Opened, model: GGUFModel, fallbacks: Fallbacks) -> FilePlan:
     return plan
 
 
-def stacked(opened: Opened) -> dict[str, list[str]]:
+def stacked(opened: CompressedCheckpoint) -> dict[str, list[str]]:
     """Return the matrices of experts that are one tensor in GGUF, in order: by their common name, without a number."""
     found: dict[str, list[str]] = {}
-    experts = experts_of(described(opened.folder, trust_remote_code=opened.trust_remote_code))
+    experts = experts_of(folder_skeleton(opened.folder, trust_remote_code=opened.trust_remote_code))
     for path, each in experts.items():
         for number, expert in enumerate(each):
             for leaf, _ in expert.named_children():
@@ -193,7 +195,9 @@ def stacked(opened: Opened) -> dict[str, list[str]]:
     return found
 
 
-def _place_stack(plan: FilePlan, opened: Opened, name: str, layers: list[str], fallbacks: Fallbacks) -> None:
+def _place_stack(
+    plan: FilePlan, opened: CompressedCheckpoint, name: str, layers: list[str], fallbacks: Fallbacks
+) -> None:
     """Put a tensor `[experts, out, in]` last: in the type that holds all of them, else each rounded to one type."""
     reads: list[Callable[[], Weight]] = [partial(_matrix, opened, layer) for layer in layers]
     try:
@@ -210,12 +214,12 @@ def _place_stack(plan: FilePlan, opened: Opened, name: str, layers: list[str], f
     plan.tensors.append(Placed(name, (len(layers), *shape(_matrix(opened, layers[0]))), kind, tuple(reads)))
 
 
-def _matrix(opened: Opened, layer: str) -> Weight:
+def _matrix(opened: CompressedCheckpoint, layer: str) -> Weight:
     """Read a matrix that may be compressed."""
     return opened.expression(layer) if layer in opened.layouts else Dense(opened.read(f"{layer}.weight"))
 
 
-def _place_layer(plan: FilePlan, opened: Opened, layer: str, name: str, fallbacks: Fallbacks) -> None:
+def _place_layer(plan: FilePlan, opened: CompressedCheckpoint, layer: str, name: str, fallbacks: Fallbacks) -> None:
     """A compressed matrix: its base and its low-rank term where the base fits, else the whole, rounded."""
     whole = opened.expression(layer)
     base, term = without_term(whole) if name != TABLE else (whole, None)  # llama.cpp reads A and B of a table otherwise
@@ -233,17 +237,17 @@ def _place_layer(plan: FilePlan, opened: Opened, layer: str, name: str, fallback
         plan.factors[name] = term
 
 
-def _stored(opened: Opened, model: GGUFModel, tensor: str, transposed: bool) -> Weight:
+def _stored(opened: CompressedCheckpoint, model: GGUFModel, tensor: str, transposed: bool) -> Weight:
     """Read a tensor that was never compressed, as it is in GGUF."""
     values = model.stored(model.name(tensor), opened.read(tensor))
     return Dense(values.T.contiguous() if transposed else values)
 
 
-def _base(opened: Opened, layer: str) -> Weight:
+def _base(opened: CompressedCheckpoint, layer: str) -> Weight:
     return without_term(opened.expression(layer))[0]
 
 
-def _rounded(opened: Opened, layer: str, kind: TensorType) -> Weight:
+def _rounded(opened: CompressedCheckpoint, layer: str, kind: TensorType) -> Weight:
     values = dense(_matrix(opened, layer))
     return nearest(values, kind) if kind.pack else Dense(values.to(torch.bfloat16))
 

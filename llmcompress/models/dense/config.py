@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError, first_line
-from llmcompress.models.files.reading import read_object
+from llmcompress.models.files.reading import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -85,7 +85,7 @@ def _checked(folder: Path, config: str, what: str, trust_remote_code: bool) -> b
 
 def _entries(path: Path) -> dict[str, Any]:
     try:
-        return read_object(path)
+        return read_json(path)
     except (OSError, ValueError):
         return {}
 
@@ -179,7 +179,7 @@ def read_entries(path: Path, folder: Path) -> dict[str, Any]:
             else f"{folder} has no {path.name}; give a folder with a Hugging Face model"
         )
     try:
-        return read_object(path)
+        return read_json(path)
     except (ValueError, OSError) as error:
         raise InputError(f"{path} is not readable JSON ({reason(error)}); download it again") from error
 

@@ -169,7 +169,7 @@ def unfuse(model: nn.Module) -> None:
             setattr(model.get_submodule(parent), leaf, _unfused(module, form))
 
 
-def fused(experts: Experts, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+def fuse_experts(experts: Experts, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
     """Return the parameters of the fused module that `experts` stand for, by leaf name; `read` gives their tensors by
     name, `3.gate_proj.weight` for one."""
     form, numbers = experts.form, range(experts.num_experts)

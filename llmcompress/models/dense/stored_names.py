@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError
-from llmcompress.models.dense.experts import DOWN, FUSED_PAIR, GATE, UP, Experts, experts_of, fused
+from llmcompress.models.dense.experts import DOWN, FUSED_PAIR, GATE, UP, Experts, experts_of, fuse_experts
 from llmcompress.models.dense.headers import Header, Piece
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ CODES, SCALES = "_blocks", "_scales"  # ends of the names of experts in MXFP4 (g
 LEAVES = {FUSED_PAIR: (GATE, UP), UP: (UP,), DOWN: (DOWN,)}  # of a fused parameter
 
 
-def renamed(skeleton: PreTrainedModel, stored: Mapping[str, Header], folder: Path) -> dict[str, Header]:
+def rename_headers(skeleton: PreTrainedModel, stored: Mapping[str, Header], folder: Path) -> dict[str, Header]:
     """Return the headers by the names that `skeleton` has for them, pieces of tensors of all experts among them.
 
     Raises InputError for more experts than the config announces, and for experts stored in a way that is not known.
@@ -115,7 +115,7 @@ def _unpacked(codes: Header, scales: Header) -> Header:
 def hub_names(
     plain: PreTrainedModel, experts: Mapping[str, Experts], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return tensors by the names that checkpoints of the model have on the Hub; the inverse of `renamed`.
+    """Return tensors by the names that checkpoints of the model have on the Hub; the inverse of `rename_headers`.
 
     `plain`: the model as transformers has it; `experts`: of the unfused one, by module path. All matrices of a block's
     experts, or none, are among the `tensors`.
@@ -126,7 +126,7 @@ def hub_names(
     for path, unfused in experts.items():
         inside = {name.removeprefix(f"{path}."): whole.pop(name) for name in tensors if name.startswith(f"{path}.")}
         if inside:
-            whole |= {f"{path}.{leaf}": value for leaf, value in fused(unfused, inside.__getitem__).items()}
+            whole |= {f"{path}.{leaf}": value for leaf, value in fuse_experts(unfused, inside.__getitem__).items()}
     found: dict[str, Tensor] = dict(revert_weight_conversion(plain, whole))
     return {name: value.contiguous() for name, value in found.items()}
 

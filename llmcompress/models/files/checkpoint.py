@@ -23,18 +23,18 @@ from llmcompress.errors import DiskError, InputError
 from llmcompress.models.files.integrity import INDEX, MENDING
 from llmcompress.models.files.output import (
     check_writable,
-    claim,
-    clear,
-    locked,
+    claim_folder,
+    clear_folder,
+    lock_output,
     merge_mark,
-    remove,
+    remove_folder,
     replace_bytes,
     replace_text,
     staging_of,
     sync,
 )
-from llmcompress.models.files.reading import check_regular, open_tensors, read_object
-from llmcompress.models.files.tensor_files import data_bytes, merged, part_file, write_tensors
+from llmcompress.models.files.reading import check_regular, open_tensors, read_json
+from llmcompress.models.files.tensor_files import data_bytes, merge_parts, part_file, write_tensors
 
 FORMAT_VERSION = 3  # 2: digests in the weight files, every layout listed once; 3: a weight is one tensor
 MANIFEST = "manifest.json"
@@ -73,7 +73,7 @@ class Writer:
         """Merge all parts into files as Hugging Face loaders expect them; return the weights' bytes. With `binding`,
         each of the files says that it belongs to the others, and to what that names."""
         try:
-            files = merged(self.folder, self.mark, binding)
+            files = merge_parts(self.folder, self.mark, binding)
         except OSError as error:
             raise DiskError(f"{self.folder} cannot be written ({error}); free some space and start again") from error
         if len(files) > 1:
@@ -92,33 +92,33 @@ class Writer:
 
 
 @contextmanager
-def writing(output: Path, needed: int = 0) -> Iterator[Writer]:
+def write_checkpoint(output: Path, needed: int = 0) -> Iterator[Writer]:
     """A `Writer` whose files become the folder `output` when the context ends well, and vanish when it does not.
 
     Raises LockedError while another process writes there, and DiskError as `check_writable` does with `needed`, for a
     folder that cannot be made or filled, and for an output that appeared meanwhile.
     """
-    with locked(output, "output folder"):
+    with lock_output(output, "output folder"):
         check_writable(output, needed)
-        with making(output) as writer:
+        with make_checkpoint(output) as writer:
             yield writer
 
 
 @contextmanager
-def making(output: Path) -> Iterator[Writer]:
+def make_checkpoint(output: Path) -> Iterator[Writer]:
     """See `writing`, for a caller that holds the lock and has checked the output."""
     staging = staging_of(output)
-    claim(staging)
+    claim_folder(staging)
     try:
-        clear(staging)
-        with publishing(staging, output) as writer:
+        clear_folder(staging)
+        with publish_checkpoint(staging, output) as writer:
             yield writer
     finally:
-        remove(staging)
+        remove_folder(staging)
 
 
 @contextmanager
-def publishing(staging: Path, output: Path, count: int = 0) -> Iterator[Writer]:
+def publish_checkpoint(staging: Path, output: Path, count: int = 0) -> Iterator[Writer]:
     """A `Writer` in `staging`, which has `count` parts; its folder becomes `output` when the context ends well."""
     folder = staging / CHECKPOINT
     try:
@@ -178,7 +178,7 @@ def add_file(folder: Path, name: str, text: str) -> None:
         raise DiskError(f"{folder / name} cannot be written ({error.strerror}); make the folder writable") from error
 
 
-def holds(folder: Path, name: str) -> bool:
+def has_file(folder: Path, name: str) -> bool:
     """True if a finished checkpoint has the file `name`, as its manifest says; not if `add_file` was interrupted."""
     return (folder / name).is_file() and (manifest(folder) or {}).get(name) == _digest(folder / name)
 
@@ -198,7 +198,7 @@ def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
 def copy_folder(source: Path, target: Path) -> None:
     """Copy a finished checkpoint to `target`, all or nothing. Raises DiskError as `check_writable` does."""
     names = files_of(source)
-    with writing(target, sum((source / name).stat().st_size for name in names)) as writer:
+    with write_checkpoint(target, sum((source / name).stat().st_size for name in names)) as writer:
         for name in names:
             if name != MANIFEST:
                 (writer.folder / name).parent.mkdir(exist_ok=True)
@@ -246,11 +246,6 @@ def manifest(folder: Path) -> dict[str, str] | None:
         return {str(name): str(value) for name, value in read_json(path)["sha256"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} cannot be read ({type(error).__name__}: {error}); {MENDING}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file of ours. Raises OSError or ValueError where there is none."""
-    return read_object(path)
 
 
 def _digest(path: Path) -> str:

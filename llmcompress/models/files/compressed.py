@@ -19,12 +19,12 @@ from llmcompress.models.dense.config import MODEL, check_numbers, load_config, m
 from llmcompress.models.dense.headers import read_headers
 from llmcompress.models.dense.locate import Place
 from llmcompress.models.dense.model import DenseModel
-from llmcompress.models.dense.skeleton import dense_skeleton, described, transposed_linears
+from llmcompress.models.dense.skeleton import dense_skeleton, folder_skeleton, transposed_linears
 from llmcompress.models.dense.tokenizer import load_tokenizer
-from llmcompress.models.files.checkpoint import PART, check_manifest, read_json
+from llmcompress.models.files.checkpoint import PART, check_manifest
 from llmcompress.models.files.identity import tokenizer_files
 from llmcompress.models.files.integrity import DIGESTS, MENDING, weight_files
-from llmcompress.models.files.reading import check_folder, open_tensors
+from llmcompress.models.files.reading import check_folder, open_tensors, read_json
 from llmcompress.models.files.tensor_files import shards
 from llmcompress.models.transformers.hf_quantizer import NAME, LLMCompressConfig, LLMCompressQuantizer, resize
 from llmcompress.weight.encoding import decode
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Opened:
+class CompressedCheckpoint:
     """A compressed checkpoint on disk.
 
     `layouts` has one entry for each compressed module, `tied` one for each matrix that several linears have in common,
@@ -139,7 +139,7 @@ def _opened(path: Path) -> Iterator[Any]:
         raise InputError(f"{path} is damaged ({' '.join(str(error).split())}); {MENDING}") from error
 
 
-def rounded(value: Tensor) -> tuple[Tensor, float]:
+def round_to_bfloat16(value: Tensor) -> tuple[Tensor, float]:
     """Return a matrix in bfloat16, and its relative error."""
     stored = value.to(torch.bfloat16)
     return stored, float((stored.float() - value).norm() / value.norm().clamp_min(1e-30))
@@ -162,7 +162,7 @@ class DecodedSource(DenseModel):
     """A compressed model whose tensors are decoded, in float32, as they are read. `transposed`: the module paths of
     linears that the model stores as `[in, out]`."""
 
-    checkpoint: Opened = field(kw_only=True)
+    checkpoint: CompressedCheckpoint = field(kw_only=True)
     transposed: frozenset[str] = field(kw_only=True)
 
     def read(self, name: str) -> Tensor:
@@ -176,7 +176,7 @@ class DecodedSource(DenseModel):
 
     def skeleton(self) -> PreTrainedModel:
         """Return a new model in eval mode, with parameters on meta, its linears of the sizes that are stored."""
-        model = described(self.folder, trust_remote_code=self.trust_remote_code)
+        model = folder_skeleton(self.folder, trust_remote_code=self.trust_remote_code)
         sizes = {name: list(layout.size) for name, layout in self.checkpoint.layouts.items()}
         resize(model, self.checkpoint.sizes | sizes)
         return model
@@ -184,8 +184,8 @@ class DecodedSource(DenseModel):
 
 def decoded_source(place: Place) -> DecodedSource:
     """Return the compressed model at `place`. Raises InputError for a folder that is damaged or holds no such model."""
-    checkpoint = Opened(place.folder, place.trust_remote_code)
-    skeleton = described(place.folder, trust_remote_code=place.trust_remote_code)
+    checkpoint = CompressedCheckpoint(place.folder, place.trust_remote_code)
+    skeleton = folder_skeleton(place.folder, trust_remote_code=place.trust_remote_code)
     config = load_config(place.folder, place.trust_remote_code)
     vars(config).pop("quantization_config", None)
     stored = checkpoint.files

@@ -75,7 +75,7 @@ def _loud(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_binding(files: Sequence[Path]) -> None:
     """Raise InputError unless weight files of one folder belong together, and to the config.json beside them."""
-    first, *others = ((path, bound(path)) for path in files)
+    first, *others = ((path, read_binding(path)) for path in files)
     for path, entry in others:
         if entry != first[1]:
             raise InputError(f"{path} belongs to another checkpoint than {first[0].name}; {MENDING}")
@@ -93,12 +93,12 @@ def check_binding(files: Sequence[Path]) -> None:
 def check_tokenizer(folder: Path) -> None:
     """Raise InputError if a checkpoint's tokenizer files are not those that its weights were written with."""
     for path in shard_files(folder)[:1]:
-        entry = bound(path)
+        entry = read_binding(path)
         if "tokenizer" in entry and entry["tokenizer"] != tokenizer_digest(folder):
             raise InputError(f"the tokenizer in {folder} is not the one that its weights were written with; {MENDING}")
 
 
-def bound(path: Path) -> dict[str, str]:
+def read_binding(path: Path) -> dict[str, str]:
     """Return the entry of a weight file; empty for one that has none. Raises InputError for a damaged one."""
     try:
         with safe_open(path, framework="pt") as file:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from llmcompress.errors import InputError, list_names
-from llmcompress.models.files.reading import open_tensors, read_object
+from llmcompress.models.files.reading import open_tensors, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -38,7 +38,7 @@ MENDING = "download or write it again"
 
 
 @dataclass(frozen=True)
-class Expected:
+class TensorSpec:
     """The requirements of a model on one stored tensor. `dtype` is safetensors' name; None allows any float.
 
     A payload also has `floats`, the places of numbers in it as (dtype, first byte, byte after the last), and `layout`.
@@ -81,12 +81,12 @@ def _finite(stored: NDArray[np.uint8], places: Iterable[tuple[torch.dtype, int, 
     return True
 
 
-def all_finite(tensor: Tensor, wanted: Expected) -> bool:
+def all_finite(tensor: Tensor, wanted: TensorSpec) -> bool:
     """True if no float of a tensor, or in a payload, is infinite or NaN."""
     return _all_finite(_bytes(tensor), tensor, wanted)
 
 
-def _all_finite(stored: NDArray[np.uint8], tensor: Tensor, wanted: Expected) -> bool:
+def _all_finite(stored: NDArray[np.uint8], tensor: Tensor, wanted: TensorSpec) -> bool:
     whole = [(tensor.dtype, 0, len(stored))] if tensor.is_floating_point() else []
     return _finite(stored, wanted.floats or whole)
 
@@ -112,7 +112,7 @@ def weight_files(folder: Path) -> list[Path]:
 def weight_map(index: Path) -> dict[str, str]:
     """Return the file name of each tensor in an index. Raises InputError for names that lead out of its folder."""
     try:
-        found = read_object(index)["weight_map"]
+        found = read_json(index)["weight_map"]
         names = {str(tensor): str(file) for tensor, file in found.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index} cannot be read ({type(error).__name__}: {error}); {MENDING}") from error
@@ -122,7 +122,7 @@ def weight_map(index: Path) -> dict[str, str]:
     return names
 
 
-def check(files: Sequence[Path], expected: Mapping[str, Expected], optional: Iterable[str] = ()) -> None:
+def check_tensors(files: Sequence[Path], expected: Mapping[str, TensorSpec], optional: Iterable[str] = ()) -> None:
     """Raise InputError unless `files` hold exactly the `expected` tensors, undamaged. `optional` ones may be missing.
 
     `files` belong to one checkpoint in one folder. Symbolic links are followed, since the Hub's cache consists of them.
@@ -149,7 +149,7 @@ def check(files: Sequence[Path], expected: Mapping[str, Expected], optional: Ite
         raise InputError(f"{files[0].parent} lacks the tensors {list_names(sorted(missing))}; {MENDING}")
 
 
-def _check_file(path: Path, expected: Mapping[str, Expected]) -> set[str]:
+def _check_file(path: Path, expected: Mapping[str, TensorSpec]) -> set[str]:
     """Return the names of the tensors in one file. Raises InputError unless each is expected and undamaged."""
     try:
         with open_tensors(path) as file:
@@ -180,7 +180,7 @@ def _written(path: Path, metadata: dict[str, str] | None) -> dict[str, str]:
         ) from error
 
 
-def _wanted(path: Path, name: str, piece: Any, expected: Mapping[str, Expected]) -> Expected:
+def _wanted(path: Path, name: str, piece: Any, expected: Mapping[str, TensorSpec]) -> TensorSpec:
     """Return the requirements on a tensor. Raises InputError unless its header meets them."""
     if name not in expected:
         raise InputError(f"{path}: {name} is not part of the model that config.json describes; {MENDING}")

@@ -21,12 +21,12 @@ def replace_text(path: Path, text: str) -> None:
 
 def replace_bytes(path: Path, content: bytes) -> None:
     """Write a file so that the old one or the new one is there, on the disk, never half of it. Raises OSError."""
-    with replacing(path) as staged:
+    with replace_file(path) as staged:
         staged.write_bytes(content)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replace_file(path: Path) -> Iterator[Path]:
     """Give a path beside `path` to write to, which takes its place, on the disk, when the context ends well.
 
     Its permissions follow the umask, whoever writes it: libraries make files that only their owner can read.
@@ -93,7 +93,7 @@ def megabytes(count: int) -> str:
 
 
 @contextmanager
-def locked(output: Path, kind: str) -> Iterator[Path]:
+def lock_output(output: Path, kind: str) -> Iterator[Path]:
     """Keep other processes from writing `output`, a "folder" or "file", while it lasts; give the path beside it where
     what becomes it is made.
 
@@ -116,7 +116,7 @@ def locked(output: Path, kind: str) -> Iterator[Path]:
         Path(lock.lock_file).unlink(missing_ok=True)
 
 
-def claim(staging: Path) -> None:
+def claim_folder(staging: Path) -> None:
     """Make the folder `staging`, and mark it as one of ours. Raises DiskError for one that somebody else made."""
     try:
         if not is_ours(staging):
@@ -145,16 +145,16 @@ def is_ours(staging: Path) -> bool:
     raise DiskError(f"{staging} is in the way and was not made by llmcompress; move it, or choose another output")
 
 
-def clear(staging: Path) -> None:
+def clear_folder(staging: Path) -> None:
     """Remove everything from a folder of ours, except its mark."""
     for path in staging.iterdir():
         if path.name != MARK:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def remove(staging: Path) -> None:
+def remove_folder(staging: Path) -> None:
     """Remove a folder of ours, its mark last, so that it is ours until it is gone."""
-    clear(staging)
+    clear_folder(staging)
     (staging / MARK).unlink(missing_ok=True)
     staging.rmdir()
 

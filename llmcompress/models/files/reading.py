@@ -26,7 +26,7 @@ def check_regular(path: Path) -> None:
         raise InputError(f"{path} is no regular file; put the file of the model in its place")
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises OSError where it cannot be opened, ValueError for any other content."""
     check_regular(path)
     if path.stat().st_size > MOST_JSON:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from llmcompress.errors import DiskError, InputError, LLMCompressError
-from llmcompress.models.files.output import MARK, remove, replace_text
+from llmcompress.models.files.output import MARK, remove_folder, replace_text
 from llmcompress.models.files.tensor_files import read_tensors, write_tensors
 
 RECORD = "record"  # the key of the JSON in a header
@@ -99,7 +99,7 @@ class Store:
         for name in self.names():
             self.remove(name)
         if (self.folder / MARK).is_file():  # a folder of ours, so its mark goes last
-            remove(self.folder)
+            remove_folder(self.folder)
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
 

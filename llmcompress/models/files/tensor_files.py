@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llmcompress.errors import DiskError, InputError
 from llmcompress.models.files.integrity import BINDING, DIGESTS, SINGLE, digest, digests
-from llmcompress.models.files.output import replace_bytes, replacing, sync
+from llmcompress.models.files.output import replace_bytes, replace_file, sync
 from llmcompress.models.files.reading import open_tensors
 
 SHARD = 5 * 10**9  # bytes of a weight file, as on the Hub, unless one tensor alone has more
@@ -47,7 +47,7 @@ def part_file(folder: Path, number: int) -> Path:
     return folder / f"part-{number:05}.safetensors"
 
 
-def merged(folder: Path, mark: Path, binding: Mapping[str, Any] | None = None) -> list[Path]:
+def merge_parts(folder: Path, mark: Path, binding: Mapping[str, Any] | None = None) -> list[Path]:
     """Merge all parts in `folder` into shards, and return these.
 
     `mark`: the file that says that the shards have their headers; it stays. With `binding`, each shard says that it
@@ -182,7 +182,7 @@ def write_tensors(
     entries = {"format": "pt", **(header or {})}
     contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     try:
-        with replacing(path) as staged:
+        with replace_file(path) as staged:
             save_file(contiguous, staged, metadata=entries | digests(contiguous, layouts or {}))
             _sort_header(staged)
     except (OSError, SafetensorError) as error:

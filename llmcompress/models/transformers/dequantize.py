@@ -11,7 +11,7 @@ from accelerate.hooks import add_hook_to_module
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError, list_names
-from llmcompress.models.dense.experts import Experts, experts_of, fused, unfuse
+from llmcompress.models.dense.experts import Experts, experts_of, fuse_experts, unfuse
 from llmcompress.weight import expression
 from llmcompress.weight.modules import (
     CompressedEmbedding,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def dequantized(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
+def dequantize(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
     """Replace every compressed module by the dense one that it stands for, and return the model, all in `dtype`.
 
     Experts become the parameters again that transformers has for them.
@@ -61,7 +61,7 @@ def skeleton(kind: type[PreTrainedModel], config: Any, dtype: torch.dtype | None
 
 def _fused(experts: Experts, plain: nn.Module) -> nn.Module:
     """Return `plain`, a module of transformers on meta, with the weights of `experts`."""
-    for leaf, value in fused(experts, experts.state_dict().__getitem__).items():
+    for leaf, value in fuse_experts(experts, experts.state_dict().__getitem__).items():
         setattr(plain, leaf, nn.Parameter(value))
     return plain.train(experts.training)
 

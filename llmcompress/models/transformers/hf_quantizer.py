@@ -27,8 +27,8 @@ from llmcompress.models.dense.experts import unfuse
 from llmcompress.models.dense.skeleton import check_buffers
 from llmcompress.models.files.checkpoint import FORMAT_VERSION, check_config
 from llmcompress.models.files.identity import check_binding, saved_binding
-from llmcompress.models.files.integrity import MENDING, Expected, check, digests
-from llmcompress.models.transformers.dequantize import dequantized, skeleton
+from llmcompress.models.files.integrity import MENDING, TensorSpec, check_tensors, digests
+from llmcompress.models.transformers.dequantize import dequantize, skeleton
 from llmcompress.weight.leading import truncate_low_rank
 from llmcompress.weight.modules import (
     CompressedEmbedding,
@@ -172,7 +172,7 @@ class LLMCompressQuantizer(HfQuantizer):
         prepare(model, config)
         if files := [Path(name) for name in kwargs.get("checkpoint_files") or ()]:  # none where tensors were passed
             check_buffers(model, "config.json", sum(path.stat().st_size for path in files))
-            check(files, expected(whole), whole.all_tied_weights_keys)
+            check_tensors(files, tensor_specs(whole), whole.all_tied_weights_keys)
             check_config(files[0].parent)
             check_binding(files)
         return model
@@ -184,7 +184,9 @@ class LLMCompressQuantizer(HfQuantizer):
             layer.requires_grad_(False)  # transformers asks for gradients of every float it loads
             _check_payload(name, layer)
         if self.quantization_config.rank is not None:
-            self.quantization_config = model.config.quantization_config = cut(model, self.quantization_config)
+            self.quantization_config = model.config.quantization_config = truncate_ranks(
+                model, self.quantization_config
+            )
         accelerate_loaded(model)
         return model
 
@@ -206,7 +208,7 @@ class LLMCompressQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         # transformers passes its config's, which `save_pretrained` makes a word
         found: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        return dequantized(model, found)
+        return dequantize(model, found)
 
     @property
     def is_trainable(self) -> bool:
@@ -246,20 +248,20 @@ def within(model: PreTrainedModel, config: LLMCompressConfig) -> LLMCompressConf
     return LLMCompressConfig(**table_entry(table, sizes, ties), rank=config.rank, versions=config.versions)
 
 
-def expected(model: nn.Module) -> dict[str, Expected]:
+def tensor_specs(model: nn.Module) -> dict[str, TensorSpec]:
     """Return the tensors that a prepared model requires, by name: payloads are bytes, dense floats of any type."""
     layouts = {f"{name}.weight": module.layout for name, module in compressed_modules(model).items()}
     return {name: _expected(value, layouts.get(name)) for name, value in model.state_dict().items()}
 
 
-def _expected(value: Tensor, layout: Layout | None) -> Expected:
+def _expected(value: Tensor, layout: Layout | None) -> TensorSpec:
     if layout is None:
-        return Expected(tuple(value.shape), None if value.is_floating_point() else STORED[value.dtype])
+        return TensorSpec(tuple(value.shape), None if value.is_floating_point() else STORED[value.dtype])
     floats = tuple(place for place in layout.places().values() if place[0].is_floating_point)
-    return Expected(tuple(value.shape), STORED[value.dtype], floats, layout.text)
+    return TensorSpec(tuple(value.shape), STORED[value.dtype], floats, layout.text)
 
 
-def cut(model: nn.Module, config: LLMCompressConfig) -> LLMCompressConfig:
+def truncate_ranks(model: nn.Module, config: LLMCompressConfig) -> LLMCompressConfig:
     """Leave the first `config.rank` components of each low-rank term of a loaded model; return its config.
 
     Raises InputError for weights that are not in memory, for matrices in common, and as `leading` does.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError, list_names
-from llmcompress.models.transformers.saving import described
+from llmcompress.models.transformers.saving import describe_modules
 from llmcompress.weight.modules import (
     LIKE,
     CompressedEmbedding,
@@ -112,7 +112,7 @@ def fold(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
     vars(base).pop("peft_config", None)
     base._hf_peft_config_loaded = False
     _untie(base)
-    base.config.quantization_config = base.hf_quantizer.quantization_config = described(base)
+    base.config.quantization_config = base.hf_quantizer.quantization_config = describe_modules(base)
     found: PreTrainedModel = base
     return found
 

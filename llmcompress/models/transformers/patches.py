@@ -78,9 +78,9 @@ def save_what_loads() -> None:
         by_ours = type(vars(self).get("hf_quantizer")).__module__.startswith("llmcompress.")
         if not (by_ours or _is_ours(self)) or self._hf_peft_config_loaded:  # of one with adapters these alone are saved
             return save(self, *args, **kwargs)
-        from llmcompress.models.transformers.saving import saving  # other models are saved without it
+        from llmcompress.models.transformers.saving import describe_while_saving  # other models are saved without it
 
-        with saving(self):
+        with describe_while_saving(self):
             return save(self, *args, **kwargs)
 
     PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]

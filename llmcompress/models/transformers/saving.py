@@ -26,10 +26,10 @@ from llmcompress.models.transformers.hf_quantizer import (
     STORED,
     LLMCompressConfig,
     LLMCompressQuantizer,
-    expected,
     layouts_of,
     prepare,
     table_entry,
+    tensor_specs,
 )
 from llmcompress.weight.modules import CompressedEmbedding, CompressedLinear, CompressedModule, compressed_modules
 from llmcompress.weight.tied import ties_of
@@ -44,7 +44,7 @@ PLAIN: dict[type, tuple[type, ...]] = {  # the modules that compressed ones stan
 
 
 @contextmanager
-def saving(model: PreTrainedModel) -> Iterator[None]:
+def describe_while_saving(model: PreTrainedModel) -> Iterator[None]:
     """Let the config of a compressed model describe it, and its quantizer save it, while the context lasts.
 
     Raises InputError for a model that a load would not give back.
@@ -65,7 +65,7 @@ def saving(model: PreTrainedModel) -> Iterator[None]:
         model.config.quantization_config = known
 
 
-def described(model: PreTrainedModel) -> LLMCompressConfig:
+def describe_modules(model: PreTrainedModel) -> LLMCompressConfig:
     """Return the `quantization_config` for the modules that a model has. Raises InputError for one that is none of its
     config's."""
     return _described(model, _plain(model))
@@ -170,7 +170,7 @@ def _check_types(model: PreTrainedModel, plain: PreTrainedModel) -> None:
 
 def _check_tensors(model: nn.Module, plain: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Raise InputError unless the tensors of a model are those that the loaded one would be filled with."""
-    wanted = expected(plain)
+    wanted = tensor_specs(plain)
     for name in sorted(wanted.keys() | tensors.keys()):
         if name not in tensors or name not in wanted:
             place = "is missing" if name in wanted else "has no place in the model that is loaded"

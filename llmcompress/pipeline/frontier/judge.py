@@ -27,7 +27,8 @@ from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.models.files import file_names
-from llmcompress.models.files.checkpoint import add_file, holds, read_json
+from llmcompress.models.files.checkpoint import add_file, has_file
+from llmcompress.models.files.reading import read_json
 from llmcompress.runtime.facts import versions
 
 
@@ -51,7 +52,7 @@ class Judge:
 
     def kept(self, folder: Path) -> dict[str, Any] | None:
         """Return the entries {"dense", "compressed", ...} that a checkpoint has for the same protocol, if any."""
-        if not holds(folder, file_names.SCORES):
+        if not has_file(folder, file_names.SCORES):
             return None
         entries = read_json(folder / file_names.SCORES)
         same = all(entries.get(key) == value for key, value in self.asked.items())

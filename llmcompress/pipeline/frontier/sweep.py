@@ -31,8 +31,8 @@ from llmcompress.evaluation.score import size_of
 from llmcompress.models.dense.companions import companions
 from llmcompress.models.dense.model import DenseModel, resolve
 from llmcompress.models.files import file_names
-from llmcompress.models.files.checkpoint import holds, write_files
-from llmcompress.models.files.output import locked
+from llmcompress.models.files.checkpoint import has_file, write_files
+from llmcompress.models.files.output import lock_output
 from llmcompress.pipeline import quality_check
 from llmcompress.pipeline.compress import completed, compress_job, record
 from llmcompress.pipeline.frontier.budgets import Budget
@@ -134,7 +134,7 @@ def sweep(
     for line in lines:
         ranks.first(partial(check_prices, line.folder / PRICES, line.job))
     with ExitStack() as held:
-        ranks.first(lambda: held.enter_context(locked(output, "output folder")))
+        ranks.first(lambda: held.enter_context(lock_output(output, "output folder")))
         try:
             return _swept(lines, sizes, output, judge, peers, told, ranks)
         except (KeyboardInterrupt, Termination) as stop:
@@ -237,7 +237,7 @@ def _point(
     folder: Path, budget: Budget, plan: Allocation, judge: Judge, dense: dict[str, Any], told: SweepCallbacks
 ) -> dict[str, Any]:
     """Return a budget's point: its checkpoint's sizes and scores, which are measured unless the checkpoint has them."""
-    found = reports.read_allocation(folder) if holds(folder, file_names.ALLOCATION) else None
+    found = reports.read_allocation(folder) if has_file(folder, file_names.ALLOCATION) else None
     aimed = record(plan, folder, judge.device) if found is None else found
     quality_check.judge(plan.settled, folder, judge.device, plan=plan)
     told.next(f"scoring {folder.name}")

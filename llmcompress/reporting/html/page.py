@@ -12,8 +12,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llmcompress.errors import DiskError, InputError
 from llmcompress.models.files import file_names
-from llmcompress.models.files.checkpoint import add_file, read_json
+from llmcompress.models.files.checkpoint import add_file
 from llmcompress.models.files.integrity import MENDING
+from llmcompress.models.files.reading import read_json
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.html import charts
 from llmcompress.reporting.html.context import CheckpointFiles, Generations, page_context
