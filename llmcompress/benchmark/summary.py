@@ -11,8 +11,8 @@ from statistics import median
 from typing import Any
 
 from llmcompress.benchmark.candidate import Candidate
-from llmcompress.reporting.formatting import byte_count
-from llmcompress.reporting.tables import Table, number
+from llmcompress.reporting.formatting import byte_count, number
+from llmcompress.reporting.tables import Table
 
 Row = Mapping[str, Any]
 RATIO = "ratio"  # the heading of columns that are left out if there is nothing to compare with

@@ -13,9 +13,9 @@ from llmcompress.cli.options import Model, Out, Revision, Seed, Settings, Tune, 
 from llmcompress.cli.tables import build_table
 from llmcompress.cli.terminal import Terminal
 from llmcompress.errors import RecipeError
-from llmcompress.reporting.formatting import aim, byte_count, duration
-from llmcompress.reporting.quality_limits import GateReport
-from llmcompress.reporting.tables import Row, group_rows, merge_sentences, number
+from llmcompress.reporting.formatting import byte_count, duration, number, target_text
+from llmcompress.reporting.report import GateReport
+from llmcompress.reporting.tables import Row, group_rows, merge_sentences
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -82,7 +82,7 @@ def compress(
     from llmcompress.allocation.price_shards import Part
     from llmcompress.errors import GateError
     from llmcompress.pipeline import compress as pipeline
-    from llmcompress.reporting.report import gathered
+    from llmcompress.reporting.report import read_all
 
     built = build_recipe(recipe, settings, seed, target_change(bpw, size, kl, sparsity), tune)
     access["revision"] = revision
@@ -94,7 +94,7 @@ def compress(
     try:
         result = pipeline.compress(model, built, output, resume=resume, **access, **reports)
     except GateError:
-        terminal.show(gathered(output), report_view)
+        terminal.show(read_all(output), report_view)
         raise
     terminal.warn(merge_sentences(result.report.warnings))
     more = {"distillation": result.distillation, "allocation": result.allocation}
@@ -171,7 +171,7 @@ def plan_view(plan: Row, every: bool) -> Iterator[RenderableType]:
     cells = [(*_layer_cells(name, rows), f"{rows[0]['bpw']:.3f}", rows[0]["description"]) for name, rows in groups]
     yield build_table(("layers", "", "shape", "steps", "bpw", "stored as"), cells, right=(1, 4))
     if plan["target"] is not None:
-        yield f"target  {aim(plan['target'])} · compress measures what options cost, and spends where it counts"
+        yield f"target  {target_text(plan['target'])} · compress measures what options cost, and spends where it counts"
     yield f"sizes   {_sizes(plan)}"
     yield f"needs   about {byte_count(plan['peak_memory_bytes'])} of memory and {duration(plan['seconds'])}"
     if (blocks := plan["reconstruction"]) is not None:
@@ -218,7 +218,7 @@ def report_view(report: Row, every: bool) -> Iterator[RenderableType]:
     if "allocation" in report:
         yield _target_line(report["allocation"])
     if report["gates"] is not None:
-        yield f"gates   {GateReport.from_json(report['gates']).sentence()}"
+        yield f"gates   {GateReport(**report['gates']).sentence()}"
     if "distillation" in report:
         yield ""
         yield from distilled_view(report["distillation"], every)
@@ -248,7 +248,7 @@ def _target_line(allocation: Row) -> str:
     others = [f"{value:.4f} for a {name} plan" for name, value in allocation.get("baselines", {}).items()]
     kl += f" on {allocation['probing_tokens']} tokens"
     beside = f" · {' and '.join(others)} of that size, predicted" if others else ""
-    return f"target  {aim(allocation['target'])} · {kl}{beside} · {duration(allocation['seconds'])}"
+    return f"target  {target_text(allocation['target'])} · {kl}{beside} · {duration(allocation['seconds'])}"
 
 
 def _sizes(values: Row) -> str:

@@ -25,9 +25,9 @@ def inspect(terminal: Terminal, folder: Checkpoint) -> None:
     Example: llmcompress inspect small -v
     """
     from llmcompress.recipe.read import dump, read_recipe
-    from llmcompress.reporting.report import gathered
+    from llmcompress.reporting.report import read_all
 
-    values, recipe = gathered(folder), read_recipe(folder / file_names.RECIPE)
+    values, recipe = read_all(folder), read_recipe(folder / file_names.RECIPE)
     terminal.warn(merge_sentences(values["warnings"]))
     if terminal.as_json:
         values["recipe"] = recipe.model_dump(mode="json")

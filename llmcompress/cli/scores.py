@@ -25,15 +25,13 @@ from llmcompress.cli.tables import build_table
 from llmcompress.cli.terminal import Terminal
 from llmcompress.errors import InputError
 from llmcompress.evaluation.protocol import Protocol
-from llmcompress.reporting.formatting import byte_count
+from llmcompress.reporting.formatting import byte_count, number, with_error
 from llmcompress.reporting.tables import (
     Row,
     adapter_table,
     change_table,
     comparison_table,
     metrics,
-    number,
-    with_error,
 )
 
 if TYPE_CHECKING:

@@ -17,8 +17,7 @@ from llmcompress.calibration.gradients import TOKENS
 from llmcompress.models.dense.families import Architecture, BlockLayout
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.recipe.compression import Recipe
-from llmcompress.reporting.quality_limits import TOKENS as GATE_TOKENS
-from llmcompress.reporting.quality_limits import WINDOW
+from llmcompress.reporting.report import GATE_TOKENS, GATE_WINDOW
 from llmcompress.runtime.memory import total_memory
 
 LIBRARIES = 560_000_000  # bytes that torch and transformers take before any work
@@ -78,7 +77,7 @@ def gate_bytes(source: DenseModel, arch: Architecture, recipe: Recipe) -> int:
         return 0
     vocabulary, width = table.shape
     states = 2 * 4 * tokens * width_of(arch)
-    ends = 2 * 4 * vocabulary * (width + 2 * min(WINDOW, tokens))  # of both models: head, and logits of two windows
+    ends = 2 * 4 * vocabulary * (width + 2 * min(GATE_WINDOW, tokens))  # both models: head, logits of two windows
     linears = [[prod(linear.shape) for group in layout.groups for linear in group] for layout in arch.blocks]
     block = max(4 * sum(sizes) + LAYER_BYTES * max(sizes) for sizes in linears)
     return LIBRARIES + states + max(ends, ends // 2 + block)

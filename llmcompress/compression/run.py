@@ -29,8 +29,7 @@ from llmcompress.distillation.blockwise.tune import tuner
 from llmcompress.errors import NumericsError, RecipeError, list_names
 from llmcompress.methods.solvers.stream_search import can_search
 from llmcompress.models.dense.skeleton import auto_name
-from llmcompress.reporting.quality_limits import pending
-from llmcompress.reporting.report import Report
+from llmcompress.reporting.report import Report, pending_gates
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.facts import versions
 from llmcompress.runtime.load import SlowBlocks
@@ -206,7 +205,7 @@ def _report(run: CompressionState, tokens: CalibrationTokens | None, before: int
         fused=run.fused,
         trust_remote_code=bool(job.source.code),
         auto_class=auto_name(job.source.config),
-        gates=pending(job.recipe.gates.of_quality, job.ungated),
+        gates=pending_gates(job.recipe.gates.of_quality, job.ungated),
     )
 
 

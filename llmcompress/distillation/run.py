@@ -46,7 +46,7 @@ from llmcompress.recipe.published import published
 from llmcompress.recipe.read import dump, read_as
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.plots import distillation_png
-from llmcompress.reporting.quality_limits import GateReport, of_numbers
+from llmcompress.reporting.report import GateReport, measured_gates
 from llmcompress.runtime.facts import versions
 from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.runtime.memory import keeping_freed_memory
@@ -273,8 +273,8 @@ def _recounted(
     stored = _counted(linears)
     rows = [replace(row, **stored[row.name]) if row.name in stored else row for row in before.layers]
     counted = [row for row in rows if row.name in stored]
-    gates = None if before.gates is None else _measured(done).judged(before.gates.limits)
-    return before.recounted(rows, counted, size, (warning, *done.warnings), gates)
+    gates = None if before.gates is None else _measured(done).judge(before.gates.limits)
+    return before.recount(rows, counted, size, (warning, *done.warnings), gates)
 
 
 def _counted(linears: Mapping[str, Multiplying]) -> dict[str, dict[str, Any]]:
@@ -295,4 +295,4 @@ def _measured(done: Distilled) -> GateReport:
     """Return the quality after a distillation, as its own held-out text tells it."""
     last = done.history[-1]
     gap = math.log(last["perplexity"] / last["teacher_perplexity"])
-    return of_numbers(last["kl"], gap, 0, "distillation")
+    return measured_gates(last["kl"], gap, 0, "distillation")

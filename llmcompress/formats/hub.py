@@ -104,8 +104,8 @@ def _check_gates(folder: Path) -> None:
     gates = reports.read(folder).gates
     if gates is not None and gates.held is False:
         raise GateError(
-            f"{folder} is outside of its gates ({', '.join(gates.told())}) and is not pushed; compress to more bits, "
-            f"or run the same compress command with other gates, which judges it anew"
+            f"{folder} is outside of its gates ({', '.join(gates.clauses())}) and is not pushed; compress to more "
+            f"bits, or run the same compress command with other gates, which judges it anew"
         )
     if gates is not None and gates.pending:
         raise GateError(f"{folder} is not pushed, since {gates.unmeasured}; run the same compress command again")

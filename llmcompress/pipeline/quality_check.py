@@ -32,8 +32,14 @@ from llmcompress.models.files.file_names import REPORT
 from llmcompress.models.files.output import megabytes
 from llmcompress.recipe.target import Target
 from llmcompress.reporting import report as reports
-from llmcompress.reporting.quality_limits import TOKENS, WINDOW, GateReport, of_numbers, pending
-from llmcompress.reporting.report import Report
+from llmcompress.reporting.report import (
+    GATE_TOKENS,
+    GATE_WINDOW,
+    GateReport,
+    Report,
+    measured_gates,
+    pending_gates,
+)
 from llmcompress.runtime.memory import peak_memory, total_memory
 from llmcompress.runtime.ranks import ALONE, Ranks
 
@@ -60,7 +66,7 @@ def judge(
     if found is not None and not found.measured and not limits:
         found = None
     if found is not None and found.measured:
-        found = found.judged(limits)
+        found = found.judge(limits)
         if found.held is False and plan is not None:
             holding = _holding(plan, found)
             found = replace(found, predicted_bytes=None if holding is None else plan.choices.size(holding))
@@ -77,7 +83,7 @@ def check(report: Report, folder: Path, plan: Allocation | None = None, stays: b
         return
     kept = f"{folder} keeps it for a look, and is not to be pushed" if stays else "name an output folder to keep it"
     raise GateError(
-        f"the compressed model is outside of its gates: {', '.join(gates.told())}, {gates.where()}; {kept}; "
+        f"the compressed model is outside of its gates: {', '.join(gates.clauses())}, {gates.text_clause()}; {kept}; "
         f"{_advice(gates, plan)}, or give other gates in the recipe (null for none)"
     )
 
@@ -93,10 +99,10 @@ def is_unsettled(folder: Path) -> bool:
 
 
 def gate_windows(held_out: Tensor) -> Tensor:
-    """Return the windows `[n, at most WINDOW]` that are read of held-out sequences `[sequences, length]`."""
-    length = min(held_out.shape[1], WINDOW)
+    """Return the windows `[n, at most GATE_WINDOW]` that are read of held-out sequences `[sequences, length]`."""
+    length = min(held_out.shape[1], GATE_WINDOW)
     pieces = held_out[:, : held_out.shape[1] // length * length].reshape(-1, length)
-    return pieces[: max(TOKENS // length, 1)]
+    return pieces[: max(GATE_TOKENS // length, 1)]
 
 
 def measure(
@@ -107,7 +113,7 @@ def measure(
     Raises what `distance` raises.
     """
     far = distance(dense, model, windows, processes=ranks, blocks=None if blocks is None else _BothModels(blocks))
-    return of_numbers(far.kl, far.student.nll - far.teacher.nll, far.student.tokens)
+    return measured_gates(far.kl, far.student.nll - far.teacher.nll, far.student.tokens)
 
 
 def _is_open(gates: GateReport | None, limits: Mapping[str, float]) -> bool:
@@ -119,7 +125,7 @@ def _measured(job: Job, folder: Path, device: str, progress: Counting | None, ra
     """Return the numbers of the checkpoint in `folder`, without limits, or why there are none."""
     windows, reason = ranks.first(lambda: _windows(job, device))
     if windows is None:
-        return pending(job.recipe.gates.of_quality, reason)
+        return pending_gates(job.recipe.gates.of_quality, reason)
 
     def numbers(together: Ranks) -> GateReport | None:
         """Those of the windows that `together` share."""
@@ -129,7 +135,7 @@ def _measured(job: Job, folder: Path, device: str, progress: Counting | None, ra
                 models = OnDisk(open_source(job.source.place), device), OnDisk(decoded_source(place), device)
             return measure(*models, windows, progress, together)
         except (InputError, MemoryLimitError) as error:
-            return pending(job.recipe.gates.of_quality, f"that failed ({error})")
+            return pending_gates(job.recipe.gates.of_quality, f"that failed ({error})")
 
     if all(ranks.gather((folder / REPORT).is_file())):
         return numbers(ranks)

@@ -1,8 +1,9 @@
-"""Numbers, sizes and times as people read them."""
+"""Numbers, sizes, times and names as text."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 
@@ -14,8 +15,8 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def aim(target: Mapping[str, Any]) -> str:
-    """A target of an allocation for people, such as "40.0 MB for vllm"."""
+def target_text(target: Mapping[str, Any]) -> str:
+    """Return a target of an allocation, such as "40.0 MB for vllm"."""
     [(kind, value)] = [(key, value) for key, value in target.items() if key != "engine"]
     if kind == "sparsity":
         return f"{value:g} of the weights zero"
@@ -26,3 +27,19 @@ def aim(target: Mapping[str, Any]) -> str:
 def byte_count(count: float) -> str:
     """Return bytes as "39.9 MB" or "2.69 GB"."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def without_folders(name: str) -> str:
+    """Return a name without the folders of the machine that it was made on."""
+    path = PurePath(name)
+    return path.name if path.is_absolute() or name.startswith((".", "~")) else name
+
+
+def with_error(value: float, error: float | None, digits: int = 4) -> str:
+    """Return a value with its standard error, if it has one, as "3.120 ± 0.045"."""
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def number(value: float | None) -> str:
+    """Return a number with three decimals; "?" for None."""
+    return "?" if value is None else f"{value:.3f}"

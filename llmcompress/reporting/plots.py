@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmcompress.errors import RecipeError
-from llmcompress.reporting.report import Report, by_kind
+from llmcompress.reporting.report import Report, group_by_kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ def layers_png(report: Report) -> bytes:
     """
     figure = new_figure()
     above, below = figure.subplots(2, sharex=True)
-    for kind, rows in by_kind(report).items():
+    for kind, rows in group_by_kind(report).items():
         depths = [depth for depth, _ in rows]
         above.plot(depths, [row.shown_error for _, row in rows], marker=".", label=kind)
         below.plot(depths, [row.bpw for _, row in rows], marker=".", label=kind)

@@ -1,9 +1,10 @@
-"""The report of a run, layer by layer: the numbers that a checkpoint carries, `inspect` prints and a card quotes."""
+"""The report of a run: sizes, errors layer by layer, and quality beside the gates, as a checkpoint stores it."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -12,17 +13,19 @@ from typing import Any
 from llmcompress.errors import InputError
 from llmcompress.models.files.file_names import ALLOCATION, DISTILLATION, REPORT
 from llmcompress.models.files.reading import read_json
-from llmcompress.reporting.quality_limits import GateReport
 from llmcompress.runtime.json_values import JsonRecord
 
 BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
+GATE_TOKENS = 2048  # read for the gates, at most: a few percent of a calibration of 128 sequences
+GATE_WINDOW = 256  # tokens in a window of them, at most; memory holds logits of two windows of each model
+PENDING = "the run ended before it was measured"
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One linear. Errors: relative output errors |(W - W_approx) X|^2 / |W X|^2, on calibration and held-out text;
-    those of the weights alone, |W - W_approx|^2 / |W|^2, without calibration. `starved`: the calibration tokens that
-    came to it, if it is one of an expert that was given few and so was fitted to others too."""
+    """One linear. Errors are relative, |(W - W_approx) X|^2 / |W X|^2 on calibration and held-out text, and without
+    calibration |W - W_approx|^2 / |W|^2. `starved`: the calibration tokens of an expert with too few of its own, which
+    was fitted to others too."""
 
     name: str
     shape: tuple[int, int]  # (out, in)
@@ -30,19 +33,86 @@ class LayerReport:
     bpw: float
     error: float
     error_heldout: float | None
-    fallback: str | None  # what had to be done differently than asked, if anything
+    fallback: str | None  # what was done in place of a step that failed
     stored: str  # the expression, for people
     starved: int | None = None
 
     @property
     def shown_error(self) -> float:
-        """The error on held-out text where it was measured, else that on the calibration."""
+        """The error on held-out text, or on the calibration where that was not measured."""
         return self.error if self.error_heldout is None else self.error_heldout
 
     @staticmethod
     def from_json(row: dict[str, Any]) -> LayerReport:
-        """The inverse of `dataclasses.asdict`. Raises KeyError or TypeError for a row of another form."""
+        """Return the inverse of `dataclasses.asdict`. Raises KeyError or TypeError for a row of another form."""
         return LayerReport(**{**row, "shape": tuple(row["shape"]), "steps": tuple(row["steps"])})
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """The quality of a finished model beside the limits of its recipe.
+
+    `limits`, by name: of `kl`, in nats per token, and of `perplexity_ratio`, the perplexity over the dense model's.
+    `held`: True if both are within their limits; None if nothing was measured, for the reason `unmeasured`. `tokens`:
+    predicted tokens of held-out `text`, 0 if unknown. `predicted_bytes`: the predicted least size within the limits,
+    where prices are known.
+    """
+
+    limits: Mapping[str, float]
+    kl: float | None = None
+    perplexity_ratio: float | None = None
+    tokens: int = 0
+    text: str = "calibration"
+    held: bool | None = None
+    unmeasured: str | None = None
+    predicted_bytes: int | None = None
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """The measured numbers, by name."""
+        numbers = {"kl": self.kl, "perplexity_ratio": self.perplexity_ratio}
+        return {name: value for name, value in numbers.items() if value is not None}
+
+    @property
+    def pending(self) -> bool:
+        """True if it is still to be measured."""
+        return self.unmeasured == PENDING
+
+    def judge(self, limits: Mapping[str, float]) -> GateReport:
+        """Return the measured numbers beside these limits."""
+        missed = any(value > limits.get(name, math.inf) for name, value in self.measured.items())
+        return replace(
+            self, limits=dict(limits), held=not missed if self.measured and limits else None, predicted_bytes=None
+        )
+
+    def clauses(self) -> list[str]:
+        """Return a clause for each measured number, with its limit."""
+        words = {"kl": "KL {:.4g} nats per token", "perplexity_ratio": "perplexity {:.4g} times the dense model's"}
+        return [
+            words[name].format(value) + (f" (at most {self.limits[name]:g})" if name in self.limits else "")
+            for name, value in self.measured.items()
+        ]
+
+    def text_clause(self) -> str:
+        """Return a clause on the text."""
+        return f"on {f'{self.tokens:,} tokens' if self.tokens else 'text'} held out of the {self.text}"
+
+    def sentence(self) -> str:
+        """Return the verdict, the numbers and the text as one sentence."""
+        if self.unmeasured is not None:
+            return f"not measured: {self.unmeasured}"
+        verdict = "off" if not self.limits else "held" if self.held else "missed"
+        return f"{verdict}: {', '.join(self.clauses())}, {self.text_clause()}"
+
+
+def pending_gates(limits: Mapping[str, float], unmeasured: str | None = None) -> GateReport | None:
+    """Return the report before anything is measured; None without limits. `unmeasured`: why nothing will be."""
+    return GateReport(dict(limits), unmeasured=unmeasured or PENDING) if limits else None
+
+
+def measured_gates(kl: float, gap: float, tokens: int, text: str = "calibration") -> GateReport:
+    """Return a report without limits. `gap`: the logarithm of the ratio of perplexities."""
+    return GateReport({}, kl, math.exp(min(gap, 700.0)), tokens, text)
 
 
 @dataclass(frozen=True)
@@ -65,15 +135,15 @@ class Report(JsonRecord):
     base_model: str | None = None  # a Hub id
     license: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
-    blocks: dict[str, dict[str, Any]] = field(default_factory=dict)  # how each learned the last time, and what share of
-    # its error all times together `left`; where the recipe reconstructs
-    fused: tuple[str, ...] = ()  # what was fused into the dense blocks
-    run: str = ""  # a digest of all that the compressed weights depend on
-    auto_class: str = "AutoModelForCausalLM"  # of transformers, which loads it
+    blocks: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a recipe that reconstructs: the last training
+    # of each, and the share of its error that all of them `left`
+    fused: tuple[str, ...] = ()  # into the dense blocks
+    run: str = ""  # a digest of everything that determines the compressed weights
+    auto_class: str = "AutoModelForCausalLM"  # of transformers, that loads it
     trust_remote_code: bool = False  # the model's own code was run, and is needed to load it
-    gates: GateReport | None = None  # its quality beside the recipe's limits; None where these are switched off
+    gates: GateReport | None = None  # None where the recipe switches them off
 
-    def recounted(
+    def recount(
         self,
         layers: Sequence[LayerReport],
         counted: Sequence[LayerReport],
@@ -81,8 +151,10 @@ class Report(JsonRecord):
         warnings: Iterable[str],
         gates: GateReport | None,
     ) -> Report:
-        """Return the report of what is stored now, in files of `size` bytes, with further warnings. `counted`: those of
-        its `layers` whose bits are bits per weight."""
+        """Return the report with new layers, in files of `size` bytes, and further warnings.
+
+        `counted`: the layers that count for `bpw`.
+        """
         return replace(
             self,
             bytes=size,
@@ -95,22 +167,22 @@ class Report(JsonRecord):
 
     @staticmethod
     def from_json(entries: dict[str, Any]) -> Report:
-        """The inverse of `to_json`. Raises InputError for entries of another form."""
+        """Return the inverse of `to_json`. Raises InputError for entries of another form."""
         try:
             layers = map(LayerReport.from_json, entries["layers"])
             texts = {"warnings": tuple(entries["warnings"]), "fused": tuple(entries.get("fused", ()))}
-            gates = None if entries.get("gates") is None else GateReport.from_json(entries["gates"])
+            gates = None if entries.get("gates") is None else GateReport(**entries["gates"])
             return Report(**{**entries, **texts, "layers": tuple(layers), "gates": gates})
         except (KeyError, TypeError) as error:
             raise InputError(f"{REPORT} is not a report of this version of llmcompress ({error})") from error
 
 
-def by_kind(report: Report) -> dict[str, list[tuple[int, LayerReport]]]:
-    """Group the linears of blocks by what follows the block's number in their names, each as (block, row), in order."""
+def group_by_kind(report: Report) -> dict[str, list[tuple[int, LayerReport]]]:
+    """Return the linears of blocks as (block, row), in order, by their names within the block."""
     kinds: dict[str, list[tuple[int, LayerReport]]] = {}
     for row in report.layers:
-        if found := BLOCK.search(row.name):  # a token table is in no block
-            kinds.setdefault(row.name[found.end() :], []).append((int(found[1]), row))
+        if match := BLOCK.search(row.name):  # a token table is in no block
+            kinds.setdefault(row.name[match.end() :], []).append((int(match[1]), row))
     return {kind: sorted(rows, key=lambda entry: entry[0]) for kind, rows in kinds.items()}
 
 
@@ -118,7 +190,7 @@ def read(folder: str | Path) -> Report:
     """Read the report of a compressed checkpoint.
 
     Args:
-        folder: what `compress`, `distill` or `Result.save` wrote.
+        folder: a checkpoint of `compress`, `distill` or `Result.save`.
 
     Returns:
         Sizes in bytes, bits per weight, seconds, and steps, bits and errors of every layer.
@@ -135,24 +207,26 @@ def read(folder: str | Path) -> Report:
 
 
 def read_distillation(folder: Path) -> dict[str, Any] | None:
-    """Return what `distill` reported of a checkpoint; None if it was only compressed. Raises InputError for damage."""
-    try:
-        return read_json(folder / DISTILLATION) if (folder / DISTILLATION).is_file() else None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / DISTILLATION} cannot be read ({error}); distil again") from error
+    """Return the report of `distill`; None for a checkpoint that was only compressed. Raises InputError for damage."""
+    return _read_optional(folder / DISTILLATION, "distil again")
 
 
 def read_allocation(folder: Path) -> dict[str, Any] | None:
-    """The price list and the plan of a checkpoint that a target was set for; None for others. Raises InputError for
-    damage."""
+    """Return the prices and the plan of a checkpoint with a target; None for others. Raises InputError for damage."""
+    return _read_optional(folder / ALLOCATION, "compress again")
+
+
+def _read_optional(path: Path, advice: str) -> dict[str, Any] | None:
     try:
-        return read_json(folder / ALLOCATION) if (folder / ALLOCATION).is_file() else None
+        return read_json(path) if path.is_file() else None
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder / ALLOCATION} cannot be read ({error}); compress again") from error
+        raise InputError(f"{path} cannot be read ({error}); {advice}") from error
 
 
-def gathered(folder: Path) -> dict[str, Any]:
-    """Return all that the reports of a checkpoint say as plain values: its own, and as `distillation` and `allocation`
-    those on its training and on the way to its target, where they are. Raises InputError for damage."""
+def read_all(folder: Path) -> dict[str, Any]:
+    """Return the report of a checkpoint as plain values, with those on its `distillation` and `allocation`, if any.
+
+    Raises InputError for damage.
+    """
     more = {"distillation": read_distillation(folder), "allocation": read_allocation(folder)}
     return read(folder).to_json() | {name: part for name, part in more.items() if part is not None}

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.reporting.formatting import duration
+from llmcompress.reporting.formatting import duration, number, with_error, without_folders
 from llmcompress.reporting.markdown import cell
 
 if TYPE_CHECKING:
@@ -174,12 +173,6 @@ def loss_sum(losses: dict[str, float | str]) -> str:
     return " + ".join(name if weight == "1" else f"{weight} {name}" for name, weight in weights.items())
 
 
-def without_folders(name: str) -> str:
-    """Return a name without the folders of the machine that it was made on."""
-    path = PurePath(name)
-    return path.name if path.is_absolute() or name.startswith((".", "~")) else name
-
-
 def frontier_markdown(results: Row) -> str:
     """Return the table of a frontier as Markdown."""
     table = frontier_table(results)
@@ -269,13 +262,3 @@ def merge_sentences(sentences: Iterable[str]) -> list[str]:
 def star_numbers(name: str) -> str:
     """Return the module path with a star for every number."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-
-
-def with_error(value: float, error: float | None, digits: int = 4) -> str:
-    """Return a value with its standard error, if it has one, as "3.120 ± 0.045"."""
-    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
-
-
-def number(value: float | None) -> str:
-    """Return a number with three decimals; "?" for None."""
-    return "?" if value is None else f"{value:.3f}"

@@ -16,7 +16,7 @@ from llmcompress.models.files.checkpoint import write_checkpoint
 from llmcompress.models.files.compressed import CompressedCheckpoint, check_written
 from llmcompress.models.files.identity import binding
 from llmcompress.reporting import report as reports
-from llmcompress.reporting.quality_limits import pending
+from llmcompress.reporting.report import pending_gates
 from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.weight.expression import bits, describe
 from llmcompress.weight.leading import truncate_low_rank
@@ -91,5 +91,5 @@ def _recount(before: reports.Report, changed: Mapping[str, Change], rank: int, s
         rows.append(row)
     counted = [row for row in rows if reports.BLOCK.search(row.name)]  # a token table is in no block
     warning = f"low-rank terms have {rank} components at most; errors of layers are those before that"
-    gates = None if before.gates is None else pending(before.gates.limits, f"its terms were cut to rank {rank}")
-    return before.recounted(rows, counted, size, (warning,), gates)
+    gates = None if before.gates is None else pending_gates(before.gates.limits, f"its terms were cut to rank {rank}")
+    return before.recount(rows, counted, size, (warning,), gates)

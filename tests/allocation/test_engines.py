@@ -22,7 +22,7 @@ from llmcompress.models.files.file_names import ALLOCATION
 from llmcompress.recipe.overrides import Change
 from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.target import Engine, Target
-from llmcompress.reporting.formatting import aim
+from llmcompress.reporting.formatting import target_text
 from llmcompress.weight.runtime_formats import ENGINES, compressed_tensors_obstacle, vllm_obstacle
 from tests.builders import gaussian, grid, layer, minifloat
 from tests.tiny import save_tiny
@@ -78,7 +78,7 @@ def test_what_is_chosen_is_exported_whole_and_the_report_names_the_engine(place:
     done = export(result.folder, tmp_path / "packed", "compressed-tensors")
     assert done.changed == () and done.bytes_after < 1.05 * done.bytes_before
     target = json.loads((result.folder / ALLOCATION).read_text())["target"]
-    assert target == {"bpw": 5.5, "engine": "vllm"} and aim(target) == "5.5 bpw for vllm"
+    assert target == {"bpw": 5.5, "engine": "vllm"} and target_text(target) == "5.5 bpw for vllm"
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,7 @@ from llmcompress.pipeline import compress as pipeline
 from llmcompress.pipeline import quality_check
 from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.target import Target
-from llmcompress.reporting.quality_limits import GateReport
-from llmcompress.reporting.report import read
+from llmcompress.reporting.report import GateReport, read
 from llmcompress.runtime.ranks import Ranks
 from tests.lockstep import in_lockstep
 from tests.tiers import tiered

@@ -17,11 +17,11 @@ import pytest
 from llmcompress.errors import DiskError, InputError, LLMCompressError, RecipeError
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import check_manifest, seal
+from llmcompress.reporting.formatting import without_folders
 from llmcompress.reporting.html.charts import curve, heat_map, ticks
 from llmcompress.reporting.html.context import NO_GENERATIONS, NO_LAYERS, NO_SCORES
 from llmcompress.reporting.html.page import add_generations, read_generations, write_page
 from llmcompress.reporting.report import LayerReport, Report
-from llmcompress.reporting.tables import without_folders
 
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
 BLOCKS = 3

@@ -20,7 +20,7 @@ from llmcompress.evaluation.score import score
 from llmcompress.formats.hub import push
 from llmcompress.formats.model_card import card
 from llmcompress.reporting.plots import layers_png
-from llmcompress.reporting.report import by_kind, read
+from llmcompress.reporting.report import group_by_kind, read
 from tests.rules.source_tree import ROOT
 from tests.stand_in_hub import StandInHub
 from tests.tiers import tiered
@@ -253,7 +253,7 @@ def test_the_card_tells_scores_and_limits(folders: dict[str, Path], tmp_path: Pa
 
 def test_the_card_shows_every_layer(here: StandInHub, folders: dict[str, Path]) -> None:
     report = read(folders["out"])
-    kinds = by_kind(report)
+    kinds = group_by_kind(report)
     assert {kind: [depth for depth, _ in rows] for kind, rows in kinds.items()} == {kind: [0, 1] for kind in kinds}
     assert len(kinds) == 7 and kinds["mlp.down_proj"][1][1].name == "model.layers.1.mlp.down_proj"
     push(folders["out"], "me/small")

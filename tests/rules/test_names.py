@@ -76,7 +76,6 @@ UNMENDED = {
     "models",
     "pipeline",
     "recipe",
-    "reporting",
 }
 REGISTRIES = ("methods", "losses", "cli", "latents")  # one method, loss, command or strategy a file
 ENTRY_POINTS = {"__init__", "__main__", "plugin", "worker"}  # run or found by another program

@@ -15,7 +15,7 @@ from llmcompress.cli.app import app
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.formats.hub import push
 from llmcompress.models.files.compressed import CompressedCheckpoint
-from llmcompress.reporting.quality_limits import PENDING
+from llmcompress.reporting.report import PENDING
 from llmcompress.surgery.shrink import shrink
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.leading import truncate_low_rank

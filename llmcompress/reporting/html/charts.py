@@ -1,4 +1,4 @@
-"""Geometry of the charts: numbers become places and strengths; the template turns these into SVG."""
+"""Geometry of a page's charts: places and strengths of numbers, which the template turns into SVG."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _strength(value: float, low: float, high: float, logarithmic: bool) -> float
 
 def curve(title: str, points: Sequence[tuple[float, float]], level: float | None = None, *, zero: bool) -> Curve | None:
     """Return the line through (tokens, value), with the y axis from 0 if `zero`; None without two finite points."""
-    drawn = _thinned([(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)])
+    drawn = _thin_points([(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)])
     if len(drawn) < 2:
         return None
     level = level if level is not None and math.isfinite(level) else None
@@ -138,8 +138,8 @@ def curve(title: str, points: Sequence[tuple[float, float]], level: float | None
     )
 
 
-def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most MOST_POINTS of the points, evenly, with the first and the last."""
+def _thin_points(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return at most MOST_POINTS of the points, evenly, with the first and the last."""
     if len(points) <= MOST_POINTS:
         return list(points)
     return [points[round(number * (len(points) - 1) / (MOST_POINTS - 1))] for number in range(MOST_POINTS)]
@@ -158,7 +158,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def _short(count: float) -> str:
-    """A count of tokens in few letters: 120k, 1.5M."""
+    """Return a count of tokens as "120k" or "1.5M"."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:.3g}{letter}"

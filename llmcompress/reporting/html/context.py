@@ -14,12 +14,11 @@ from typing import Any
 from llmcompress.errors import InputError
 from llmcompress.models.files import file_names
 from llmcompress.models.files.integrity import MENDING
-from llmcompress.reporting.formatting import aim, byte_count, duration
+from llmcompress.reporting.formatting import byte_count, duration, target_text, without_folders
 from llmcompress.reporting.html.charts import Curve, curve
 from llmcompress.reporting.html.layers import layer_context
 from llmcompress.reporting.plots import running_count
-from llmcompress.reporting.quality_limits import GateReport
-from llmcompress.reporting.report import Report
+from llmcompress.reporting.report import GateReport, Report
 from llmcompress.reporting.tables import (
     Table,
     gain_table,
@@ -27,7 +26,6 @@ from llmcompress.reporting.tables import (
     score_rows,
     size_rows,
     star_numbers,
-    without_folders,
 )
 
 Facts = dict[str, Any]
@@ -57,18 +55,18 @@ def page_context(files: CheckpointFiles) -> Facts:
     """Return the variables of the template. Raises InputError for a file that llmcompress would not write so."""
     folder, report = files.folder, files.report
     facts: Facts = dict.fromkeys(("sizes", "gates", "layers", "origin"))
-    with _as_written(folder / file_names.REPORT):
+    with _name_damage(folder / file_names.REPORT):
         facts["head"] = _head(files)
         if report is not None:
             facts |= {"sizes": _sizes(report), "layers": layer_context(report, files.recipe), "origin": _origin(report)}
             facts["gates"] = None if report.gates is None else _gates(report.gates)
-    with _as_written(folder / file_names.SCORES):
+    with _name_damage(folder / file_names.SCORES):
         facts["quality"] = None if files.scores is None else _quality(files.scores)
-    with _as_written(folder / file_names.ALLOCATION):
+    with _name_damage(folder / file_names.ALLOCATION):
         facts["target"] = None if files.allocation is None else _target(files.allocation)
-    with _as_written(folder / file_names.DISTILLATION):
+    with _name_damage(folder / file_names.DISTILLATION):
         facts["distillation"] = None if files.distillation is None else _distillation(files.distillation)
-    with _as_written(folder / file_names.GENERATIONS):
+    with _name_damage(folder / file_names.GENERATIONS):
         facts["generations"] = None if files.generations is None else _generations(files.generations)
     recipes = (("Recipe", files.recipe), ("Recipe of the distillation", files.distillation_recipe))
     facts["recipes"] = [(title, _shorten(text)) for title, text in recipes if text is not None]
@@ -79,8 +77,8 @@ def page_context(files: CheckpointFiles) -> Facts:
 
 
 @contextmanager
-def _as_written(path: Path) -> Iterator[None]:
-    """Turn the errors of entries that are missing or of another type into one sentence about `path`."""
+def _name_damage(path: Path) -> Iterator[None]:
+    """Turn errors of missing or wrong entries into an InputError about `path`."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -171,7 +169,7 @@ def _target(allocation: Facts) -> list[tuple[str, str]]:
     """Return the target, and predicted beside measured numbers."""
     baselines = allocation.get("baselines", {})  # older folders have none
     return [
-        ("target", aim(allocation["target"])),
+        ("target", target_text(allocation["target"])),
         ("size", f"predicted {allocation['predicted_bytes']:,}, got {allocation['measured_bytes']:,} bytes"),
         ("KL", f"predicted {allocation['predicted_kl']:.4f}, measured {allocation['measured_kl']:.4f} nats per token"),
         *((f"KL of a {name} plan of that size", f"predicted {kl:.4f}") for name, kl in baselines.items()),

@@ -11,7 +11,7 @@ from llmcompress.errors import RecipeError
 from llmcompress.models.dense.families import roles_of
 from llmcompress.models.files import file_names
 from llmcompress.reporting.html.charts import HeatMap, heat_map
-from llmcompress.reporting.report import BLOCK, LayerReport, Report, by_kind
+from llmcompress.reporting.report import BLOCK, LayerReport, Report, group_by_kind
 from llmcompress.reporting.tables import Row, Table, group_rows, merge_sentences, star_numbers
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def layer_context(report: Report, recipe: str | None) -> dict[str, Any]:
 def _maps(report: Report, dense: list[str]) -> Iterator[HeatMap]:
     """Yield errors and bits by block and linear; experts of a block share a cell."""
     cells: dict[tuple[str, int], list[LayerReport]] = {}
-    for kind, rows in by_kind(report).items():
+    for kind, rows in group_by_kind(report).items():
         for block, row in rows:
             cells.setdefault((star_numbers(f".{kind}")[1:], block), []).append(row)
     dense_cells = [
