@@ -43,7 +43,7 @@ if TYPE_CHECKING:  # for type checkers; tests/rules/test_import.py holds it agai
     from llmcompress.pipeline.compress import plan as plan
     from llmcompress.recipe.calibration import Calibration as Calibration
     from llmcompress.recipe.compression import Recipe as Recipe
-    from llmcompress.recipe.compression import Rule as Rule
+    from llmcompress.recipe.rules import Rule as Rule
     from llmcompress.reporting.report import Report as Report
     from llmcompress.reporting.report import read as read
     from llmcompress.surgery.block_choice import alike_blocks as alike_blocks
@@ -66,7 +66,7 @@ _HOMES = {
     "Recipe": "recipe.compression",
     "Report": "reporting.report",
     "Result": "compression.result",
-    "Rule": "recipe.compression",
+    "Rule": "recipe.rules",
     "SpeedProtocol": "benchmark.protocol",
     "accelerate": "kernels.accelerate",
     "alike_blocks": "surgery.block_choice",

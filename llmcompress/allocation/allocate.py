@@ -36,7 +36,8 @@ from llmcompress.models.files.checkpoint import add_file
 from llmcompress.models.files.file_names import ALLOCATION
 from llmcompress.models.files.output import megabytes
 from llmcompress.recipe.calibration import Calibration
-from llmcompress.recipe.compression import Recipe, Rule
+from llmcompress.recipe.compression import Recipe
+from llmcompress.recipe.rules import Rule
 from llmcompress.recipe.target import Target
 from llmcompress.runtime.memory import total_memory
 from llmcompress.runtime.ranks import ALONE, Ranks

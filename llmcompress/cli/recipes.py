@@ -72,7 +72,7 @@ def schema(distillation: IsDistillation = False) -> None:
     with Terminal(as_json=True) as terminal:
         from llmcompress.recipe.compression import Recipe
         from llmcompress.recipe.distillation import Distillation
-        from llmcompress.recipe.json_schema import json_schema
+        from llmcompress.recipe.read import json_schema
 
         terminal.show(json_schema(Distillation if distillation else Recipe), lambda _values, _every: ())
 

@@ -30,8 +30,7 @@ from llmcompress.models.files.compressed import check_written
 from llmcompress.models.files.identity import binding
 from llmcompress.models.files.output import check_writable, is_ours, lock_output, remove_folder
 from llmcompress.models.transformers.hf_quantizer import table_entry
-from llmcompress.recipe.published import published
-from llmcompress.recipe.read import dump
+from llmcompress.recipe.read import dump, hide_folders
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.report import Report
 from llmcompress.runtime.facts import versions
@@ -120,7 +119,7 @@ class Books:
         """Write the report and the recipe, and give the checkpoint its name. Returns the report with the run's name."""
         writer, report = _there(self._writer), replace(report, run=run_name(self.identity))
         writer.write(file_names.REPORT, json.dumps(report.to_json(), indent=2))
-        writer.write(file_names.RECIPE, dump(published(self.job.recipe)))
+        writer.write(file_names.RECIPE, dump(hide_folders(self.job.recipe)))
         check_written(writer.folder, self.job.source.trust_remote_code)
         self._held.close()
         return report

@@ -14,7 +14,7 @@ from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import StepConfig, sketch
 from llmcompress.methods.solvers.low_rank import LowRankConfig
 from llmcompress.models.dense.families import Architecture
-from llmcompress.recipe.tie import Tie
+from llmcompress.recipe.sections import Tie
 from llmcompress.weight.expression import describe
 from llmcompress.weight.nodes import Weight, Zero
 from llmcompress.weight.sums import add_to_base

@@ -7,8 +7,10 @@ Special tokens are put in here, not by the tokenizer, so that the report can say
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +22,7 @@ from llmcompress.data.generate import TextSampling, teacher_sequences
 from llmcompress.data.text import Document, file_notes, read_documents, shuffle
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.dense.config import context_length
-from llmcompress.recipe.calibration import Calibration, Switch, is_file
-from llmcompress.recipe.published import dataset_name, file_sha256
-from llmcompress.recipe.user_file import expanded, is_regular
+from llmcompress.recipe.calibration import Calibration, Switch, file_sha256, hide_folder, is_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -212,13 +212,13 @@ def _read(config: Calibration, tokenizer: PreTrainedTokenizerBase) -> Calibratio
 
 def source_notes(config: Calibration, cuts: set[str]) -> tuple[str, ...]:
     """Return what a report says about reading a text: `cuts`, as `document_tokens` adds them, and those of its file."""
-    return (*(file_notes(expanded(config.dataset)) if is_file(config.dataset) else ()), *sorted(cuts))
+    return (*(file_notes(Path(os.path.expanduser(config.dataset))) if is_file(config.dataset) else ()), *sorted(cuts))
 
 
 def check_digest(config: Calibration) -> None:
     """Raise InputError for a text in a file that is not the one whose digest the recipe has."""
-    path = expanded(config.dataset)
-    if config.sha256 is not None and is_regular(path) and file_sha256(path) != config.sha256:
+    path = Path(os.path.expanduser(config.dataset))
+    if config.sha256 is not None and os.path.isfile(path) and file_sha256(path) != config.sha256:
         raise InputError(
             f"{path} is not the text of the recipe, whose sha256 differs; give that file, or leave sha256 out"
         )
@@ -226,7 +226,7 @@ def check_digest(config: Calibration) -> None:
 
 def public_source(config: Calibration) -> str:
     """Return the origin of text that exists as an output names it: of a file or a folder, the last part of its path."""
-    return source_name(config.model_copy(update={"dataset": dataset_name(config.dataset)}))
+    return source_name(config.model_copy(update={"dataset": hide_folder(config.dataset)}))
 
 
 def source_name(config: Calibration) -> str:

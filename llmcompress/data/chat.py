@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 from llmcompress.data.packing import Tokens
 from llmcompress.data.text import HALVES, Message
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.recipe.yaml import shortened
+from llmcompress.recipe.yaml import shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +41,7 @@ def render_chat(
     try:
         template = tokenizer.get_chat_template()
     except ValueError as error:
-        raise InputError(f"the tokenizer's chat template cannot be used ({shortened(error, 200)})") from error
+        raise InputError(f"the tokenizer's chat template cannot be used ({shorten(error, 200)})") from error
     request = {
         "messages": messages,
         "template": template,
@@ -50,7 +50,7 @@ def render_chat(
     }
     answer = _PROCESS.answer(request)
     if "refusal" in answer:
-        raise InputError(f"{where}: the chat template refuses it ({shortened(answer['refusal'], 300)}); {ADVICE}")
+        raise InputError(f"{where}: the chat template refuses it ({shorten(answer['refusal'], 300)}); {ADVICE}")
     text = str(answer["text"])
     if found := HALVES.search(text):
         raise InputError(f"{where}: the chat template writes {found[0]!a}, half of a character; correct the template")

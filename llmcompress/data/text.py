@@ -4,6 +4,7 @@ A document is a string, or a chat: a list of `{"role": ..., "content": ...}` mes
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,8 +15,7 @@ import torch
 from llmcompress.data.builtin import builtin_documents, stdlib_documents
 from llmcompress.errors import InputError, first_line
 from llmcompress.recipe.calibration import FILE_KINDS, is_file
-from llmcompress.recipe.user_file import expanded, is_regular, open_file, read_file
-from llmcompress.recipe.yaml import shortened
+from llmcompress.recipe.yaml import shorten
 
 HALVES = re.compile("[\ud800-\udfff]")  # surrogates, which JSON can spell and UTF-8 cannot
 Message = dict[str, str]
@@ -44,7 +44,7 @@ def read_documents(
     elif dataset == "stdlib":
         rows = (text for _, text in stdlib_documents(split or "train"))
     elif is_file(dataset):
-        rows = file_rows(expanded(dataset))
+        rows = file_rows(Path(os.path.expanduser(dataset)))
     else:
         rows = _hub_rows(dataset, subset, revision, split or "train", streaming)
     for number, row in enumerate(rows, start=1):
@@ -76,19 +76,19 @@ def shuffle(documents: Iterable[Document], seed: int, buffer: int = SHUFFLE_BUFF
 def _hub_rows(name: str, subset: str | None, revision: str | None, split: str, streaming: bool) -> Iterator[Any]:
     import datasets
 
-    where = f"data set {shortened(name, 200)!r}" + (f", subset {subset!r}" if subset else "") + f", split {split!r}"
+    where = f"data set {shorten(name, 200)!r}" + (f", subset {subset!r}" if subset else "") + f", split {split!r}"
     try:
         rows = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=streaming)
         yield from rows
     except (datasets.exceptions.DatasetsError, *DATASET_ERRORS) as error:
         raise InputError(
-            f"{where} cannot be read ({shortened(first_line(error), 300)}); check its name, subset, split and "
+            f"{where} cannot be read ({shorten(first_line(error), 300)}); check its name, subset, split and "
             "revision, or give a local .txt, .jsonl or .parquet file"
         ) from error
 
 
 def _columns(row: dict[Any, Any]) -> str:
-    return shortened(sorted(map(str, row)), 200)
+    return shorten(sorted(map(str, row)), 200)
 
 
 def _document(row: Any, column: str | None, where: str) -> Document:
@@ -135,7 +135,7 @@ def _part(part: Any, where: str) -> str:
     text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
     if not isinstance(text, str):
         kind = part.get("type", "no type") if isinstance(part, dict) else type(part).__name__
-        raise InputError(f"{where} has a part that is no text ({shortened(kind)}); leave such chats out")
+        raise InputError(f"{where} has a part that is no text ({shorten(kind)}); leave such chats out")
     return _checked(text, where)
 
 
@@ -148,7 +148,6 @@ def _checked(text: str, where: str) -> str:
 
 LONGEST_TEXT = 1 << 28  # bytes of a document of plain text; a longer file is read as several
 LONGEST_LINE = 1 << 28  # bytes of a JSON line
-MOST_READ = 1 << 30  # bytes of a text that is read as a whole
 DATASET_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)  # of `datasets` and Arrow
 LINE_ENDS, SPACES = re.compile(rb".*\n", re.DOTALL), re.compile(rb".*[ \t]", re.DOTALL)
 NEAR = 1 << 20  # bytes before the end of a document in which a line, or a word, is to end
@@ -157,17 +156,16 @@ NEAR = 1 << 20  # bytes before the end of a document in which a line, or a word,
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file, with newlines as its line ends. Raises InputError when it cannot be read as such."""
     try:
-        return _decoded(read_file(path, MOST_READ), path)
-    except OSError as error:
+        return _decoded(Path(os.path.expanduser(path)).read_bytes(), path)
+    except (OSError, ValueError) as error:  # ValueError: no path can have this name
         raise _unreadable(path, error) from error
 
 
 def file_rows(path: Path) -> Iterator[Any]:
     """Yield the rows of a text file: one for plain text. Raises InputError where it cannot be read."""
-    if not is_regular(path):
-        there = path.is_dir() or path.is_fifo() or path.is_char_device()
-        kind = "this is a folder, a pipe or a device:" if there else "there is no file"
-        raise InputError(f"{kind} {shortened(path, 300)}; calibration text is a .txt, .jsonl or .parquet file")
+    if not os.path.isfile(path):
+        kind = "this is a folder, a pipe or a device:" if os.path.exists(path) else "there is no file"
+        raise InputError(f"{kind} {shorten(path, 300)}; calibration text is a .txt, .jsonl or .parquet file")
     try:
         match path.suffix.lower():
             case ".txt":
@@ -186,7 +184,7 @@ def file_rows(path: Path) -> Iterator[Any]:
 
 def file_notes(path: Path) -> tuple[str, ...]:
     """Return what a report says about reading a text file: that it is too long for one document."""
-    if path.suffix.lower() != ".txt" or not is_regular(path) or path.stat().st_size <= LONGEST_TEXT:
+    if path.suffix.lower() != ".txt" or not os.path.isfile(path) or path.stat().st_size <= LONGEST_TEXT:
         return ()
     return (f"{path} has {path.stat().st_size:,} bytes and is read as documents of at most {LONGEST_TEXT:,} bytes",)
 
@@ -203,7 +201,7 @@ def parse_line(line: bytes | str, where: str) -> Any:
 
 def _texts(path: Path) -> Iterator[str]:
     """Yield a text: whole, or cut behind a line, a word, or at least a character near every LONGEST_TEXT bytes."""
-    with open_file(path) as file:
+    with path.open("rb") as file:
         start, rest = 0, b""
         while data := rest + file.read(LONGEST_TEXT - len(rest)):
             end = len(data) if len(data) < LONGEST_TEXT else _end(data)
@@ -233,7 +231,7 @@ def _decoded(data: bytes, path: Path, start: int = 0) -> str:
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
-    with open_file(path) as lines:
+    with path.open("rb") as lines:
         number = 0
         while line := lines.readline(LONGEST_LINE + 1):
             number += 1
@@ -250,10 +248,9 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
     try:
         yield from datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
     except (datasets.exceptions.DatasetsError, *DATASET_ERRORS) as error:
-        raise InputError(f"{path} is not a readable parquet file ({shortened(first_line(error), 300)})") from error
+        raise InputError(f"{path} is not a readable parquet file ({shorten(first_line(error), 300)})") from error
 
 
-def _unreadable(path: Path, error: OSError) -> InputError:
-    return InputError(
-        f"{shortened(path, 300)} cannot be read ({error.strerror or error}); give the path of a text file"
-    )
+def _unreadable(path: Path, error: OSError | ValueError) -> InputError:
+    reason = getattr(error, "strerror", None) or error
+    return InputError(f"{shorten(path, 300)} cannot be read ({reason}); give the path of a text file")

@@ -11,8 +11,8 @@ from llmcompress.errors import RecipeError
 from llmcompress.losses.features import reads_states
 from llmcompress.models.files.file_names import RECIPE
 from llmcompress.recipe.distillation import Distillation
-from llmcompress.recipe.fuse import Fuse
 from llmcompress.recipe.read import read_recipe
+from llmcompress.recipe.sections import Fuse
 
 
 def fused_into(folder: Path) -> Fuse | None:

@@ -23,8 +23,8 @@ from accelerate.utils import LoggerType, ProjectConfiguration
 from llmcompress.errors import DiskError, RecipeError
 from llmcompress.models.files.output import replace_text
 from llmcompress.recipe.distillation import Distillation, Term
-from llmcompress.recipe.error_messages import hint
-from llmcompress.recipe.published import published
+from llmcompress.recipe.read import hide_folders
+from llmcompress.recipe.validation import hint
 from llmcompress.runtime.json_values import replace_nonfinite
 
 AFTERWARDS = {"rounded", "pruned"}  # marks of lines about what is done to weights once a phase has trained them
@@ -102,7 +102,7 @@ def tracking(recipe: Distillation, output: Path) -> dict[str, Any]:
 
 def start_trackers(recipe: Distillation, accelerator: Accelerator) -> None:
     """Open a run in every tracker, with the recipe's name and values."""
-    values = published(recipe).model_dump(mode="json").items()
+    values = hide_folders(recipe).model_dump(mode="json").items()
     plain = {key: value if isinstance(value, int | float | str) else json.dumps(value) for key, value in values}
     accelerator.init_trackers(recipe.name, plain)
 

@@ -23,7 +23,7 @@ from llmcompress.distillation.context import TrainContext
 from llmcompress.distillation.parallel.launch import sharded
 from llmcompress.distillation.resume import Progress
 from llmcompress.errors import RecipeError
-from llmcompress.recipe.on_policy import OnPolicy
+from llmcompress.recipe.sections import OnPolicy
 
 SIDE_BY_SIDE = 64  # sequences that are written at once; changes no result, but for the rounding of logits
 

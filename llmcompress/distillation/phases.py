@@ -25,7 +25,7 @@ from llmcompress.distillation.student.model import check_latents, relaxed_studen
 from llmcompress.distillation.student.regrow import Masks, grow, input_norms, pruned_again, regrown
 from llmcompress.distillation.train import train
 from llmcompress.errors import RecipeError
-from llmcompress.recipe.regrowth import RANK
+from llmcompress.recipe.sections import RANK
 from llmcompress.weight.modules import CompressedLinear, Multiplying, decoded, put
 from llmcompress.weight.trainable.latents.form import ValuesForm
 

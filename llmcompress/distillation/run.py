@@ -42,8 +42,7 @@ from llmcompress.models.files.identity import binding, content_digest, teacher_d
 from llmcompress.models.files.output import check_writable, claim_folder, lock_output
 from llmcompress.models.files.store import Store
 from llmcompress.recipe.distillation import Distillation
-from llmcompress.recipe.published import published
-from llmcompress.recipe.read import dump, read_as
+from llmcompress.recipe.read import dump, hide_folders, read_as
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.plots import distillation_png
 from llmcompress.reporting.report import GateReport, measured_gates
@@ -156,7 +155,7 @@ def _distilled(
     with ranks.agree_on_errors():
         check_fused(fused_into(folder), asked)
         opened, beside = open_folder(pupil), companions(folder, pupil.trust_remote_code)
-        recipe_text = dump(published(asked))
+        recipe_text = dump(hide_folders(asked))
         check_writable(target, opened.bytes)
         check_vocabularies((pupil, place))
         tokenizer = load_tokenizer(folder, pupil.trust_remote_code)

@@ -38,8 +38,7 @@ from llmcompress.models.files.output import check_writable, is_ours, lock_output
 from llmcompress.pipeline.quality_check import check, is_unsettled, judge
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.distillation import Distillation
-from llmcompress.recipe.published import published
-from llmcompress.recipe.read import read_as, read_recipe
+from llmcompress.recipe.read import hide_folders, read_as, read_recipe
 from llmcompress.reporting import report as reports
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.notebook import progress_line
@@ -313,7 +312,7 @@ def completed(output: Path, job: Job, device: str) -> Result | None:
         return None
     path = output / file_names.DISTILLATION_RECIPE
     taught = read_as(Distillation, path) if path.is_file() else None
-    wanted = None if job.recipe.distill is None else published(job.recipe.distill)
+    wanted = None if job.recipe.distill is None else hide_folders(job.recipe.distill)
     if taught != wanted:
         raise DiskError(f"{output} was distilled with another recipe; remove it, or choose another output folder")
     with lock_output(output, "output folder") as staging:  # the end may have come just before this was removed

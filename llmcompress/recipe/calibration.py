@@ -2,71 +2,87 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from llmcompress.recipe.user_file import is_regular
-
 FILE_KINDS = (".txt", ".jsonl", ".parquet")
-
-
-def is_file(dataset: str) -> bool:
-    """True when `dataset` names a local file rather than a data set."""
-    return Path(dataset).suffix.lower() in FILE_KINDS or is_regular(dataset)
-
-
-OFFLINE = ("builtin", "stdlib", "self")  # what needs neither a file nor the Hub
+OFFLINE = ("builtin", "stdlib", "self")  # need neither a file nor the Hub
 Switch = Literal["auto"] | bool
 
 
+def is_file(dataset: str) -> bool:
+    """True if `dataset` is a local file, not the name of a data set."""
+    return Path(dataset).suffix.lower() in FILE_KINDS or os.path.isfile(os.path.expanduser(dataset))
+
+
+def hide_folder(dataset: str) -> str:
+    """Return the name of a text without the folders of this machine: a Hub id as it is, the last part of a path."""
+    is_local = is_file(dataset) or dataset.startswith(("/", ".", "~")) or Path(dataset).is_dir()
+    return last_part(dataset) if is_local else dataset
+
+
+def last_part(path: str) -> str:
+    """Return the last part of a path; for `.` and `..`, that of the folder itself."""
+    name = Path(path).name
+    return Path(path).resolve().name or "root" if name in ("", "..") else name
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class Calibration(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
-    """The text that calibration runs on. Every field that says "auto" is resolved and reported."""
+    """The text that calibration runs on. Values that are "auto" are resolved, and reports say to what."""
 
     dataset: str = Field(default="stdlib", min_length=1)
-    """A name for `datasets`, a local .txt/.jsonl/.parquet file, "builtin" (text of many kinds that comes with this
-    package, and documentation), "stdlib" (documentation that Python ships), or "self" (the dense model writes it)."""
+    """A data set of the Hub, a .txt, .jsonl or .parquet file, or one of three names. builtin: text of many kinds that
+    comes with llmcompress, and documentation; stdlib: Python's documentation; self: text by the dense model."""
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-    """Of a local file's content: another content is refused. Recipes in outputs have it, and the file's name without
-    its folder."""
+    """SHA-256 of a file's content; a file with another content is refused. Recipes in outputs have it, with the file's
+    name but not its folder."""
     subset: str | None = None
-    """The configuration of a data set that has several ("wikitext-2-raw-v1")."""
+    """Configuration of a data set that has several, such as wikitext-2-raw-v1."""
     revision: str | None = None
     """Commit, tag or branch of a data set."""
     split: str | None = None
-    """"train" when not given."""
+    """Split of a data set; null: train."""
     column: str | None = None
-    """The column with text or messages; not given: `messages`, else `text`, else the only column of strings."""
+    """Column with text or messages; null: `messages`, else `text`, else the only column of strings."""
     streaming: bool = True
-    """Fetch only the rows that are needed; false downloads the data set first, and uses its cache when offline."""
+    """Fetch only the rows that are needed. False: download the data set first, and use its cache when offline."""
     samples: int = Field(default=128, ge=1, le=1_000_000)
-    """Sequences, the held-out ones included."""
+    """Number of sequences, with those held out."""
     length: int = Field(default=1024, ge=2, le=1_048_576)
-    """Tokens per sequence."""
+    """Tokens in a sequence."""
     packing: bool = True
-    """True: documents are joined and cut into sequences. False: one document per sequence, short ones are dropped."""
+    """True: join documents and cut them into sequences. False: one document per sequence, without short ones."""
     bos: Switch = "auto"
-    """Every sequence starts with the BOS token; auto: when the tokenizer itself puts it."""
+    """Start every sequence with the BOS token; auto: if the tokenizer does."""
     eos: Switch = "auto"
-    """Every document ends with the EOS token; auto: when the tokenizer itself puts it. Without it, a blank line
-    stands between packed texts."""
+    """End every document with the EOS token; auto: if the tokenizer does. Without it, packed documents are separated by
+    a blank line."""
     chat_template: Switch = "auto"
-    """Messages are rendered with the tokenizer's chat template; auto: when it has one. With "self": the model answers
-    prompts; auto: in every other sequence when it has a template, the rest is free text."""
+    """Render messages with the tokenizer's chat template; auto: if it has one. For dataset self: the model answers
+    prompts; auto: in every other sequence if it has a template, and the rest is free text."""
     held_out: float = Field(default=0.125, ge=0, allow_inf_nan=False)
-    """Below 1: the share of the sequences that is held out (at least one when there are two). From 1: their number."""
+    """Sequences to hold out: a share below 1 (at least one sequence of two), or a number."""
     shuffle: bool = True
-    """Documents in random order."""
+    """Read documents in random order."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Of the order of documents, and of the text that "self" writes."""
+    """Random seed for the order of documents, and for the text of dataset self."""
     temperature: float = Field(default=1.0, gt=0, le=10)
-    """Of the text that "self" writes."""
+    """Sampling temperature for the text of dataset self."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Of the text that "self" writes."""
+    """Mass of the likeliest tokens to sample from, for the text of dataset self."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> Calibration:
+    def _check_source(self) -> Calibration:
         if self.held_out >= 1 and self.held_out != int(self.held_out):
             raise ValueError(f"held_out {self.held_out} is neither a share below 1 nor a whole number of sequences")
         if self.held_out >= self.samples and self.held_out >= 1:
@@ -87,25 +103,25 @@ class Calibration(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
 
 
 class TokenWeights(BaseModel, extra="forbid", frozen=True):
-    """The weight of each calibration token: of a block's inputs or, by gradient, of each linear's.
+    """The weight of each calibration token, for the inputs of a block or, by gradient, of each linear layer.
 
-    By attention and norm they go from `minimum` to 1, linear over each sequence. Where sinks receive a hundred times as
-    much as others, these count about alike, and the sinks 1. By gradient they go from `minimum` to about 30, and are
-    about 1 on average.
+    By attention and norm, weights go from `minimum` to 1, linear over each sequence. Where attention sinks receive a
+    hundred times as much as other tokens, they count 1, and the others about alike. By gradient, weights go from
+    `minimum` to about 30, and are about 1 on average.
     """
 
     by: Literal["attention", "norm", "gradient"] = Field(
-        description="the attention a token receives, its hidden state's norm, or the squared gradient that the model's "
-        "predictions have by the outputs of a linear there, from one backward pass of the dense model"
+        description="what decides: the attention that a token receives, the norm of its hidden state, or the squared "
+        "gradient of the predictions by the outputs of a linear layer, from one backward pass of the dense model"
     )
-    minimum: float = Field(default=0.01, gt=0, le=1, description="what the least token of a sequence counts")
+    minimum: float = Field(default=0.01, gt=0, le=1, description="weight of the least token of a sequence")
     rows: bool = Field(
         default=False,
-        description="by gradient: rows count by theirs too, where a method chooses for a whole column",
+        description="with by: gradient, weight rows by their gradient too, where a method decides for a whole column",
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> TokenWeights:
+    def _check_rows(self) -> TokenWeights:
         if self.rows and self.by != "gradient":
             raise ValueError(f"rows: they count by their gradient, and by is {self.by!r}; set by: gradient")
         return self

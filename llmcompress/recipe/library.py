@@ -1,28 +1,29 @@
-"""The recipes that come with llmcompress, and the way from a name to a file.
+"""The recipes that come with llmcompress, and the way from a name such as `gptq-4-g64` to a file.
 
-A recipe is given as a path or as a name such as `gptq-4-g64`: a file that exists wins, else the name is looked up below
-`configs/`, where every name stands once. The wheel carries that folder inside the package; a clone has it beside.
+They are the files below `configs/`, where every name occurs once. The wheel has that folder inside the package, a clone
+beside it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 
 from llmcompress.errors import RecipeError
-from llmcompress.recipe.user_file import expanded
-from llmcompress.recipe.yaml import shortened
+from llmcompress.recipe.yaml import shorten
 
 COMPRESSION = {
     "recommended": "start here",
-    "methods": "one or two for every method, as its paper has it",
+    "methods": "one or two for every method, as in its paper",
     "ablations": "variants, for comparisons",
 }
-DISTILLATION = {"distillation": "what a compressed or shortened model learns from the dense one"}
+DISTILLATION = {"distillation": "for training a compressed or shortened model on the dense one"}
 GROUPS = COMPRESSION | DISTILLATION
 PACKAGE = Path(__file__).parent.parent
 PROTOCOL = (
@@ -34,35 +35,34 @@ MEASURED = Path(__file__).with_name("measured.json")  # written by research/meas
 
 @dataclass(frozen=True)
 class Measurement:
-    """Numbers of one recipe: stored bits per weight of the decoder's linears, millions of bytes of all weight files,
-    and perplexity."""
+    """The measured result of one recipe."""
 
-    bpw: float
-    megabytes: float
+    bpw: float  # stored bits per weight of the decoder's linear layers
+    megabytes: float  # of all weight files
     perplexity: float
 
 
 @dataclass(frozen=True)
 class LibraryRecipe:
-    """A recipe that comes with llmcompress. `purpose` is the first sentence of its file."""
+    """A recipe that comes with llmcompress."""
 
     name: str
     group: str
     path: Path
-    purpose: str
+    purpose: str  # the first sentence of its file
     measured: Measurement | None
 
 
 def library_folder() -> Path:
-    """Return the folder `configs` of the installed package, or that of the clone."""
+    """Return the folder `configs` of the installed package, or of the clone."""
     packaged = PACKAGE / "configs"
     return packaged if packaged.is_dir() else PACKAGE.parent / "configs"
 
 
 def measurements() -> dict[str, Measurement]:
-    """Return what was measured, by the names of recipes; `dense` is the model as it is."""
-    found = json.loads(MEASURED.read_text(encoding="utf-8"))
-    return {name: Measurement(**numbers) for name, numbers in found.items()}
+    """Return the measured results by the names of recipes; `dense` is the uncompressed model."""
+    results = json.loads(MEASURED.read_text(encoding="utf-8"))
+    return {name: Measurement(**numbers) for name, numbers in results.items()}
 
 
 def library() -> tuple[LibraryRecipe, ...]:
@@ -74,23 +74,14 @@ def library() -> tuple[LibraryRecipe, ...]:
     )
 
 
-def find_recipe(given: str | Path, distillation: bool = False) -> Path:
-    """Return the file of a recipe that is given by its path or its name.
+def find_recipe(source: str | Path, distillation: bool = False) -> Path:
+    """Return the file of a recipe that is given by its path or its name. A file that exists goes before a name.
 
-    With `distillation`, names are those of distillations, else those of compressions. A path that nobody knows is
+    Names are those of distillations if `distillation` is true, else of compressions. A path that does not exist is
     returned as it is. Raises RecipeError for an unknown name, one of the other kind, and a path that has moved.
     """
-    name = str(given)
-    try:
-        path = expanded(given)
-        there = path.exists()
-    except (OSError, ValueError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise RecipeError(
-            f"{shortened(name)!r} cannot be the path of a recipe ({reason}); give a YAML file, or a name that "
-            "`llmcompress recipes` lists"
-        ) from error
-    if there and not path.is_dir():
+    name, path = str(source), Path(os.path.expanduser(source))
+    if os.path.exists(path) and not os.path.isdir(path):
         return path
     known, groups = _paths(), DISTILLATION if distillation else COMPRESSION
     if name in known:
@@ -102,31 +93,27 @@ def find_recipe(given: str | Path, distillation: bool = False) -> Path:
         return known[name]
     if path.stem in known and path.suffix in (".yaml", ".yml"):
         raise RecipeError(
-            f"there is no file {given}; the recipe {path.stem} is configs/{known[path.stem].parent.name}/"
+            f"there is no file {source}; the recipe {path.stem} is configs/{known[path.stem].parent.name}/"
             f"{path.stem}.yaml: give that path in a clone, or the name {path.stem} anywhere"
         )
-    if there or path.suffix or len(path.parts) > 1:
+    if path.suffix or len(path.parts) > 1 or os.path.isdir(path):
         return path
-    near = get_close_matches(name, [one for one, file in known.items() if file.parent.name in groups], n=1)
+    near = get_close_matches(name, [entry for entry, file in known.items() if file.parent.name in groups], n=1)
     hint = f'did you mean "{near[0]}"? ' if near else ""
     raise RecipeError(
-        f'there is no file and no recipe "{shortened(name, 100)}"; {hint}`llmcompress recipes` lists all names'
+        f'there is no file and no recipe "{shorten(name, 100)}"; {hint}`llmcompress recipes` lists all names'
     )
 
 
 @lru_cache(maxsize=1)
 def _paths() -> dict[str, Path]:
-    """Return the files by name, in the order of the groups."""
+    """Return the files by name, group by group."""
     folder = library_folder()
     return {path.stem: path for group in GROUPS for path in sorted((folder / group).glob("*.yaml"))}
 
 
 def _purpose(path: Path) -> str:
-    """Return the first sentence of the comment that a recipe begins with."""
+    """Return the first sentence of the comment at the beginning of a recipe."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    comment: list[str] = []
-    for line in lines:
-        if not line.startswith("#"):
-            break
-        comment.append(line.lstrip("# "))
-    return re.split(r"(?<=[.])\s", " ".join(comment), maxsplit=1)[0]
+    comment = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
+    return re.split(r"(?<=[.])\s", comment, maxsplit=1)[0]

@@ -1,22 +1,22 @@
-"""Match a recipe's rules to a model's linears: the steps of each, and the patterns that match nothing."""
+"""Lay a recipe's rules over a model's linear layers: the steps of each, and the patterns that match nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Protocol
 
 from llmcompress.methods.layer import StepConfig, sketch
 from llmcompress.recipe.compression import Recipe
-from llmcompress.recipe.patterns import REGEX, matches
+from llmcompress.recipe.rules import REGEX, matches
 from llmcompress.weight.expression import bits
 
-NEAREST = 20  # patterns without a layer that are told the nearest name; to look for it takes long
+MOST_HINTS = 20  # patterns without a layer that get the nearest name, which takes long to find
 
 
-class Ruled(Protocol):
-    """A linear as rules see it."""
+class LinearLayer(Protocol):
+    """A linear layer as rules see it."""
 
     @property
     def name(self) -> str:
@@ -33,35 +33,30 @@ class Ruled(Protocol):
 
 @dataclass(frozen=True)
 class Assignment:
-    """A recipe laid over a model's linears.
+    """A recipe laid over the linear layers of a model."""
 
-    `steps`: of every linear, empty where it stays dense. `unmatched`: the patterns that no linear matches. `unruled`:
-    linears that no rule speaks about. `shadowed`: patterns whose linears all belong to earlier rules. `notes`: about
-    roles that the model lacks, and linears that have several.
-    """
-
-    steps: dict[str, tuple[StepConfig, ...]]
-    unmatched: tuple[str, ...]
-    unruled: tuple[str, ...]
-    shadowed: tuple[str, ...]
+    steps: dict[str, tuple[StepConfig, ...]]  # by layer; empty where it stays dense
+    unmatched: tuple[str, ...]  # patterns that match no layer
+    unruled: tuple[str, ...]  # layers that no rule covers
+    shadowed: tuple[str, ...]  # patterns whose layers all belong to earlier rules
     complaints: tuple[str, ...]  # a sentence for each unmatched pattern
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # on roles that the model does not have, and on layers that have several
 
     def complaint(self) -> str:
-        """Return the sentence about the first pattern that matches nothing."""
+        """Return the sentence on the first pattern that matches nothing."""
         return self.complaints[0]
 
 
-def assign(recipe: Recipe, linears: Sequence[Ruled], others: Sequence[str] = ()) -> Assignment:
-    """Return the steps for each linear: those of the first rule that covers it.
+def assign(recipe: Recipe, linears: Sequence[LinearLayer], others: Sequence[str] = ()) -> Assignment:
+    """Return the steps of each layer: those of the first rule that covers it.
 
-    A fused linear gets the most careful steps of its parts: those that store most bits. Parts without a rule do not
-    count. `others` are modules that are never compressed, such as the head: a rule without steps may name them.
+    A fused layer gets the steps of the part for which they store most bits; parts without a rule do not count.
+    `others` are modules that are never compressed, such as the head: a rule without steps may name them.
     """
     rules, names = recipe.rules, [linear.name for linear in linears]
     by_pattern = [[[name for name in names if matches(pattern, name)] for pattern in rule.match] for rule in rules]
     by_name = [{name for covered in each for name in covered} for each in by_pattern]
-    chosen, merged = dict[str, int](), list[str]()
+    chosen, fused = dict[str, int](), list[str]()
     for linear in linears:
         ruled = [number for number, rule in enumerate(rules) if rule.role or linear.name in by_name[number]]
         parts = {
@@ -72,43 +67,43 @@ def assign(recipe: Recipe, linears: Sequence[Ruled], others: Sequence[str] = ())
         if len(numbers) > 1:
             numbers.sort(key=lambda number: -bits(sketch(linear.name, linear.shape, rules[number].steps)))
             careful = [role for role, number in parts.items() if number == numbers[0]]
-            merged.append(f"{linear.name} is {_joined(linear.roles)} in one; it has the steps of {_joined(careful)}")
+            fused.append(f"{linear.name} is {_join(linear.roles)} in one; it has the steps of {_join(careful)}")
         if numbers:
             chosen[linear.name] = numbers[0]
     roles = {role for linear in linears for role in linear.roles}
     absent = [
-        f"{recipe.at(('rules', number, 'role'))}rule {number + 1} leaves out {_joined(lacking)}: the model has no such "
+        f"{recipe.at(('rules', number, 'role'))}rule {number + 1} leaves out {_join(lacking)}: the model has no such "
         f"linear"
         for number, rule in enumerate(rules)
         if (lacking := [role for role in rule.role if role not in roles])
     ]
-    unmatched, shadowed, complaints = _patterns(recipe, names, by_pattern, chosen, others)
+    unmatched, complaints = _unmatched_patterns(recipe, names, by_pattern, others)
+    shadowed = [
+        pattern
+        for number, rule in enumerate(rules)
+        for pattern, covered in zip(rule.match, by_pattern[number], strict=True)
+        if covered and all(chosen[name] < number for name in covered)
+    ]
     return Assignment(
         {name: rules[chosen[name]].steps if name in chosen else () for name in names},
-        unmatched,
+        tuple(unmatched),
         tuple(name for name in names if name not in chosen),
-        shadowed,
-        complaints,
-        (*absent, *merged),
+        tuple(shadowed),
+        tuple(complaints),
+        (*absent, *fused),
     )
 
 
-def _joined(names: Sequence[str | None]) -> str:
+def _join(names: Sequence[str | None]) -> str:
     *first, last = map(str, names)
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def _patterns(
-    recipe: Recipe,
-    names: Sequence[str],
-    by_pattern: Sequence[Sequence[list[str]]],
-    chosen: Mapping[str, int],
-    others: Sequence[str],
-) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Return the patterns that match nothing, those of which earlier rules have all, and a complaint for each of the
-    first."""
+def _unmatched_patterns(
+    recipe: Recipe, names: Sequence[str], by_pattern: Sequence[Sequence[list[str]]], others: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Return the patterns that match nothing, and a complaint for each."""
     unmatched: list[str] = []
-    shadowed: list[str] = []
     complaints: list[str] = []
     for number, rule in enumerate(recipe.rules):
         for index, (pattern, covered) in enumerate(zip(rule.match, by_pattern[number], strict=True)):
@@ -116,20 +111,19 @@ def _patterns(
             if not covered and (rule.steps or not elsewhere):
                 unmatched.append(pattern)
                 where = recipe.at(("rules", number, "match", index))
-                near = names if len(complaints) < NEAREST else []
-                complaints.append(f"{where}rule {number + 1} {_nothing(pattern, near, elsewhere, bool(names))}")
-            elif covered and all(chosen[name] < number for name in covered):
-                shadowed.append(pattern)
-    return tuple(unmatched), tuple(shadowed), tuple(complaints)
+                near = names if len(complaints) < MOST_HINTS else []
+                complaints.append(f"{where}rule {number + 1} {_complain(pattern, near, elsewhere, bool(names))}")
+    return unmatched, complaints
 
 
-def _nothing(pattern: str, near: Sequence[str], elsewhere: Sequence[str], some: bool) -> str:
+def _complain(pattern: str, near: Sequence[str], elsewhere: Sequence[str], has_layers: bool) -> str:
+    """Return what is wrong with a pattern that matches no layer; `near` are names to suggest one from."""
     if elsewhere:
         return (
             f'has steps for {elsewhere[0]} ("{pattern}"), which is in no block; give them as embeddings: or head: if '
             f"it is that, else drop the rule"
         )
-    if not some:
+    if not has_layers:
         return f'matches no layer ("{pattern}"): the model has none that can be compressed'
     if not near:
         return f'matches no layer of the model ("{pattern}")'

@@ -1,6 +1,6 @@
-"""Read recipes from YAML files or plain values, and write them.
+"""Read recipes from YAML files or plain values, write them, and describe them as a JSON schema.
 
-Whatever is wrong is a RecipeError of one sentence that names the line.
+Any mistake in a recipe is a RecipeError: one sentence that names the line.
 """
 
 from __future__ import annotations
@@ -9,19 +9,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from llmcompress.errors import RecipeError
-from llmcompress.recipe.compression import VERSION, Origin, Recipe
-from llmcompress.recipe.error_messages import check_numbers, first_complaint
+from llmcompress.losses.features import feature_losses
+from llmcompress.losses.loss import LossConfig, losses
+from llmcompress.methods.layer import StepConfig, methods
+from llmcompress.recipe.calibration import Calibration, file_sha256, hide_folder, is_file, last_part
+from llmcompress.recipe.compression import Origin, Recipe
 from llmcompress.recipe.library import find_recipe
-from llmcompress.recipe.overrides import Change, changed, overrides
-from llmcompress.recipe.plain import check_plain
-from llmcompress.recipe.user_file import read_file
-from llmcompress.recipe.yaml import OneLine, Places, at, parse, shortened, written
+from llmcompress.recipe.overrides import Change, apply_changes, apply_settings
+from llmcompress.recipe.validation import validate
+from llmcompress.recipe.yaml import OneLine, Places, at, parse, shorten, write_yaml
 
 S = TypeVar("S", bound=BaseModel)
-MOST_BYTES = 1_000_000  # of a recipe's file
+VERSION = 1
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def read_recipe(
@@ -29,8 +32,8 @@ def read_recipe(
 ) -> Recipe:
     """Return a recipe of compression from a YAML file, the name of one that comes with llmcompress, or plain values.
 
-    A `Recipe` is returned as it is. `settings`, as `overrides` takes them, and then `changes` are applied before the
-    recipe is validated. Raises RecipeError for the first thing wrong with it.
+    A `Recipe` is returned as it is. `settings` such as "seed=3", and then `changes`, are applied before the recipe is
+    validated. Raises RecipeError for the first mistake in it.
     """
     return read_as(Recipe, source, settings, changes)
 
@@ -41,14 +44,14 @@ def read_as(
     settings: Sequence[str] = (),
     changes: Sequence[Change] = (),
 ) -> S:
-    """`read_recipe` for any schema that has a version and a name."""
+    """Do as `read_recipe`, for any schema that has a version and a name."""
     if isinstance(source, schema):
         if not settings and not changes:
             return source
         values = source.model_dump(mode="json") if settings else dict(source)
-        return _validated(schema, values, {}, settings, changes)
+        return _build(schema, values, {}, settings, changes)
     if isinstance(source, Mapping):
-        return _validated(schema, dict(source), {}, settings, changes)
+        return _build(schema, dict(source), {}, settings, changes)
     if not isinstance(source, str | FilePath):
         raise RecipeError(
             f"the recipe is an object of type {type(source).__name__}; give the path of a YAML file, a name that "
@@ -56,43 +59,39 @@ def read_as(
         )
     path = find_recipe(source, distillation=schema is not Recipe)
     try:
-        text = read_file(path, MOST_BYTES).decode("utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(
-            f"{shortened(path, 300)} is not UTF-8 text (byte {error.start}); a recipe is a YAML file"
+            f"{shorten(path, 300)} is not UTF-8 text (byte {error.start}); a recipe is a YAML file"
         ) from error
-    except OSError as error:
-        reason = error.strerror or error
-        raise RecipeError(f"the recipe {shortened(path, 300)} cannot be read ({reason}); give a YAML file") from error
-    return _parsed(schema, text, path.name, settings, changes)
+    except (OSError, ValueError) as error:  # ValueError: no path can have this name
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(f"the recipe {shorten(path, 300)} cannot be read ({reason}); give a YAML file") from error
+    return _parse(schema, text, path.name, settings, changes)
 
 
 def parse_recipe(text: str, name: str = "recipe.yaml", settings: Sequence[str] = ()) -> Recipe:
-    """Return a recipe of compression from YAML text; `name` is the file's, for errors and recipes without a name.
+    """Return a recipe of compression from YAML text. `name` is the file's, for errors and recipes without a name.
 
-    Raises RecipeError for the first thing wrong with it.
+    Raises RecipeError for the first mistake in it.
     """
-    return _parsed(Recipe, text, name, settings)
+    return _parse(Recipe, text, name, settings)
 
 
-def _parsed(schema: type[S], text: str, name: str, settings: Sequence[str], changes: Sequence[Change] = ()) -> S:
+def _parse(schema: type[S], text: str, name: str, settings: Sequence[str], changes: Sequence[Change] = ()) -> S:
     values, places = parse(text, name)
     if not isinstance(values, dict):
-        raise RecipeError(f"{name}: a recipe is a map that starts with version: {VERSION}; this is {_kind(values)}")
-    return _validated(schema, {"name": FilePath(name).stem, **values}, places, settings, changes)
+        kind = "empty" if values is None else f"a {'list' if isinstance(values, list) else 'single value'}"
+        raise RecipeError(f"{name}: a recipe is a map that starts with version: {VERSION}; this is {kind}")
+    return _build(schema, {"name": FilePath(name).stem, **values}, places, settings, changes)
 
 
-def dump(recipe: BaseModel) -> str:
-    """Return the recipe as YAML text with every value written out; it reads back equal."""
-    return written(_flow(recipe.model_dump(mode="json")))
-
-
-def _validated(
+def _build(
     schema: type[S], values: dict[str, Any], places: Places, settings: Sequence[str], changes: Sequence[Change]
 ) -> S:
-    places = dict(places)
-    values = changed(overrides(schema, values, settings, places) if settings else values, changes, places)
-    check_plain(values, places)
+    if settings:
+        values = apply_settings(schema, values, settings, places)
+    values = apply_changes(values, changes, places)
     version = values.get("version")
     if version is None:
         raise RecipeError(f"{at((), places)}the recipe has no version; write version: {VERSION}")
@@ -102,22 +101,71 @@ def _validated(
         raise RecipeError(
             f"{at(('version',), places)}version is {version}, and this llmcompress reads up to {VERSION}; upgrade it"
         )
-    try:
-        recipe = schema.model_validate(values)
-    except ValidationError as error:
-        raise RecipeError(first_complaint(error, schema, values, places)) from error
-    check_numbers(schema, values, places)
+    recipe = validate(schema, values, places)
     if isinstance(recipe, Recipe):
         recipe._origin = Origin(places)
     return recipe
 
 
-def _flow(values: dict[str, Any]) -> dict[str, Any]:
-    if "rules" not in values:
-        return values
-    rules = [{**rule, "steps": [OneLine(one) for one in rule["steps"]]} for rule in values["rules"]]
-    return {**values, "rules": rules}
+def dump(recipe: BaseModel) -> str:
+    """Return the recipe as YAML text with every value written out; it reads back equal."""
+    values = recipe.model_dump(mode="json")
+    for rule in values.get("rules", ()):
+        rule["steps"] = [OneLine(step) for step in rule["steps"]]
+    return write_yaml(values)
 
 
-def _kind(value: Any) -> str:
-    return "empty" if value is None else f"a {'list' if isinstance(value, list) else 'single value'}"
+def hide_folders(recipe: S) -> S:
+    """Return a recipe without folders of this machine: the last part of every path in it.
+
+    A text in a file also gets the SHA-256 of its content. So the recipe still says which text it was, and runs wherever
+    a file of that name and content is.
+    """
+    changes: dict[str, Any] = {}
+    for name in type(recipe).model_fields:
+        value = getattr(recipe, name)
+        if isinstance(value, BaseModel):
+            changes[name] = hide_folders(value)
+        elif isinstance(value, tuple):
+            changes[name] = tuple(hide_folders(item) if isinstance(item, BaseModel) else item for item in value)
+        elif name == "folder" and isinstance(value, str):
+            changes[name] = last_part(value)
+    if isinstance(recipe, Calibration):
+        changes["dataset"] = hide_folder(recipe.dataset)
+        path = FilePath(recipe.dataset).expanduser()
+        if is_file(recipe.dataset) and path.is_file():
+            changes["sha256"] = file_sha256(path)
+    return recipe.model_copy(update={name: value for name, value in changes.items() if value != getattr(recipe, name)})
+
+
+def json_schema(schema: type[BaseModel]) -> dict[str, Any]:
+    """Return the JSON schema of recipes that `schema` reads: `Recipe` or `Distillation`.
+
+    Steps and losses are unions that `method` and `loss` tell apart. Rules that are code, such as on values that exclude
+    each other, are not part of it: a recipe that it accepts may still be refused.
+    """
+    result = schema.model_json_schema()
+    definitions = result["$defs"]
+    if StepConfig.__name__ in definitions:
+        configs = {name: method.config for name, method in methods().items()}
+        definitions |= _union(StepConfig, "method", configs)
+    if LossConfig.__name__ in definitions:
+        registered = losses() | feature_losses()
+        definitions |= _union(LossConfig, "loss", {name: loss.config for name, loss in registered.items()})
+    return {"$schema": DIALECT, **result, "required": sorted({"version", *result.get("required", ())})}
+
+
+def _union(base: type[BaseModel], key: str, configs: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
+    """Return the definition of `base` as one of `configs`, by the name under `key`, and the definitions of these."""
+    definitions: dict[str, Any] = {}
+    mapping: dict[str, str] = {}
+    for name, config in sorted(configs.items()):
+        values = config.model_json_schema()
+        definitions |= {inner: entry for inner, entry in values.pop("$defs", {}).items() if inner != base.__name__}
+        values["properties"][key] = {"const": name, "description": f"the name of the {key}"}
+        values["required"] = sorted({key, *values.get("required", ())})
+        definitions[config.__name__] = values
+        mapping[name] = f"#/$defs/{config.__name__}"
+    alternatives = [{"$ref": place} for place in mapping.values()]
+    union = {"oneOf": alternatives, "discriminator": {"propertyName": key, "mapping": mapping}}
+    return definitions | {base.__name__: union}

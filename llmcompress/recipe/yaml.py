@@ -1,4 +1,4 @@
-"""YAML as recipes use it: plain data, small, no key twice, and the line of every entry for error messages."""
+"""YAML as recipes use it: plain data, no key twice, and the line of every entry for error messages."""
 
 from __future__ import annotations
 
@@ -13,11 +13,7 @@ from llmcompress.errors import RecipeError
 Path = tuple[str | int, ...]  # ("rules", 0, "match"): where an entry is
 Places = dict[Path, str]  # "recipe.yaml:14": where its author wrote it
 
-MOST_CHARACTERS = 250_000
-MOST_ENTRIES = 50_000  # aliases count once for each use, so that a small file cannot stand for a huge one
-DEEPEST = 20
-BITS = 64  # of a whole number
-LONGEST_NUMBER = 100  # characters; 64 bits with room for underscores
+MOST_ENTRIES = 50_000  # an alias counts with each use, so that a small file cannot stand for a huge one
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")  # control characters, halves of characters
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")  # YAML 1.1 takes 1e-4 for text
 _PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")}
@@ -25,44 +21,41 @@ _PLAIN = {f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "
 
 def parse(text: str, name: str) -> tuple[Any, Places]:
     """Return the value of `text`, and the place of each entry as `name:line`. Raises RecipeError."""
-    if len(text) > MOST_CHARACTERS:
-        raise RecipeError(f"{name} has {len(text)} characters; a recipe has at most {MOST_CHARACTERS}")
     try:
-        loader = yaml.SafeLoader(text)  # not the C one, which dies of deep nesting
+        loader = yaml.SafeLoader(text)  # not the C one, which crashes on deep nesting
         node = loader.get_single_node()
-        places: Places = {}
-        value = None if node is None else _Reader(loader, name, places).value(node, ())
+        reader = _NodeReader(loader, name)
+        return (None if node is None else reader.value(node, ())), reader.places
     except yaml.YAMLError as error:
         raise RecipeError(fault(error, name)) from error
     except (ValueError, OverflowError) as error:  # an escape such as "\UFFFFFFFF"
         raise RecipeError(f"{name}: this is not YAML (an escape stands for no character)") from error
     except RecursionError as error:
-        raise RecipeError(f"{name}: entries are nested too deeply; a recipe needs at most {DEEPEST} levels") from error
-    return value, places
+        raise RecipeError(f"{name}: entries are nested too deeply for a recipe") from error
 
 
 def fault(error: yaml.YAMLError, name: str | None = None) -> str:
-    """Return the sentence on a text that is no YAML; `name`: what to call it, None for the name of its file."""
+    """Return the sentence on text that is not YAML. `name` is that of the text; None for the name of its file."""
     if not isinstance(error, yaml.MarkedYAMLError):
         return f"{name or getattr(error, 'name', 'a file')}: this is not YAML ({str(error).splitlines()[0]})"
     mark = error.problem_mark or error.context_mark
     where = name or "a file" if mark is None else f"{name or mark.name}:{mark.line + 1}"
-    return f"{where}: this is not YAML ({shortened(error.problem or error.context, 200)})"
+    return f"{where}: this is not YAML ({shorten(error.problem or error.context, 200)})"
 
 
-class _Reader:
-    """Turns YAML nodes into values and notes their places."""
+class _NodeReader:
+    """Turns YAML nodes into values, and notes their places."""
 
-    def __init__(self, loader: yaml.SafeLoader, name: str, places: Places) -> None:
-        self.loader, self.name, self.places = loader, name, places
+    def __init__(self, loader: yaml.SafeLoader, name: str) -> None:
+        self.loader, self.name = loader, name
+        self.places: Places = {}
         self.entries = 0
 
     def value(self, node: yaml.Node, path: Path) -> Any:
         """Return the value of a node."""
         self.entries += 1
-        if self.entries > MOST_ENTRIES or len(path) > DEEPEST:
-            limit = f"{MOST_ENTRIES} entries" if self.entries > MOST_ENTRIES else f"{DEEPEST} levels"
-            raise RecipeError(f"{self._line(node)}: this is more than a recipe needs (at most {limit}); shorten it")
+        if self.entries > MOST_ENTRIES:
+            raise RecipeError(f"{self._line(node)}: a recipe has at most {MOST_ENTRIES} entries; shorten it")
         self.places.setdefault(path, self._line(node))
         if node.tag not in _PLAIN:
             raise RecipeError(f"{self._line(node)}: the tag {node.tag} is not allowed here; write plain values")
@@ -73,19 +66,19 @@ class _Reader:
         return dict(self._items(node, path))
 
     def _items(self, node: yaml.Node, path: Path) -> Iterator[tuple[str, Any]]:
-        seen: dict[str, str] = {}
+        first_lines: dict[str, str] = {}
         for key_node, value_node in node.value:
             where = self._line(key_node)
             key = key_node.value
             if not isinstance(key_node, yaml.ScalarNode):
                 raise RecipeError(f"{where}: a key is a list or a map; write a word")
             if not key_node.tag.endswith((":str", ":merge")):
-                raise RecipeError(f'{where}: the key {shortened(key)} is not text; write it as "{shortened(key)}"')
-            if key in seen:
+                raise RecipeError(f'{where}: the key {shorten(key)} is not text; write it as "{shorten(key)}"')
+            if key in first_lines:
                 raise RecipeError(
-                    f'{where}: the key "{shortened(key)}" stands here a second time (first: {seen[key]}); drop one'
+                    f'{where}: the key "{shorten(key)}" is already at {first_lines[key]}; remove one of them'
                 )
-            seen[key] = where
+            first_lines[key] = where
             self.places[(*path, key)] = where
             yield key, self.value(value_node, (*path, key))
 
@@ -93,18 +86,16 @@ class _Reader:
         if node.style is None and node.tag.endswith(":str") and EXPONENT.fullmatch(node.value):
             return float(node.value)
         try:
-            if node.tag.endswith(":int") and len(node.value) > LONGEST_NUMBER:
-                raise ValueError(f"write a number of at most {BITS} bits")
             return self.loader.construct_object(node)
         except (ValueError, ArithmeticError, LookupError, AttributeError) as error:  # `!!bool 7` is a KeyError
             reason = error if isinstance(error, ValueError) else f"no {node.tag.rpartition(':')[2]}"
-            raise RecipeError(f"{self._line(node)}: {shortened(node.value)} is not a value ({reason})") from error
+            raise RecipeError(f"{self._line(node)}: {shorten(node.value)} is not a value ({reason})") from error
 
     def _line(self, node: yaml.Node) -> str:
         return f"{self.name}:{node.start_mark.line + 1}"
 
 
-def shortened(value: object, most: int = 40) -> str:
+def shorten(value: object, most: int = 40) -> str:
     """Return a value for a sentence: at most `most` characters, and escapes for those that cannot be printed."""
     text = str(value)
     text = text if len(text) <= most else text[: most - 3] + "..."
@@ -112,23 +103,23 @@ def shortened(value: object, most: int = 40) -> str:
 
 
 def at(path: Path, places: Places) -> str:
-    """ "recipe.yaml:14: " for the place of `path`, or of what encloses it; without places the path itself."""
+    """Return "recipe.yaml:14: " for `path`, or for what encloses it; without places the path itself."""
     for length in range(len(path), -1, -1):
         if path[:length] in places:
             return f"{places[path[:length]]}: "
-    return f"{shortened(dotted(path), 100)}: " if path else ""
+    return f"{shorten(dotted_path(path), 100)}: " if path else ""
 
 
-def dotted(path: Path) -> str:
+def dotted_path(path: Path) -> str:
     """Return a path as `--set` spells it: "rules[0].steps[1].rank"."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
 class _Dumper(yaml.SafeDumper):
-    """Indented lists, quotes where YAML 1.1 would read something else."""
+    """Indents lists, and quotes text that YAML 1.1 would read as something else."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
-        """List items are indented below their key."""
+        """Indent list items below their key."""
         return super().increase_indent(flow, False)
 
 
@@ -136,12 +127,12 @@ class OneLine(dict[str, Any]):
     """A map to be written on one line."""
 
 
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))  # text like 1e-4 gets quotes
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))  # quotes text like 1e-4
 _Dumper.add_representer(
     OneLine, lambda dumper, values: dumper.represent_mapping("tag:yaml.org,2002:map", values, flow_style=True)
 )
 
 
-def written(values: Any) -> str:
+def write_yaml(values: Any) -> str:
     """Return plain values as YAML text that `parse` reads back equal; a `OneLine` map takes one line."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=110)

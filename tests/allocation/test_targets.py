@@ -27,7 +27,7 @@ from llmcompress.evaluation.verify import verify
 from llmcompress.models.dense.model import resolve
 from llmcompress.models.files.file_names import ALLOCATION, RECIPE
 from llmcompress.recipe.read import dump, parse_recipe, read_recipe
-from llmcompress.recipe.target import Target, count_of
+from llmcompress.recipe.target import Target, parse_size
 from llmcompress.reporting.report import read_allocation
 from tests.allocation.aimed import OPTIONS, make, recipe
 from tests.tiny import save_tiny
@@ -249,7 +249,7 @@ def test_a_distillation_follows_the_chosen_recipe(place: Path, tmp_path: Path) -
 
 
 def test_sizes_in_words() -> None:
-    assert [count_of(size) for size in ("40MB", "1.5 GiB", "7", "12 kB", "3 KB", 5)] == [
+    assert [parse_size(size) for size in ("40MB", "1.5 GiB", "7", "12 kB", "3 KB", 5)] == [
         40_000_000,
         1_610_612_736,
         7,
@@ -259,7 +259,7 @@ def test_sizes_in_words() -> None:
     ]
     for size in ("40 MiBs", "MB", "40bits", "-3MB"):
         with pytest.raises(ValueError, match="write a number and one of B, kB, MB, GB, KiB, MiB, GiB, such as 40MB"):
-            count_of(size)
+            parse_size(size)
 
 
 LINE = "version: 1\ncalibration: {samples: 4, length: 32}\n"
@@ -272,8 +272,8 @@ WRONG = [
     ("target: {bpw: 2}\noptions: []", "recipe.yaml:4: options is []; it must not be empty"),
     ("target: {bpw: 2}\noptions: [[]]", "options is []; it must not be empty"),
     ("target: {bpw: 2}\noptions: [[{method: gtpq}]]", "recipe.yaml:4: unknown method 'gtpq'; did you mean 'gptq'?"),
-    ("rules: [{match: '*', steps: []}]\noptions: [[{method: rtn}]]", "options: they are what a target is reached with"),
-    ("target: {bpw: 2}\ncalibration: null", "second time"),
+    ("rules: [{match: '*', steps: []}]\noptions: [[{method: rtn}]]", "options: they are the choices for a target"),
+    ("target: {bpw: 2}\ncalibration: null", "is already at"),
     ("", 'the key "rules" is missing'),
 ]
 

@@ -20,7 +20,7 @@ from llmcompress.compression.ties import groups_of
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.dense.model import resolve
 from llmcompress.recipe.read import read_recipe
-from llmcompress.recipe.tie import Tie
+from llmcompress.recipe.sections import Tie
 from llmcompress.weight.modules import TiedMatrix, compressed_linears, multiplying
 from llmcompress.weight.tied import ties_of
 from tests.tiers import tiered
@@ -316,7 +316,7 @@ def test_bad_input(place: Path, changes: dict[str, Any], message: str) -> None:
 def test_what_does_not_go_with_ties(place: Path) -> None:
     sections: tuple[dict[str, Any], ...] = ({"target": {"bpw": 2}}, {"reconstruct": {}})
     for section in sections:
-        with pytest.raises(RecipeError, match="does not go with blocks that have matrices in common"):
+        with pytest.raises(RecipeError, match="does not go with blocks that share matrices"):
             read_recipe(recipe(place, True) | section)
 
 

@@ -176,7 +176,7 @@ def test_answers_need_a_template(tmp_path: Path) -> None:
         ({"samples": 1}, "none is left to hold out"),
         ({"dataset": "self", "boundaries": True}, "leave boundaries and answers_only out"),
         ({"answers_only": True, "chat_template": False}, "answers_only needs the chat template"),
-        ({"boundaries": True, "packing": False}, "a sequence is one document anyway"),
+        ({"boundaries": True, "packing": False}, "every sequence is one document"),
     ],
 )
 def test_impossible_sources_are_refused(more: dict[str, Any], sentence: str) -> None:

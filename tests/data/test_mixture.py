@@ -225,8 +225,8 @@ def test_two_processes_learn_from_a_mixture_what_one_learns(folders: Path, tmp_p
         ({"data": {"name": "a"}}, "data is one text, which needs no name"),
         ({"data": [{"dataset": "stdlib"}]}, 'data: the key "name" is missing'),
         ({"data": {"lenght": 2}}, r'unknown key "lenght" in data; did you mean "length"\?'),
-        ({"data": [{"name": "a", "held_out": 0}]}, "held_out is 0, so nothing could tell"),
-        ({"data": {"held_out": 0}}, "held_out is 0, so nothing could tell"),
+        ({"data": [{"name": "a", "held_out": 0}]}, "held_out is 0, so nothing can tell"),
+        ({"data": {"held_out": 0}}, "held_out is 0, so nothing can tell"),
     ],
 )
 def test_impossible_mixtures_are_refused(more: dict[str, Any], sentence: str, folders: Path) -> None:

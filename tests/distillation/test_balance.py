@@ -78,5 +78,5 @@ def test_a_run_that_was_cut_between_looks_ends_as_a_whole_one(folders: Path, tmp
 
 
 def test_one_loss_has_nothing_to_be_balanced_with(folders: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="balance is between several losses, and there is one"):
+    with pytest.raises(RecipeError, match="balance needs several losses, and there is one"):
         steps_of(folders, tmp_path / "out", KL, balance=True)

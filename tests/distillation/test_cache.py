@@ -298,7 +298,7 @@ def test_the_teacher_is_gone_while_the_student_learns(
     [
         (
             {"losses": [{"of": {"loss": "dad"}}, {"of": {"loss": "topk"}}]},
-            "losses: dad and topk, as asked for, cannot be",
+            "losses: dad and topk, with these arguments, cannot be",
         ),
         (
             {"losses": [{"of": {"loss": "forward_kl"}}, {"of": {"loss": "hidden"}}]},
@@ -306,11 +306,11 @@ def test_the_teacher_is_gone_while_the_student_learns(
         ),
         (
             {"losses": [{"of": {"loss": "forward_kl", "temperature": 2}}]},
-            "forward_kl, as asked for, cannot be computed",
+            "forward_kl, with these arguments, cannot be computed",
         ),
         ({"teacher": {"kind": "cached", "k": 0}}, "k"),
         ({"teacher": {"kind": "cached", "kk": 3}}, 'unknown key "kk"'),
-        ({"teacher": {"k": 3}}, "k and folder are those of a cache"),
+        ({"teacher": {"k": 3}}, "k and folder apply to a cached teacher only"),
         ({"teacher": {"kind": "offline"}}, "online"),
     ],
 )

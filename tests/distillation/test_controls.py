@@ -106,7 +106,7 @@ def test_controls_share_a_cached_teacher(folders: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"controls": ["vanilla"], "losses": [{"of": {"loss": "forward_kl"}}]}, "has the losses that the recipe has"),
+        ({"controls": ["vanilla"], "losses": [{"of": {"loss": "forward_kl"}}]}, "has the same losses as the recipe"),
         ({"controls": ["no_teacher", "no_teacher"]}, "runs once"),
         ({"phases": [{"kind": "blockwise"}]}, "blockwise"),
     ],

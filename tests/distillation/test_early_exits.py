@@ -172,11 +172,11 @@ def test_an_exit_that_the_student_lacks_is_refused() -> None:
 @pytest.mark.parametrize(
     "terms, sentence",
     [
-        ([FORWARD, {"of": {"loss": "hidden"}, "exits": [1]}], "hidden reads hidden states, no predictions at exits"),
-        ([FORWARD, OFA | {"layers": [1]}], "ofa reads predictions, which are no layer's; leave layers out"),
+        ([FORWARD, {"of": {"loss": "hidden"}, "exits": [1]}], "hidden reads hidden states, not predictions at exits"),
+        ([FORWARD, OFA | {"layers": [1]}], "ofa reads predictions, which belong to no layer; leave layers out"),
         ([FORWARD, OFA | {"exits": [2, 1, 2]}], "exits 2, 1, 2 must be different numbers of blocks"),
         ([FORWARD, OFA | {"exits": [0]}], "exits 0 must be different numbers of blocks, from 1 on"),
-        ([OFA, {"of": {"loss": "hidden"}}], "exits do not teach the blocks behind them; add a loss without"),
+        ([OFA, {"of": {"loss": "hidden"}}], "exits do not train the blocks after them; add a loss without"),
     ],
 )
 def test_impossible_exits_are_refused(terms: Any, sentence: str) -> None:
@@ -232,8 +232,8 @@ def test_a_branch_starts_as_the_identity_and_has_the_gradient_of_a_matrix() -> N
 @pytest.mark.parametrize(
     ("losses", "said"),
     [
-        ([FORWARD, {"of": {"loss": "ofa"}, "branch": True}], "branch is of exits"),
-        ([FORWARD, OFA | {"branch": True}], "add them"),
+        ([FORWARD, {"of": {"loss": "ofa"}, "branch": True}], "branch needs exits"),
+        ([FORWARD, OFA | {"branch": True}], "add it"),
     ],
 )
 def test_branches_without_exits_or_rate_are_refused(losses: Any, said: str) -> None:

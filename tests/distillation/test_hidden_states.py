@@ -219,7 +219,7 @@ def test_a_recipe_with_schedules_and_layers_reads_back_equal(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "terms, sentence",
     [
-        ([HIDDEN], "hidden states alone do not teach what follows"),
+        ([HIDDEN], "hidden states alone teach no predictions"),
         ([{"of": {"loss": "forward_kl"}, "layers": [1]}], "forward_kl reads predictions.*leave layers out"),
         ([{"of": {"loss": "forward_kl"}}, {"of": {"loss": "hidden", "per": "layer"}}], "name it in layers"),
         ([{"of": {"loss": "forward_kl"}}, {"of": {"loss": "hiden"}}], "did you mean 'hidden'"),

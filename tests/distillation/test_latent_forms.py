@@ -39,11 +39,11 @@ def test_codes_learn_on_text_that_they_do_not_see(form: dict[str, Any], place: P
 @pytest.mark.parametrize(
     ("asked", "sentence"),
     [
-        ({"offsets": {"rank": 4}, "rates": {"scales": 1e-3}}, "rates has nothing for codes"),
-        ({"latents": "divided", "rates": {"scales": 1e-3}}, "rates has nothing for codes"),
+        ({"offsets": {"rank": 4}, "rates": {"scales": 1e-3}}, "add a rate for codes"),
+        ({"latents": "divided", "rates": {"scales": 1e-3}}, "add a rate for codes"),
         (OFFSETS | DIVIDED | {"rates": {"codes": 1e-3}}, "leave one of them out"),
-        (DIVIDED | {"rates": {"codes": 1e-3}, "freezing": {}}, "freezing holds latents one by one"),
-        (OFFSETS | {"rates": {"codes": 1e-3}, "freezing": {}}, "freezing holds latents one by one"),
+        (DIVIDED | {"rates": {"codes": 1e-3}, "freezing": {}}, "freezing holds single latents"),
+        (OFFSETS | {"rates": {"codes": 1e-3}, "freezing": {}}, "freezing holds single latents"),
         ({"offsets": {"rank": 0}, "rates": {"codes": 1e-3}}, "offsets: rank is 0"),
         ({"window": 3}, "window is 3"),
         ({"window": 0}, "window is 0"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from llmcompress.distillation.run import distill
 from llmcompress.distillation.student.learned_masks import LearnedMask, learned_masks
 from llmcompress.errors import RecipeError
-from llmcompress.recipe.regrowth import RANK
+from llmcompress.recipe.sections import RANK
 from llmcompress.weight.nodes import Bitmap, Dense, Pattern
 from llmcompress.weight.trainable.relax import Relaxation, relax
 from tests.distillation.miniature import cut_short, make, recipe, weights_bytes
@@ -136,7 +136,7 @@ def test_a_run_that_was_cut_while_masks_learned_ends_as_a_whole_one(folders: Pat
     [
         ({"regrow": {"by": "learned"}}, "set start to teacher"),
         ({"regrow": {"rank": 4}}, "rank is of learned scores, and by is input_norms"),
-        ({"regrow": LEARNED, "rates": RATES}, "regrow learns masks, which rates has nothing for"),
+        ({"regrow": LEARNED, "rates": RATES}, "regrow learns masks, and rates has none for them"),
         (
             {"phases": [{"kind": "blockwise", "regrow": LEARNED}]},
             "masks learn end to end",

@@ -15,7 +15,7 @@ from llmcompress.distillation.run import distill
 from llmcompress.distillation.student.low_rank import adapt, dense_weight, rounded
 from llmcompress.errors import RecipeError
 from llmcompress.evaluation.verify import verify
-from llmcompress.recipe.adaptation import Adaptation
+from llmcompress.recipe.sections import Adaptation
 from llmcompress.reporting.report import read
 from llmcompress.weight.expression import bits, dense, describe
 from llmcompress.weight.modules import CompressedLinear, compressed_linears
@@ -183,7 +183,7 @@ def test_a_run_that_was_cut_ends_as_a_whole_one(folders: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     "more, sentence",
     [
-        ({"adapt": {"rank": 2}}, "adapt adds low-rank factors, which rates has nothing for"),
+        ({"adapt": {"rank": 2}}, "adapt adds low-rank factors, and rates has none for them"),
         ({"adapt": {"rank": 0}, "rates": {"factors": 1e-3}}, "rank is 0; it must be a whole number at least 1"),
         ({"adapt": {"rank": 2, "factor_bits": 3}, "rates": {"factors": 1e-3}}, "factor_bits is 3; it must be 4 or 8"),
         ({"adapt": {"rank": 2, "match": "re:("}, "rates": {"factors": 1e-3}}, "which is no regular expression"),

@@ -289,8 +289,8 @@ def test_blocks_have_median_scales_too(folders: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "more, sentence",
     [
-        ({"latents": "codes"}, "scales: median is of latents that are weights.*set latents: teacher"),
-        ({"rates": {"norms": 1e-3}}, "scales: median is of codes that train, and rates has nothing for codes"),
+        ({"latents": "codes"}, "scales: median needs latents that are weights.*set latents: teacher"),
+        ({"rates": {"norms": 1e-3}}, "scales: median needs codes that train, and rates has none for them"),
         ({"estimator": "biper"}, "scales: median does not go with estimator: biper"),
         ({"scales": "mean"}, 'scales is "mean"; it must be "learned" or "median"'),
     ],

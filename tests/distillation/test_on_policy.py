@@ -19,8 +19,8 @@ from llmcompress.distillation.on_policy import prompts, rewritten, window
 from llmcompress.distillation.run import distill
 from llmcompress.errors import RecipeError
 from llmcompress.recipe.distillation import Distillation
-from llmcompress.recipe.on_policy import OnPolicy
 from llmcompress.recipe.read import read_as
+from llmcompress.recipe.sections import OnPolicy
 from llmcompress.runtime.seeding import generator
 from tests.distillation.miniature import cut_short, make, recipe
 from tests.tiny import tiny
@@ -155,9 +155,9 @@ def test_controls_read_the_data(folders: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"losses": [{"of": {"loss": "cross_entropy"}}]}, "cross_entropy takes the next token for the truth"),
-        ({"losses": [{"of": {"loss": "forward_kl"}}, {"of": {"loss": "ofa"}, "exits": [1]}]}, "ofa takes the next"),
-        ({"on_policy": {"share": 0.2}}, "a share of 0.2 is no sequence of a batch of 4"),
+        ({"losses": [{"of": {"loss": "cross_entropy"}}]}, "cross_entropy learns the next token as the truth"),
+        ({"losses": [{"of": {"loss": "forward_kl"}}, {"of": {"loss": "ofa"}, "exits": [1]}]}, "ofa learns the next"),
+        ({"on_policy": {"share": 0.2}}, "a share of 0.2 is less than one sequence of a batch of 4"),
         ({"teacher": {"kind": "cached"}}, "cannot be cached"),
         ({"checkpointing": True}, "set checkpointing: false"),
         ({"phases": [{"kind": "blockwise", "steps": 2}]}, "blockwise phases read no predictions"),

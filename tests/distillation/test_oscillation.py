@@ -15,7 +15,7 @@ from llmcompress.cli.distill import distilled_view
 from llmcompress.distillation.run import distill
 from llmcompress.distillation.student.oscillation import Freezer, Habits, after_step
 from llmcompress.errors import RecipeError
-from llmcompress.recipe.freezing import Freezing
+from llmcompress.recipe.sections import Freezing
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import CompressedLinear
@@ -272,13 +272,13 @@ def test_blocks_freeze_codes_too(folders: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "more, sentence",
     [
-        ({"rates": {"scales": 1e-3}, "freezing": {}}, "freezing is of codes that train, and rates has nothing for"),
+        ({"rates": {"scales": 1e-3}, "freezing": {}}, "freezing needs codes that train, and rates has none for"),
         ({"freezing": {"threshold": 0.01, "final_threshold": 0.02}}, "final_threshold 0.02 is above threshold 0.01"),
         ({"freezing": {"momentum": 1}}, r"freezing\.momentum"),
         ({"freezing": {"treshold": 0.1}}, 'did you mean "threshold"'),
         (
             {"phases": [{"kind": "end_to_end", "rates": {"norms": 0.1}, "freezing": {}}]},
-            "freezing is of codes that train",
+            "freezing needs codes that train",
         ),
     ],
 )

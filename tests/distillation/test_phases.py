@@ -220,8 +220,8 @@ def test_a_recipe_without_phases_is_one(folders: Path) -> None:
         ({"phases": [{"kind": "blocks"}]}, 'kind is "blocks"; it must be "blockwise" or "end_to_end"'),
         ({"phases": [{"kind": "blockwise", "stepz": 2}]}, 'did you mean "steps"'),
         ({"phases": [{"kind": "blockwise", "micro_batch": 3}]}, "batch 4 is no multiple of micro_batch 3"),
-        ({"phases": [{"kind": "end_to_end", "adapt": {"rank": 2}}]}, "which rates has nothing for"),
-        ({"phases": [{"kind": "blockwise"}], "adapt": {"rank": 2}}, "adapt stands beside phases"),
+        ({"phases": [{"kind": "end_to_end", "adapt": {"rank": 2}}]}, "and rates has none for them"),
+        ({"phases": [{"kind": "blockwise"}], "adapt": {"rank": 2}}, "adapt does not go with phases"),
         ({"phases": [{"kind": "blockwise", "rates": {"factors": 0.1}}]}, "no block has factors to train"),
     ],
 )

@@ -242,7 +242,7 @@ def test_caches_from_before_there_were_bits_are_of_teachers_as_they_were(tmp_pat
     [
         ({"bits": 3}, "bits"),
         ({"bits": 16}, "bits"),
-        ({"bits": 4, "k": 3}, "k and folder are those of a cache"),
+        ({"bits": 4, "k": 3}, "k and folder apply to a cached teacher only"),
         ({"bit": 4}, 'unknown key "bit".*did you mean "bits"'),
     ],
 )

@@ -210,7 +210,7 @@ def test_a_block_learns_in_processes_what_it_learns_in_one(batch: int, tmp_path:
         ({"reconstruct": {"rates": {"scales": 2.0}}}, "scales is 2.0; it must be less than 1"),
         ({"reconstruct": {"rtaes": {"scales": 1e-3}}}, "rtaes"),
         ({"reconstruct": {"batch": 3, "micro_batch": 2}}, "batch 3 is no multiple of micro_batch 2"),
-        ({"reconstruct": {"latents": "weights"}}, "rates has nothing for codes"),
+        ({"reconstruct": {"latents": "weights"}}, "add a rate for codes"),
         ({"reconstruct": {}, "prefix": "dense"}, "prefix: dense"),
         ({"reconstruct": {}, "calibration": None}, "held-out text"),
     ],

@@ -18,7 +18,7 @@ from llmcompress.distillation.student.regrow import grow, input_norms, pruned_ag
 from llmcompress.errors import RecipeError
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import read_as
-from llmcompress.recipe.regrowth import Regrowth
+from llmcompress.recipe.sections import Regrowth
 from llmcompress.weight.modules import CompressedLinear, compressed_linears
 from llmcompress.weight.nodes import Bitmap, Dense, Pattern, Where
 from tests.distillation.miniature import cut_short, loaded, make, recipe, weights_bytes
@@ -163,8 +163,8 @@ def test_a_run_that_was_cut_after_it_pruned_again_ends_as_a_whole_one(folders: P
             {"regrow": {"match": "*.q_proj"}},
             r'regrow matches no matrix of values and zeros of the student \("\*.q_proj"',
         ),
-        ({"regrow": {}, "rates": {"norms": 1e-3}}, "regrow lets kept weights train, which rates has nothing for"),
-        ({"regrow": {}, "phases": [{"kind": "end_to_end"}]}, "regrow stands beside phases"),
+        ({"regrow": {}, "rates": {"norms": 1e-3}}, "regrow trains kept weights, and rates has none for them"),
+        ({"regrow": {}, "phases": [{"kind": "end_to_end"}]}, "regrow does not go with phases"),
         ({"regrow": {"by": "size"}}, 'by is "size"; it must be "input_norms" or "magnitude"'),
     ],
 )

@@ -13,13 +13,14 @@ from llmcompress.methods.layer import methods, step
 from llmcompress.models.dense import families as roles_room
 from llmcompress.models.dense.families import Linear
 from llmcompress.recipe.calibration import Calibration
-from llmcompress.recipe.compression import Gates, Recipe, Role, Rule
+from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.matching import assign
-from llmcompress.recipe.overrides import Change, overrides
-from llmcompress.recipe.patterns import matches
+from llmcompress.recipe.overrides import Change, apply_settings
 from llmcompress.recipe.read import dump, parse_recipe, read_recipe
 from llmcompress.recipe.reconstruction import Reconstruction
+from llmcompress.recipe.rules import Role, Rule, matches
+from llmcompress.recipe.sections import Gates
 from llmcompress.recipe.target import Target
 from llmcompress.recipe.yaml import parse
 
@@ -277,7 +278,7 @@ def test_settings_change_what_is_there_and_fill_in_what_the_schema_knows() -> No
 
 def test_settings_leave_the_original_alone() -> None:
     values = {"version": 1, "rules": [{"match": "*", "steps": []}]}
-    assert overrides(Recipe, values, ["calibration.samples=3"])["calibration"] == {"samples": 3}
+    assert apply_settings(Recipe, values, ["calibration.samples=3"], {})["calibration"] == {"samples": 3}
     assert "calibration" not in values
 
 
@@ -476,7 +477,7 @@ WRONG = [
     ("", "recipe.yaml: a recipe is a map that starts with version: 1; this is empty"),
     ("- a\n- b", "recipe.yaml: a recipe is a map that starts with version: 1; this is a list"),
     ("version 1", "recipe.yaml: a recipe is a map that starts with version: 1; this is a single value"),
-    (with_line("seed: 1\nseed: 2"), 'recipe.yaml:3: the key "seed" stands here a second time (first: recipe.yaml:2)'),
+    (with_line("seed: 1\nseed: 2"), 'recipe.yaml:3: the key "seed" is already at recipe.yaml:2; remove one of them'),
     (with_line("seed:\n\t3"), "recipe.yaml:3: this is not YAML (found character '\\t' that cannot start any token)"),
     (with_line('name: "a'), "this is not YAML (found unexpected end of stream)"),
     (with_line("1: a"), 'recipe.yaml:2: the key 1 is not text; write it as "1"'),
@@ -487,9 +488,7 @@ WRONG = [
     (with_line("seed: *a"), "recipe.yaml:2: this is not YAML (found undefined alias"),
     ("version: 1\n---\nversion: 1", "recipe.yaml:2: this is not YAML (but found another document)"),
     ("version: 1\x00", "recipe.yaml: this is not YAML (unacceptable character"),
-    (with_line("name: &a [*a]"), "recipe.yaml:2: this is more than a recipe needs (at most 20 levels); shorten it"),
-    (with_line("name: " + "[" * 5000), "recipe.yaml: entries are nested too deeply; a recipe needs at most 20 levels"),
-    ("version: 1 #" + "a" * 250_000, "recipe.yaml has 250012 characters; a recipe has at most 250000"),
+    (with_line("name: " + "[" * 5000), "recipe.yaml: entries are nested too deeply for a recipe"),
 ]
 
 

@@ -75,7 +75,6 @@ UNMENDED = {
     "losses",
     "models",
     "pipeline",
-    "recipe",
 }
 REGISTRIES = ("methods", "losses", "cli", "latents")  # one method, loss, command or strategy a file
 ENTRY_POINTS = {"__init__", "__main__", "plugin", "worker"}  # run or found by another program

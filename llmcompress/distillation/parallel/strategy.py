@@ -38,7 +38,7 @@ from llmcompress.distillation.student.model import PROJECTIONS, Student
 from llmcompress.distillation.student.oscillation import Freezer
 from llmcompress.errors import InputError
 from llmcompress.models.files.store import Store
-from llmcompress.recipe.freezing import Freezing
+from llmcompress.recipe.sections import Freezing
 from llmcompress.weight.modules import decoded
 
 if TYPE_CHECKING:

@@ -25,8 +25,8 @@ from llmcompress.methods.layer import Layer, base_and_term
 from llmcompress.methods.low_rank.svd import SVD, svd
 from llmcompress.methods.moments import Moments
 from llmcompress.models.dense.blocks import matched_blocks, original_name
-from llmcompress.recipe.adaptation import Adaptation
-from llmcompress.recipe.patterns import matches
+from llmcompress.recipe.rules import matches
+from llmcompress.recipe.sections import Adaptation
 from llmcompress.runtime.seeding import generator
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import CompressedLinear, Multiplying, compressed_linears, put

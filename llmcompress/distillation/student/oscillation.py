@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from llmcompress.recipe.freezing import Freezing
+from llmcompress.recipe.sections import Freezing
 from llmcompress.weight.trainable.relax import RelaxedModule, RelaxedWeight
 from llmcompress.weight.trainable.straight_through import nearest_codes
 

@@ -21,8 +21,8 @@ from llmcompress.distillation.objective.heads import hidden_states
 from llmcompress.distillation.student.low_rank import teachers_weights
 from llmcompress.errors import RecipeError, list_names
 from llmcompress.methods.solvers.projection import largest, largest_of_each
-from llmcompress.recipe.patterns import matches
-from llmcompress.recipe.regrowth import Regrowth
+from llmcompress.recipe.rules import matches
+from llmcompress.recipe.sections import Regrowth
 from llmcompress.weight.modules import CompressedLinear, Multiplying, compressed_linears, decoded, put
 from llmcompress.weight.nodes import Bitmap, Dense, Pattern, Where, Zero, shape
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from llmcompress.errors import RecipeError
-from llmcompress.recipe.target import Target, count_of
+from llmcompress.recipe.target import Target, parse_size
 
 MOST_BPW = 16.0
 
@@ -53,7 +53,7 @@ def _of_bits(word: str) -> tuple[float, Budget]:
 
 def _of_bytes(word: str) -> tuple[float, Budget]:
     try:
-        count = int(count_of(word))
+        count = int(parse_size(word))
     except ValueError as error:
         raise RecipeError(f"--sizes: {error}") from error
     if count < 1:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.recipe.error_messages import check_numbers, first_complaint
+from llmcompress.recipe.validation import validate
 
 
 class Peer(BaseModel):
@@ -50,10 +50,7 @@ def read_peers(path: Path, axis: str) -> tuple[Peer, ...]:
             f'{path} holds no peers; write {{"peers": [{{"name": ..., "{axis}": ..., "perplexity": ...}}]}}'
         )
     try:
-        found = Peers.model_validate(values)
-        check_numbers(Peers, values, {})
-    except ValidationError as error:
-        raise InputError(f"{path}: {first_complaint(error, Peers, values, {})}") from error
+        found = validate(Peers, values, {})
     except RecipeError as error:
         raise InputError(f"{path}: {error}") from error
     for peer in found.peers:

@@ -34,7 +34,8 @@ from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import add_file
 from llmcompress.pipeline.quality_check import judge
 from llmcompress.recipe.calibration import Calibration
-from llmcompress.recipe.compression import Recipe, Rule
+from llmcompress.recipe.compression import Recipe
+from llmcompress.recipe.rules import Rule
 from llmcompress.surgery.experts.job import (
     SAMPLES,
     BlockFate,

@@ -257,7 +257,7 @@ def test_layers_lose_less(tmp_path: Path, text: Path) -> None:
         ({"fuse": {}}, "fuse.*it says nothing to fuse; set rotation: true or awq: true"),
         ({"fuse": {"awq": True, "untie": True}}, "fuse.*untie: only rotation: true needs a head of its own"),
         ({"rules": [{"match": "*", "steps": [{"method": "rotate"}, GRID]}]}, "first step of .*q_proj is rotate; use"),
-        ({"rules": [], "target": {"bpw": 3}}, "fuse: a target prices the model as it is; leave one out"),
+        ({"rules": [], "target": {"bpw": 3}}, "fuse: a target measures the model as it is; leave one"),
     ],
 )
 def test_what_cannot_be_is_refused(changes: dict[str, Any], complaint: str, tmp_path: Path, text: Path) -> None:
