@@ -8,8 +8,8 @@
 A stage has a process and a time of its own; one that fails or runs out of time is recorded with its sentence, and the
 others go on. FILE gets a record a line, as docs/results/*.jsonl: after each stage all that it found, and one that says
 how it ended. `--data` names a folder with `wikitext2-valid.txt` and `wikitext2-test.raw`: then models are calibrated
-and scored as most records of the CPU were. `--sweep` only times other shares of a program, to find better ones than
-`launches` takes. `--small` shows on tiny models that all stages run, without their limits; its numbers mean nothing.
+and scored as most records of the CPU were. `--sweep` only times other shares of a program, to find better ones.
+`--small` shows on tiny models that all stages run, without their limits; its numbers mean nothing.
 Exits with 1 where a stage failed, with 2 where the device is not there.
 """
 
@@ -49,7 +49,7 @@ def main() -> int:
         print(f"Nothing was checked: {error}.", file=sys.stderr)
         return 2
     if options.sweep:
-        return _swept(options)
+        return _sweep(options, device)
     if options.loan is not None:
         return _borrowed(options, device)
     options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -174,12 +174,12 @@ def _borrowed(options: argparse.Namespace, device: torch.device) -> int:
     return run(options.loan, device, facts, min(options.seconds, LOAN), parts, options.small)
 
 
-def _swept(options: argparse.Namespace) -> int:
-    from scripts.gpu.kernels import chosen, swept
+def _sweep(options: argparse.Namespace, device: torch.device) -> int:
+    from scripts.gpu.kernels import forms_with, sweep
 
     tokens = [int(count) for count in options.tokens.split(",")]
-    for found in sorted(swept(chosen(options.forms), tokens), key=lambda found: (found[0], found[1], found[3])):
-        print("| {} | {} | {} | {:.1f} |".format(*found))
+    for row in sorted(sweep(device, forms_with(options.forms), tokens), key=lambda row: (row[0], row[1], row[3])):
+        print("| {} | {} | {} | {:.1f} |".format(*row))
     return 0
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from llmcompress.errors import RecipeError
 from llmcompress.kernels import ops
-from llmcompress.kernels.cpu.lookup import rows_of
 from llmcompress.kernels.cpu.matmul import FEW, MODES, Mode
-from llmcompress.kernels.cpu.prepare import Prepared
+from llmcompress.kernels.cpu.prefill import decode_rows
+from llmcompress.kernels.cpu.prepare import PreparedWeight
 from llmcompress.weight.modules import CompressedEmbedding, Multiplying, multiplying
 
 SWITCH = "LLMCOMPRESS_FAST"
@@ -23,8 +23,8 @@ DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
-class Accelerated:
-    """The linears with kernels that `accelerate` found; and the others, decoded at every call, with their forms."""
+class Acceleration:
+    """The linears with kernels, and the forms of the others, which are decoded at every call."""
 
     mode: Mode
     kernels: tuple[str, ...] = ()
@@ -40,13 +40,13 @@ class Accelerated:
 
 @dataclass(eq=False)
 class Fast:
-    """Multiplies in place of a compressed linear, by a kernel where it can."""
+    """Multiplies in place of a compressed linear, by a kernel if there is one."""
 
     mode: Mode
-    kept: ops.KeptWeight | None = None  # of the payload that was prepared last
+    weight: ops.KeptWeight | None = None  # the last prepared one
 
     def __call__(self, layer: Multiplying, x: Tensor) -> Tensor | None:
-        """Return `x @ W.T`; None on other devices, for other dtypes or widths, and where gradients are wanted."""
+        """Return `x @ W.T`; None on other devices, for other dtypes or widths, and for inputs that want a gradient."""
         payload = layer._parameters["weight"]
         if payload is None or x.dtype not in DTYPES or x.device != payload.device or x.device.type not in DEVICES:
             return None
@@ -57,13 +57,13 @@ class Fast:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if torch.compiler.is_compiling():
-            return ops.operator(x, payload, layer.layout, self.mode)
-        if not ops.multiplies(x.device):
+            return ops.call_operator(x, payload, layer.layout, self.mode)
+        if not ops.has_kernels(x.device):
             return None
-        kept = self.kept
-        if kept is None or not kept.holds(payload, x.dtype):
-            kept = self.kept = ops.keep(payload, layer.layout, x.dtype)
-        return ops.multiply(kept, x, self.mode)
+        weight = self.weight
+        if weight is None or not weight.holds(payload, x.dtype):
+            weight = self.weight = ops.prepare_payload(payload, layer.layout, x.dtype)
+        return ops.multiply(weight, x, self.mode)
 
     def __deepcopy__(self, memo: object) -> Fast:
         return Fast(self.mode)
@@ -74,35 +74,34 @@ class Fast:
 
 @dataclass(eq=False)
 class Lookup:
-    """Looks up rows in the table that a head has prepared for its products, which has the same payload."""
+    """Looks up rows in the weight that a head with the same payload has prepared for its products."""
 
     head: Fast
 
     def __call__(self, table: CompressedEmbedding, ids: Tensor) -> Tensor | None:
-        """Return rows `[..., width]` of a few tokens; None of many, and before the head was first used."""
-        payload, kept = table._parameters["weight"], self.head.kept
-        if torch.compiler.is_compiling() or kept is None or payload is None or not kept.holds(payload, torch.float32):
+        """Return rows `[..., width]` of a few tokens; None for many tokens, and before the first use of the head."""
+        payload, weight = table._parameters["weight"], self.head.weight
+        if torch.compiler.is_compiling() or payload is None or weight is None:
             return None
-        if not isinstance(kept.prepared, Prepared):
+        if not weight.holds(payload, torch.float32) or not isinstance(weight.prepared, PreparedWeight):
             return None
-        term, places = kept.prepared.plain, ids.flatten().tolist() if 0 < ids.numel() <= FEW else []
+        term, places = weight.prepared.plain, ids.flatten().tolist() if 0 < ids.numel() <= FEW else []
         if term is None or not places or min(places) < 0 or max(places) >= table.num_embeddings:
             return None
-        return rows_of(term, places).view(*ids.shape, table.embedding_dim)
+        return decode_rows(term, places).view(*ids.shape, table.embedding_dim)
 
 
-def accelerate(model: nn.Module, mode: str = "auto") -> Accelerated:
-    """Let every compressed linear of a model multiply by kernels for the device where it is, a CPU or an NVIDIA GPU.
+def accelerate(model: nn.Module, mode: str = "auto") -> Acceleration:
+    """Let every compressed linear of a model multiply by kernels for its device, a CPU or an NVIDIA GPU.
 
-    `from_pretrained` does it by itself, unless the environment variable LLMCOMPRESS_FAST is 0; it may name a mode, too.
-    Weights are repacked when they are first used. What is stored stays as it is, so the model saves and loads as
-    before.
-    Gradients, other devices and forms without a kernel are computed as they would be otherwise. GPUs need Triton.
+    `from_pretrained` calls this, unless the environment variable LLMCOMPRESS_FAST is 0; its value may also be a mode.
+    Weights are repacked at their first use. The stored payloads stay, so the model saves and loads as before.
+    Gradients, other devices and forms without a kernel are computed without kernels. GPUs need Triton.
 
     Args:
-        model: any module; those without compressed linears stay as they are.
-        mode: how CPUs take inputs of up to 16 tokens: `exact` as they are; `auto` as two int8 numbers, in blocks of 64
-            with a scale each, which loses nothing that can be measured; `int8` as one.
+        model: any module.
+        mode: the precision of inputs of up to 16 tokens on CPUs: `exact`; `auto`, two int8 numbers each, in blocks of
+            64 with a scale, without a measurable loss; `int8`, one number each.
 
     Returns:
         The linears with kernels, and the others with their forms.
@@ -118,7 +117,7 @@ def accelerate(model: nn.Module, mode: str = "auto") -> Accelerated:
     for name, layer in multiplying(model).items():
         if layer.layout.is_zero:
             continue
-        form = ops.without_kernel(layer)
+        form = ops.unsupported_form(layer)
         if form is None:
             layer.fast = heads[id(layer.weight)] = Fast(MODES[mode])
             kernels.append(name)
@@ -127,13 +126,13 @@ def accelerate(model: nn.Module, mode: str = "auto") -> Accelerated:
     for table in _tables(model):
         head = heads.get(id(table.weight))
         table.fast = None if head is None else Lookup(head)
-    return Accelerated(MODES[mode], tuple(kernels), decoded)
+    return Acceleration(MODES[mode], tuple(kernels), decoded)
 
 
 def accelerate_loaded(model: nn.Module) -> None:
-    """Accelerate a model that was just loaded, unless the environment says otherwise.
+    """Accelerate a model after loading, unless the environment variable LLMCOMPRESS_FAST is 0.
 
-    Raises RecipeError for a value of the variable that means nothing.
+    Raises RecipeError for an unknown value of the variable.
     """
     wanted = os.environ.get(SWITCH, "auto")
     if wanted == "0":

@@ -1,15 +1,15 @@
-"""The nearest streams of a trellis for a block of columns: the Viterbi algorithm, on every device (QTIP, 2406.11235).
+"""Blocks of columns to store, each column's error fed on to the later ones: the input of the kernels that choose codes.
 
-A column is cut into streams, each searched by itself, and within a block of columns a stream's errors move its rows of
-the later columns, so one call carries a stream through the whole block. The cheapest path to every state is known, and
-a step extends all of them; states that share all but their oldest code lead to the same states, so only the cheapest
-of these survives.
+`GridBlock` is rounded to grids (GPTQ, arXiv 2210.17323). `ColumnBlock` becomes streams of a trellis (QTIP, arXiv
+2406.11235) by the Viterbi algorithm. A column is cut into streams, each searched by itself; one call carries a stream
+through the whole block, since its errors move its rows of the later columns. A step extends the cheapest paths to all
+states. States that share all but their oldest code lead to the same states, so only the cheapest of them survives.
 
 Costs are whole numbers, so that all devices find the same paths: `weight (x - wanted)^2`, computed by fused
-multiply-adds, is rounded to whole numbers by adding 2^23. A key of 32 bits holds 20 bits of cost above the oldest code,
-so that the lowest key of several is the cheapest path, and of equally cheap ones that with the lowest oldest code; of
-equally cheap ends that in the lowest state counts. The lowest cost is taken off every 16 steps, and costs are capped.
-`whole_weights` gives 12 of the bits to the largest weight, so squared errors are as if costs were real numbers.
+multiply-adds, is rounded to whole numbers by adding 2^23. A key of 32 bits holds 20 bits of cost above the oldest code:
+the lowest key is the cheapest path, and of equally cheap ones the one with the lowest oldest code. Of equally cheap
+ends the lowest state wins. The lowest cost is subtracted every 16 steps, and costs are capped. `whole_weights` gives 12
+of the bits to the largest weight, so squared errors are as if costs were real numbers.
 """
 
 from __future__ import annotations
@@ -23,26 +23,28 @@ from torch import Tensor
 from llmcompress.weight.trellis import Trellis
 
 COST = 12  # the lowest bit of a key's cost; below it is the oldest code
-CAP = 1 << 30  # the most that a state's key counts
-WHOLE = 8388609.0  # 2^23 + 1: what is added to it is rounded to a whole number
-WIDEST = 10.0  # what is wanted counts as no larger
-EVERY = 16  # steps after which the lowest cost is taken off all
+CAP = 1 << 30  # largest key of a state
+WHOLE = 8388609.0  # 2^23 + 1: numbers added to it are rounded to whole ones
+WIDEST = 10.0  # largest magnitude of a wanted number
+EVERY = 16  # steps between subtractions of the lowest cost
 WEIGHT_BITS = 12  # of the largest weight
-ABOVE = 8.0  # a weight counts as no more than so many times the median one, whose costs need bits too
-SHORT_STATES = 12  # bits of a state from above which registers of a GPU hold numbers of 16 bits
+ABOVE = 8.0  # largest weight in multiples of the median one, whose costs need bits too
+SHORT_STATES = 12  # bits of a state above which registers of a GPU hold numbers of 16 bits
 
 
 @dataclass(frozen=True, eq=False)
 class ColumnBlock:
-    """Columns to choose, contiguous tensors of one device. A stream lasts from one of `edges`, in steps, to the next.
+    """Columns for the search of a trellis, contiguous tensors of one device.
 
-    `current` float32 `[columns, out]`: what is wanted, and afterwards what is stored. `weights`, of `whole_weights`,
-    and `factors`, float32 `[out]`: what a squared error of a row counts, and what numbers are multiplied by. `ends`
-    int32 `[columns + 1, streams]`: the states before the first column, and after each, -1 for any; afterwards those
-    found. Of states that are given all but the oldest code counts.
-
-    `shares` float32 `[columns, columns]`: what an error of a column (first) takes from a later one; None: nothing.
-    `before`, like `current`: what was stored, and an error is what is stored now less that; None: it is what is lost.
+    Attributes:
+        current: float32 `[columns, out]`, the wanted numbers, replaced by the stored ones.
+        weights: of `whole_weights`, float32 `[out]`, those of squared errors.
+        factors: float32 `[out]`, the scales of numbers.
+        edges: the first step of each stream, and the end.
+        ends: int32 `[columns + 1, streams]`, the states before the first column and after each, without their oldest
+            code, -1 for any; replaced by the chosen ones.
+        shares: float32 `[columns, columns]`, the shares of an error of a column (first) that later ones lose, if any.
+        before: like `current`, the numbers stored before: errors are then the new ones less these.
     """
 
     current: Tensor
@@ -56,20 +58,20 @@ class ColumnBlock:
 
 @dataclass(frozen=True, eq=False)
 class Numbers:
-    """The numbers of a trellis of these sizes, whatever its code, `[values, states]`; `top`: the largest of them."""
+    """The numbers of a trellis, `[values, states]`, whatever its code; `top`: the largest magnitude."""
 
     trellis: Trellis
-    table: Tensor  # float32, or on a GPU that should hold many in its registers 16 bits
+    table: Tensor  # float32; of many states, on a GPU, 16 bits, which fit its registers
     top: float
 
     @staticmethod
     def on(device: torch.device, trellis: Trellis, table: Tensor) -> Numbers:
-        """For a search on a device; `table` float32 `[states, values]`."""
-        found = table.T.contiguous()
+        """Return the numbers for a search on a device; `table` float32 `[states, values]`."""
+        numbers = table.T.contiguous()
         if device.type == "cuda" and trellis.memory > SHORT_STATES:
-            short = found.bfloat16()
-            found = short if torch.equal(short.float(), found) else found.half()  # either way exact
-        return Numbers(trellis, found.to(device), float(table.abs().max()))
+            short = numbers.bfloat16()
+            numbers = short if torch.equal(short.float(), numbers) else numbers.half()  # either way exact
+        return Numbers(trellis, numbers.to(device), float(table.abs().max()))
 
 
 def whole_weights(weights: Tensor, trellis: Trellis) -> Tensor:
@@ -84,3 +86,23 @@ def whole_weights(weights: Tensor, trellis: Trellis) -> Tensor:
 def longest_stream(block: ColumnBlock) -> int:
     """Return the steps of the longest stream."""
     return max(last - first for first, last in pairwise(block.edges))
+
+
+@dataclass(frozen=True, eq=False)
+class GridBlock:
+    """Columns of which the first are rounded to grids, contiguous tensors of one device.
+
+    Attributes:
+        current: float32 `[columns, out]`, the wanted numbers; those of rounded columns are replaced by the stored ones.
+        parameters: 1 / scale, the code of 0, and the scale, float32 `[groups, out]` each.
+        groups: int32 `[rounded]`, the group of each rounded column.
+        levels: the number of codes.
+        shares, before: as in `ColumnBlock`.
+    """
+
+    current: Tensor
+    parameters: tuple[Tensor, Tensor, Tensor]
+    groups: Tensor
+    levels: int
+    shares: Tensor | None = None
+    before: Tensor | None = None

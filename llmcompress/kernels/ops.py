@@ -1,4 +1,4 @@
-"""Products with payloads, as an operator of torch, so that `torch.compile` and `torch.export` pass it on."""
+"""Products with payloads, also as an operator of torch, which `torch.compile` and `torch.export` keep."""
 
 from __future__ import annotations
 
@@ -15,55 +15,57 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from llmcompress.kernels.cpu.matmul import MODES, Mode, product
-from llmcompress.kernels.cpu.prepare import Prepared, prepare, supported
+from llmcompress.kernels.cpu import matmul
+from llmcompress.kernels.cpu.matmul import MODES, Mode
+from llmcompress.kernels.cpu.prepare import PreparedWeight, is_supported, prepare
 from llmcompress.kernels.gpu import prepare as gpu
 from llmcompress.kernels.gpu.layouts import GpuWeight
 from llmcompress.runtime.memory import trim_memory
 from llmcompress.weight.encoding import decode
-from llmcompress.weight.expression import describe, matmul
+from llmcompress.weight.expression import describe
+from llmcompress.weight.expression import matmul as multiply_decoded
 from llmcompress.weight.modules import Layout, Multiplying
 from llmcompress.weight.nodes import Weight
 
-PAGE_OUT = 21  # of madvise: give pages back, which are read again from their file when somebody wants them
+PAGE_OUT = 21  # of madvise: give pages back, which are read again from their file when needed
 
 
 @dataclass(frozen=True, eq=False)
 class KeptWeight:
-    """A prepared weight, and the payload that it was made of, without keeping it alive.
+    """A prepared weight, and a weak reference to its payload.
 
-    Whoever writes into a payload past torch's counter of changes (`.data.copy_`) has to call `accelerate` again.
+    After a change of a payload past torch's counter of changes (`.data.copy_`), call `accelerate` again.
     """
 
     payload: ReferenceType[Tensor]
     address: int
     version: int
-    dtype: torch.dtype | None  # of the inputs that it is for; None: any
-    prepared: Prepared | GpuWeight | None  # None: no kernel of this device multiplies by it
+    dtype: torch.dtype | None  # of its inputs; None: any
+    prepared: PreparedWeight | GpuWeight | None  # None: the device has no kernel for it
 
     def holds(self, payload: Tensor, dtype: torch.dtype) -> bool:
-        """True if the payload is still the same, and inputs are of the kind that it was prepared for."""
-        known = self.payload() is payload and self.address == payload.data_ptr()
-        return known and self.version == _version(payload) and self.dtype in (None, dtype)
+        """True if the payload is the same, unchanged, and inputs have the expected dtype."""
+        same = self.payload() is payload and self.address == payload.data_ptr()
+        return same and self.version == _version(payload) and self.dtype in (None, dtype)
 
 
-def multiplies(device: torch.device) -> bool:
+def has_kernels(device: torch.device) -> bool:
     """True if there are kernels for a device: CPUs, and NVIDIA GPUs where Triton is installed."""
     return device.type == "cpu" or gpu.runs_on(device)
 
 
-def multiply(kept: KeptWeight, x: Tensor, mode: Mode) -> Tensor | None:
+def multiply(weight: KeptWeight, x: Tensor, mode: Mode) -> Tensor | None:
     """Return `x [..., in] @ W.T` in the dtype of `x`; None without a kernel. Only CPUs round inputs, as `mode` says."""
-    match kept.prepared:
-        case GpuWeight() as weight:
-            return gpu.product(weight, x) if x.numel() <= gpu.FEW * weight.width else gpu.product_of_many(weight, x)
+    match weight.prepared:
+        case GpuWeight() as prepared:
+            return gpu.multiply(prepared, x)
         case None:
             return None
         case prepared:
-            return product(prepared, x, mode)
+            return matmul.multiply(prepared, x, mode)
 
 
-def operator(x: Tensor, payload: Tensor, layout: Layout, mode: Mode) -> Tensor:
+def call_operator(x: Tensor, payload: Tensor, layout: Layout, mode: Mode) -> Tensor:
     """Return `x [..., in] @ W.T` for a payload, in the dtype of `x`, by the operator of torch."""
     return torch.ops.llmcompress.linear(x, payload, layout.text, mode)
 
@@ -74,12 +76,12 @@ _KEPT: Any = WeakIdKeyDictionary()  # by payload, for the operator
 @torch.library.custom_op("llmcompress::linear", mutates_args=(), device_types=("cpu", "cuda"))
 def _operator(x: Tensor, payload: Tensor, layout: str, mode: str) -> Tensor:
     y = None
-    if multiplies(x.device):
-        kept = _KEPT.get(payload)
-        if kept is None or not kept.holds(payload, x.dtype):
-            kept = _KEPT[payload] = keep(payload, _layout(layout), x.dtype)
-        y = multiply(kept, x, MODES[mode])
-    return matmul(x, _decoded(payload, _layout(layout))) if y is None else y
+    if has_kernels(x.device):
+        weight = _KEPT.get(payload)
+        if weight is None or not weight.holds(payload, x.dtype):
+            weight = _KEPT[payload] = prepare_payload(payload, _layout(layout), x.dtype)
+        y = multiply(weight, x, MODES[mode])
+    return multiply_decoded(x, _decode(payload, _layout(layout))) if y is None else y
 
 
 @_operator.register_fake
@@ -95,28 +97,28 @@ def _layout(text: str) -> Layout:
 _FORMS: dict[str, str | None] = {}  # by `Layout.text`
 
 
-def without_kernel(layer: Multiplying) -> str | None:
-    """Return the form, in words, of a matrix that no kernel multiplies by; None if one does."""
+def unsupported_form(layer: Multiplying) -> str | None:
+    """Return the form, in words, of a matrix without a kernel; None if it has one."""
     if layer.weight.is_meta:
         return "not in memory"
     if layer.layout.text not in _FORMS:
         w = layer.expression()
-        _FORMS[layer.layout.text] = None if supported(w) else describe(w)
+        _FORMS[layer.layout.text] = None if is_supported(w) else describe(w)
     return _FORMS[layer.layout.text]
 
 
-def keep(payload: Tensor, layout: Layout, dtype: torch.dtype) -> KeptWeight:
-    """Return the weight of a payload prepared, for inputs of a dtype, on the device where it is.
+def prepare_payload(payload: Tensor, layout: Layout, dtype: torch.dtype) -> KeptWeight:
+    """Return the weight of a payload prepared for inputs of a dtype, on the payload's device.
 
-    Raises TypeError for a form that no kernel of a CPU reads; one that none of a GPU reads is a warning, once.
+    Raises TypeError for a form that CPUs have no kernel for; for GPUs this is a warning, once.
     """
-    w = _decoded(payload, layout)
+    w = _decode(payload, layout)
     identity = ref(payload), payload.data_ptr(), _version(payload)
     if payload.device.type != "cpu":
-        found = gpu.prepare(w, dtype)
-        if found is None:
+        weight = gpu.prepare(w, dtype)
+        if weight is None:
             _warn_once(describe(w))
-        return KeptWeight(*identity, dtype, found)
+        return KeptWeight(*identity, dtype, weight)
     prepared = prepare(w)
     if prepared is None:
         raise TypeError(f"no kernel reads {layout.header}")
@@ -125,7 +127,7 @@ def keep(payload: Tensor, layout: Layout, dtype: torch.dtype) -> KeptWeight:
     return KeptWeight(*identity, None, prepared)
 
 
-def _decoded(payload: Tensor, layout: Layout) -> Weight:
+def _decode(payload: Tensor, layout: Layout) -> Weight:
     return decode(layout.header, layout.views(payload.detach()))
 
 
@@ -139,7 +141,7 @@ def _version(payload: Tensor) -> int:
 
 
 def _page_out(address: int, count: int) -> None:
-    """Give the memory of a payload back where it is a file's; it is read again when a model is saved."""
+    """Give back the memory of a payload that a file backs; it is read again when a model is saved."""
     first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     length = (address + count - first) // mmap.PAGESIZE * mmap.PAGESIZE
     if length > 0 and hasattr(CDLL(None), "madvise"):

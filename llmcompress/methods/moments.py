@@ -131,7 +131,7 @@ def _add_product(total: Tensor, x: Tensor, left: Tensor | None, dtype: torch.dty
     if dtype == torch.bfloat16 and x.device.type == "cpu":
         from llmcompress.kernels.cpu import gram  # loads LLVM, which reading a recipe need not wait for
 
-        if gram.fits(x.shape[1]):
+        if gram.supports_width(x.shape[1]):
             gram.add_gram(total, x.to(dtype), None if left is None else left.to(dtype))
             return
     if dtype == torch.bfloat16 and x.is_cuda and torch.version.hip is None:

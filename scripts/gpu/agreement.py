@@ -1,4 +1,4 @@
-"""Do all computations on a device agree with the CPU's? Every method, loss and command, and the trellis search."""
+"""Agreement of a device with the CPU: every method, loss and command."""
 
 from __future__ import annotations
 
@@ -7,35 +7,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from trellis_search import timed
 
-from llmcompress.methods.solvers.stream_search import can_search
-from llmcompress.weight.trellis import Trellis
 from scripts.gpu.given import Given
 
-TRELLISES = (Trellis(2, 1, 12), Trellis(2, 1, 12, "linear"), Trellis(1, 1, 12), Trellis(3, 1, 12), Trellis(4, 1, 12),
-             Trellis(3, 2, 12), Trellis(2, 1, 16))  # fmt: skip
-ROWS, COLUMNS = (576, 4096, 14336), 25
 SMALL = ("method", "nodes", "loss", "compress", "distill")  # kinds of scenario of which the small check takes one each
-
-
-def search(given: Given) -> None:
-    """Compare the codes of random columns, bit for bit."""
-    device = torch.device(given.device)
-    if not can_search(device):
-        raise SystemExit(f"{device} does not search for itself; it takes an NVIDIA GPU and Triton")
-    wrong = []
-    for trellis in TRELLISES[: 1 if given.small else None]:
-        for rows in (96,) if given.small else ROWS:
-            given.check_time("the trellis search")
-            columns = 2 if given.small else COLUMNS
-            values = torch.randn(columns + 1, rows, generator=torch.Generator().manual_seed(0))
-            (here, expected), (there, found) = (timed(values.to(place), trellis) for place in ("cpu", device))
-            same = torch.equal(expected, found)
-            given.found(f"{trellis}, {rows} rows", {"same": same, "cpu_milliseconds": here, "milliseconds": there})
-            wrong += [] if same else [f"{trellis} with {rows} rows"]
-    if wrong:
-        raise SystemExit(f"the search finds other codes than on the CPU for {', '.join(wrong)}")
 
 
 def devices(given: Given) -> None:

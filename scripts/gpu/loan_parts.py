@@ -13,15 +13,13 @@ from transformers import StaticCache
 import llmcompress as lc
 from llmcompress.kernels.accelerate import accelerate, plain
 from llmcompress.kernels.column_block import ColumnBlock, Numbers, whole_weights
-from llmcompress.kernels.gpu.prepare import FEW, product, product_of_many
 from llmcompress.methods.moments import Moments, RunningMoments
 from llmcompress.methods.solvers.hessian import inverse_factor
 from llmcompress.methods.solvers.stream_search import choose_columns
 from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
-from llmcompress.weight.expression import dense
-from llmcompress.weight.nodes import Weight
 from llmcompress.weight.trellis import Trellis, cuts, table
+from scripts.gpu.kernels import products
 from scripts.gpu.loan import Loan, Part
 
 KINDS = (Trellis(2, 1, 12), Trellis(1, 1, 12), Trellis(3, 1, 12), Trellis(4, 1, 12), Trellis(3, 2, 12),
@@ -74,7 +72,7 @@ def column_block(trellis: Trellis, rows: int, run: int, columns: int, device: to
 
 def search(loan: Loan) -> None:
     """Is the search the CPU's, bit for bit, and how long does a column take by the number of streams?"""
-    host = torch.device("cpu")
+    host, wrong = torch.device("cpu"), list[str]()
     for trellis in KINDS[: 1 if loan.small else None]:
         rows, columns = (96, 2) if loan.small else (2400, 9)
         blocks = [column_block(trellis, rows, 768, columns, device) for device in (host, loan.device)]
@@ -84,6 +82,7 @@ def search(loan: Loan) -> None:
         ]
         same = torch.equal(states[0], states[1].cpu()) and torch.equal(blocks[0].current, blocks[1].current.cpu())
         loan.say(f"search, {trellis}: as on the CPU", value=same)
+        wrong += [] if same else [str(trellis)]
         for run, streams in STREAMS[: 1 if loan.small else None]:
             if trellis.memory > 12 and run * streams > 768:
                 continue
@@ -92,6 +91,8 @@ def search(loan: Loan) -> None:
             block = column_block(trellis, rows, run, columns, loan.device)
             taken = loan.milliseconds(partial(choose_columns, block, numbers), 3)
             loan.say(f"search, {trellis}, {streams} streams of {run}: ms a column", value=taken / columns)
+    if wrong:
+        raise ValueError(f"the search finds other codes than on the CPU for {', '.join(wrong)}")
 
 
 def compression(loan: Loan) -> None:
@@ -173,36 +174,6 @@ def replayed(loan: Loan, call: Callable[[], Any]) -> float:
     with torch.cuda.graph(graph):
         call()
     return loan.milliseconds(graph.replay, 20)
-
-
-def products(loan: Loan) -> None:
-    """Microseconds of products of an 8B model's shapes, and how near they are to the decoded weight's."""
-    from scripts.gpu import kernels
-
-    kernels.DEVICE = loan.device
-    for shape, size in {"o": (4096, 4096), "down": (4096, 14336)}.items():
-        size = (64, 128) if loan.small else size
-        forms: dict[str, Weight] = {
-            "trellis 2 bits, table": kernels.coded(size, Trellis(2, 1, 12)),
-            "trellis 2 bits, linear": kernels.coded(size, Trellis(2, 1, 12, "linear")),
-            "grid 4 bits": kernels.grid(size, 16, 128),
-        }
-        plainly = torch.randn(size, device=loan.device).bfloat16()
-        for tokens in (1,) if loan.small else (1, 16, 512):
-            x = torch.randn(tokens, size[1], device=loan.device).bfloat16()
-            timed(loan, f"dense, {shape}, {tokens} tokens", partial(torch.nn.functional.linear, x, plainly))
-            for form, w in forms.items():
-                call = partial(product if tokens <= FEW else product_of_many, kernels.packed(w), x)
-                expected = x.double() @ dense(w).double().T
-                off = float((call().double() - expected).norm() / expected.norm())
-                timed(loan, f"{form}, {shape}, {tokens} tokens", call, off=off)
-
-
-def timed(loan: Loan, arm: str, call: Callable[[], Tensor], **more: float) -> None:
-    """Write the microseconds of a call, and of one that is replayed from a CUDA graph."""
-    if loan.device.type == "cuda":
-        more["replayed"] = 1e3 * replayed(loan, call)
-    loan.say(f"{arm}: us", value=1e3 * loan.milliseconds(call, 20), **more)
 
 
 def around(loan: Loan) -> None:

@@ -78,9 +78,9 @@ def load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The sizes of the inputs that kernels multiplied."""
-    found, product = [], ops.product
-    monkeypatch.setattr(ops, "product", lambda w, x, mode: found.append(x.shape) or product(w, x, mode))
-    return found
+    sizes, multiply = [], ops.matmul.multiply
+    monkeypatch.setattr(ops.matmul, "multiply", lambda w, x, mode: sizes.append(x.shape) or multiply(w, x, mode))
+    return sizes
 
 
 def ids(tokens: int, batch: int = 1) -> Tensor:

@@ -13,10 +13,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LATE = {  # read only when what they are about is there: kernels in Triton, changes to PEFT, vLLM
     "llmcompress.formats.vllm.layers",
     "llmcompress.kernels.gpu.column_search",
-    "llmcompress.kernels.gpu.column_search_triton",
     "llmcompress.kernels.gpu.grid_columns",
     "llmcompress.kernels.gpu.grid_triton",
-    "llmcompress.kernels.gpu.launches",
     "llmcompress.kernels.gpu.trellis_triton",
     "llmcompress.kernels.gpu.turn_triton",
     "llmcompress.models.transformers.peft_checks",

@@ -71,7 +71,6 @@ UNMENDED = {
     "distillation",
     "evaluation",
     "formats",
-    "kernels",
     "losses",
     "models",
     "pipeline",

@@ -1,4 +1,4 @@
-"""Machine code of kernels: made by LLVM at first use, and kept on disk for the next process."""
+"""Machine code of kernels: compiled by LLVM at first use, and cached on disk for the next process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import hashlib
 import os
 import tempfile
 import warnings
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,61 +15,54 @@ import llvmlite
 import llvmlite.binding as llvm
 from llvmlite import ir
 
+from llmcompress.kernels.cpu.calls import KernelFunction, LoadedKernel, write_parallel
 from llmcompress.kernels.cpu.instruction_sets import Instructions, Tier, host_tier
-from llmcompress.kernels.cpu.product import write_parallel
 
 DIGEST = 32  # bytes of SHA-256 before the object in a cached file
 
 
 class Kernel(Protocol):
-    """A description of a kernel, whose repr tells it from all others."""
+    """The description of a kernel, with a repr of its own."""
 
-    def write(self, module: ir.Module, target: Instructions) -> None:
-        """Write a function `kernel(arguments, first block, last block)`."""
-
-
-@dataclass(frozen=True, eq=False)
-class Loaded:
-    """A kernel in memory: what one thread calls, and what a team of threads calls."""
-
-    serial: Any  # (arguments, first, last)
-    parallel: int  # address
-    library: Any  # owns the code
+    def write(self, f: KernelFunction) -> None:
+        """Write the body of the function."""
 
 
 @lru_cache(maxsize=256)
-def loaded(kernel: Kernel, tier: Tier | None = None) -> Loaded:
+def load_kernel(kernel: Kernel, tier: Tier | None = None) -> LoadedKernel:
     """Return a kernel for this machine, or for a lower tier of it."""
     tier = host_tier() if tier is None else tier
     path = cache_folder() / f"{_key(kernel, tier)}.o"
     code = read_cached(path)
     if code is None:
-        code = compiled(kernel, tier)
+        code = compile_kernel(kernel, tier)
         write_cached(path, code)
-    # JITLink puts a kernel into one piece of memory. MCJIT maps its sections one by one: in fragmented memory too far
-    # apart for a jump, and the process ends.
+    # JITLink puts a kernel into one piece of memory. MCJIT maps its sections one by one: in fragmented memory they lie
+    # too far apart for a jump, and the process ends.
     linker = llvm.create_lljit_compiler(target_machine(tier), use_jit_link=True)
     library = llvm.JITLibraryBuilder().add_object_img(code).add_current_process()
     linked = library.export_symbol("kernel").export_symbol("parallel").link(linker, "kernel")
     kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
     serial: Any = kind(linked["kernel"])
-    serial.owner = linked  # the code stays while it runs, even if all else forgets it
-    return Loaded(serial, linked["parallel"], linked)
+    serial.owner = linked  # keeps the code while it runs
+    return LoadedKernel(serial, linked["parallel"], linked)
 
 
-def intermediate(kernel: Kernel, tier: Tier) -> str:
+def write_intermediate(kernel: Kernel, tier: Tier) -> str:
     """Return LLVM's intermediate code of a kernel."""
     module = ir.Module("kernel")
     module.triple = triple(tier)
-    kernel.write(module, Instructions(tier))
+    f = KernelFunction(module, Instructions(tier))
+    kernel.write(f)
+    f.finish()
     write_parallel(module)
     return str(module)
 
 
-def compiled(kernel: Kernel, tier: Tier) -> bytes:
+def compile_kernel(kernel: Kernel, tier: Tier) -> bytes:
     """Return the object code of a kernel."""
     machine = target_machine(tier)
-    module = llvm.parse_assembly(intermediate(kernel, tier))
+    module = llvm.parse_assembly(write_intermediate(kernel, tier))
     module.verify()
     options = llvm.create_pipeline_tuning_options(speed_level=3)
     llvm.create_pass_builder(machine, options).getModulePassManager().run(
@@ -81,9 +73,9 @@ def compiled(kernel: Kernel, tier: Tier) -> bytes:
 
 
 def triple(tier: Tier) -> str:
-    """Return the LLVM triple that a tier is compiled for: this machine's own where it is of that kind."""
-    here: str = llvm.get_default_triple()
-    return here if here.startswith(tier.triple) else f"{tier.triple}-unknown-linux-gnu"
+    """Return the LLVM triple of a tier: this machine's own if it is of that kind."""
+    host: str = llvm.get_default_triple()
+    return host if host.startswith(tier.triple) else f"{tier.triple}-unknown-linux-gnu"
 
 
 def target_machine(tier: Tier) -> Any:
@@ -109,9 +101,9 @@ def _initialize() -> None:
 
 def cache_folder() -> Path:
     """Return the folder of compiled kernels, `LLMCOMPRESS_KERNELS` or one below the user's cache."""
-    given = os.environ.get("LLMCOMPRESS_KERNELS")
+    folder = os.environ.get("LLMCOMPRESS_KERNELS")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.path.expanduser(given or Path(base) / "llmcompress" / "kernels"))
+    return Path(os.path.expanduser(folder or Path(base) / "llmcompress" / "kernels"))
 
 
 def read_cached(path: Path) -> bytes | None:
@@ -128,14 +120,14 @@ def read_cached(path: Path) -> bytes | None:
 
 
 def write_cached(path: Path, code: bytes) -> None:
-    """Keep object code; warn, once in a process, where that is impossible."""
+    """Write object code to the cache; warn, once in a process, if that is impossible."""
     staged: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             staged = Path(file.name)
             file.write(_digest(path, code) + code)
-        staged.replace(path)  # whole or not at all; what a crash leaves of it, the digest tells
+        staged.replace(path)  # whole or not at all; the digest detects what a crash leaves
     except OSError as error:
         if staged is not None:
             staged.unlink(missing_ok=True)
@@ -143,7 +135,7 @@ def write_cached(path: Path, code: bytes) -> None:
 
 
 def _digest(path: Path, code: bytes) -> bytes:
-    """Return what a file begins with: of its name, too, since another kernel's code is as harmful as a damaged one."""
+    """Return the first bytes of a file: a digest of name and code, since another kernel's code is as harmful."""
     return hashlib.sha256(path.name.encode() + code).digest()
 
 

@@ -1,15 +1,15 @@
-"""The kernel that chooses a block of columns as streams of a trellis, on CPUs: see `kernels/column_block.py`.
+"""The kernel for CPUs that chooses the streams of a trellis for a `ColumnBlock`.
 
-States that share all but their oldest code follow each other as butterflies: the keys of 2^bits states before a step
-decide those of 2^bits states after it. Where codes are few, vectors run along the butterflies, and keys change places
-after a step; where they are many (`WIDE`), vectors run along the newest codes, in the order of states.
+States that share all but their oldest code form butterflies: the keys of 2^bits states before a step decide those of
+2^bits states after it. With few codes, vectors run along the butterflies, and keys change places after a step; with
+many (`WIDE`), vectors run along the newest codes, in the order of states.
 """
 
 from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import reduce
@@ -29,17 +29,14 @@ from llmcompress.kernels.column_block import (
     Numbers,
     longest_stream,
 )
-from llmcompress.kernels.cpu.arguments import Argument, address
-from llmcompress.kernels.cpu.build import loaded
-from llmcompress.kernels.cpu.emit import F32, I8, I32, I64, Function, Value, vector
-from llmcompress.kernels.cpu.instruction_sets import Instructions
-from llmcompress.kernels.cpu.launch import Values, launch
+from llmcompress.kernels.cpu.build import load_kernel
+from llmcompress.kernels.cpu.calls import Argument, KernelFunction, Values, launch
+from llmcompress.kernels.cpu.emit import F32, I8, I32, I64, LANES, Value, vector
 
-LANES = 16
 WIDE = 4  # bits of a code from which on vectors run along the newest codes
 
 
-class Given(IntEnum):
+class SearchInput(IntEnum):
     """The place of an argument; tensors are float32 unless they say otherwise."""
 
     CURRENT = 0  # [columns, rows]
@@ -47,7 +44,7 @@ class Given(IntEnum):
     WEIGHTS = 2  # [rows]
     FACTORS = 3  # [rows]
     SHARES = 4  # [columns, columns]
-    NUMBERS = 5  # as `arranged`
+    NUMBERS = 5  # in the order of `order_numbers`
     TABLE = 6  # [values, states]
     OLDEST = 7  # int32 [rest]: the oldest code of the states before a step
     EDGES = 8  # int32 [streams + 2], the last one the steps of the longest stream
@@ -62,13 +59,16 @@ class Given(IntEnum):
     TOP = 17  # bits of a float32: the largest magnitude of a number
 
 
-Arguments = ctypes.c_int64 * len(Given)
+Arguments = ctypes.c_int64 * len(SearchInput)
 
 
 @dataclass(frozen=True)
 class ColumnSearch:
-    """The kernel for a trellis of these sizes. `feeds`: errors move later columns; `again`: columns were chosen before,
-    and an error is what a column moves by."""
+    """The kernel for a trellis of these sizes.
+
+    `feeds`: True if errors move later columns; `again`: True if columns were stored before, so that an error is the
+    change of a column.
+    """
 
     bits: int
     values: int
@@ -83,7 +83,7 @@ class ColumnSearch:
 
     @property
     def rest(self) -> int:
-        """States but for their oldest code."""
+        """States without their oldest code."""
         return 1 << (self.memory - self.bits)
 
     @property
@@ -92,135 +92,141 @@ class ColumnSearch:
         return 1 << (self.memory - 2 * self.bits)
 
     def room(self, steps: int) -> int:
-        """Bytes that a stream of so many steps works in."""
+        """Return the bytes of working space of a stream of so many steps."""
         return 8 * steps * self.values + 8 * self.rest + steps * self.rest
 
-    def write(self, module: ir.Module, target: Instructions) -> None:
-        """Write `kernel(arguments, first stream, last stream)`."""
-        f = Function(module, "kernel", [I8.as_pointer(), I64, I64], target.tier.fused)
-        given = _Arguments(f, address(f, Argument.TABLE))
-        with f.loop(f.arguments[1], f.arguments[2]) as number:
-            stream = given.size(Given.FIRST) + number
-            first, last = (given.load(Given.EDGES, I32, stream + more).wider(I64) for more in (0, 1))
+    def write(self, f: KernelFunction) -> None:
+        """Write the kernel, for a range of streams."""
+        arguments = _Arguments(f, f.pointer(Argument.TABLE))
+        with f.loop(f.first, f.last) as number:
+            stream = arguments.size(SearchInput.FIRST) + number
+            first, last = (arguments.load(SearchInput.EDGES, I32, stream + more).wider(I64) for more in (0, 1))
             steps = last - first
-            most = given.load(Given.EDGES, I32, given.size(Given.STREAMS) + 1).wider(I64)
-            room = f.behind(given.at(Given.ROOM), number * (most * (8 * self.values + self.rest) + 8 * self.rest))
+            most = arguments.load(SearchInput.EDGES, I32, arguments.size(SearchInput.STREAMS) + 1).wider(I64)
+            room = f.behind(
+                arguments.at(SearchInput.ROOM), number * (most * (8 * self.values + self.rest) + 8 * self.rest)
+            )
             slopes, shifts = room, f.behind(room, most * (4 * self.values))
             keys = f.behind(shifts, most * (4 * self.values))
             oldest = f.behind(keys, 8 * self.rest)
-            with f.loop(0, given.size(Given.COLUMNS)) as column:
-                row = column * given.size(Given.STEPS) * self.values + first * self.values
-                self._prepare(f, given, (row, first * self.values, steps * self.values), slopes, shifts)
-                ends = column * given.size(Given.STREAMS) + stream
-                self._enter(f, given, keys, given.load(Given.ENDS, I32, ends).wider(I64))
-                self._advance(f, given, (first, steps), (slopes, shifts, keys, oldest))
-                end = ends + given.size(Given.STREAMS)
+            with f.loop(0, arguments.size(SearchInput.COLUMNS)) as column:
+                row = column * arguments.size(SearchInput.STEPS) * self.values + first * self.values
+                self._prepare(f, arguments, (row, first * self.values, steps * self.values), slopes, shifts)
+                ends = column * arguments.size(SearchInput.STREAMS) + stream
+                self._enter(f, arguments, keys, arguments.load(SearchInput.ENDS, I32, ends).wider(I64))
+                self._advance(f, arguments, (first, steps), (slopes, shifts, keys, oldest))
+                end = ends + arguments.size(SearchInput.STREAMS)
                 last_keys = f.behind(keys, (steps & 1) * (4 * self.rest))
-                best = self._cheapest(f, last_keys, given.load(Given.ENDS, I32, end))
-                state = self._trace(f, given, (column, first, steps), oldest, best)
-                f.store(state, given.at(Given.ENDS), end * 4)
+                best = self._cheapest(f, last_keys, arguments.load(SearchInput.ENDS, I32, end))
+                state = self._trace(f, arguments, (column, first, steps), oldest, best)
+                f.store(state, arguments.at(SearchInput.ENDS), end * 4)
                 if self.feeds:
-                    self._feed(f, given, column, (first * self.values, steps * self.values))
-        f.finish()
+                    self._feed(f, arguments, column, (first * self.values, steps * self.values))
 
     def _prepare(
-        self, f: Function, given: _Arguments, place: tuple[Value, Value, Value], slopes: Value, shifts: Value
+        self, f: KernelFunction, arguments: _Arguments, place: tuple[Value, Value, Value], slopes: Value, shifts: Value
     ) -> None:
-        """Write what the cost of a number x takes: `weight x^2 + slope x + shift`."""
+        """Write the terms of costs of a number x, `weight x^2 + slope x + shift`."""
         row, first, count = place
-        top = f.load(given.address, F32, 8 * Given.TOP)
+        top = f.load(arguments.address, F32, 8 * SearchInput.TOP)
 
         def write(at: Value, lanes: int) -> None:
             kind = vector(F32, lanes)
-            factor = given.load(Given.FACTORS, kind, first + at)
-            wanted = given.load(Given.CURRENT, kind, row + at)
+            factor = arguments.load(SearchInput.FACTORS, kind, first + at)
+            wanted = arguments.load(SearchInput.CURRENT, kind, row + at)
             some = f.builder.fcmp_ordered(">", factor.raw, f.constant(kind, 0.0).raw)
             scaled = f.builder.fdiv(wanted.raw, factor.raw)
             x = Value(f, f.builder.select(some, scaled, f.constant(kind, 0.0).raw))
             x = x.larger(f.constant(kind, -WIDEST)).smaller(f.constant(kind, WIDEST))
-            weight = given.load(Given.WEIGHTS, kind, first + at)
+            weight = arguments.load(SearchInput.WEIGHTS, kind, first + at)
             over = (x.magnitude() - top.splat(lanes)).larger(f.constant(kind, 0.0))
             f.store(x * weight * -2.0, slopes, at * 4)
             f.store((x * x - over * over) * weight, shifts, at * 4)
 
-        _each(f, count, write)
+        f.each(count, write)
 
-    def _enter(self, f: Function, given: _Arguments, keys: Value, start: Value) -> None:
-        """Only the state `start` is reached."""
+    def _enter(self, f: KernelFunction, arguments: _Arguments, keys: Value, start: Value) -> None:
+        """Write keys by which only the state `start` is reached."""
         lanes = min(LANES, self.rest)
         with f.loop(0, self.rest, lanes) as at:
-            f.store(given.load(Given.OLDEST, vector(I32, lanes), at) | CAP, keys, at * 4)
+            f.store(arguments.load(SearchInput.OLDEST, vector(I32, lanes), at) | CAP, keys, at * 4)
         start = start & (self.rest - 1)
-        f.store(given.load(Given.OLDEST, I32, start), keys, start * 4)
+        f.store(arguments.load(SearchInput.OLDEST, I32, start), keys, start * 4)
 
-    def _advance(self, f: Function, given: _Arguments, where: tuple[Value, Value], room: tuple[Value, ...]) -> None:
+    def _advance(
+        self, f: KernelFunction, arguments: _Arguments, where: tuple[Value, Value], room: tuple[Value, ...]
+    ) -> None:
         """Take all steps: keys lie in the first half of their room before an even step, else in the second."""
         first, steps = where
         slopes, shifts, keys, oldest = room
         with f.loop(0, steps, EVERY) as chunk:
-            stop = f.call("llvm.smin", I64, chunk + EVERY, steps, overloads=(I64,))
+            stop = (chunk + EVERY).least(steps)
             with f.loop(chunk, stop) as step:
-                told = []
+                costs = []
                 shift = f.constant(F32, 0.0)
                 for value in range(self.values):
                     at = step * self.values + value
-                    weight = given.load(Given.WEIGHTS, F32, first * self.values + at)
-                    told.append((f.load(slopes, F32, at * 4), weight))
+                    weight = arguments.load(SearchInput.WEIGHTS, F32, first * self.values + at)
+                    costs.append((f.load(slopes, F32, at * 4), weight))
                     part = f.load(shifts, F32, at * 4)
                     shift = part if value == 0 else shift + part
                 halves = [f.behind(keys, ((step + more) & 1) * (4 * self.rest)) for more in (0, 1)]
                 row = f.behind(oldest, step * self.rest)
                 move = self._move_wide if self.bits >= WIDE else self._move_narrow
-                move(f, given, (halves[0], halves[1], row), _Costs(told, shift + WHOLE))
-            self._take_off(f, f.behind(keys, (stop & 1) * (4 * self.rest)))
+                move(f, arguments, (halves[0], halves[1], row), _Costs(costs, shift + WHOLE))
+            self._subtract_lowest(f, f.behind(keys, (stop & 1) * (4 * self.rest)))
 
-    def _move_narrow(self, f: Function, given: _Arguments, rows: tuple[Value, Value, Value], costs: _Costs) -> None:
+    def _move_narrow(
+        self, f: KernelFunction, arguments: _Arguments, rows: tuple[Value, Value, Value], costs: _Costs
+    ) -> None:
         """One step, vectors along butterflies."""
-        here, there, oldest = rows
+        before_step, after_step, oldest = rows
         lanes = min(LANES, self.inner)
         kind = vector(I32, lanes)
         with f.loop(0, self.inner, lanes) as middle:
-            before = [f.load(here, kind, (middle + old * self.inner) * 4) for old in range(self.parts)]
+            before = [f.load(before_step, kind, (middle + old * self.inner) * 4) for old in range(self.parts)]
             lows = []
             for newest in range(self.parts):
                 keys = []
                 for old in range(self.parts):
                     place = (newest * self.parts + old) * self.inner
-                    keys.append(before[old] + self._cost(given, costs, middle + place, lanes))
+                    keys.append(before[old] + self._cost(arguments, costs, middle + place, lanes))
                 lows.append(reduce(_lower, keys))
                 f.store(lows[-1].narrower(I8), oldest, middle + newest * self.inner)
-            for number, part in enumerate(_interleaved(lows)):
-                self._keep(f, given, part, there, middle * self.parts + number * lanes)
+            for number, part in enumerate(_interleave(lows)):
+                self._keep(f, arguments, part, after_step, middle * self.parts + number * lanes)
 
-    def _move_wide(self, f: Function, given: _Arguments, rows: tuple[Value, Value, Value], costs: _Costs) -> None:
+    def _move_wide(
+        self, f: KernelFunction, arguments: _Arguments, rows: tuple[Value, Value, Value], costs: _Costs
+    ) -> None:
         """One step, vectors along the newest codes."""
-        here, there, oldest = rows
+        before_step, after_step, oldest = rows
         with f.loop(0, self.inner) as middle, f.loop(0, self.parts, LANES) as newest:
             place = middle * self.parts + newest
             keys = []
             for old in range(self.parts):
-                before = f.load(here, I32, (middle + old * self.inner) * 4).splat(LANES)
-                keys.append(before + self._cost(given, costs, place + old * self.rest, LANES))
+                before = f.load(before_step, I32, (middle + old * self.inner) * 4).splat(LANES)
+                keys.append(before + self._cost(arguments, costs, place + old * self.rest, LANES))
             low = reduce(_lower, keys)
             f.store(low.narrower(I8), oldest, place)
-            self._keep(f, given, low, there, place)
+            self._keep(f, arguments, low, after_step, place)
 
-    def _cost(self, given: _Arguments, costs: _Costs, place: Value, lanes: int) -> Value:
-        """Return the whole cost of the numbers from a place on, as it counts in keys."""
+    def _cost(self, arguments: _Arguments, costs: _Costs, place: Value, lanes: int) -> Value:
+        """Return the cost of the numbers from a place on, as part of keys."""
         kind = vector(F32, lanes)
         total = costs.shift.splat(lanes)
-        for value, (slope, weight) in enumerate(costs.told):
-            number = given.load(Given.NUMBERS, kind, place + (value << self.memory))
+        for value, (slope, weight) in enumerate(costs.numbers):
+            number = arguments.load(SearchInput.NUMBERS, kind, place + (value << self.memory))
             total = _fma(number, _fma(number, weight.splat(lanes), slope.splat(lanes)), total)
         return total.as_type(vector(I32, lanes)) << COST
 
-    def _keep(self, f: Function, given: _Arguments, low: Value, keys: Value, place: Value) -> None:
+    def _keep(self, f: KernelFunction, arguments: _Arguments, low: Value, keys: Value, place: Value) -> None:
         """Write keys for the next step, from a place on."""
         capped = _lower(low & (-1 << COST), f.constant(low.type, CAP))
-        f.store(capped | given.load(Given.OLDEST, low.type, place), keys, place * 4)
+        f.store(capped | arguments.load(SearchInput.OLDEST, low.type, place), keys, place * 4)
 
-    def _take_off(self, f: Function, keys: Value) -> None:
-        """Take the lowest cost off all keys."""
+    def _subtract_lowest(self, f: KernelFunction, keys: Value) -> None:
+        """Subtract the lowest cost from all keys."""
         lanes = min(LANES, self.rest)
         kind = vector(I32, lanes)
         lowest = f.variable(f.constant(kind, CAP))
@@ -229,13 +235,13 @@ class ColumnSearch:
         low = lowest.get() & (-1 << COST)
         while low.length > 1:
             half = low.length // 2
-            low = _lower(low.shuffled(range(half)), low.shuffled(range(half, 2 * half)))
+            low = _lower(low.shuffle(range(half)), low.shuffle(range(half, 2 * half)))
         base = low.at(0).splat(lanes)
         with f.loop(0, self.rest, lanes) as at:
             f.store(f.load(keys, kind, at * 4) - base, keys, at * 4)
 
-    def _cheapest(self, f: Function, keys: Value, end: Value) -> Value:
-        """Return the state, but for its oldest code, that a stream ends in: `end`, or the cheapest where that is -1."""
+    def _cheapest(self, f: KernelFunction, keys: Value, end: Value) -> Value:
+        """Return the last state of a stream without its oldest code: `end`, or the cheapest if that is -1."""
         best, lowest = f.variable(f.constant(I64, 0)), f.variable(f.constant(I32, -1))
         with f.loop(0, self.rest) as at:
             key = f.load(keys, I32, at * 4) & (-1 << COST)
@@ -246,12 +252,12 @@ class ColumnSearch:
         return Value(f, f.builder.select(free, best.get().raw, (end.wider(I64) & (self.rest - 1)).raw))
 
     def _trace(
-        self, f: Function, given: _Arguments, where: tuple[Value, Value, Value], oldest: Value, end: Value
+        self, f: KernelFunction, arguments: _Arguments, where: tuple[Value, Value, Value], oldest: Value, end: Value
     ) -> Value:
         """Write the states of a column, its numbers and its errors, last step first; return the last state."""
         column, first, steps = where
         place = f.variable(end)
-        line = column * given.size(Given.STEPS)
+        line = column * arguments.size(SearchInput.STEPS)
         with f.loop(0, steps) as back:
             step = steps - 1 - back
             rest = place.get()
@@ -260,43 +266,43 @@ class ColumnSearch:
             state = code * self.rest + rest
             place.set(state >> self.bits)
             at = line + first + step
-            f.store(state.narrower(I32), given.at(Given.STATES), at * 4)
+            f.store(state.narrower(I32), arguments.at(SearchInput.STATES), at * 4)
             for value in range(self.values):
-                number = given.load(Given.TABLE, F32, state + (value << self.memory))
-                stored = number * given.load(Given.FACTORS, F32, (first + step) * self.values + value)
+                number = arguments.load(SearchInput.TABLE, F32, state + (value << self.memory))
+                stored = number * arguments.load(SearchInput.FACTORS, F32, (first + step) * self.values + value)
                 spot = at * self.values + value
                 if self.feeds:
-                    wanted = given.load(Given.CURRENT, F32, spot)
-                    error = stored - given.load(Given.BEFORE, F32, spot) if self.again else wanted - stored
-                    f.store(error, given.at(Given.ERRORS), spot * 4)
-                f.store(stored, given.at(Given.CURRENT), spot * 4)
-        return given.load(Given.STATES, I32, line + first + steps - 1)
+                    wanted = arguments.load(SearchInput.CURRENT, F32, spot)
+                    error = stored - arguments.load(SearchInput.BEFORE, F32, spot) if self.again else wanted - stored
+                    f.store(error, arguments.at(SearchInput.ERRORS), spot * 4)
+                f.store(stored, arguments.at(SearchInput.CURRENT), spot * 4)
+        return arguments.load(SearchInput.STATES, I32, line + first + steps - 1)
 
-    def _feed(self, f: Function, given: _Arguments, column: Value, rows: tuple[Value, Value]) -> None:
+    def _feed(self, f: KernelFunction, arguments: _Arguments, column: Value, rows: tuple[Value, Value]) -> None:
         """Move the later columns of the block by a column's errors."""
         first, count = rows
-        columns, width = given.size(Given.COLUMNS), given.size(Given.STEPS) * self.values
+        columns, width = arguments.size(SearchInput.COLUMNS), arguments.size(SearchInput.STEPS) * self.values
         with f.loop(column + 1, columns) as later:
-            share = f.constant(F32, 0.0) - given.load(Given.SHARES, F32, column * columns + later)
+            share = f.constant(F32, 0.0) - arguments.load(SearchInput.SHARES, F32, column * columns + later)
 
             def move(at: Value, lanes: int) -> None:
                 kind = vector(F32, lanes)
-                error = given.load(Given.ERRORS, kind, column * width + first + at)
+                error = arguments.load(SearchInput.ERRORS, kind, column * width + first + at)
                 spot = later * width + first + at
                 f.store(
-                    _fma(error, share.splat(lanes), given.load(Given.CURRENT, kind, spot)),
-                    given.at(Given.CURRENT),
+                    _fma(error, share.splat(lanes), arguments.load(SearchInput.CURRENT, kind, spot)),
+                    arguments.at(SearchInput.CURRENT),
                     spot * 4,
                 )
 
-            _each(f, count, move)
+            f.each(count, move)
 
 
 def choose(block: ColumnBlock, numbers: Numbers, states: Tensor, errors: Tensor, streams: range) -> None:
     """Choose some streams of a block; see `choose_columns`."""
     sizes, most = numbers.trellis, longest_stream(block)
     kernel = ColumnSearch(sizes.bits, sizes.values, sizes.memory, block.shares is not None, block.before is not None)
-    table, oldest = arranged(kernel, numbers.table), (torch.arange(kernel.rest) // kernel.inner).int()
+    table, oldest = order_numbers(kernel, numbers.table), (torch.arange(kernel.rest) // kernel.inner).int()
     edges = torch.tensor([*block.edges, most], dtype=torch.int32)
     room = torch.empty(len(streams) * kernel.room(most), dtype=torch.uint8)
     tensors = (
@@ -305,14 +311,14 @@ def choose(block: ColumnBlock, numbers: Numbers, states: Tensor, errors: Tensor,
     )
     top = struct.unpack("i", struct.pack("f", numbers.top))[0]
     places = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    given = Arguments(*places, *states.shape, len(block.edges) - 1, streams.start, top)
+    arguments = Arguments(*places, *states.shape, len(block.edges) - 1, streams.start, top)
     values = Values()
-    values[Argument.TABLE] = ctypes.addressof(given)
-    launch(loaded(kernel), values, len(streams), len(streams) * most * (1 << sizes.memory))
+    values[Argument.TABLE] = ctypes.addressof(arguments)
+    launch(load_kernel(kernel), values, len(streams), len(streams) * most * (1 << sizes.memory))
 
 
-def arranged(kernel: ColumnSearch, table: Tensor) -> Tensor:
-    """Return numbers `[values, states]` in the order in which the kernel reads them."""
+def order_numbers(kernel: ColumnSearch, table: Tensor) -> Tensor:
+    """Return numbers `[values, states]` in the kernel's order of reading."""
     if kernel.bits >= WIDE:
         return table
     newest_first = table.reshape(-1, kernel.parts, kernel.inner, kernel.parts).permute(0, 3, 1, 2)
@@ -321,9 +327,9 @@ def arranged(kernel: ColumnSearch, table: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Costs:
-    """The costs of a step's numbers: (slope, weight) of each, and the shift of them all."""
+    """The terms of a step's costs: (slope, weight) of each value, and the shift of all."""
 
-    told: list[tuple[Value, Value]]
+    numbers: list[tuple[Value, Value]]
     shift: Value
 
 
@@ -331,38 +337,29 @@ class _Costs:
 class _Arguments:
     """The kernel's own arguments, at `address`."""
 
-    f: Function
+    f: KernelFunction
     address: Value
 
-    def size(self, place: Given) -> Value:
+    def size(self, place: SearchInput) -> Value:
         """A whole number."""
         return self.f.load(self.address, I64, 8 * place)
 
-    def at(self, place: Given) -> Value:
+    def at(self, place: SearchInput) -> Value:
         """An address."""
         return self.f.address(self.size(place))
 
-    def load(self, place: Given, kind: Any, number: Value) -> Value:
-        """Numbers of a tensor of 4-byte ones, from one on."""
+    def load(self, place: SearchInput, kind: Any, number: Value) -> Value:
+        """Numbers of 4 bytes from a tensor, from `number` on."""
         return self.f.load(self.at(place), kind, number * 4)
 
 
-def _each(f: Function, count: Value, write: Callable[[Value, int], None]) -> None:
-    """Write `write(place, lanes)` for so many numbers: whole vectors, then what is left of them."""
-    whole = count - (count & (LANES - 1))
-    with f.loop(0, whole, LANES) as place:
-        write(place, LANES)
-    with f.loop(whole, count) as place:
-        write(place, 1)
-
-
 def _fma(number: Value, factor: Value, addend: Value) -> Value:
-    """`number * factor + addend`, rounded once; by float64 where the processor has no instruction for it."""
+    """Return `number * factor + addend`, rounded once; by float64 if the processor has no instruction for it."""
     f = number.function
     if f.fused:
         return number.fma(factor, addend)
     double = vector(ir.DoubleType(), number.length)
-    wide = [f.builder.fpext(one.raw, double) for one in (number, factor, addend)]
+    wide = [f.builder.fpext(each.raw, double) for each in (number, factor, addend)]
     return Value(f, f.builder.fptrunc(f.builder.fadd(f.builder.fmul(wide[0], wide[1]), wide[2]), number.type))
 
 
@@ -370,12 +367,12 @@ def _lower(first: Value, second: Value) -> Value:
     return first.function.call("llvm.umin", first.type, first, second, overloads=(first.type,))
 
 
-def _interleaved(parts: Sequence[Value]) -> list[Value]:
+def _interleave(parts: Sequence[Value]) -> list[Value]:
     """Return the numbers of vectors, a power of two of them: the first of each, the second of each, and so on."""
     if len(parts) == 1:
         return list(parts)
-    even, odd = _interleaved(parts[::2]), _interleaved(parts[1::2])
+    even, odd = _interleave(parts[::2]), _interleave(parts[1::2])
     lanes = parts[0].length
     order = [place + lanes * side for place in range(lanes) for side in (0, 1)]
     pairs = zip(even, odd, strict=True)
-    return [first.shuffled(order[start : start + lanes], second) for first, second in pairs for start in (0, lanes)]
+    return [first.shuffle(order[start : start + lanes], second) for first, second in pairs for start in (0, lanes)]

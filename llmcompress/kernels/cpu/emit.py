@@ -1,13 +1,13 @@
 """A small language of vectors: Python that writes LLVM's intermediate code.
 
-`Value` is a number or a vector of numbers with Python's operators; `Function` writes a function, with loops as context
-managers and variables that LLVM turns into registers. Vectors are as long as the algorithm likes, and LLVM cuts them to
-the registers of the processor. What needs an instruction of a certain processor is in `instruction_sets.py`.
+`Value` is a number or a vector with Python's operators; `Function` writes a function, with loops as context managers
+and variables that LLVM turns into registers. LLVM cuts vectors of any length to the registers of the processor.
+Instructions of certain processors are in `instruction_sets.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,8 @@ from llvmlite import ir
 
 I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 F16, F32 = ir.HalfType(), ir.FloatType()
+ADDRESS = I8.as_pointer()
+LANES = 16  # numbers in the vectors of most kernels
 Type = Any  # llvmlite has no types of its own
 Number = int | float
 
@@ -34,8 +36,11 @@ class BFloat16(ir.Type):
 
 
 def vector(element: Type, length: int) -> Type:
-    """The type of so many numbers."""
+    """Return the type of so many numbers."""
     return ir.VectorType(element, length)
+
+
+FLOATS, INTEGERS = vector(F32, LANES), vector(I32, LANES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,31 +66,31 @@ class Value:
         return int(self.type.count)
 
     def __add__(self, other: Value | Number) -> Value:
-        return self._two("add", "fadd", other)
+        return self._binary("add", "fadd", other)
 
     def __sub__(self, other: Value | Number) -> Value:
-        return self._two("sub", "fsub", other)
+        return self._binary("sub", "fsub", other)
 
     def __mul__(self, other: Value | Number) -> Value:
-        return self._two("mul", "fmul", other)
+        return self._binary("mul", "fmul", other)
 
     def __and__(self, other: Value | Number) -> Value:
-        return self._two("and_", None, other)
+        return self._binary("and_", None, other)
 
     def __or__(self, other: Value | Number) -> Value:
-        return self._two("or_", None, other)
+        return self._binary("or_", None, other)
 
     def __xor__(self, other: Value | Number) -> Value:
-        return self._two("xor", None, other)
+        return self._binary("xor", None, other)
 
     def __lshift__(self, other: Value | Number) -> Value:
-        return self._two("shl", None, other)
+        return self._binary("shl", None, other)
 
     def __rshift__(self, other: Value | Number) -> Value:
-        return self._two("lshr", None, other)
+        return self._binary("lshr", None, other)
 
     def __floordiv__(self, other: Value | Number) -> Value:
-        return self._two("sdiv", None, other)
+        return self._binary("sdiv", None, other)
 
     def fma(self, factor: Value, addend: Value) -> Value:
         """`self * factor + addend`, rounded once where the processor can."""
@@ -105,21 +110,21 @@ class Value:
         """The smaller of two floats, place by place."""
         return self.function.call("llvm.minnum", self.type, self, other, overloads=(self.type,))
 
+    def least(self, other: Value) -> Value:
+        """The lower of two signed integers, place by place."""
+        return self.function.call("llvm.smin", self.type, self, other, overloads=(self.type,))
+
     def as_type(self, wanted: Type) -> Value:
         """The same bits as another type, or an address as one of that type."""
         return Value(self.function, self.function.builder.bitcast(self.raw, wanted))
 
     def to_float(self, signed: bool = True) -> Value:
         """Integers, or short floats, as float32."""
-        wanted = self._like(F32)
         builder = self.function.builder
-        if self.element == F16:
-            return (
-                self._half_to_float()
-                if not self.function.fused
-                else Value(self.function, builder.fpext(self.raw, wanted))
-            )
-        return Value(self.function, (builder.sitofp if signed else builder.uitofp)(self.raw, wanted))
+        if self.element == F16 and not self.function.fused:
+            return self._half_to_float()
+        convert = builder.fpext if self.element == F16 else builder.sitofp if signed else builder.uitofp
+        return Value(self.function, convert(self.raw, self._like(F32)))
 
     def to_bfloat16(self) -> Value:
         """Float32 rounded to bfloat16, to even, as int16."""
@@ -135,7 +140,7 @@ class Value:
         """The low bits of integers."""
         return Value(self.function, self.function.builder.trunc(self.raw, self._like(element)))
 
-    def shuffled(self, order: Sequence[int], other: Value | None = None) -> Value:
+    def shuffle(self, order: Sequence[int], other: Value | None = None) -> Value:
         """The numbers at these places of this vector, or of this and `other` behind it."""
         second = ir.Constant(self.type, ir.Undefined) if other is None else other.raw
         places = ir.Constant(vector(I32, len(order)), [I32(place) for place in order])
@@ -145,11 +150,15 @@ class Value:
         """A vector of this number everywhere."""
         empty = ir.Constant(vector(self.type, length), ir.Undefined)
         first = Value(self.function, self.function.builder.insert_element(empty, self.raw, I32(0)))
-        return first.shuffled([0] * length)
+        return first.shuffle([0] * length)
 
     def at(self, place: int) -> Value:
         """One number of a vector."""
         return Value(self.function, self.function.builder.extract_element(self.raw, I32(place)))
+
+    def with_lane(self, place: int, number: Value) -> Value:
+        """This vector with another number in one place."""
+        return Value(self.function, self.function.builder.insert_element(self.raw, number.raw, I32(place)))
 
     def _half_to_float(self) -> Value:
         """Finite float16 as float32, by integers: the exponents differ by 112."""
@@ -160,7 +169,7 @@ class Value:
     def _like(self, element: Type) -> Type:
         return vector(element, self.length) if isinstance(self.type, ir.VectorType) else element
 
-    def _two(self, integer: str, floating: str | None, other: Value | Number) -> Value:
+    def _binary(self, integer: str, floating: str | None, other: Value | Number) -> Value:
         second = other.raw if isinstance(other, Value) else self.function.constant(self.type, other).raw
         name = floating if floating and self.element in (F32, F16) else integer
         return Value(self.function, getattr(self.function.builder, name)(self.raw, second))
@@ -201,7 +210,7 @@ class Function:
         if not isinstance(kind, ir.VectorType):
             return Value(self, ir.Constant(kind, number))
         numbers = number if isinstance(number, Sequence) else [number] * kind.count
-        return Value(self, ir.Constant(kind, [ir.Constant(kind.element, one) for one in numbers]))
+        return Value(self, ir.Constant(kind, [ir.Constant(kind.element, each) for each in numbers]))
 
     def load(self, address: Value, kind: Type, offset: Value | int = 0) -> Value:
         """Read what lies `offset` bytes behind an address, aligned or not."""
@@ -214,7 +223,7 @@ class Function:
 
     def prefetch(self, address: Value, offset: int) -> None:
         """Ask for the memory `offset` bytes behind an address, which is read soon."""
-        kinds = [I8.as_pointer(), I32, I32, I32]
+        kinds = [ADDRESS, I32, I32, I32]
         name = "llvm.prefetch.p0"
         called = self.module.globals.get(name) or ir.Function(self.module, ir.FunctionType(ir.VoidType(), kinds), name)
         read, keep, data = I32(0), I32(3), I32(1)
@@ -222,7 +231,7 @@ class Function:
 
     def address(self, number: Value) -> Value:
         """An address of bytes from an integer."""
-        return Value(self, self.builder.inttoptr(number.raw, I8.as_pointer()))
+        return Value(self, self.builder.inttoptr(number.raw, ADDRESS))
 
     def behind(self, address: Value, offset: Value | int) -> Value:
         """The address `offset` bytes behind another."""
@@ -239,15 +248,15 @@ class Function:
         """A variable with this value to begin with."""
         with self.builder.goto_block(self.entry):
             place = self.builder.alloca(initial.type)
-        found = Variable(self, place)
-        found.set(initial)
-        return found
+        variable = Variable(self, place)
+        variable.set(initial)
+        return variable
 
     def room(self, kind: Type, count: int) -> Value:
         """The address of so many numbers or vectors in the stack, of any values."""
         with self.builder.goto_block(self.entry):
             place = Value(self, self.builder.alloca(ir.ArrayType(kind, count)))
-            return place.as_type(I8.as_pointer())
+            return place.as_type(ADDRESS)
 
     @contextmanager
     def loop(self, start: Value | int, stop: Value | int, step: int = 1) -> Iterator[Value]:
@@ -263,6 +272,14 @@ class Function:
         at.set(at.get() + step)
         self.builder.branch(head)
         self.builder.position_at_end(rest)
+
+    def each(self, count: Value, write: Callable[[Value, int], None]) -> None:
+        """Call `write(place, lanes)` for so many numbers: in whole vectors, then one by one."""
+        whole = count - (count & (LANES - 1))
+        with self.loop(0, whole, LANES) as place:
+            write(place, LANES)
+        with self.loop(whole, count) as place:
+            write(place, 1)
 
     def finish(self) -> None:
         """End the function."""

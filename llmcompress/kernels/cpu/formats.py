@@ -1,8 +1,10 @@
-"""The run-time forms of weights that kernels read: how codes lie, and how they become tiles of integers.
+"""The run-time forms of weights that kernels read: the layout of codes, and their decoding to tiles of integers.
 
-A `Format` describes a matrix of `block_rows` rows at a time. `tiles` writes the code that reads `step` columns of them:
-uint8 vectors of 64, the `columns` of a row beside each other, by row tile and then from left to right. A weight is
-`(integer - centre) * unit * scale`, unless it has zero points of its own.
+A `Format` describes blocks of `block_rows` rows. `tiles` writes the code that reads `step` columns of a block: uint8
+vectors of 64, the `columns` (4, 8 or 16) of a row beside each other, by row tile and then from left to right; `order`
+is the row of the block for each row of its tiles. A weight is `(integer - centre) * unit * scale`, where `group`
+columns (a multiple of 32; 0: all) share a scale. With `zeros`, a group's zero point takes the place of the centre.
+Integers of `wide` forms go beyond 127.
 """
 
 from __future__ import annotations
@@ -10,58 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 from math import gcd
-from typing import Protocol
 
-from llmcompress.kernels.cpu.arguments import Argument, address, read
-from llmcompress.kernels.cpu.emit import I8, I16, Function, Value, vector
-from llmcompress.kernels.cpu.instruction_sets import Instructions
+from llmcompress.kernels.cpu.calls import Argument, KernelFunction
+from llmcompress.kernels.cpu.emit import I8, I16, Value, vector
 from llmcompress.weight.linear_code import UNIT
 
 BYTES = vector(I8, 64)
-AHEAD = 2048  # bytes: how far ahead codes are asked for
-
-
-class Format(Protocol):
-    """All that a product has to know of a form."""
-
-    @property
-    def group(self) -> int:
-        """Columns of a scale, a multiple of 32; 0: all."""
-
-    @property
-    def zeros(self) -> bool:
-        """True if each group has a zero point, in place of the centre."""
-
-    @property
-    def wide(self) -> bool:
-        """True if integers go beyond 127."""
-
-    @property
-    def centre(self) -> float:
-        """The integer that stands for 0."""
-
-    @property
-    def unit(self) -> float:
-        """The number that a step of the integers stands for, in units of a scale."""
-
-    @property
-    def block_rows(self) -> int:
-        """Rows of a block."""
-
-    @property
-    def columns(self) -> int:
-        """Columns of a tile: 4, 8 or 16."""
-
-    @property
-    def step(self) -> int:
-        """Columns that are read at once."""
-
-    @property
-    def order(self) -> list[int]:
-        """The row of a block that each row of its tiles, one tile after the other, stands for."""
-
-    def tiles(self, target: Instructions, f: Function, block: Value, column: Value) -> list[list[Value]]:
-        """Write the tiles of a block of rows from a column on, `[row tile][columns]`."""
+AHEAD = 2048  # bytes ahead at which codes are prefetched
 
 
 @dataclass(frozen=True)
@@ -83,12 +40,12 @@ class IntegerPlanes:
 
     @property
     def wide(self) -> bool:
-        """See `Format`."""
+        """True if integers go beyond 127."""
         return self.bits == 8
 
     @property
     def order(self) -> list[int]:
-        """See `Format`."""
+        """The row of the block for each row of its tiles."""
         return list(range(16))
 
     @property
@@ -96,11 +53,11 @@ class IntegerPlanes:
         """The widths of the planes, the widest first."""
         return [width for width in (8, 4, 2, 1) if self.bits & width]
 
-    def tiles(self, target: Instructions, f: Function, block: Value, column: Value) -> list[list[Value]]:
-        """See `Format`."""
-        start = block * read(f, Argument.COLUMNS) + column  # in units of 16 rows of one column, 2 * bits bytes
-        place = f.behind(address(f, Argument.CODES), start * (2 * self.bits))
-        found: list[Value | None] = [None] * 8
+    def tiles(self, f: KernelFunction, block: Value, column: Value) -> list[list[Value]]:
+        """Write the tiles of a block of rows from a column on, `[row tile][columns]`."""
+        start = block * f.size(Argument.COLUMNS) + column  # in units of 16 rows of one column, 2 * bits bytes
+        place = f.behind(f.pointer(Argument.CODES), start * (2 * self.bits))
+        quads: list[Value | None] = [None] * 8
         left = self.bits
         for width in self.planes:
             left -= width
@@ -113,36 +70,37 @@ class IntegerPlanes:
                     part = part & ((1 << width) - 1) if width < 8 else part
                     part = (part.as_type(vector(I16, 32)) << left).as_type(BYTES) if left else part
                     quad = at * 8 // width + k
-                    before = found[quad]
-                    found[quad] = part if before is None else before | part
-        return [[quad for quad in found if quad is not None]]
+                    before = quads[quad]
+                    quads[quad] = part if before is None else before | part
+        return [[quad for quad in quads if quad is not None]]
 
 
 @dataclass(frozen=True)
 class FloatCodes(IntegerPlanes):
-    """Codes of floats of few bits, laid out as integers are; the `table` of 16 or 64 codes holds integers below 128.
+    """Codes of floats of few bits in the layout of integers; the `table` of 16 or 64 codes holds integers below 128.
 
     Scales are bfloat16, which reaches as far as float32.
     """
 
     table: tuple[int, ...] = ()
 
-    def tiles(self, target: Instructions, f: Function, block: Value, column: Value) -> list[list[Value]]:
-        """See `Format`."""
-        [found] = super().tiles(target, f, block, column)
+    def tiles(self, f: KernelFunction, block: Value, column: Value) -> list[list[Value]]:
+        """Write the tiles of a block of rows from a column on, `[row tile][columns]`."""
+        [codes] = super().tiles(f, block, column)
         table = f.constant(vector(I8, len(self.table)), self.table)
-        look_up = target.lookup16 if len(self.table) == 16 else lambda held, places: target.lookup([held], places)
-        return [[look_up(table, places) for places in found]]
+        if len(self.table) == 16:
+            return [[f.target.lookup16(table, places) for places in codes]]
+        return [[f.target.lookup([table], places) for places in codes]]
 
 
 @dataclass(frozen=True)
 class Streams:
     """Streams of a trellis with a linear code, in blocks of up to 64 rows.
 
-    A unit is the fewest codes that fill whole bytes: `phases` of them, in `unit_bytes` bytes, the first code in the
+    A unit is the fewest codes that fill whole bytes: `phases` codes in `unit_bytes` bytes, the first code in the
     highest bits. `units` of a column are a block. Byte j of all units of `columns` columns lies together, by unit, then
-    by column, behind those of the units before the block that windows reach into. So the same bits of all windows are
-    loaded at once, and sums of bits need no shuffle; a tile is one phase and one value of its step.
+    by column, behind those of the earlier units that windows reach into. So the same bits of all windows are loaded at
+    once, and sums of bits need no shuffle; a tile is one phase and one value of its step.
 
     `masks` and `numbers` are those of `weight.linear_code`, tables of whole vectors of 64 int8.
     """
@@ -175,34 +133,34 @@ class Streams:
 
     @property
     def columns(self) -> int:
-        """See `Format`."""
+        """Columns of a tile."""
         return 64 // self.units
 
     @property
     def step(self) -> int:
-        """See `Format`."""
+        """Columns read at once."""
         return self.columns
 
     @property
     def block_rows(self) -> int:
-        """See `Format`."""
+        """Rows of a block."""
         return self.units * self.phases * self.values
 
     @property
     def order(self) -> list[int]:
-        """See `Format`."""
+        """The row of the block for each row of its tiles."""
         tiles = [(phase, value) for phase in range(self.phases) for value in range(self.values)]
         return [
             (unit * self.phases + phase) * self.values + value for phase, value in tiles for unit in range(self.units)
         ]
 
     def window(self, phase: int) -> range:
-        """Return the bytes that the state after a code reaches into, counted from the first of its unit."""
+        """Return the bytes of the state after a code, counted from the first byte of its unit."""
         end = (phase + 1) * self.bits
         return range((end - self.memory) // 8, -(-end // 8))
 
     def history(self, plane: int) -> int:
-        """Return how many units before a block byte `plane` of a unit is needed of."""
+        """Return the number of units before a block whose byte `plane` the block needs."""
         reached = {at for phase in range(self.phases) for at in self.window(phase)}
         return max(-(at // self.unit_bytes) for at in reached | {plane} if at % self.unit_bytes == plane)
 
@@ -212,10 +170,15 @@ class Streams:
         sizes = [(self.history(plane) + self.units) * self.columns for plane in range(self.unit_bytes)]
         return list(accumulate(sizes, initial=0))
 
-    def tiles(self, target: Instructions, f: Function, block: Value, column: Value) -> list[list[Value]]:
-        """See `Format`."""
-        steps = (block * read(f, Argument.COLUMNS) + column) // self.columns
-        place = f.behind(address(f, Argument.CODES), steps * self.plane_starts[-1])
+    def offset(self, at: int) -> int:
+        """Return the place of byte `at` of all units, counted from the first byte of a unit, in a block."""
+        shift, plane = divmod(at, self.unit_bytes)
+        return self.plane_starts[plane] + (self.history(plane) + shift) * self.columns
+
+    def tiles(self, f: KernelFunction, block: Value, column: Value) -> list[list[Value]]:
+        """Write the tiles of a block of rows from a column on, `[row tile][columns]`."""
+        steps = (block * f.size(Argument.COLUMNS) + column) // self.columns
+        place = f.behind(f.pointer(Argument.CODES), steps * self.plane_starts[-1])
         tables = [
             [f.constant(BYTES, [number + 128 for number in numbers[at : at + 64]]) for at in range(0, len(numbers), 64)]
             for numbers in self.numbers
@@ -223,19 +186,20 @@ class Streams:
         for line in range(0, self.plane_starts[-1], 64):
             f.prefetch(place, AHEAD + line)
         loaded: dict[int, Value] = {}
-        found = []
+        tiles = []
         for phase in range(self.phases):
             for at in self.window(phase):
                 if at not in loaded:
-                    shift, plane = divmod(at, self.unit_bytes)
-                    offset = self.plane_starts[plane] + (self.history(plane) + shift) * self.columns
-                    loaded[at] = f.load(place, BYTES, offset)
+                    loaded[at] = f.load(place, BYTES, self.offset(at))
             for masks, table in zip(self.masks, tables):
-                parts = [(loaded[at], self._rows(phase, at, masks)) for at in self.window(phase)]
-                found.append([target.lookup(table, target.sums_of_bits(parts))])
-        return found
+                parts = [(loaded[at], self._bit_masks(phase, at, masks)) for at in self.window(phase)]
+                tiles.append([f.target.lookup(table, f.target.sums_of_bits(parts))])
+        return tiles
 
-    def _rows(self, phase: int, at: int, masks: tuple[int, ...]) -> list[int]:
+    def _bit_masks(self, phase: int, at: int, masks: tuple[int, ...]) -> list[int]:
         """Return the bits of byte `at` that each bit of the index sums, after the code `phase`."""
-        last = 8 * at + 7 - (phase + 1) * self.bits + 1  # how far the byte's lowest bit lies behind the newest
+        last = 8 * at + 7 - (phase + 1) * self.bits + 1  # distance of the byte's lowest bit from the newest
         return [(mask << last if last >= 0 else mask >> -last) & 255 for mask in masks]
+
+
+Format = IntegerPlanes | Streams

@@ -1,9 +1,9 @@
-"""Sums of products over tokens, `A^T B` of bfloat16 inputs, in float32: what second moments are made of.
+"""Sums of products over tokens, `A^T B` of bfloat16 inputs, in float32: second moments.
 
-torch rounds the product of bfloat16 matrices to bfloat16, and a rounded second moment is not positive. In float32 it
-takes twice the time, on AMD's processors from Zen 4 on. There, pairs of tokens are multiplied and added by one
-instruction here: inputs are packed in panels of 64 columns, in which the numbers of two tokens lie side by side, and
-the sums of two panels' columns stay in registers over 256 tokens.
+torch rounds the product of bfloat16 matrices to bfloat16, and a rounded second moment is not positive definite. In
+float32 it takes twice the time on AMD's processors from Zen 4 on. They multiply and add pairs of tokens by one
+instruction: inputs are packed in panels of 64 columns, with the numbers of two tokens side by side, and the sums of two
+panels' columns stay in registers over 256 tokens.
 """
 
 from __future__ import annotations
@@ -13,22 +13,19 @@ from functools import lru_cache
 from itertools import product
 
 import torch
-from llvmlite import binding, ir
+from llvmlite import binding
 from torch import Tensor
 
 from llmcompress.kernels.cpu import build
-from llmcompress.kernels.cpu.arguments import Argument, address, read
-from llmcompress.kernels.cpu.emit import F32, I8, I32, I64, BFloat16, Function, Value, vector
-from llmcompress.kernels.cpu.instruction_sets import Instructions, host_tier
-from llmcompress.kernels.cpu.launch import Values, launch
+from llmcompress.kernels.cpu.calls import Argument, KernelFunction, Values, launch
+from llmcompress.kernels.cpu.emit import FLOATS, I32, I64, INTEGERS, LANES, BFloat16, Value, vector
+from llmcompress.kernels.cpu.instruction_sets import host_tier
 from llmcompress.runtime.precision import pairs_are_fast
 
 PANEL = 64  # columns
 ROWS = 4  # of sums in registers, each as wide as a panel
 PAIRS = 128  # of tokens, whose panels fit the first cache
-LANES = 16  # numbers of a register
 PAIR = 4  # bytes
-SUMS = vector(F32, LANES)
 
 
 @dataclass(frozen=True)
@@ -36,43 +33,41 @@ class Gram:
     """The kernel: adds the products of one panel of `CODES` and one of `X` to a square of `Y`, for each of `TABLE`,
     int32 `[squares, 2]`. Panels have `COLUMNS` pairs of tokens, rows of `Y` have `ROWS` numbers."""
 
-    def write(self, module: ir.Module, target: Instructions) -> None:
+    def write(self, f: KernelFunction) -> None:
         """Write `kernel(arguments, first square, last square)`."""
-        f = Function(module, "kernel", [I8.as_pointer(), I64, I64])
-        pairs, squares = read(f, Argument.COLUMNS), address(f, Argument.TABLE)
-        with f.loop(f.arguments[1], f.arguments[2]) as square:
+        pairs, squares = f.size(Argument.COLUMNS), f.pointer(Argument.TABLE)
+        with f.loop(f.first, f.last) as square:
             rows, columns = (f.load(squares, I32, square * 8 + 4 * side).wider(I64) for side in range(2))
-            a = f.behind(address(f, Argument.CODES), rows * pairs * (PANEL * PAIR))
-            b = f.behind(address(f, Argument.X), columns * pairs * (PANEL * PAIR))
+            a = f.behind(f.pointer(Argument.CODES), rows * pairs * (PANEL * PAIR))
+            b = f.behind(f.pointer(Argument.X), columns * pairs * (PANEL * PAIR))
             with f.loop(0, pairs, PAIRS) as first:
-                stop = f.call("llvm.smin", I64, first + PAIRS, pairs, overloads=(I64,))
+                stop = (first + PAIRS).least(pairs)
                 with f.loop(0, PANEL, ROWS) as row:
-                    place = ((rows * PANEL + row) * read(f, Argument.ROWS) + columns * PANEL) * 4
-                    _add(f, f.behind(a, row * PAIR), b, (first, stop), f.behind(address(f, Argument.Y), place))
-        f.finish()
+                    place = ((rows * PANEL + row) * f.size(Argument.ROWS) + columns * PANEL) * 4
+                    _add_panel(f, f.behind(a, row * PAIR), b, (first, stop), f.behind(f.pointer(Argument.Y), place))
 
 
-def _add(f: Function, a: Value, b: Value, pairs: tuple[Value, Value], y: Value) -> None:
+def _add_panel(f: KernelFunction, a: Value, b: Value, pairs: tuple[Value, Value], y: Value) -> None:
     """Add the products of `ROWS` columns at `a` with all of the panel at `b` to rows at `y`."""
-    width = read(f, Argument.ROWS) * 4
+    width = f.size(Argument.ROWS) * 4
     places = list(product(range(ROWS), range(PANEL // LANES)))
     at = {(row, part): f.behind(y, width * row + 4 * LANES * part) for row, part in places}
-    sums = {place: f.variable(f.constant(SUMS, 0.0)) for place in places}  # not of all tokens: roundings would add up
+    sums = {place: f.variable(f.constant(FLOATS, 0.0)) for place in places}  # not of all tokens: roundings would add up
     with f.loop(*pairs) as pair:
         here = pair * (PANEL * PAIR)
-        right = [f.load(b, vector(I32, LANES), here + PAIR * LANES * part) for part in range(PANEL // LANES)]
+        right = [f.load(b, INTEGERS, here + PAIR * LANES * part) for part in range(PANEL // LANES)]
         left = [f.load(a, I32, here + PAIR * row).splat(LANES) for row in range(ROWS)]
         two = vector(BFloat16(), 2 * LANES)
         for row, part in places:
             factors = left[row].as_type(two), right[part].as_type(two)
             total = sums[row, part]
-            total.set(f.call("llvm.x86.avx512bf16.dpbf16ps.512", SUMS, total.get(), *factors))
+            total.set(f.call("llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, total.get(), *factors))
     for place in places:
-        f.store(f.load(at[place], SUMS) + sums[place].get(), at[place])
+        f.store(f.load(at[place], FLOATS) + sums[place].get(), at[place])
 
 
-def fits(width: int) -> bool:
-    """True if inputs of so many columns are whole panels, and this machine has the instruction and is fast at it."""
+def supports_width(width: int) -> bool:
+    """True if inputs of so many columns are whole panels, and this machine has the instruction and is fast with it."""
     return width % PANEL == 0 and pairs_are_fast() and _has_pairs()
 
 
@@ -87,19 +82,19 @@ def add_gram(total: Tensor, x: Tensor, left: Tensor | None = None) -> None:
     `x`, `left` `[tokens, in]` of bfloat16, whole panels.
     """
     panels = x.shape[1] // PANEL
-    right = packed(x)
-    other = right if left is None else packed(left)
+    right = pack_panels(x)
+    other = right if left is None else pack_panels(left)
     every = torch.ones(panels, panels)
     squares = (every.triu() if left is None else every).nonzero().int().contiguous()
     values = Values()
     values[Argument.CODES], values[Argument.X] = other.data_ptr(), right.data_ptr()
     values[Argument.TABLE], values[Argument.Y] = squares.data_ptr(), total.data_ptr()
     values[Argument.COLUMNS], values[Argument.ROWS] = right.shape[1], total.shape[1]
-    launch(build.loaded(Gram()), values, len(squares), len(squares) * right[0].numel())
+    launch(build.load_kernel(Gram()), values, len(squares), len(squares) * right[0].numel())
 
 
-def packed(x: Tensor) -> Tensor:
-    """Return `x [tokens, in]` as `[panels, pairs, PANEL, 2]`; a last token without another is beside zeros."""
+def pack_panels(x: Tensor) -> Tensor:
+    """Return `x [tokens, in]` as `[panels, pairs, PANEL, 2]`; the last of an odd number of tokens is beside zeros."""
     tokens, width = x.shape
     if tokens % 2:
         x = torch.cat([x, x.new_zeros(1, width)])

@@ -1,7 +1,7 @@
-"""Instructions of processors beyond plain vectors: products of small integers, and looking up many bytes at once.
+"""Instructions of processors beyond plain vectors: products of small integers, and looking up many numbers at once.
 
-A `Tier` is a family of processors. Kernels are written once; `dot`, `lookup` and `windows` write the instructions of a
-tier where it has them, and plain vectors otherwise. Every operation gives the same integers on every tier.
+A `Tier` is a family of processors. Kernels are written once; the methods of `Instructions` write the instructions of a
+tier where it has them, and plain vectors otherwise. Every operation gives the same numbers on every tier.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from functools import reduce
 
 import llvmlite.binding as llvm
+from llvmlite import ir
 
-from llmcompress.kernels.cpu.emit import I8, I16, I32, I64, Value, vector
+from llmcompress.kernels.cpu.emit import F32, FLOATS, I8, I16, I32, I64, LANES, Value, vector
 
 X86_PAIRS = {  # products of bytes added in pairs, and these added again
     "avx512": ("llvm.x86.avx512.pmaddubs.w.512", "llvm.x86.avx512.pmaddw.d.512"),
     "avx2": ("llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd"),
 }
 TILE = 64  # bytes of a tile
+IN_REGISTERS = 128  # numbers of a table up to which choosing among registers is faster than gathering
+BIT = ir.IntType(1)  # LLVM's type of a flag
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,13 @@ class Instructions:
         parts = [range(start, start + width) for start in range(0, TILE, width or TILE)]
         if self.tier.name == "neon":
             zero, name = f.constant(vector(I32, 4), 0), "llvm.aarch64.neon.sdot.v4i32.v16i8"
-            return joined([f.call(name, zero.type, zero, codes.shuffled(part), x.shuffled(part)) for part in parts])
+            return join([f.call(name, zero.type, zero, codes.shuffle(part), x.shuffle(part)) for part in parts])
         if self.tier.name not in X86_PAIRS:
             return _products(codes, x)
         first, second = X86_PAIRS[self.tier.name]
         ones = f.constant(vector(I16, width // 2), 1)
-        pairs = [f.call(first, ones.type, codes.shuffled(part), x.shuffled(part)) for part in parts]
-        return joined([f.call(second, vector(I32, width // 4), pair, ones) for pair in pairs])  # 2 * 127^2 fit 16 bits
+        pairs = [f.call(first, ones.type, codes.shuffle(part), x.shuffle(part)) for part in parts]
+        return join([f.call(second, vector(I32, width // 4), pair, ones) for pair in pairs])  # 2 * 127^2 fit 16 bits
 
     def lookup(self, table: Sequence[Value], places: Value) -> Value:
         """Return the bytes at `places`, uint8 `[64]`, of a table of 64 to 256 bytes in vectors of 64.
@@ -107,66 +110,102 @@ class Instructions:
                 return f.call("llvm.x86.avx512.permvar.qi.512", places.type, table[0], places)
             name = "llvm.x86.avx512.vpermi2var.qi.512"
             halves = [f.call(name, places.type, table[at], places, table[at + 1]) for at in range(0, len(table), 2)]
-            return halves[0] if len(halves) == 1 else chosen(places & 128, halves[0], halves[1])
-        rows = [part.shuffled(range(at, at + 16)) for part in table for at in range(0, 64, 16)]
-        found = [self.lookup16(row, places & 15) for row in rows]
-        bit = 16
-        while len(found) > 1:  # halves by one bit of the place after the other
-            found = [chosen(places & bit, low, high) for low, high in zip(found[::2], found[1::2])]
-            bit *= 2
-        return found[0]
+            return _select_by_bits(places, 128, halves)
+        rows = [part.shuffle(range(at, at + 16)) for part in table for at in range(0, 64, 16)]
+        return _select_by_bits(places, 16, [self.lookup16(row, places & 15) for row in rows])
 
     def lookup16(self, table: Value, places: Value) -> Value:
         """Return the bytes at `places`, uint8 `[64]` below 16, of a table of 16 bytes."""
         f, width = places.function, self.tier.shuffle
         if not width:
-            return joined([_one_by_one(table, places)])
+            return _look_up_plainly(table, places)
         names = {64: "llvm.x86.avx512.pshuf.b.512", 32: "llvm.x86.avx2.pshuf.b", 16: "llvm.aarch64.neon.tbl1.v16i8"}
-        everywhere = table.shuffled([at % 16 for at in range(width)])
-        parts = [places.shuffled(range(at, at + width)) for at in range(0, TILE, width)]
-        return joined([f.call(names[width], part.type, everywhere, part) for part in parts])
+        everywhere = table.shuffle([at % 16 for at in range(width)])
+        parts = [places.shuffle(range(at, at + width)) for at in range(0, TILE, width)]
+        return join([f.call(names[width], part.type, everywhere, part) for part in parts])
 
     def sums_of_bits(self, parts: Sequence[tuple[Value, Sequence[int]]]) -> Value:
         """Return uint8 `[64]` whose bit k is the sum, mod 2, of the bits `rows[k]` of the bytes in all `parts`.
 
         A part is `(bytes, rows)`; bytes are uint8 `[64]`, rows 8-bit masks.
         """
-        found = []
+        sums = []
         for part, rows in parts:
             f = part.function
             if self.tier.name == "avx512-vbmi" and any(rows):
                 name = "llvm.x86.vgf2p8affineqb.512"
                 matrix = f.constant(vector(I64, 8), sum(row << 8 * (7 - k) for k, row in enumerate(rows)))
-                found.append(f.call(name, part.type, part, matrix.as_type(part.type), f.constant(I8, 0)))
+                sums.append(f.call(name, part.type, part, matrix.as_type(part.type), f.constant(I8, 0)))
                 continue
             for shift in (0, 4):
                 if any(row >> shift & 15 for row in rows):
                     table = f.constant(vector(I8, 16), [_sums(number << shift, rows) for number in range(16)])
-                    found.append(self.lookup16(table, part >> shift & 15))
-        return reduce(Value.__xor__, found)
+                    sums.append(self.lookup16(table, part >> shift & 15))
+        return reduce(Value.__xor__, sums)
+
+    def gather(self, start: Value, places: Value) -> Value:
+        """Return the float32 at `places`, int32 `[16]`, of an array that begins at the address `start`."""
+        f = places.function
+        if self.tier.name.startswith("avx512"):
+            every = f.constant(vector(BIT, LANES), 1)
+            name, bytes_each = "llvm.x86.avx512.mask.gather.dps.512", f.constant(I32, 4)
+            return f.call(name, FLOATS, f.constant(FLOATS, 0.0), start, places, every, bytes_each)
+        if self.tier.name == "avx2":
+            half, name = vector(F32, 8), "llvm.x86.avx2.gather.d.ps.256"
+            every = f.constant(vector(I32, 8), -1).as_type(half)
+            parts = [places.shuffle(range(at, at + 8)) for at in (0, 8)]
+            zero, bytes_each = f.constant(half, 0.0), f.constant(I8, 4)
+            return join([f.call(name, half, zero, start, part, every, bytes_each) for part in parts])
+        numbers = f.constant(FLOATS, 0.0)
+        for lane in range(LANES):
+            number = f.load(start, F32, places.at(lane).wider(I64) * 4)
+            numbers = numbers.with_lane(lane, number)
+        return numbers
+
+    def lookup_floats(self, start: Value, places: Value, count: int) -> Value:
+        """Return the float32 at the low bytes of `places`, int32 `[16]`, of a table at the address `start`.
+
+        It has `count` numbers, 16 or a power of two beyond.
+        """
+        f = places.function
+        if not self.tier.name.startswith("avx512") or count > IN_REGISTERS:
+            return self.gather(start, places & 255)
+        parts = [f.load(start, FLOATS, 4 * at) for at in range(0, count, LANES)]
+        if len(parts) == 1:
+            return f.call("llvm.x86.avx512.permvar.sf.512", FLOATS, parts[0], places)
+        name = "llvm.x86.avx512.vpermi2var.ps.512"
+        pairs = [f.call(name, FLOATS, low, places, high) for low, high in zip(parts[::2], parts[1::2])]
+        return _select_by_bits(places, 2 * LANES, pairs)
+
+
+def _select_by_bits(places: Value, bit: int, parts: Sequence[Value]) -> Value:
+    """Return the number of each place, whose bits from `bit` on tell which of the parts, a power of two, has it."""
+    while len(parts) > 1:
+        parts = [select(places & bit, low, high) for low, high in zip(parts[::2], parts[1::2])]
+        bit *= 2
+    return parts[0]
 
 
 def _sums(number: int, masks: Sequence[int]) -> int:
     return sum(((number & mask).bit_count() & 1) << bit for bit, mask in enumerate(masks))
 
 
-def _one_by_one(table: Value, places: Value) -> Value:
-    """Look up bytes without an instruction for it: numbers that are chosen 16 times."""
-    found = places ^ places
+def _look_up_plainly(table: Value, places: Value) -> Value:
+    """Look up bytes without an instruction for it, by 16 selections."""
+    numbers = places ^ places
     for at in range(16):
-        hit = is_equal(places, at)
-        found = chosen(hit, found, table.shuffled([at] * places.length))
-    return found
+        numbers = select(is_equal(places, at), numbers, table.shuffle([at] * places.length))
+    return numbers
 
 
 def _products(codes: Value, x: Value) -> Value:
     """Return the sums of four products beside each other, in 32 bits, by plain vectors."""
     products = codes.wider(I32, signed=False) * x.wider(I32)
-    parts = [products.shuffled(range(start, products.length, 4)) for start in range(4)]
+    parts = [products.shuffle(range(start, products.length, 4)) for start in range(4)]
     return reduce(Value.__add__, parts)
 
 
-def chosen(flags: Value, low: Value, high: Value) -> Value:
+def select(flags: Value, low: Value, high: Value) -> Value:
     """Return `high` where `flags` is not 0, else `low`."""
     builder = flags.function.builder
     zero = flags.function.constant(flags.type, 0)
@@ -180,9 +219,8 @@ def is_equal(values: Value, number: int) -> Value:
     return Value(f, f.builder.sext(same, values.type))
 
 
-def joined(parts: Sequence[Value]) -> Value:
+def join(parts: Sequence[Value]) -> Value:
     """Return vectors of one length, a power of two of them, behind each other."""
-    found = list(parts)
-    while len(found) > 1:
-        found = [low.shuffled(range(2 * low.length), high) for low, high in zip(found[::2], found[1::2])]
-    return found[0]
+    while len(parts) > 1:
+        parts = [low.shuffle(range(2 * low.length), high) for low, high in zip(parts[::2], parts[1::2])]
+    return parts[0]

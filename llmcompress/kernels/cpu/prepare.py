@@ -1,4 +1,4 @@
-"""Weights prepared for kernels: the terms whose sum a product is, each with the inputs that it wants."""
+"""Weights prepared for kernels: products as sums of terms, each with its basis of inputs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.kernels.cpu.dispatch import input_block, takes_floats
-from llmcompress.kernels.cpu.layouts import KernelMatrix, form_of, packed, packed_elements
+from llmcompress.kernels.cpu.layouts import KernelMatrix, form_of, pack_elements, pack_matrix
 from llmcompress.kernels.cpu.quantize_inputs import Inputs
-from llmcompress.kernels.cpu.scattered import Lists, lists
+from llmcompress.kernels.cpu.scattered import ElementLists, list_elements
 from llmcompress.weight.expression import dense
 from llmcompress.weight.hadamard import rotate
 from llmcompress.weight.nodes import (
@@ -42,9 +41,9 @@ FEW = 0.25  # share of elements up to which lists of them are smaller than the m
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """Changes of inputs before a kernel: some `columns` of them are taken, multiplied by factors, and rotated.
+    """Changes of inputs before a kernel: some `columns` are selected, multiplied by factors, and rotated.
 
-    `factors` float32 `[in]`, `signs` bool `[in]`; None: nothing of the kind. `block` is the size of the rotation.
+    `factors` float32 `[in]`, `signs` bool `[in]`; None: no such change. `block`: the size of the rotation.
     """
 
     width: int
@@ -66,69 +65,64 @@ class Basis:
         """Factors, signs, and the normalisation of the rotation, in one: float32 `[width]`."""
         if self.factors is None and self.signs is None:
             return None
-        found = torch.ones(self.width) if self.factors is None else self.factors.float()
+        factors = torch.ones(self.width) if self.factors is None else self.factors.float()
         if self.signs is not None:
-            found = found * (self.signs.float() * 2 - 1) * self.block**-0.5
-        return found.contiguous()
+            factors = factors * (self.signs.float() * 2 - 1) * self.block**-0.5
+        return factors.contiguous()
 
     @cached_property
     def name(self) -> tuple[object, ...]:
-        """Equal for bases that do the same."""
+        """A key, equal for equal bases."""
         parts = (self.columns, self.factors, self.signs)
         return (self.width, self.block, *(None if part is None else part.numpy().tobytes() for part in parts))
 
     def inputs(self, block: int, numbers: int, bfloat16: bool, rounded: bool = False) -> Inputs:
-        """Return the kernel that does all of it but the choice of columns."""
+        """Return the kernel of all changes but the selection of columns."""
         return Inputs(self.width, block, self.block, self.all_factors is not None, numbers, bfloat16, rounded)
 
 
 @dataclass(frozen=True, eq=False)
 class KernelTerm:
-    """A packed matrix, and the basis that it wants inputs in; `plans` is for `decode` to remember."""
+    """A packed matrix, and the basis of its inputs; `plans`: those of products with one token, see `matmul`."""
 
     basis: Basis
     packed: KernelMatrix
     plans: dict[object, Any] = field(default_factory=dict, repr=False)
 
-    @cached_property
-    def block(self) -> int:
-        """Columns of a block of inputs."""
-        return input_block(self.packed.form)
-
     def numbers(self, wanted: int) -> int:
-        """Return how many integers stand for an input, of as many as wanted: none for weights that are floats."""
-        return 0 if takes_floats(self.packed.form) else wanted
+        """Return the integers for an input: as many as wanted, or none for weights that are floats."""
+        return 0 if self.packed.takes_floats else wanted
 
 
 @dataclass(frozen=True, eq=False)
 class Chain:
     """A product of two: `left @ right`, of low rank."""
 
-    left: Prepared
-    right: Prepared
+    left: PreparedWeight
+    right: PreparedWeight
 
 
 @dataclass(frozen=True, eq=False)
 class PlainMatrix:
-    """A small dense matrix `[out, in]`, as low-rank factors have it."""
+    """A small dense matrix `[out, in]`, such as a low-rank factor."""
 
     basis: Basis
     values: Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Scattered:
-    """The few elements that show of a matrix, and the basis that they want inputs in."""
+class ScatteredMatrix:
+    """A matrix with few elements, and the basis of its inputs."""
 
     basis: Basis
-    lists: Lists
+    lists: ElementLists
 
 
-Terms = tuple[KernelTerm | Chain | PlainMatrix | Scattered, ...]
+Terms = tuple[KernelTerm | Chain | PlainMatrix | ScatteredMatrix, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
+class PreparedWeight:
     """A weight `[out, in]` as a sum of terms."""
 
     size: tuple[int, int]
@@ -136,64 +130,64 @@ class Prepared:
 
     @cached_property
     def plain(self) -> KernelTerm | None:
-        """The term, where one kernel that takes all columns is all of it."""
+        """The term, if the weight is one kernel that takes all columns."""
         first = self.terms[0] if len(self.terms) == 1 else None
         return first if isinstance(first, KernelTerm) and first.basis.columns is None else None
 
     @cached_property
     def takes_floats(self) -> bool:
-        """True if a kernel of it multiplies floats, which takes longer than integers."""
-        return any(isinstance(term, KernelTerm) and takes_floats(term.packed.form) for term in self.terms)
+        """True if one of its kernels multiplies floats, which takes longer than integers."""
+        return any(isinstance(term, KernelTerm) and term.packed.takes_floats for term in self.terms)
 
     @property
     def bytes(self) -> int:
-        """Bytes held."""
-        found = 0
+        """Bytes in memory."""
+        count = 0
         for term in self.terms:
             match term:
                 case KernelTerm(packed=packed):
-                    found += packed.bytes
+                    count += packed.bytes
                 case Chain(left, right):
-                    found += left.bytes + right.bytes
+                    count += left.bytes + right.bytes
                 case PlainMatrix(values=values):
-                    found += values.nbytes
-                case Scattered(lists=held):
-                    found += held.bytes
-        return found
+                    count += values.nbytes
+                case ScatteredMatrix(lists=lists):
+                    count += lists.bytes
+        return count
 
 
-def prepare(w: Weight) -> Prepared | None:
-    """Return a weight on the CPU prepared for kernels; None if it is not `supported`."""
+def prepare(w: Weight) -> PreparedWeight | None:
+    """Return a weight on the CPU prepared for kernels; None unless `is_supported`."""
     terms = _terms(w, Basis(shape(w)[1]))
-    return None if terms is None else Prepared(shape(w), terms)
+    return None if terms is None else PreparedWeight(shape(w), terms)
 
 
-def supported(w: Weight, turned: bool = False) -> bool:
-    """Return True if `prepare` would not return None; the tensors of `w` may hold anything.
+def is_supported(w: Weight, turned: bool = False) -> bool:
+    """True if `prepare` would return a weight; the tensors of `w` may hold anything.
 
-    `turned`: a rotation comes before, behind which no factors can be taken.
+    `turned`: True after a rotation, behind which no factors can be taken.
     """
-    below = [node for _, node, _ in children(w)]
+    inner_nodes = [node for _, node, _ in children(w)]
     match w:
         case Zero() | Dense():
             return True
         case Grid() | TrellisCodes() | Codebook() | Minifloat():
             return form_of(w) is not None
         case Sum():
-            return all(supported(node, turned) for node in below)
+            return all(is_supported(node, turned) for node in inner_nodes)
         case LowRank(left, right):
-            return supported(left) and supported(right, turned)
+            return is_supported(left) and is_supported(right, turned)
         case RotatedInputs(inner):
-            return not turned and supported(inner, True)
+            return not turned and is_supported(inner, True)
         case ScaledInputs() | Where(Columns()):
-            return not turned and all(map(supported, below))
+            return not turned and all(map(is_supported, inner_nodes))
         case Where():
-            return all(_elements_supported(node, turned) for node in below)
+            return all(_elements_supported(node, turned) for node in inner_nodes)
     return False
 
 
 def _elements_supported(w: Weight, turned: bool) -> bool:
-    """Return True if there are terms of any elements of a weight; `turned` as in `supported`."""
+    """True if any elements of a weight have terms; `turned` as in `is_supported`."""
     match w:
         case Zero() | Dense() | Grid():
             return True
@@ -214,75 +208,76 @@ def _terms(w: Weight, basis: Basis) -> Terms | None:
         case Dense(values):
             return (PlainMatrix(basis, values.contiguous()),)
         case Sum(parts):
-            return _together([_terms(part, basis) for part in parts])
+            return _concatenate([_terms(part, basis) for part in parts])
         case LowRank(left, right):
             first, second = _terms(right, basis), _terms(left, Basis(shape(left)[1]))
             if first is None or second is None:
                 return None
-            return (Chain(Prepared(shape(left), second), Prepared(shape(right), first)),)
+            return (Chain(PreparedWeight(shape(left), second), PreparedWeight(shape(right), first)),)
         case RotatedInputs(inner, signs, block) if basis.signs is None:
             return _terms(inner, replace(basis, signs=signs, block=block))
         case ScaledInputs(inner, columns) if basis.signs is None:
-            return _terms(inner, _times(basis, columns.float()))
-        case Where(Columns(chosen), inside, outside) if basis.signs is None:
-            return _together([_selected(inside, chosen, basis), _terms(outside, _times(basis, ~chosen))])
-        case Where(Bitmap(chosen) | Pattern(chosen), inside, outside):
-            return _together([_elements(inside, chosen, basis), _elements(outside, ~chosen, basis)])
+            return _terms(inner, _multiply_factors(basis, columns.float()))
+        case Where(Columns(mask), inside, outside) if basis.signs is None:
+            return _concatenate([_column_terms(inside, mask, basis), _terms(outside, _multiply_factors(basis, ~mask))])
+        case Where(Bitmap(mask) | Pattern(mask), inside, outside):
+            return _concatenate([_element_terms(inside, mask, basis), _element_terms(outside, ~mask, basis)])
         case Grid() | TrellisCodes() | Codebook() | Minifloat():
-            repacked = packed(w)
-            return None if repacked is None else (KernelTerm(basis, repacked),)
+            matrix = pack_matrix(w)
+            return None if matrix is None else (KernelTerm(basis, matrix),)
     return None
 
 
-def _together(parts: Sequence[Terms | None]) -> Terms | None:
-    """Return the terms of all parts; None if one has none."""
-    found: Terms = ()
+def _concatenate(parts: Sequence[Terms | None]) -> Terms | None:
+    """Return the terms of all parts; None if a part is None."""
+    terms: Terms = ()
     for part in parts:
         if part is None:
             return None
-        found += part
-    return found
+        terms += part
+    return terms
 
 
-def _selected(w: Weight, inside: Tensor, basis: Basis) -> Terms | None:
-    """Return the terms of the columns that show of a weight, alone where they share a scale."""
+def _column_terms(w: Weight, inside: Tensor, basis: Basis) -> Terms | None:
+    """Return the terms of the columns `inside` of a weight, only these columns if they share a scale."""
     if isinstance(w, Grid) and w.scale.shape[1] == 1 and basis.columns is None:
         places = inside.nonzero()[:, 0]
         factors = None if basis.factors is None else basis.factors[places]
         narrow = Grid(w.codes[:, places], w.scale, w.zero, w.levels, max(len(places), 1))
         return _terms(narrow, Basis(len(places), places, factors)) if len(places) else ()
-    return _terms(w, _times(basis, inside))
+    return _terms(w, _multiply_factors(basis, inside))
 
 
-def _elements(w: Weight, shown: Tensor, basis: Basis) -> Terms | None:
-    """Return the terms of the elements that show of a weight, bool `[out, in]`."""
+def _element_terms(w: Weight, shown: Tensor, basis: Basis) -> Terms | None:
+    """Return the terms of the elements in the mask `shown`, bool `[out, in]`."""
     match w:
         case Dense(values):
             if shown.sum() > FEW * shown.numel():
                 return (PlainMatrix(basis, values.masked_fill(~shown, 0)),)
-            return (Scattered(basis, lists(values, shown)),)
+            return (ScatteredMatrix(basis, list_elements(values, shown)),)
         case Grid():
             return (_grid_elements(w, shown, basis),)
         case Minifloat(codes):
             return _terms(replace(w, codes=codes.masked_fill(~shown, 0)), basis)
         case ScaledInputs(inner, columns) if basis.signs is None:
-            return _elements(inner, shown, _times(basis, columns.float()))
+            return _element_terms(inner, shown, _multiply_factors(basis, columns.float()))
         case Zero() | Sum() | Where():
-            return _together([_elements(node, both(here, shown), basis) for _, node, here in children(w)])
+            return _concatenate([_element_terms(node, both(mask, shown), basis) for _, node, mask in children(w)])
     return None
 
 
-def _grid_elements(w: Grid, shown: Tensor, basis: Basis) -> KernelTerm | Scattered:
-    """Return the elements of a grid that show: few as lists, many as a matrix with zeros."""
-    if shown.sum() > FEW * shown.numel() and (found := packed_elements(w, shown)):
-        return KernelTerm(basis, found)
+def _grid_elements(w: Grid, shown: Tensor, basis: Basis) -> KernelTerm | ScatteredMatrix:
+    """Return the elements of a grid in a mask: few as lists, many as a matrix with zeros."""
+    if shown.sum() > FEW * shown.numel() and (matrix := pack_elements(w, shown)):
+        return KernelTerm(basis, matrix)
     rows = len(w.codes)
     if w.scale.shape[1] > 1:
-        return Scattered(basis, lists(dense(w), shown))
+        return ScatteredMatrix(basis, list_elements(dense(w), shown))
     centre = torch.tensor([[(w.levels - 1) / 2]]) if w.zero is None else w.zero
-    return Scattered(basis, lists(w.codes, shown, w.scale.expand(rows, 1)[:, 0], centre.expand(rows, 1)[:, 0]))
+    lists = list_elements(w.codes, shown, w.scale.expand(rows, 1)[:, 0], centre.expand(rows, 1)[:, 0])
+    return ScatteredMatrix(basis, lists)
 
 
-def _times(basis: Basis, factors: Tensor) -> Basis:
+def _multiply_factors(basis: Basis, factors: Tensor) -> Basis:
     known = basis.factors
     return replace(basis, factors=factors.float() if known is None else known * factors)

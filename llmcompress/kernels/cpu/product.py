@@ -5,22 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import reduce
 
-from llvmlite import ir
-
-from llmcompress.kernels.cpu.arguments import Argument, address, read
-from llmcompress.kernels.cpu.emit import F16, F32, I8, I16, I32, I64, Function, Value, Variable, vector
+from llmcompress.kernels.cpu.calls import Argument, KernelFunction
+from llmcompress.kernels.cpu.emit import F16, F32, FLOATS, I8, I16, I32, I64, INTEGERS, LANES, Value, Variable, vector
 from llmcompress.kernels.cpu.formats import FloatCodes, Format
-from llmcompress.kernels.cpu.instruction_sets import Instructions, joined
+from llmcompress.kernels.cpu.instruction_sets import join
 from llmcompress.kernels.cpu.quantize_inputs import FINER
-
-LANES = 16  # sums of four products that a tile gives
-FLOATS, INTEGERS = vector(F32, LANES), vector(I32, LANES)
-ADDRESS = I8.as_pointer()
 
 
 @dataclass(frozen=True)
 class Product:
-    """`y += x @ W.T` for so many tokens, whose inputs are as `Inputs` writes them, with so many `numbers` each.
+    """`y += x @ W.T` for so many tokens with inputs of `Inputs`, so many `numbers` each.
 
     `y` is float32; with `bfloat16` it is that, and set rather than added to.
     """
@@ -30,26 +24,24 @@ class Product:
     numbers: int
     bfloat16: bool = False
 
-    def write(self, module: ir.Module, target: Instructions) -> None:
-        """Write the kernel into a module, for a range of row blocks."""
-        f = Function(module, "kernel", [ADDRESS, I64, I64], target.tier.fused)
-        with f.loop(f.arguments[1], f.arguments[2]) as rows:
+    def write(self, f: KernelFunction) -> None:
+        """Write the kernel, for a range of row blocks."""
+        with f.loop(f.first, f.last) as rows:
             totals = [f.variable(f.constant(FLOATS, 0.0)) for _ in range(self.tokens * self._tiles)]
-            with f.loop(0, read(f, Argument.GROUPS)) as group:
-                self._group(f, target, rows, group, totals)
-            self._add(f, rows, totals)
-        f.finish()
+            with f.loop(0, f.size(Argument.GROUPS)) as group:
+                self._add_group(f, rows, group, totals)
+            self._store(f, rows, totals)
 
     @property
     def _tiles(self) -> int:
         return tiles_of(self.form)
 
-    def _group(self, f: Function, target: Instructions, rows: Value, group: Value, totals: list[Variable]) -> None:
+    def _add_group(self, f: KernelFunction, rows: Value, group: Value, totals: list[Variable]) -> None:
         """Write the sum over the columns that share a scale."""
         sums = [f.variable(f.constant(FLOATS, 0.0)) for _ in totals]
         offsets = [f.variable(f.constant(F32, 0.0)) for _ in range(self.tokens)]
         size = block_size(self.form)
-        blocks = read(f, Argument.COLUMNS) // size
+        blocks = f.size(Argument.COLUMNS) // size
         first, last = f.constant(I64, 0), blocks
         if self.form.group:
             first = group * (self.form.group // size)
@@ -58,26 +50,22 @@ class Product:
         with f.loop(first, last) as block:
             for token, offset in enumerate(offsets):
                 place = (blocks * token + block) * 4
-                offset.set(offset.get() + f.load(address(f, Argument.X_SUM), F32, place))
-            (self._integers if self.numbers else self._floats)(f, target, rows, block, sums)
+                offset.set(offset.get() + f.load(f.pointer(Argument.X_SUM), F32, place))
+            (self._add_integers if self.numbers else self._add_floats)(f, rows, block, sums)
         for tile in range(self._tiles):
-            place = ((rows * self._tiles + tile) * read(f, Argument.GROUPS) + group) * LANES
-            scale = scales_of(f, self.form, place)
-            centre = f.constant(FLOATS, self.form.centre)
-            if self.form.zeros:
-                centre = f.load(address(f, Argument.ZEROS), vector(I8, LANES), place).wider(I32, False).to_float()
+            scale, centre = _scale_and_centre(f, self.form, rows * self._tiles + tile, group)
             for token in range(self.tokens):
                 at = token * self._tiles + tile
                 shifted = sums[at].get() - centre * (offsets[token].get() * (1 / shares(self.form))).splat(LANES)
                 totals[at].set(shifted.fma(scale, totals[at].get()))
 
-    def _integers(self, f: Function, target: Instructions, rows: Value, block: Value, sums: list[Variable]) -> None:
+    def _add_integers(self, f: KernelFunction, rows: Value, block: Value, sums: list[Variable]) -> None:
         """Write the products of a block of int8 inputs, those of high and of low numbers side by side."""
-        size, columns = block_size(self.form), read(f, Argument.COLUMNS)
+        size, columns = block_size(self.form), f.size(Argument.COLUMNS)
         chains = [[f.variable(f.constant(INTEGERS, 0)) for _ in range(2)] for _ in sums]  # two, to run side by side
-        x, start = address(f, Argument.X), block * size
+        x, start = f.pointer(Argument.X), block * size
         with f.loop(0, size, self.form.step) as inner:
-            for tile, parts in enumerate(self.form.tiles(target, f, rows, start + inner)):
+            for tile, parts in enumerate(self.form.tiles(f, rows, start + inner)):
                 for part, codes in enumerate(parts):
                     for token in range(self.tokens):
                         pair = chains[token * self._tiles + tile]
@@ -85,25 +73,25 @@ class Product:
                             shift = size * number + self.form.columns * part
                             place = (columns * token + start) * self.numbers + inner + shift
                             few = f.load(x, vector(I32, shares(self.form)), place)
-                            spread = few.shuffled([lane % shares(self.form) for lane in range(LANES)])
+                            spread = few.shuffle([lane % shares(self.form) for lane in range(LANES)])
                             chain = pair[number if self.numbers == 2 else part % 2]
-                            chain.set(target.dot(chain.get(), codes, spread.as_type(codes.type), self.form.wide))
+                            chain.set(f.target.dot(chain.get(), codes, spread.as_type(codes.type), self.form.wide))
         for token in range(self.tokens):
             place = (columns // size * token + block) * 4
-            scale = f.load(address(f, Argument.X_SCALE), F32, place).splat(LANES)
+            scale = f.load(f.pointer(Argument.X_SCALE), F32, place).splat(LANES)
             for tile in range(self._tiles):
                 at = token * self._tiles + tile
                 high, low = (chain.get().to_float() for chain in chains[at])
                 both = high + low * (1 / FINER) if self.numbers == 2 else high + low
                 sums[at].set(both.fma(scale, sums[at].get()))
 
-    def _floats(self, f: Function, target: Instructions, rows: Value, block: Value, sums: list[Variable]) -> None:
+    def _add_floats(self, f: KernelFunction, rows: Value, block: Value, sums: list[Variable]) -> None:
         """Write the products of a block of float32 inputs."""
-        size, columns = block_size(self.form), read(f, Argument.COLUMNS)
-        x, start = address(f, Argument.X), block * size
+        size, columns = block_size(self.form), f.size(Argument.COLUMNS)
+        x, start = f.pointer(Argument.X), block * size
         with f.loop(0, size, self.form.step) as inner:
             column = start + inner
-            for tile, parts in enumerate(self.form.tiles(target, f, rows, column)):
+            for tile, parts in enumerate(self.form.tiles(f, rows, column)):
                 for part, codes in enumerate(parts):
                     for token in range(self.tokens):
                         at = token * self._tiles + tile
@@ -111,16 +99,16 @@ class Product:
                         few = f.load(x, vector(F32, self.form.columns), place)
                         for byte, integers in enumerate(bytes_of(codes)):
                             spread = [4 * (lane % shares(self.form)) + byte for lane in range(LANES)]
-                            sums[at].set(integers.fma(few.shuffled(spread), sums[at].get()))
+                            sums[at].set(integers.fma(few.shuffle(spread), sums[at].get()))
 
-    def _add(self, f: Function, rows: Value, totals: list[Variable]) -> None:
+    def _store(self, f: KernelFunction, rows: Value, totals: list[Variable]) -> None:
         """Write the sums to their rows."""
         for token in range(self.tokens):
-            found = joined([total.get() for total in totals[token * self._tiles :][: self._tiles]])
+            parts = join([total.get() for total in totals[token * self._tiles :][: self._tiles]])
             count = shares(self.form)
-            sums = [found.shuffled(range(share, found.length, count)) for share in range(count)]
-            whole = reduce(Value.__add__, sums).shuffled(places_of_rows(self.form))
-            give(f, whole, read(f, Argument.ROWS) * token + rows * self.form.block_rows, self.bfloat16)
+            sums = [parts.shuffle(range(share, parts.length, count)) for share in range(count)]
+            whole = reduce(Value.__add__, sums).shuffle(places_of_rows(self.form))
+            store_sums(f, whole, f.size(Argument.ROWS) * token + rows * self.form.block_rows, self.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -130,48 +118,43 @@ class Decoding:
     form: Format
     bfloat16: bool
 
-    def write(self, module: ir.Module, target: Instructions) -> None:
-        """Write the kernel into a module, for a range of row blocks."""
-        f = Function(module, "kernel", [ADDRESS, I64, I64], target.tier.fused)
+    def write(self, f: KernelFunction) -> None:
+        """Write the kernel, for a range of row blocks."""
         size = block_size(self.form)
-        columns, stride, block_rows = read(f, Argument.COLUMNS), read(f, Argument.ROWS), self.form.block_rows
-        with f.loop(f.arguments[1], f.arguments[2]) as rows, f.loop(0, columns // size) as block:
-            scales = self._scales(f, rows, block)
+        columns, stride, block_rows = f.size(Argument.COLUMNS), f.size(Argument.ROWS), self.form.block_rows
+        with f.loop(f.first, f.last) as rows, f.loop(0, columns // size) as block:
+            group = block * size // self.form.group if self.form.group else f.constant(I64, 0)
+            count = tiles_of(self.form)
+            scales = [_scale_and_centre(f, self.form, rows * count + tile, group) for tile in range(count)]
             with f.loop(0, size, self.form.step) as inner:
                 column = block * size + inner
-                tiles = self.form.tiles(target, f, rows, column)
+                tiles = self.form.tiles(f, rows, column)
                 for part in range(self.form.step // self.form.columns):
                     start = column + part * self.form.columns
-                    self._store(
-                        f, [parts[part] for parts in tiles], scales, (start * stride + rows * block_rows, stride)
-                    )
-        f.finish()
+                    place = start * stride + rows * block_rows
+                    self._store(f, [parts[part] for parts in tiles], scales, place, stride)
 
     def _store(
-        self, f: Function, tiles: list[Value], scales: list[tuple[Value, Value]], where: tuple[Value, Value]
+        self, f: KernelFunction, tiles: list[Value], scales: list[tuple[Value, Value]], first: Value, stride: Value
     ) -> None:
-        """Write some columns of a block; `where`: the first number's place, and how far columns lie apart."""
+        """Write some columns of a block, the `first` number's place and then numbers `stride` apart."""
         count, order = shares(self.form), places_of_rows(self.form)
         size = 2 if self.bfloat16 else 4
         for byte, integers in enumerate(zip(*map(bytes_of, tiles))):
             values = [(part - centre) * scale for part, (scale, centre) in zip(integers, scales)]
-            whole = joined([value.to_bfloat16() if self.bfloat16 else value for value in values])
+            whole = join([value.to_bfloat16() if self.bfloat16 else value for value in values])
             for share in range(count):
-                column = whole.shuffled([place * count + share for place in order])
-                f.store(column, address(f, Argument.Y), (where[0] + where[1] * (4 * share + byte)) * size)
+                column = whole.shuffle([place * count + share for place in order])
+                f.store(column, f.pointer(Argument.Y), (first + stride * (4 * share + byte)) * size)
 
-    def _scales(self, f: Function, rows: Value, block: Value) -> list[tuple[Value, Value]]:
-        """Write the scale and the centre of each tile in a block of columns."""
-        group = block * block_size(self.form) // self.form.group if self.form.group else f.constant(I64, 0)
-        found = []
-        tiles = tiles_of(self.form)
-        for tile in range(tiles):
-            place = ((rows * tiles + tile) * read(f, Argument.GROUPS) + group) * LANES
-            centre = f.constant(FLOATS, self.form.centre)
-            if self.form.zeros:
-                centre = f.load(address(f, Argument.ZEROS), vector(I8, LANES), place).wider(I32, False).to_float()
-            found.append((scales_of(f, self.form, place), centre))
-        return found
+
+def _scale_and_centre(f: KernelFunction, form: Format, tile: Value, group: Value) -> tuple[Value, Value]:
+    """Write the scales and the centres of the rows of a tile in a group of columns."""
+    place = (tile * f.size(Argument.GROUPS) + group) * LANES
+    scale = scales_of(f, form, place)
+    if form.zeros:
+        return scale, f.load(f.pointer(Argument.ZEROS), vector(I8, LANES), place).wider(I32, False).to_float()
+    return scale, f.constant(FLOATS, form.centre)
 
 
 def block_size(form: Format) -> int:
@@ -185,26 +168,26 @@ def tiles_of(form: Format) -> int:
 
 
 def shares(form: Format) -> int:
-    """Return how many lanes beside each other hold the sums of a row, four columns each."""
+    """Return the number of neighbouring lanes with the sums of a row, four columns each."""
     return form.columns // 4
 
 
 def places_of_rows(form: Format) -> list[int]:
-    """Return the place in the tiles of each row of a block."""
+    """Return the place of each row of a block in its tiles."""
     return sorted(range(form.block_rows), key=form.order.__getitem__)
 
 
-def scales_of(f: Function, form: Format, place: Value) -> Value:
+def scales_of(f: KernelFunction, form: Format, place: Value) -> Value:
     """Write the scales of the rows of a tile, from number `place` on, times the unit of the form: float32 `[16]`."""
-    start = address(f, Argument.SCALES)
+    start = f.pointer(Argument.SCALES)
     if isinstance(form, FloatCodes):
         return (f.load(start, vector(I16, LANES), place * 2).wider(I32, False) << 16).as_type(FLOATS) * form.unit
     return f.load(start, vector(F16, LANES), place * 2).to_float() * form.unit
 
 
-def give(f: Function, sums: Value, place: Value, bfloat16: bool) -> None:
+def store_sums(f: KernelFunction, sums: Value, place: Value, bfloat16: bool) -> None:
     """Write float32 sums to number `place` of `y`: added to it, or as bfloat16 in its place."""
-    y = address(f, Argument.Y)
+    y = f.pointer(Argument.Y)
     if bfloat16:
         f.store(sums.to_bfloat16(), y, place * 2)
     else:
@@ -215,17 +198,3 @@ def bytes_of(codes: Value) -> list[Value]:
     """Return every fourth number of a tile, float32 `[16]`, from the first, the second and so on."""
     words = codes.as_type(INTEGERS)
     return [(words >> 8 * byte & 255).to_float() for byte in range(4)]
-
-
-def write_parallel(module: ir.Module) -> None:
-    """Write `parallel(arguments)`, which every thread of a team calls, and runs `kernel` on its share of the blocks."""
-    f = Function(module, "parallel", [ADDRESS])
-    kind = ir.FunctionType(I32, [])
-    count, mine = (
-        Value(f, f.builder.call(f.builder.inttoptr(read(f, which).raw, kind.as_pointer()), [])).wider(I64)
-        for which in (Argument.THREADS, Argument.THREAD)
-    )
-    blocks = read(f, Argument.BLOCKS)
-    edges = [Value(f, f.builder.sdiv((blocks * place).raw, count.raw)) for place in (mine, mine + 1)]
-    f.builder.call(module.globals["kernel"], [f.arguments[0].raw, *(edge.raw for edge in edges)])
-    f.finish()

@@ -1,4 +1,11 @@
-"""The launch of the search for the nearest streams on GPUs: what it is compiled for and what it works in."""
+"""The kernel for GPUs that chooses the streams of a trellis for a `ColumnBlock`, and its launch.
+
+A program carries one stream through all columns of a block: its search, the way back, and its errors, which later
+columns lose. A thread owns some butterflies: 2^bits costs before a step, 2^bits costs after it, and their numbers,
+which stay in registers. Costs change threads once a step. Every `CHUNK` steps each path's state is written, so that the
+way back goes through all chunks at once. Sums and products are fused by `tl.fma` alone (`enable_fp_fusion=False`).
+Only programs that search import this file: Triton comes with torch for GPUs.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +14,23 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from llmcompress.kernels.column_block import EVERY, ColumnBlock, Numbers, longest_stream
-from llmcompress.kernels.gpu.column_search_triton import column_search
+from llmcompress.kernels import column_block
+from llmcompress.kernels.column_block import ColumnBlock, Numbers, longest_stream
 from llmcompress.weight.trellis import Trellis
 
 CHECKED = 12  # bits of a state up to which the states at the ends of chunks fit a key
 STEPS = 64  # of a chunk
-REGISTERS = 4  # bits of a code up to which costs change threads without memory of their own
+REGISTERS = 4  # bits of a code up to which costs change threads without memory
+
+
+COST = tl.constexpr(column_block.COST)
+HIGH = tl.constexpr((1 << 32) - (1 << column_block.COST))
+CAP = tl.constexpr(column_block.CAP)
+WHOLE = tl.constexpr(column_block.WHOLE)
+WIDEST = tl.constexpr(column_block.WIDEST)
 
 
 def choose(block: ColumnBlock, numbers: Numbers, states: Tensor, errors: Tensor, streams: range) -> None:
@@ -35,12 +50,12 @@ def choose(block: ColumnBlock, numbers: Numbers, states: Tensor, errors: Tensor,
         room(most // STEPS * rest, torch.int16),
         room(2 * rest, torch.int32),
     )
-    nothing = block.current  # in the place of what is not read
-    given = (block.current, nothing if block.before is None else block.before, block.weights, block.factors)
-    shares = nothing if block.shares is None else block.shares
+    absent = block.current  # in the place of missing tensors
+    tensors = (block.current, absent if block.before is None else block.before, block.weights, block.factors)
+    shares = absent if block.shares is None else block.shares
     with torch.cuda.device_of(block.current):
         column_search[(len(streams),)](
-            *given, shares, numbers.table, edges, block.ends, states, errors, *rooms,
+            *tensors, shares, numbers.table, edges, block.ends, states, errors, *rooms,
             block.current.shape[1], len(block.current), streams.start, len(block.edges) - 1, numbers.top,
             **sizes, **launch_options(numbers.trellis),
         )  # fmt: skip
@@ -59,7 +74,7 @@ def constants(trellis: Trellis, most: int, feeds: bool, again: bool) -> dict[str
         "MEMORY": trellis.memory,
         "MOST": most,
         "CHUNK": STEPS,
-        "EVERY": EVERY,
+        "EVERY": column_block.EVERY,
         "LANES": triton.next_power_of_2(-(-most // STEPS)),
         "BLOCK": 256,
         "FEEDS": feeds,
@@ -70,15 +85,307 @@ def constants(trellis: Trellis, most: int, feeds: bool, again: bool) -> dict[str
 
 
 def launch_options(trellis: Trellis) -> dict[str, Any]:
-    """Return the options of the compiler: no products fused with sums but by `tl.fma`, and 4,096 numbers a program or
-    at most 1,024 threads."""
+    """Return the options of the compiler: fused products by `tl.fma` alone, and 4,096 numbers or 1,024 threads."""
     threads = min(1 << (trellis.memory - 4), 1 << (trellis.memory - trellis.bits), 1024)
     options: dict[str, Any] = {"num_warps": max(1, threads // 32), "num_stages": 1, "enable_fp_fusion": False}
-    return options | ({"maxnreg": 64} if threads == 1024 else {})  # all there are for each; left alone, 32 are taken
+    return options | ({"maxnreg": 64} if threads == 1024 else {})  # all that a thread can have; the default is 32
 
 
 def stored_codes(trellis: Trellis) -> tuple[torch.dtype, int]:
-    """Return how oldest codes are kept for the way back: the type of a number, and how many there are a step."""
+    """Return the storage of oldest codes for the way back: the type of a number, and the numbers of a step."""
     if trellis.bits > 3:
         return torch.uint8, 1 << (trellis.memory - trellis.bits)
     return torch.int32 if trellis.bits == 3 else torch.int8, 1 << (trellis.memory - 2 * trellis.bits)
+
+
+# --- kernel ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def column_search(
+    current, before, weights, factors, shares, numbers, edges, ends, states, errors, terms, oldest, origins, keys,
+    rows, columns, start, streams, top,
+    BITS: tl.constexpr, VALUES: tl.constexpr, MEMORY: tl.constexpr, MOST: tl.constexpr, CHUNK: tl.constexpr,
+    EVERY: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, FEEDS: tl.constexpr, AGAIN: tl.constexpr,
+    ORIGINS: tl.constexpr, IN_REGISTERS: tl.constexpr,
+):  # fmt: skip
+    """Choose the columns of one stream. `terms` float32, `oldest`, `origins` int16 and `keys`
+    int32 are for the kernel's own use; the others as in `ColumnBlock`, `numbers` `[values, states]`."""
+    REST: tl.constexpr = 1 << (MEMORY - BITS)
+    PER_STEP: tl.constexpr = (1 << (MEMORY - 2 * BITS)) if BITS <= 3 else REST
+    program = tl.program_id(0)
+    stream = start + program
+    first = tl.load(edges + stream)
+    steps = tl.load(edges + stream + 1) - first
+    number = _numbers_of(numbers, BITS, VALUES, MEMORY)
+    terms += program * (MOST * (VALUES + 1))
+    oldest += program.to(tl.int64) * (MOST * PER_STEP)
+    origins += program.to(tl.int64) * (MOST // CHUNK * REST)
+    keys += program * (2 * REST)
+    current += first * VALUES
+    before += first * VALUES
+    errors += first * VALUES
+    weights += first * VALUES
+    factors += first * VALUES
+    for column in range(columns):
+        wanted = current + column * rows
+        sizes = (steps, rows, column, columns)
+        _prepare(wanted, errors, shares + column, weights, factors, terms, sizes, top, VALUES, MOST, BLOCK, FEEDS)
+        entry = tl.load(ends + column * streams + stream)
+        tl.debug_barrier()
+        key = _advance(
+            entry, number, keys, terms, weights, oldest, origins, steps,
+            BITS, VALUES, MEMORY, MOST, CHUNK, EVERY, ORIGINS, IN_REGISTERS,
+        )  # fmt: skip
+        place, origin = _end(key, tl.load(ends + (column + 1) * streams + stream), REST)
+        tl.debug_barrier()
+        path = states + column * (rows // VALUES) + first
+        if ORIGINS:
+            _trace_chunks(path, oldest, origins, steps, place, origin, BITS, MEMORY, CHUNK, LANES)
+        else:
+            _trace(path, oldest, steps, place, BITS, MEMORY)
+        tl.debug_barrier()
+        tl.store(ends + (column + 1) * streams + stream, tl.load(path + steps - 1))
+        again = before + column * rows
+        _settle(
+            wanted, again, factors, numbers, path, errors + column * rows, steps, VALUES, MEMORY, BLOCK, FEEDS, AGAIN
+        )
+        tl.debug_barrier()
+
+
+@triton.jit
+def _advance(
+    entry, number, keys, terms, weights, oldest, origins, steps,
+    BITS: tl.constexpr, VALUES: tl.constexpr, MEMORY: tl.constexpr, MOST: tl.constexpr, CHUNK: tl.constexpr,
+    EVERY: tl.constexpr, ORIGINS: tl.constexpr, IN_REGISTERS: tl.constexpr,
+):  # fmt: skip
+    """Take all steps of a column from the state `entry`; return the keys after the last one."""
+    REST: tl.constexpr = 1 << (MEMORY - BITS)
+    PER_STEP: tl.constexpr = (1 << (MEMORY - 2 * BITS)) if BITS <= 3 else REST
+    rest = tl.arange(0, REST)
+    low_bits: tl.constexpr = (REST - 1) if ORIGINS else 0
+    key = tl.where(rest == entry % REST, 0, CAP).to(tl.uint32) | (rest & low_bits).to(tl.uint32)
+    shift, slope, weight, slope2, weight2 = _load_terms(terms, weights, 0, VALUES, MOST)
+    for step in range(steps):
+        following = tl.minimum(step + 1, steps - 1)  # loads take as long as a step
+        ahead = _load_terms(terms, weights, following, VALUES, MOST)
+        costs = (shift, slope, weight, slope2, weight2)
+        low = _lowest(key, keys + step % 2 * REST, number, costs, BITS, VALUES, MEMORY, ORIGINS, IN_REGISTERS)
+        shift, slope, weight, slope2, weight2 = ahead
+        _record(low, oldest + step * PER_STEP, BITS, MEMORY, ORIGINS)
+        key = tl.reshape(low, (REST,))
+        key = tl.minimum(key & HIGH, CAP) | (key & low_bits)
+        if step % EVERY == EVERY - 1:
+            key -= tl.min(key, 0) & HIGH
+        if ORIGINS and step % CHUNK == CHUNK - 1:
+            tl.store(origins + step // CHUNK * REST + rest, (key & (REST - 1)).to(tl.int16))
+            key = (key & HIGH) | rest.to(tl.uint32)
+    return key
+
+
+@triton.jit
+def _settle(
+    current, before, factors, numbers, states, errors, steps,
+    VALUES: tl.constexpr, MEMORY: tl.constexpr, BLOCK: tl.constexpr, FEEDS: tl.constexpr, AGAIN: tl.constexpr,
+):  # fmt: skip
+    """Replace the wanted numbers by the stored ones, and write the errors."""
+    for begin in range(0, steps * VALUES, BLOCK):
+        row = begin + tl.arange(0, BLOCK)
+        here = row < steps * VALUES
+        state = tl.load(states + row // VALUES, mask=here, other=0)
+        stored = tl.load(numbers + (row % VALUES << MEMORY) + state, mask=here, other=0.0).to(tl.float32)
+        stored *= tl.load(factors + row, mask=here, other=0.0)
+        if FEEDS:
+            if AGAIN:
+                error = stored - tl.load(before + row, mask=here, other=0.0)
+            else:
+                error = tl.load(current + row, mask=here, other=0.0) - stored
+            tl.store(errors + row, error, mask=here)
+        tl.store(current + row, stored, mask=here)
+
+
+@triton.jit
+def _numbers_of(numbers, BITS: tl.constexpr, VALUES: tl.constexpr, MEMORY: tl.constexpr):
+    """Return the numbers of a thread's states, `[butterflies, newest code]` for each oldest code and value."""
+    PARTS: tl.constexpr = 1 << BITS
+    inner = tl.arange(0, 1 << (MEMORY - 2 * BITS))
+    newest = tl.arange(0, PARTS)
+    found = ()
+    for old in tl.static_range(PARTS):
+        for value in tl.static_range(VALUES):
+            at = (value << MEMORY) + (old << (MEMORY - BITS)) + inner[:, None] * PARTS + newest[None, :]
+            found = found + (tl.load(numbers + at),)
+    return found
+
+
+@triton.jit
+def _prepare(
+    wanted, errors, shares, weights, factors, terms, sizes, top, VALUES: tl.constexpr, MOST: tl.constexpr,
+    BLOCK: tl.constexpr, FEEDS: tl.constexpr,
+):  # fmt: skip
+    """Subtract earlier errors from a column, and write the terms of costs, `weight x^2 + slope x + shift`: slopes and
+    shifts."""
+    steps, rows, column, columns = sizes
+    for begin in range(0, steps, BLOCK):
+        step = begin + tl.arange(0, BLOCK)
+        here = step < steps
+        shift = tl.zeros((BLOCK,), tl.float32)
+        for value in tl.static_range(VALUES):
+            row = step * VALUES + value
+            x = tl.load(wanted + row, mask=here, other=0.0)
+            if FEEDS:
+                for earlier in tl.range(0, column, loop_unroll_factor=8):
+                    error = tl.load(errors + earlier * rows + row, mask=here, other=0.0)
+                    x = tl.fma(error, 0.0 - tl.load(shares + earlier * columns), x)
+                tl.store(wanted + row, x, mask=here)
+            factor = tl.load(factors + row, mask=here, other=1.0)
+            x = tl.where(factor > 0, tl.div_rn(x, tl.where(factor > 0, factor, 1.0)), 0.0)
+            x = tl.minimum(tl.maximum(x, -WIDEST), WIDEST)
+            weight = tl.load(weights + row, mask=here, other=0.0)
+            over = tl.maximum(tl.abs(x) - top, 0.0)
+            tl.store(terms + value * MOST + step, x * weight * -2.0, mask=here)
+            part = (x * x - over * over) * weight
+            if value == 0:
+                shift = part
+            else:
+                shift += part
+        tl.store(terms + VALUES * MOST + step, shift + WHOLE, mask=here)
+
+
+@triton.jit
+def _load_terms(terms, weights, step, VALUES: tl.constexpr, MOST: tl.constexpr):
+    """Return the terms of a step's costs: shift, slope and weight, and those of a second value."""
+    second: tl.constexpr = VALUES - 1
+    slope, weight = tl.load(terms + step), tl.load(weights + step * VALUES)
+    slope2, weight2 = tl.load(terms + second * MOST + step), tl.load(weights + step * VALUES + second)
+    return tl.load(terms + VALUES * MOST + step), slope, weight, slope2, weight2
+
+
+@triton.jit
+def _lowest(
+    key, exchange, number, costs, BITS: tl.constexpr, VALUES: tl.constexpr, MEMORY: tl.constexpr,
+    ORIGINS: tl.constexpr, IN_REGISTERS: tl.constexpr,
+):  # fmt: skip
+    """Return the lowest keys after a step, `[butterflies, newest code]`, with their oldest codes."""
+    PARTS: tl.constexpr = 1 << BITS
+    J: tl.constexpr = 1 << (MEMORY - 2 * BITS)
+    CODE: tl.constexpr = (MEMORY - BITS) if ORIGINS else 0
+    shift, slope, weight, slope2, weight2 = costs
+    if IN_REGISTERS:
+        parts = _parts(key, BITS, J)
+    else:
+        tl.store(exchange + tl.arange(0, PARTS * J), key.to(tl.int32, bitcast=True))
+        tl.debug_barrier()
+    low = tl.full((J, PARTS), 0xFFFFFFFF, tl.uint32)
+    for old in tl.static_range(PARTS):
+        if IN_REGISTERS:
+            reached = parts[old]
+        else:
+            reached = tl.load(exchange + old * J + tl.arange(0, J)).to(tl.uint32, bitcast=True)
+        x = number[old * VALUES].to(tl.float32)
+        cost = tl.fma(x, tl.fma(x, weight, slope), shift)
+        if VALUES == 2:
+            x = number[old * VALUES + 1].to(tl.float32)
+            cost = tl.fma(x, tl.fma(x, weight2, slope2), cost)
+        after = (reached | (old << CODE))[:, None] + (cost.to(tl.uint32, bitcast=True) << COST)
+        low = tl.minimum(low, after)
+    return low
+
+
+@triton.jit
+def _parts(flat, BITS: tl.constexpr, J: tl.constexpr):
+    """Return the 2^BITS runs of J of `flat`; BITS up to 4."""
+    if BITS == 1:
+        parts = tl.split(tl.permute(tl.reshape(flat, (2, J)), (1, 0)))
+    elif BITS == 2:
+        a, b = tl.split(tl.permute(tl.reshape(flat, (2, 2, J)), (2, 1, 0)))
+        parts = tl.split(a) + tl.split(b)
+    elif BITS == 3:
+        a, b = tl.split(tl.permute(tl.reshape(flat, (2, 2, 2, J)), (3, 2, 1, 0)))
+        parts = _quarters(a) + _quarters(b)
+    else:
+        a, b = tl.split(tl.permute(tl.reshape(flat, (2, 2, 2, 2, J)), (4, 3, 2, 1, 0)))
+        a0, a1 = tl.split(a)
+        b0, b1 = tl.split(b)
+        parts = _quarters(a0) + _quarters(a1) + _quarters(b0) + _quarters(b1)
+    return parts
+
+
+@triton.jit
+def _quarters(x):
+    a, b = tl.split(x)
+    return tl.split(a) + tl.split(b)
+
+
+@triton.jit
+def _record(low, oldest, BITS: tl.constexpr, MEMORY: tl.constexpr, ORIGINS: tl.constexpr):
+    """Write the oldest codes: those of a butterfly in one number if they fit 32 bits, else a byte each."""
+    PARTS: tl.constexpr = 1 << BITS
+    J: tl.constexpr = 1 << (MEMORY - 2 * BITS)
+    CODE: tl.constexpr = (MEMORY - BITS) if ORIGINS else 0
+    code = ((low >> CODE) & (PARTS - 1)).to(tl.int32)
+    newest = tl.arange(0, PARTS)
+    if BITS <= 3:
+        packed = tl.sum(code << (newest[None, :] * BITS), 1)
+        tl.store(oldest + tl.arange(0, J), packed.to(oldest.dtype.element_ty))
+    else:
+        at = tl.arange(0, J)[:, None] * PARTS + newest[None, :]
+        tl.store(oldest + at, code.to(oldest.dtype.element_ty))
+
+
+@triton.jit
+def _oldest_code(oldest, step, place, mask, BITS: tl.constexpr, MEMORY: tl.constexpr):
+    """Read the oldest code of states, given the other codes, after a step."""
+    PARTS: tl.constexpr = 1 << BITS
+    if BITS <= 3:
+        word = tl.load(oldest + step * (1 << (MEMORY - 2 * BITS)) + (place >> BITS), mask=mask, other=0).to(tl.int32)
+        code = (word >> (place & (PARTS - 1)) * BITS) & (PARTS - 1)
+    else:
+        code = tl.load(oldest + step * (1 << (MEMORY - BITS)) + place, mask=mask, other=0).to(tl.int32) & (PARTS - 1)
+    return code
+
+
+@triton.jit
+def _end(key, end, REST: tl.constexpr):
+    """Return the last state of the stream without its oldest code, and the state before its last chunk."""
+    rest = tl.arange(0, REST)
+    lowest = tl.min(key & HIGH, 0)
+    best = tl.min(tl.where((key & HIGH) == lowest, rest, REST), 0)
+    place = tl.where(end < 0, best, end & (REST - 1))
+    return place, tl.sum(tl.where(rest == place, (key & (REST - 1)).to(tl.int32), 0), 0)
+
+
+@triton.jit
+def _trace(states, oldest, steps, place, BITS: tl.constexpr, MEMORY: tl.constexpr):
+    """Write the states, last first."""
+    for back in range(steps):
+        step = steps - 1 - back
+        state = (_oldest_code(oldest, step, place, step >= 0, BITS, MEMORY) << (MEMORY - BITS)) + place
+        tl.store(states + step, state)
+        place = state >> BITS
+
+
+@triton.jit
+def _trace_chunks(
+    states, oldest, origins, steps, place, origin, BITS: tl.constexpr, MEMORY: tl.constexpr, CHUNK: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """Write the states: from the end of a chunk to that of the one before, then all chunks at once."""
+    REST: tl.constexpr = 1 << (MEMORY - BITS)
+    lane = tl.arange(0, LANES)
+    chunk = (steps - 1) // CHUNK
+    ending = tl.where(lane == chunk, place, 0)
+    if steps % CHUNK != 0:
+        place = origin
+        chunk -= 1
+        ending = tl.where(lane == chunk, place, ending)
+    for back in range(chunk):
+        place = tl.load(origins + (chunk - back) * REST + place).to(tl.int32) & (REST - 1)
+        ending = tl.where(lane == chunk - back - 1, place, ending)
+    place = ending
+    for back in range(CHUNK):
+        step = tl.minimum((lane + 1) * CHUNK, steps) - 1 - back
+        mask = (step >= lane * CHUNK) & (lane * CHUNK < steps)
+        state = (_oldest_code(oldest, step, place, mask, BITS, MEMORY) << (MEMORY - BITS)) + place
+        tl.store(states + step, state, mask=mask)
+        place = tl.where(mask, state >> BITS, place)

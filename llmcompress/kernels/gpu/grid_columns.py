@@ -1,7 +1,7 @@
-"""The kernel that rounds a run of columns to grids and feeds their errors on, on GPUs: see `kernels/grid_block.py`.
+"""The kernel that rounds a run of columns to grids and feeds their errors on, on GPUs: see `GridBlock`.
 
-A program carries some rows through all columns: what earlier errors take from a column, its codes, its errors. Only
-programs that round there import this file: Triton comes with torch for GPUs.
+A program carries some rows through all columns: it subtracts earlier errors, and writes codes and errors. Only
+programs that round on GPUs import this file: Triton comes with torch for GPUs.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmcompress.kernels.grid_block import GridBlock
+from llmcompress.kernels.column_block import GridBlock
 
 ROWS = 128  # of a program
-ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: what is added to it is rounded to whole numbers, to even
+ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: numbers added to it are rounded to whole ones, to even
 
 
 def round_columns(block: GridBlock, errors: Tensor) -> None:
@@ -57,10 +57,10 @@ def grid_columns(
 
 @triton.jit
 def _less_errors(current, shares, errors, column, count, columns, out, row, here, FEEDS: tl.constexpr):
-    """Return a column less what the errors of the first `count` columns take from it; each thread wrote its own."""
-    found = tl.load(current + column * out + row, mask=here, other=0.0)
+    """Return a column less the shares of the errors of the first `count` columns; each thread wrote its own errors."""
+    wanted = tl.load(current + column * out + row, mask=here, other=0.0)
     if FEEDS:
         for earlier in tl.range(0, count, loop_unroll_factor=8):
             error = tl.load(errors + earlier * out + row, mask=here, other=0.0)
-            found = tl.fma(error, 0.0 - tl.load(shares + earlier * columns + column), found)
-    return found
+            wanted = tl.fma(error, 0.0 - tl.load(shares + earlier * columns + column), wanted)
+    return wanted

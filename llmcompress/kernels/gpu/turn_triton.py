@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from llmcompress.kernels.gpu.layouts import InputChange
+
+COLUMNS = 1024  # that a program multiplies by factors
+
+
+def launch_turn(x: Tensor, change: InputChange) -> Tensor:
+    """Return the changed inputs `[tokens, in]`, in the dtype of `x` `[tokens, in]`."""
+    (tokens, width), block = x.shape, change.block
+    y = torch.empty_like(x)
+    if tokens == 0:
+        return y
+    with torch.cuda.device_of(x):
+        if block == 1:
+            multiply[(tokens, triton.cdiv(width, COLUMNS))](x, change.factors, y, width, COLUMNS=COLUMNS)
+        else:
+            sizes = {"BLOCK": block, "LEVELS": block.bit_length() - 1, "num_warps": min(16, max(1, block // 1024))}
+            turn[(tokens, width // block)](x, change.factors, y, width, **sizes)
+    return y
 
 
 @triton.jit
@@ -16,7 +37,7 @@ def butterfly(values, HALF: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def turn(x, factors, y, width, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
-    """Writes `y` `[tokens, in]`, the transform of `x * factors`; a program's columns lie `in / BLOCK` apart.
+    """Write `y` `[tokens, in]`, the transform of `x * factors`; a program's columns lie `in / BLOCK` apart.
 
     `LEVELS` is the logarithm of `BLOCK`.
     """
@@ -31,7 +52,7 @@ def turn(x, factors, y, width, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
 
 @triton.jit
 def multiply(x, factors, y, width, COLUMNS: tl.constexpr):
-    """Writes `y` `[tokens, in]`, `x * factors`."""
+    """Write `y` `[tokens, in]`, `x * factors`."""
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     known = column < width
     place = tl.program_id(0) * width + column

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from llmcompress.kernels.column_block import GridBlock
 from llmcompress.kernels.cpu import grid_columns
-from llmcompress.kernels.grid_block import GridBlock
 from llmcompress.methods.solvers.stream_search import can_search
 
 

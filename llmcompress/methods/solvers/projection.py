@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llmcompress.kernels.grid_block import GridBlock
+from llmcompress.kernels.column_block import GridBlock
 from llmcompress.methods.solvers.column_rounding import round_columns
 from llmcompress.methods.solvers.floats import (
     FloatLayout,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llmcompress.kernels.cpu.build import Kernel, compiled
+from llmcompress.kernels.cpu.build import Kernel, compile_kernel
 from llmcompress.kernels.cpu.instruction_sets import TIERS
 
 unicorn = pytest.importorskip("unicorn")
@@ -96,7 +96,7 @@ def relocate(image: bytearray, place: int, kind: int, target: int) -> None:
 
 @dataclass(frozen=True)
 class Emulated:
-    """Stands in for `build.Loaded`."""
+    """Stands in for `LoadedKernel`."""
 
     image: Image
 
@@ -134,5 +134,5 @@ def borrow(machine: Any, access: int, address: int, size: int, value: int, data:
 
 @lru_cache(maxsize=256)
 def emulated(kernel: Kernel) -> Emulated:
-    """Return a kernel for NEON, as `build.loaded` returns one for this machine."""
-    return Emulated(linked(compiled(kernel, NEON)))
+    """Return a kernel for NEON, as `build.load_kernel` returns one for this machine."""
+    return Emulated(linked(compile_kernel(kernel, NEON)))

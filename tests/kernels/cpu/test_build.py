@@ -16,13 +16,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from llvmlite import ir
 
 from llmcompress.kernels.cpu import build
-from llmcompress.kernels.cpu.arguments import Argument, address
-from llmcompress.kernels.cpu.emit import I8, I64, Function
+from llmcompress.kernels.cpu.calls import Argument, KernelFunction, LoadedKernel
+from llmcompress.kernels.cpu.emit import I64
 from llmcompress.kernels.cpu.formats import IntegerPlanes, Streams
-from llmcompress.kernels.cpu.instruction_sets import TIERS, Instructions, host_tier
+from llmcompress.kernels.cpu.instruction_sets import TIERS, host_tier
 from llmcompress.kernels.cpu.product import Decoding, Product
 from llmcompress.kernels.cpu.quantize_inputs import Inputs
 from llmcompress.weight.linear_code import linear_code
@@ -38,15 +37,13 @@ class Writes:
 
     number: int
 
-    def write(self, module: ir.Module, target: Instructions) -> None:
-        f = Function(module, "kernel", [I8.as_pointer(), I64, I64])
-        f.store(f.constant(I64, self.number), address(f, Argument.Y))
-        f.finish()
+    def write(self, f: KernelFunction) -> None:
+        f.store(f.constant(I64, self.number), f.pointer(Argument.Y))
 
 
-def load(kernel: build.Kernel) -> build.Loaded:
+def load(kernel: build.Kernel) -> LoadedKernel:
     """Load a kernel as a new process does."""
-    return build.loaded.__wrapped__(kernel)
+    return build.load_kernel.__wrapped__(kernel)
 
 
 def result(kernel: Writes) -> int:
@@ -72,8 +69,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def compilations(monkeypatch: pytest.MonkeyPatch) -> list[build.Kernel]:
     """Every kernel that was compiled."""
-    found, compiled = [], build.compiled
-    monkeypatch.setattr(build, "compiled", lambda kernel, tier: found.append(kernel) or compiled(kernel, tier))
+    found, compiled = [], build.compile_kernel
+    monkeypatch.setattr(build, "compile_kernel", lambda kernel, tier: found.append(kernel) or compiled(kernel, tier))
     return found
 
 

@@ -7,12 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llmcompress.kernels.cpu import matmul
-from llmcompress.kernels.cpu import prefill as many
-from llmcompress.kernels.cpu.codebooks import TILES
-from llmcompress.kernels.cpu.gather import LANES
-from llmcompress.kernels.cpu.layouts import packed
-from llmcompress.kernels.cpu.prepare import prepare, supported
+from llmcompress.kernels.cpu import matmul, prefill
+from llmcompress.kernels.cpu.emit import LANES
+from llmcompress.kernels.cpu.layouts import pack_matrix
+from llmcompress.kernels.cpu.prepare import is_supported, prepare
+from llmcompress.kernels.cpu.tables import TILES
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Codebook, FloatFormat, Minifloat, Weight
@@ -28,8 +27,8 @@ DECODED += [minifloat((33, 100), "e2m1", "e8m0", 32, 1), minifloat((33, 100), "e
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("w", DECODED, ids=lambda w: type(w).__name__)
 def test_what_is_decoded_are_the_bits_of_the_dense_matrix(w: Codebook | Minifloat, dtype: torch.dtype) -> None:
-    held = packed(w)
-    found = many.decoded_columns(held, 0, held.rows, dtype)[: held.size[1], : held.size[0]]
+    held = pack_matrix(w)
+    found = prefill.decode_columns(held, 0, held.rows, dtype)[: held.size[1], : held.size[0]]
     assert torch.equal(found.T, dense(w).to(dtype))
 
 
@@ -38,7 +37,7 @@ def test_more_rows_than_sums_wait_for(entries: int) -> None:
     w = codebook((LANES * TILES + 40, 136), entries, 4, 1)
     for tokens, dtype, tolerance in ((1, torch.bfloat16, 4e-3), (2, torch.float32, 1e-5)):
         x = torch.randn(tokens, 136, generator=seeded(tokens)).to(dtype)
-        assert distance(matmul.product(prepare(w), x, "auto"), x.double() @ dense(w).double().T) < tolerance
+        assert distance(matmul.multiply(prepare(w), x, "auto"), x.double() @ dense(w).double().T) < tolerance
 
 
 @pytest.mark.parametrize(
@@ -61,7 +60,7 @@ def test_scales_of_floats_reach_as_far_as_float32(code: int) -> None:
     w = minifloat((20, 64), "e2m1", "e8m0", 32, 1)
     w = replace(w, scale=torch.full_like(w.scale, code))
     x = torch.full((1, 64), 0.125 if code > 127 else 64.0)
-    assert torch.equal(matmul.product(prepare(w), x, "exact"), (x.double() @ dense(w).double().T).float())
+    assert torch.equal(matmul.multiply(prepare(w), x, "exact"), (x.double() @ dense(w).double().T).float())
 
 
 @pytest.mark.parametrize(
@@ -72,4 +71,4 @@ def test_floats_that_are_no_small_integers_have_no_kernel(
     form: FloatFormat, scales: FloatFormat, group_size: int
 ) -> None:
     w = minifloat((20, 64), form, scales, group_size, 1)
-    assert not supported(w) and prepare(w) is None
+    assert not is_supported(w) and prepare(w) is None

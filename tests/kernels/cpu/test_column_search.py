@@ -46,7 +46,7 @@ def test_the_way_is_the_cheapest_in_whole_numbers(trellis: Trellis, kind: str, e
 def test_every_tier_finds_the_same_way(trellis: Trellis, tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = torch.randn(60, trellis.values, generator=seeded(3))
     expected = plainly(trellis, wanted, torch.ones_like(wanted), 0, -1)
-    monkeypatch.setattr(column_search, "loaded", lambda kernel: build.loaded(kernel, tier))
+    monkeypatch.setattr(column_search, "load_kernel", lambda kernel: build.load_kernel(kernel, tier))
     assert np.array_equal(searched(trellis, wanted, torch.ones_like(wanted)).numpy(), expected)
 
 

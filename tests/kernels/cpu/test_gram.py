@@ -9,7 +9,9 @@ from llmcompress.kernels.cpu import gram
 from llmcompress.methods.moments import STATISTICS, RunningMoments
 from tests.builders import seeded
 
-needs_pairs = pytest.mark.skipif(not gram.fits(gram.PANEL), reason="this processor does not multiply pairs of bfloat16")
+needs_pairs = pytest.mark.skipif(
+    not gram.supports_width(gram.PANEL), reason="this processor does not multiply pairs of bfloat16"
+)
 LENGTHS = [1, 2, 255, 256, 257, 700]  # one token alone, half a pair, the edges of what stays in registers
 
 
@@ -72,6 +74,6 @@ def test_moments_are_as_good_as_without_the_kernel(weighted: bool, monkeypatch: 
 
 def test_other_processors_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does a width of other than whole panels have the kernel."""
-    assert not gram.fits(gram.PANEL + 1)
+    assert not gram.supports_width(gram.PANEL + 1)
     monkeypatch.setattr(gram, "pairs_are_fast", lambda: False)
-    assert not gram.fits(gram.PANEL)
+    assert not gram.supports_width(gram.PANEL)

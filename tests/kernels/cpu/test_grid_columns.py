@@ -67,5 +67,5 @@ def test_several_columns_are_rounded_as_one_after_the_other(form: Any, fed: bool
 def test_every_tier_rounds_alike(tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
     form = FORMS["groups that a block holds two of"]
     expected = dense(rounded(form, True))
-    monkeypatch.setattr(grid_columns, "loaded", lambda kernel: build.loaded(kernel, tier))
+    monkeypatch.setattr(grid_columns, "load_kernel", lambda kernel: build.load_kernel(kernel, tier))
     assert float((dense(rounded(form, True)) != expected).float().mean()) < 0.01, "up to sums without one rounding"

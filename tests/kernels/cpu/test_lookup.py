@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmcompress.kernels.cpu.lookup import rows_of
+from llmcompress.kernels.cpu.prefill import decode_rows
 from llmcompress.kernels.cpu.prepare import prepare
 from llmcompress.weight.expression import dense, describe
 from llmcompress.weight.nodes import RotatedInputs, ScaledInputs, Weight
@@ -27,4 +27,4 @@ def test_rows_are_those_of_the_matrix(w: Weight) -> None:
     assert prepared is not None and prepared.plain is not None
     last = len(rows) - 1
     for places in ([0], [last], [last, 3, 17, 3]):
-        torch.testing.assert_close(rows_of(prepared.plain, places), rows[places], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(decode_rows(prepared.plain, places), rows[places], rtol=1e-5, atol=1e-5)

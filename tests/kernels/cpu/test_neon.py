@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.kernels.cpu import build, launch, matmul
-from llmcompress.kernels.cpu.arguments import Argument
+from llmcompress.kernels.cpu import build, calls, matmul
+from llmcompress.kernels.cpu.calls import Argument
 from llmcompress.kernels.cpu.prepare import prepare
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import RotatedInputs, Weight, shape
@@ -52,10 +52,10 @@ def by_neon(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Tensor]]:
 
     def product(w: Weight, x: Tensor, mode: matmul.Mode) -> Tensor:
         with monkeypatch.context() as patched:
-            patched.setattr(build, "loaded", emulated)
-            patched.setattr(launch, "WORTH_THREADS", 1 << 60)
+            patched.setattr(build, "load_kernel", emulated)
+            patched.setattr(calls, "WORTH_THREADS", 1 << 60)
             before = emulated.cache_info()
-            found = matmul.product(prepare(w), x.clone(), mode)
+            found = matmul.multiply(prepare(w), x.clone(), mode)
             after = emulated.cache_info()
             assert after.hits + after.misses > before.hits + before.misses, "nothing was emulated"
             return found
@@ -64,7 +64,7 @@ def by_neon(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Tensor]]:
 
 
 def here(w: Weight, x: Tensor, mode: matmul.Mode) -> Tensor:
-    return matmul.product(prepare(w), x.clone(), mode)
+    return matmul.multiply(prepare(w), x.clone(), mode)
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ def test_threads_of_aarch64_share_the_rows(threads: int, monkeypatch: pytest.Mon
             kernel.call("parallel", [ctypes.addressof(values)], stubs=(threads, thread))
 
     wanted = here(w, x, "int8")
-    monkeypatch.setattr(build, "loaded", emulated)
+    monkeypatch.setattr(build, "load_kernel", emulated)
     monkeypatch.setattr(matmul, "launch", team)
-    found = matmul.product(prepare(w), x.clone(), "int8")
+    found = matmul.multiply(prepare(w), x.clone(), "int8")
     assert torch.equal(found, wanted)

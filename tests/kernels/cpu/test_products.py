@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.kernels.cpu import build, launch, matmul
-from llmcompress.kernels.cpu import decode as one_token
-from llmcompress.kernels.cpu.build import loaded
+from llmcompress.kernels.cpu import build, calls, matmul
+from llmcompress.kernels.cpu.build import load_kernel
 from llmcompress.kernels.cpu.instruction_sets import TIERS, Tier, host_tier
-from llmcompress.kernels.cpu.layouts import form_of, packed
-from llmcompress.kernels.cpu.prepare import prepare, supported
+from llmcompress.kernels.cpu.layouts import form_of, pack_matrix
+from llmcompress.kernels.cpu.prepare import is_supported, prepare
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import (
     Bitmap,
@@ -165,7 +164,7 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 
 @pytest.fixture
 def on_tier(monkeypatch: pytest.MonkeyPatch, tier: Tier) -> Iterator[Tier]:
-    monkeypatch.setattr(build, "loaded", lambda kernel: loaded(kernel, tier))
+    monkeypatch.setattr(build, "load_kernel", lambda kernel: load_kernel(kernel, tier))
     yield tier
 
 
@@ -185,7 +184,7 @@ def test_every_form_multiplies_as_the_dense_matrix(at: int) -> None:
 
 
 def check(w: Weight) -> None:
-    assert supported(w)
+    assert is_supported(w)
     prepared, matrix = prepare(w), dense(w).double()
     for tokens, mode, dtype, tolerance in (
         (1, "exact", torch.float32, 1e-5),
@@ -198,7 +197,7 @@ def check(w: Weight) -> None:
         (matmul.FEW + 3, "auto", torch.bfloat16, 9e-3),
     ):
         x = torch.randn(tokens, matrix.shape[1], generator=seeded(tokens)).to(dtype)
-        found = matmul.product(prepared, x, mode)
+        found = matmul.multiply(prepared, x, mode)
         assert found.dtype == dtype and found.shape == (tokens, len(matrix))
         assert distance(found, x.double() @ matrix.T) <= tolerance, (tokens, mode, dtype)
 
@@ -210,41 +209,41 @@ def test_every_tier_rounds_and_adds_the_same_integers(on_tier: Tier) -> None:
         whole = torch.randint(-127, 128, (2, shape(w)[1]), generator=seeded(4)).float()
         whole[:, ::32] = 127.0
         ones = w.__class__(**{**vars(w), "scale": torch.ones_like(w.scale)})
-        found = matmul.product(prepare(ones), whole, "int8")
-        assert torch.equal(found, matmul.product(prepare(ones), whole, "auto"))
+        found = matmul.multiply(prepare(ones), whole, "int8")
+        assert torch.equal(found, matmul.multiply(prepare(ones), whole, "auto"))
         torch.testing.assert_close(found.double(), whole.double() @ dense(ones).double().T, rtol=1e-6, atol=1e-3)
 
 
 @pytest.mark.parametrize("w", list(every_node() + random_nestings(5, 30)), ids=lambda w: type(w).__name__)
 def test_what_has_no_kernel_is_known(w: Weight) -> None:
     prepared = prepare(w)
-    assert (prepared is not None) == supported(w)
+    assert (prepared is not None) == is_supported(w)
     if prepared is not None:
         x = torch.randn(3, shape(w)[1], generator=seeded(1))
-        assert distance(matmul.product(prepared, x, "exact"), x.double() @ dense(w).double().T) < 1e-4
+        assert distance(matmul.multiply(prepared, x, "exact"), x.double() @ dense(w).double().T) < 1e-4
 
 
 def test_inputs_are_prepared_once_for_the_layers_that_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    prepare_inputs = matmul._inputs
-    monkeypatch.setattr(matmul, "_inputs", lambda *given: made.append(given) or prepare_inputs(*given))
+    prepare_inputs = matmul.input_values
+    monkeypatch.setattr(matmul, "input_values", lambda *given: made.append(given) or prepare_inputs(*given))
     turned = signs(192)
     one, other = (prepare(RotatedInputs(grid((64, 192), 16, 64, seed, True), turned, 64)) for seed in (1, 2))
     x = torch.randn(1, 192, generator=seeded(6))
-    first, second = matmul.product(one, x, "exact"), matmul.product(other, x, "exact")
+    first, second = matmul.multiply(one, x, "exact"), matmul.multiply(other, x, "exact")
     assert len(made) == 1
     x.mul_(2)
-    torch.testing.assert_close(matmul.product(one, x, "exact"), 2 * first)
+    torch.testing.assert_close(matmul.multiply(one, x, "exact"), 2 * first)
     assert len(made) == 2, "changed in place"
-    torch.testing.assert_close(matmul.product(other, x.clone(), "exact"), 2 * second)
+    torch.testing.assert_close(matmul.multiply(other, x.clone(), "exact"), 2 * second)
     assert len(made) == 3, "another tensor"
     with torch.inference_mode():
         x, made[:] = x * 1, []
-        matmul.product(one, x, "exact")
-        matmul.product(other, x, "exact")
+        matmul.multiply(one, x, "exact")
+        matmul.multiply(other, x, "exact")
         assert len(made) == 1
         x.mul_(2)
-        torch.testing.assert_close(matmul.product(one, x, "exact"), 4 * first)
+        torch.testing.assert_close(matmul.multiply(one, x, "exact"), 4 * first)
 
 
 def test_factors_as_wide_as_the_matrix_leave_its_inputs_alone() -> None:
@@ -252,8 +251,8 @@ def test_factors_as_wide_as_the_matrix_leave_its_inputs_alone() -> None:
     left, right, beside = (grid((64, 64), 16, 64, seed, symmetric=True) for seed in (1, 2, 3))
     check(Sum((LowRank(left, right), beside)))
     x = torch.randn(1, 64, generator=seeded(7))
-    matmul.product(prepare(LowRank(left, right)), x, "exact")
-    torch.testing.assert_close(matmul.product(prepare(beside), x, "exact"), x @ dense(beside).T, rtol=1e-5, atol=3e-5)
+    matmul.multiply(prepare(LowRank(left, right)), x, "exact")
+    torch.testing.assert_close(matmul.multiply(prepare(beside), x, "exact"), x @ dense(beside).T, rtol=1e-5, atol=3e-5)
 
 
 def test_layers_with_room_of_their_own_prepare_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,9 +260,9 @@ def test_layers_with_room_of_their_own_prepare_their_inputs(monkeypatch: pytest.
     w = grid((64, 64), 16, 64, 1, symmetric=True)
     one, other = prepare(w), prepare(w)
     x = torch.randn(1, 64, generator=seeded(8)).bfloat16()
-    first = matmul.product(one, x, "exact")
-    monkeypatch.setattr(one_token._KNOWN, "inputs", {})
-    assert torch.equal(matmul.product(other, x, "exact"), first)
+    first = matmul.multiply(one, x, "exact")
+    monkeypatch.setattr(matmul._TOKENS, "inputs", {})
+    assert torch.equal(matmul.multiply(other, x, "exact"), first)
 
 
 @pytest.mark.parametrize(
@@ -274,25 +273,25 @@ def test_layers_with_room_of_their_own_prepare_their_inputs(monkeypatch: pytest.
 def test_nothing_but_scales_differs_by_rows_that_pad(w: Weight) -> None:
     """A matrix of one row and one column multiplies like any other, and no tokens at all give no rows."""
     x = torch.tensor([[2.0]])
-    torch.testing.assert_close(matmul.product(prepare(w), x, "exact"), 2 * dense(w))
-    empty = matmul.product(prepare(w), torch.empty(0, 1), "exact")
+    torch.testing.assert_close(matmul.multiply(prepare(w), x, "exact"), 2 * dense(w))
+    empty = matmul.multiply(prepare(w), torch.empty(0, 1), "exact")
     assert empty.shape == (0, 1)
 
 
 @pytest.mark.parametrize("w, few", [(TABLES[0], matmul.FEW_FLOATS), (STREAMS[0], matmul.FEW), (GRIDS[0], matmul.FEW)])
 def test_many_tokens_are_multiplied_by_torch(w: Weight, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    many = matmul.many
-    monkeypatch.setattr(matmul, "many", lambda w, x, turned: seen.append(len(x)) or many(w, x, turned))
+    many = matmul.multiply_many
+    monkeypatch.setattr(matmul, "multiply_many", lambda w, x, turned: seen.append(len(x)) or many(w, x, turned))
     prepared = prepare(w)
     for tokens in (few, few + 1):
-        matmul.product(prepared, torch.randn(tokens, shape(w)[1], generator=seeded(tokens)), "auto")
+        matmul.multiply(prepared, torch.randn(tokens, shape(w)[1], generator=seeded(tokens)), "auto")
     assert seen == [few + 1]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_share_the_rows(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "WORTH_THREADS", 0)
+    monkeypatch.setattr(calls, "WORTH_THREADS", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -309,7 +308,7 @@ def test_small_scales_lose_nothing_where_levels_are_doubled() -> None:
     least = replace(signs_alone, scale=torch.full_like(signs_alone.scale, 2.0**-24))
     w = Where(some(SIZE, 0.5, 1), least, Zero(SIZE))
     x = torch.ones(1, 200)
-    assert torch.equal(matmul.product(prepare(w), x, "exact"), x @ dense(w).T)
+    assert torch.equal(matmul.multiply(prepare(w), x, "exact"), x @ dense(w).T)
 
 
 def test_few_elements_take_little_more_room_than_on_disk() -> None:
@@ -324,10 +323,10 @@ def test_what_comes_behind_a_rotation_takes_no_factors() -> None:
         RotatedInputs(Sum((inner, inner)), signs(100), 4),
         RotatedInputs(Where(Columns(signs(100)), inner, inner), signs(100), 4),
     ):
-        assert prepare(w) is None and not supported(w)
+        assert prepare(w) is None and not is_supported(w)
 
 
 def test_a_run_that_blocks_do_not_divide_has_no_kernel() -> None:
     w = linear_streams(160, 8, 2, 1, 8, run=80)
-    assert form_of(w) is None and packed(w) is None and not supported(w)
+    assert form_of(w) is None and pack_matrix(w) is None and not is_supported(w)
     assert isinstance(w, TrellisCodes | Grid)

@@ -13,31 +13,26 @@ from typing import Any
 
 import pytest
 import torch
-from llvmlite import ir
 from torch import Tensor
 
-from llmcompress.kernels.cpu import launch, matmul, threads
-from llmcompress.kernels.cpu.arguments import Argument, address
-from llmcompress.kernels.cpu.build import loaded
-from llmcompress.kernels.cpu.emit import I8, I64, Function
-from llmcompress.kernels.cpu.instruction_sets import Instructions
+from llmcompress.kernels.cpu import calls, matmul
+from llmcompress.kernels.cpu.build import load_kernel
+from llmcompress.kernels.cpu.calls import Argument, KernelFunction
 from llmcompress.kernels.cpu.prepare import prepare
 from llmcompress.weight.nodes import RotatedInputs
 from llmcompress.weight.trellis import Trellis
 from tests.builders import grid, seeded, streams
 
-needs_team = pytest.mark.skipif(threads.team() is None, reason="torch has no GNU OpenMP here")
+needs_team = pytest.mark.skipif(calls.find_team() is None, reason="torch has no GNU OpenMP here")
 
 
 @dataclass(frozen=True)
 class WritesShares:
     """A kernel that writes, for every block of its share, where the share begins."""
 
-    def write(self, module: ir.Module, target: Instructions) -> None:
-        f = Function(module, "kernel", [I8.as_pointer(), I64, I64])
-        with f.loop(f.arguments[1], f.arguments[2]) as block:
-            f.store(f.arguments[1], address(f, Argument.Y), block * 8)
-        f.finish()
+    def write(self, f: KernelFunction) -> None:
+        with f.loop(f.first, f.last) as block:
+            f.store(f.arguments[1], f.pointer(Argument.Y), block * 8)
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +49,7 @@ def prepared() -> list[Any]:
         prepare(grid((256, 512), 16, 64, 1, symmetric=True)),
         prepare(RotatedInputs(streams(Trellis(2, 1, 12, "linear"), 256, 512, 768), signs, 512)),
     ]
-    assert all(one.plain.packed.rows * one.plain.packed.columns >= launch.WORTH_THREADS for one in found)
+    assert all(one.plain.packed.rows * one.plain.packed.columns >= calls.WORTH_THREADS for one in found)
     return [one for one in found if one is not None]
 
 
@@ -67,7 +62,7 @@ def shares(blocks: int, weights: int) -> list[int]:
     y = torch.full((blocks,), -1)
     values = matmul.Values()
     values[Argument.Y] = y.data_ptr()
-    launch.launch(loaded(WritesShares()), values, blocks, weights)
+    calls.launch(load_kernel(WritesShares()), values, blocks, weights)
     starts, counts = y.unique(return_counts=True)
     assert torch.equal(starts, counts.cumsum(0) - counts), "each block is somebody's, and shares are runs"
     return counts.tolist()
@@ -77,18 +72,18 @@ def shares(blocks: int, weights: int) -> list[int]:
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_torch_says_how_many_threads(count: int) -> None:
     torch.set_num_threads(count)
-    found = shares(30, launch.WORTH_THREADS)
+    found = shares(30, calls.WORTH_THREADS)
     assert found == [30 // count] * count
-    assert shares(30, launch.WORTH_THREADS - 1) == [30], "too little to wake a team"
-    assert shares(2, launch.WORTH_THREADS) == ([2] if count == 1 else [1, 1]), "no thread without a block"
-    uneven = shares(7, launch.WORTH_THREADS)
+    assert shares(30, calls.WORTH_THREADS - 1) == [30], "too little to wake a team"
+    assert shares(2, calls.WORTH_THREADS) == ([2] if count == 1 else [1, 1]), "no thread without a block"
+    uneven = shares(7, calls.WORTH_THREADS)
     assert len(uneven) == count and max(uneven) - min(uneven) <= 1
 
 
 @needs_team
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_team_is_of_different_threads(count: int) -> None:
-    found = threads.team()
+    found = calls.find_team()
     ids, lock = [], threading.Lock()
 
     def work(data: int | None) -> None:
@@ -107,12 +102,12 @@ def test_a_forked_process_computes_the_same(count: int) -> None:
     """As workers of a DataLoader do, also of a process whose threads are at work already: none of them is copied."""
     torch.set_num_threads(count)
     weights, x = prepared(), inputs(1)
-    wanted = [matmul.product(w, x, "auto") for w in weights]
-    assert threads.team() is None or len(shares(8, launch.WORTH_THREADS)) == count
+    wanted = [matmul.multiply(w, x, "auto") for w in weights]
+    assert calls.find_team() is None or len(shares(8, calls.WORTH_THREADS)) == count
 
     def work() -> None:
-        same = all(torch.equal(matmul.product(w, x.clone(), "auto"), y) for w, y in zip(weights, wanted))
-        os._exit(0 if same and threads.team() is None else 1)
+        same = all(torch.equal(matmul.multiply(w, x.clone(), "auto"), y) for w, y in zip(weights, wanted))
+        os._exit(0 if same and calls.find_team() is None else 1)
 
     child = multiprocessing.get_context("fork").Process(target=work)
     child.start()
@@ -120,12 +115,12 @@ def test_a_forked_process_computes_the_same(count: int) -> None:
     if child.exitcode is None:
         child.kill()
     assert child.exitcode == 0
-    assert (threads.team() is None) == (threads._openmp() is None), "nothing changes here"
+    assert (calls.find_team() is None) == (calls._openmp() is None), "nothing changes here"
 
 
 def test_a_fresh_process_has_a_team() -> None:
     """Only a fork takes it away: modules of spawned processes are imported there."""
-    assert not threads._FORKED
+    assert not calls._FORKED
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -139,14 +134,14 @@ def test_several_callers_do_not_disturb_each_other(count: int) -> None:
         for w in weights
         for mode in ("auto", "exact")
     ]
-    wanted = [matmul.product(w, x, mode) for w, x, mode in cases]
+    wanted = [matmul.multiply(w, x, mode) for w, x, mode in cases]
     together = threading.Barrier(4)
 
     def work(first: int) -> list[tuple[int, Tensor]]:
         torch.set_num_threads(count)  # OpenMP counts by thread
         together.wait()
         order = [(first + 3 * at) % len(cases) for at in range(len(cases))] * 5
-        return [(at, matmul.product(*cases[at])) for at in order]
+        return [(at, matmul.multiply(*cases[at])) for at in order]
 
     with ThreadPoolExecutor(4) as pool:
         found = [pair for pairs in pool.map(work, range(0, 16, 4)) for pair in pairs]

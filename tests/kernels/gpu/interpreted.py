@@ -25,7 +25,7 @@ import llmcompress as lc
 from llmcompress.kernels import ops
 from llmcompress.kernels.accelerate import plain
 from llmcompress.kernels.gpu.layouts import GpuWeight
-from llmcompress.kernels.gpu.prepare import prepare, product, product_of_many, stacked
+from llmcompress.kernels.gpu.prepare import multiply_few, multiply_many, prepare
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import compressed_linears, pack_weight
 from llmcompress.weight.nodes import (
@@ -50,10 +50,10 @@ FLOAT32, HALF, BFLOAT16 = 5e-6, 2e-3, 1.2e-2  # the most that a product may be o
 
 @dataclass(frozen=True)
 class Case:
-    """Weights that share their inputs, below each other, times some tokens in a dtype."""
+    """A weight times some tokens in a dtype."""
 
     name: str
-    weights: tuple[Weight, ...]
+    weight: Weight
     tokens: int = 1
     dtype: torch.dtype = torch.float32
 
@@ -63,21 +63,17 @@ class Case:
 
     def inputs(self) -> Tensor:
         """Return the inputs `[tokens, in]`."""
-        return torch.randn(self.tokens, shape(self.weights[0])[1], generator=seeded(9)).to(self.dtype)
+        return torch.randn(self.tokens, shape(self.weight)[1], generator=seeded(9)).to(self.dtype)
 
 
 def on(device: str, case: Case) -> float:
     """Return how far a product on a device is off, in shares of its norm."""
     x = case.inputs()
-    expected = torch.cat([x.double() @ dense(w).double().T for w in case.weights], 1)
-    prepared = [prepare(moved(w, device), case.dtype) for w in case.weights]
-    known = [each for each in prepared if each is not None]
-    assert len(known) == len(prepared), f"{case.name}: no kernel"
-    weight = known[0] if len(known) == 1 else stacked(known)
-    assert weight is not None, f"{case.name}: not stacked"
-    found = product(weight, x.to(device))
+    expected = x.double() @ dense(case.weight).double().T
+    weight = prepare(moved(case.weight, device), case.dtype)
+    assert weight is not None, f"{case.name}: no kernel"
+    found = multiply_few(weight, x.to(device))
     assert found.dtype == case.dtype and tuple(found.shape) == tuple(expected.shape)
-    assert list(weight.heights) == [shape(w)[0] for w in case.weights]
     return relative(found, expected)
 
 
@@ -108,26 +104,26 @@ def cases(on_a_gpu: bool = False) -> Iterator[Case]:
     for levels in (2, 3, 4, 8, 16, 32, 64, 100, 256):
         for symmetric in (True, False):
             name = f"{levels} levels{'' if symmetric else ' asymmetric'}"
-            yield Case(name, (grid((19, 150), levels, 64, levels, symmetric),))
+            yield Case(name, grid((19, 150), levels, 64, levels, symmetric))
     for tokens in (2, 16, 17):
-        yield Case(f"3 bits, {tokens} tokens", (grid((37, 150), 8, 64, 1, False),), tokens)
-    yield Case("4 bits, half", (grid((19, 256), 16, 128, 1, False),), 3, torch.float16)
+        yield Case(f"3 bits, {tokens} tokens", grid((37, 150), 8, 64, 1, False), tokens)
+    yield Case("4 bits, half", grid((19, 256), 16, 128, 1, False), 3, torch.float16)
     if on_a_gpu:
-        yield Case("8 bits, bfloat16", (grid((19, 256), 256, 128, 1, True),), 3, torch.bfloat16)
-        yield Case("trellis, bfloat16", (streams(Trellis(2, 1, 12), 70, 260, 768),), 16, torch.bfloat16)
-    yield Case("8 bits, one token, bfloat16", (grid((19, 256), 256, 128, 1, True),), 1, torch.bfloat16)
-    yield Case("one scale a row", (grid((33, 100), 16, 100, 1, True),))
-    yield Case("one scale a row, tokens", (grid((33, 100), 16, 100, 1, False),), 5)
-    yield Case("shared scales", (grid((5, 70), 8, 7, 0, True, one_row=True),))
-    yield Case("one element", (grid((1, 1), 4, 1, 0, False),))
-    yield Case("long rows", (grid((3, 2100), 16, 32, 0, True),))
+        yield Case("8 bits, bfloat16", grid((19, 256), 256, 128, 1, True), 3, torch.bfloat16)
+        yield Case("trellis, bfloat16", streams(Trellis(2, 1, 12), 70, 260, 768), 16, torch.bfloat16)
+    yield Case("8 bits, one token, bfloat16", grid((19, 256), 256, 128, 1, True), 1, torch.bfloat16)
+    yield Case("one scale a row", grid((33, 100), 16, 100, 1, True))
+    yield Case("one scale a row, tokens", grid((33, 100), 16, 100, 1, False), 5)
+    yield Case("shared scales", grid((5, 70), 8, 7, 0, True, one_row=True))
+    yield Case("one element", grid((1, 1), 4, 1, 0, False))
+    yield Case("long rows", grid((3, 2100), 16, 32, 0, True))
     for trellis in (*TRELLISES, Trellis(2, 1, 12), Trellis(2, 1, 12, "linear"), Trellis(1, 1, 16)):
         steps = 70
         for tokens in (1, 3):
             w = streams(trellis, steps, 21, 40 * trellis.values)
-            yield Case(f"{trellis}, {tokens} tokens", (w,), tokens)
-    yield Case("trellis of one step", (streams(Trellis(2, 1, 10), 1, 9, 1),))
-    yield Case("trellis, wide", (streams(Trellis(2, 1, 10), 33, 300, 768),))
+            yield Case(f"{trellis}, {tokens} tokens", w, tokens)
+    yield Case("trellis of one step", streams(Trellis(2, 1, 10), 1, 9, 1))
+    yield Case("trellis, wide", streams(Trellis(2, 1, 10), 33, 300, 768))
     yield from salient_cases()
     yield from composite_cases()
 
@@ -140,14 +136,14 @@ def salient_cases() -> Iterator[Case]:
     for index in (Columns(some[0]), Bitmap(some), pattern(size, 1, 8, 1), Bitmap(none), Bitmap(every)):
         kind = f"{type(index).__name__} {float(index.inside.float().mean()):.2f}"
         signs = grid(size, 2, 96, 2, True)
-        yield Case(f"{kind}, 8 bits", (Where(index, grid(size, 256, 96, 3, True), signs),))
-        yield Case(f"{kind}, groups", (Where(index, grid(size, 16, 32, 3, True), grid(size, 2, 40, 2, False)),))
-        yield Case(f"{kind}, floats", (Where(index, Dense(torch.randn(size, generator=seeded(4))), signs),), 3)
-        yield Case(f"{kind}, asymmetric", (Where(index, grid(size, 16, 32, 3, False), grid(size, 4, 40, 2, True)),), 2)
+        yield Case(f"{kind}, 8 bits", Where(index, grid(size, 256, 96, 3, True), signs))
+        yield Case(f"{kind}, groups", Where(index, grid(size, 16, 32, 3, True), grid(size, 2, 40, 2, False)))
+        yield Case(f"{kind}, floats", Where(index, Dense(torch.randn(size, generator=seeded(4))), signs), 3)
+        yield Case(f"{kind}, asymmetric", Where(index, grid(size, 16, 32, 3, False), grid(size, 4, 40, 2, True)), 2)
 
 
 def composite_cases() -> Iterator[Case]:
-    """Yield sums, rotations, column factors and low-rank terms, alone and several below each other."""
+    """Yield sums, rotations, column factors and low-rank terms."""
     random = seeded(7)
 
     def factored(out: int, width: int, rank: int) -> LowRank:
@@ -157,45 +153,24 @@ def composite_cases() -> Iterator[Case]:
     for width, block in ((96, 32), (64, 64), (40, 8), (24, 1), (20, 2)):
         signs = torch.rand(width, generator=random) < 0.5
         inner = Sum((grid((20, width), 8, 16, 1, True), factored(20, width, 3)))
-        yield Case(f"rotated by {block}", (RotatedInputs(inner, signs, block),), 2)
-        sums = [
-            Sum((grid((rows, width), 4, 16, rows, False), factored(rows, width, rank)))
-            for rows, rank in ((20, 2), (5, 3), (35, 1))
-        ]
-        parts = [RotatedInputs(inner, signs, block) for inner in sums]
-        yield Case(f"three matrices rotated by {block}", tuple(parts), 3)
+        yield Case(f"rotated by {block}", RotatedInputs(inner, signs, block), 2)
+        tall = Sum((grid((35, width), 4, 16, 35, False), factored(35, width, 1)))
+        yield Case(f"35 rows rotated by {block}", RotatedInputs(tall, signs, block), 3)
     columns = factors(48, 1)
-    yield Case("column factors", (ScaledInputs(grid((9, 48), 2, 16, 1, True), columns),))
+    yield Case("column factors", ScaledInputs(grid((9, 48), 2, 16, 1, True), columns))
     signs = torch.rand(48, generator=random) < 0.5
     yield Case(
         "factors and rotation",
-        (ScaledInputs(RotatedInputs(ScaledInputs(grid((9, 48), 2, 16, 1, True), columns), signs, 16), columns),),
+        ScaledInputs(RotatedInputs(ScaledInputs(grid((9, 48), 2, 16, 1, True), columns), signs, 16), columns),
     )
     planes = tuple(grid((9, 48), 2, 16, seed, True) for seed in range(3))
-    yield Case("planes", (Sum((*planes, Zero((9, 48)), factored(9, 48, 4))),), 2)
-    yield Case("planes in half", (Sum(planes),), 1, torch.float16)
+    yield Case("planes", Sum((*planes, Zero((9, 48)), factored(9, 48, 4))), 2)
+    yield Case("planes in half", Sum(planes), 1, torch.float16)
     trellis = Trellis(3, 2, 9)
     kinds = tuple(streams(trellis, steps, 24, 22) for steps in (40, 3, 11))
-    yield Case("three trellises", kinds)
-    yield Case("three trellises, 4 tokens", kinds, 4)
-    yield Case("trellis and low rank", (Sum((kinds[0], factored(80, 24, 5))),), 2)
-    size = (10, 48)
-    one, two = (torch.rand(size, generator=random) < 0.2 for _ in range(2))
-    yield Case(
-        "two partial binarizations",
-        tuple(
-            Where(Bitmap(one if seed else two), grid(size, 256, 48, seed, True), grid(size, 2, 16, seed + 5, True))
-            for seed in range(2)
-        ),
-    )
-    yield Case(
-        "two with the same columns",
-        tuple(
-            Where(Columns(one[0]), grid(size, 256, 48, seed, True), grid(size, 2, 16, seed + 5, True))
-            for seed in range(2)
-        ),
-        2,
-    )
+    for number, kind in enumerate(kinds):
+        yield Case(f"trellis of two values {number}", kind, 4)
+    yield Case("trellis and low rank", Sum((kinds[0], factored(80, 24, 5))), 2)
 
 
 def answers(device: str) -> dict[str, tuple[float, float]]:
@@ -212,11 +187,11 @@ def decoded_on(device: str) -> dict[str, tuple[float, float]]:
     """Return, by name, how far products by decoded matrices are off, and how far they may be."""
     found = {}
     for case in cases(device == "cuda"):
-        weight = prepare(moved(case.weights[0], device), case.dtype)
-        if len(case.weights) == 1 and weight is not None:
+        weight = prepare(moved(case.weight, device), case.dtype)
+        if weight is not None:
             x = case.inputs()
-            expected = x.double() @ dense(case.weights[0]).double().T
-            found[case.name] = (relative(product_of_many(weight, x.to(device)), expected), 2 * case.limit())
+            expected = x.double() @ dense(case.weight).double().T
+            found[case.name] = (relative(multiply_many(weight, x.to(device)), expected), 2 * case.limit())
     return found
 
 
@@ -239,7 +214,7 @@ def model_on(device: str, tokens: int) -> float:
     ids = (torch.arange(tokens, device=device)[None] * 37 + 11) % 256
     with torch.no_grad(), mock.patch.object(ops, "prepare", lambda w: prepare(w, torch.float32)):
         fast = model(ids).logits
-        kept = [layer.fast.kept for layer in compressed_linears(model).values()]
+        kept = [layer.fast.weight for layer in compressed_linears(model).values()]
         assert all(each is not None and isinstance(each.prepared, GpuWeight) for each in kept), "no kernel of a GPU"
         with plain(model):
             return relative(fast, model(ids).logits.double().cpu())
@@ -259,7 +234,7 @@ def compiled_on(device: str) -> float:
     assert all(layout.text for layout, _ in held), "known before a compiler asks, as `accelerate` does"
 
     def function(x: Tensor) -> Tensor:
-        return torch.cat([ops.operator(x + 1, payload, layout, "exact") for layout, payload in held], -1)
+        return torch.cat([ops.call_operator(x + 1, payload, layout, "exact") for layout, payload in held], -1)
 
     off = 0.0
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")

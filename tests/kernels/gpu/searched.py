@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmcompress.kernels.column_block import ColumnBlock, whole_weights
-from llmcompress.kernels.grid_block import GridBlock
+from llmcompress.kernels.column_block import ColumnBlock, GridBlock, whole_weights
 from llmcompress.weight.trellis import Trellis
 from tests.builders import TRELLISES, seeded
 from tests.methods.oracles.columns import numbers_of

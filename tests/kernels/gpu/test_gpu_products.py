@@ -20,10 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from llmcompress.errors import InputError
-from llmcompress.kernels.gpu.layouts import PLANES, GridRows, StreamRows
-from llmcompress.kernels.gpu.packing import grid_rows, salient_rows, stream_rows
-from llmcompress.kernels.gpu.prepare import prepare, product, runs_on, stacked
-from llmcompress.kernels.ops import operator
+from llmcompress.kernels.gpu.layouts import PLANES, GridRows, StreamRows, pack_grid, pack_salient, pack_streams
+from llmcompress.kernels.gpu.prepare import multiply, prepare, runs_on
+from llmcompress.kernels.ops import call_operator
 from llmcompress.weight.modules import pack_weight
 from llmcompress.weight.nodes import (
     Bitmap,
@@ -83,7 +82,7 @@ def codes_of(rows: GridRows) -> list[list[int]]:
 @pytest.mark.parametrize("width, group", [(70, 32), (33, 33), (5, 2), (64, 64)])
 def test_every_code_is_where_the_kernel_looks_for_it(levels: int, width: int, group: int) -> None:
     given = grid((2, width), levels, group, levels, True)
-    assert codes_of(grid_rows(given)) == given.codes.tolist()
+    assert codes_of(pack_grid(given)) == given.codes.tolist()
 
 
 def states_of(rows: StreamRows) -> list[list[int]]:
@@ -102,7 +101,7 @@ def states_of(rows: StreamRows) -> list[list[int]]:
 @pytest.mark.parametrize("steps, run", [(70, 40), (1, 1), (5, 2)])
 def test_every_state_is_where_the_kernel_looks_for_it(trellis: Trellis, steps: int, run: int) -> None:
     given = streams(trellis, steps, 6, run * trellis.values)
-    rows = stream_rows(given)
+    rows = pack_streams(given)
     numbers = rows.numbers.float()[torch.tensor(states_of(rows))]  # [steps, columns, values]
     found = numbers.transpose(1, 2).reshape(-1, 6)
     assert torch.equal(found, matrix(given.codes, len(given.scale), trellis, given.run))
@@ -110,10 +109,10 @@ def test_every_state_is_where_the_kernel_looks_for_it(trellis: Trellis, steps: i
 
 def test_a_layout_takes_hardly_more_than_the_codes() -> None:
     w = grid((64, 1024), 16, 64, 1, True)
-    assert grid_rows(w).bytes() == 64 * 1024 // 2 + 64 * 16 * 2
+    assert pack_grid(w).bytes() == 64 * 1024 // 2 + 64 * 16 * 2
     coded = streams(Trellis(2, 1, 12), 768, 1024, 768)
     numbers = 4096 * 2
-    assert stream_rows(coded).bytes() - numbers < 1.04 * 768 * 1024 / 4
+    assert pack_streams(coded).bytes() - numbers < 1.04 * 768 * 1024 / 4
 
 
 # --- forms ----------------------------------------------------------------------------------------------------------
@@ -137,29 +136,11 @@ def test_a_form_without_a_kernel_is_told(w: Weight) -> None:
     assert prepare(w) is None
 
 
-def test_only_what_is_alike_goes_below_each_other() -> None:
-    one = prepare(grid((4, 32), 16, 16, 1, True))
-    assert one is not None
-    others: list[Weight] = [
-        grid((4, 32), 8, 16, 1, True),
-        grid((4, 32), 16, 8, 1, True),
-        grid((4, 32), 16, 16, 1, False),
-        streams(Trellis(2, 1, 10), 4, 32, 768),
-        RotatedInputs(grid((4, 32), 16, 16, 1, True), torch.ones(32, dtype=torch.bool), 32),
-        Sum((grid((4, 32), 16, 16, 1, True), LowRank(Dense(torch.ones(4, 2)), Dense(torch.ones(2, 32))))),
-    ]
-    for other in others:
-        prepared = prepare(other)
-        assert prepared is not None and stacked([one, prepared]) is None
-    both = stacked([one, one])
-    assert both is not None and both.heights == (4, 4)
-
-
 def test_inputs_that_want_a_gradient_are_refused() -> None:
     weight = prepare(grid((4, 32), 16, 16, 1, True))
     assert weight is not None
     with pytest.raises(InputError, match=r"give no gradients; compute under torch\.no_grad\(\)"):
-        product(weight, torch.ones(2, 32, requires_grad=True))
+        multiply(weight, torch.ones(2, 32, requires_grad=True))
 
 
 def test_no_gpu_is_no_place_to_run_on() -> None:
@@ -173,8 +154,8 @@ def test_a_product_can_be_traced_without_a_device() -> None:
     with FakeTensorMode():
         held = torch.empty(payload.shape, dtype=torch.uint8, device="cuda")
         x = torch.empty(2, 3, 32, dtype=torch.bfloat16, device="cuda")
-        traced = make_fx(lambda x: operator(x, held, layout, "auto"))(x)
-        found = operator(x, held, layout, "auto")
+        traced = make_fx(lambda x: call_operator(x, held, layout, "auto"))(x)
+        found = call_operator(x, held, layout, "auto")
     assert found.shape == (2, 3, 8) and found.dtype == torch.bfloat16 and found.device.type == "cuda"
     called = [str(node.target) for node in traced.graph.nodes if "llmcompress" in str(node.target)]
     assert called == ["llmcompress.linear.default"]
@@ -239,16 +220,15 @@ def _type(value: Any) -> Any:
 def test_grids_compile_for_a_chip(
     form: str, tokens: int, chip: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmcompress.kernels.gpu.grid_triton import grid_product
-    from llmcompress.kernels.gpu.launches import grid_constants
+    from llmcompress.kernels.gpu.grid_triton import grid_constants, grid_product
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     levels = {"4 bits": 16, "7 bits": 128, "signs and salient weights": 2}.get(form, 8)
-    packed, salient = grid_rows(grid((8, 2048), levels, 128, 1, "zero" not in form)), None
+    packed, salient = pack_grid(grid((8, 2048), levels, 128, 1, "zero" not in form)), None
     if levels == 2:
         inside = Bitmap(torch.rand(8, 2048, generator=seeded(0)) < 0.1)
         w = Where(inside, grid((8, 2048), 256, 2048, 1, True), grid((8, 2048), 2, 128, 2, True))
-        packed, salient = salient_rows(w, torch.bfloat16) or (packed, None)
+        packed, salient = pack_salient(w, torch.bfloat16) or (packed, None)
         assert salient is not None
     number, place = torch.empty(0, dtype=torch.bfloat16), torch.empty(0, dtype=torch.int32)
     entries = (place,) * 4 if salient is None else (salient.starts, salient.columns, salient.numbers, salient.scale)
@@ -258,10 +238,10 @@ def test_grids_compile_for_a_chip(
         "scale": packed.scale,
         "zero": packed.scale if packed.zero is None else packed.zero,
         "salient": entries,
-        "low_rank": (number, number, place),
+        "low_rank": (number, number),
         "onto": torch.empty(0),
         "y": number,
-    } | dict.fromkeys(("tokens", "out", "inside_groups", "ranks"), 0)
+    } | dict.fromkeys(("tokens", "out", "inside_groups"), 0)
     constants = grid_constants(packed, salient, 24 if "rank" in form else 0, tokens > 1, tokens)
     done = compiled(grid_product, given, constants, chip)
     check_machine_code(done, chip)
@@ -277,22 +257,21 @@ def test_grids_compile_for_a_chip(
 def test_trellises_compile_for_a_chip(
     trellis: Trellis, rank: int, tokens: int, chip: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmcompress.kernels.gpu.launches import stream_constants
-    from llmcompress.kernels.gpu.trellis_triton import stream_product
+    from llmcompress.kernels.gpu.trellis_triton import stream_constants, stream_product
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    packed = stream_rows(streams(trellis, 32, 2048, 768))
-    number, place = torch.empty(0, dtype=torch.bfloat16), torch.empty(0, dtype=torch.int32)
+    packed = pack_streams(streams(trellis, 32, 2048, 768))
+    number = torch.empty(0, dtype=torch.bfloat16)
     given = {
         "x": number,
         "words": packed.words,
         "units": packed.units,
         "scale": packed.scale,
         "numbers": packed.numbers,
-        "low_rank": (number, number, place),
+        "low_rank": (number, number),
         "onto": torch.empty(0),
         "y": number,
-    } | dict.fromkeys(("tokens", "out", "ranks"), 0)
+    } | dict.fromkeys(("tokens", "out"), 0)
     constants = stream_constants(packed, rank, tokens > 1, tokens)
     check_machine_code(compiled(stream_product, given, constants, chip), chip)
 

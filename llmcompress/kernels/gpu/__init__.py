@@ -1,1 +1,0 @@
-"""Kernels for GPUs, by Triton: `prepare` repacks a weight, `product` multiplies by it; two others choose columns."""
