@@ -11,6 +11,11 @@ def list_names(names: Iterable[str], most: int = 3) -> str:
     return (", ".join(names[:most]) or "none") + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def format_bytes(count: float) -> str:
+    """Return bytes as "39.9 MB" or "2.69 GB"."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of a library's message, or the name of the error if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -28,13 +28,12 @@ from llmcompress.allocation.sensitivity import DensePredictions, Probe, in_parts
 from llmcompress.allocation.solve import monotone, solve
 from llmcompress.compression.job import Job
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
-from llmcompress.errors import InputError, MemoryLimitError, RecipeError
+from llmcompress.errors import InputError, MemoryLimitError, RecipeError, format_bytes
 from llmcompress.methods.solvers.sparsity import kept_count
 from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.files.checkpoint import add_file
 from llmcompress.models.files.file_names import ALLOCATION
-from llmcompress.models.files.output import megabytes
 from llmcompress.recipe.calibration import Calibration
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.rules import Rule
@@ -210,8 +209,8 @@ def _check_memory(job: Job, found: Choices, windows: Tensor, device: str, ranks:
     there = total_memory()
     if device == "cpu" and needed > there:
         raise MemoryLimitError(
-            f"choosing steps for a target of {job.source.name} takes about {megabytes(needed)}, and this machine has "
-            f"{megabytes(there)}; take a larger machine, or write rules in place of the target"
+            f"choosing steps for a target of {job.source.name} takes about {format_bytes(needed)}, and this machine "
+            f"has {format_bytes(there)}; take a larger machine, or write rules in place of the target"
         )
 
 

@@ -11,7 +11,8 @@ from statistics import median
 from typing import Any
 
 from llmcompress.benchmark.candidate import Candidate
-from llmcompress.reporting.formatting import byte_count, number
+from llmcompress.errors import format_bytes
+from llmcompress.reporting.formatting import number
 from llmcompress.reporting.tables import Table
 
 Row = Mapping[str, Any]
@@ -162,10 +163,10 @@ def size_table(results: Row) -> Table:
     rows = []
     for model in results["models"]:
         memory = model["memory"]
-        added = {name: byte_count(memory[name] - memory["empty"]) for name in ("resident", "peak", "peak_loading")}
+        added = {name: format_bytes(memory[name] - memory["empty"]) for name in ("resident", "peak", "peak_loading")}
         ratios = {name: number(value) for name, value in (model["ratios"] or {}).items()}
         bpw = "" if model["bpw"] is None else number(model["bpw"])
-        row = [model["model"], byte_count(model["bytes"]), ratios.get("bytes", ""), bpw, model["engine"]]
+        row = [model["model"], format_bytes(model["bytes"]), ratios.get("bytes", ""), bpw, model["engine"]]
         row += [f"{model['load_seconds']:.2f}", added["resident"], ratios.get("resident", "")]
         row += [added["peak"], ratios.get("peak", ""), added["peak_loading"], digits(model["first_ever_seconds"])]
         rows.append(row)
@@ -189,7 +190,7 @@ def speed_notes(results: Row) -> list[str]:
         f"median of {rounds} [lowest-highest]; the models took turns, each in a process of its own",
         f"prefill: a prompt of {protocol['prompt']} tokens at once; decode: {protocol['tokens']} more, greedy, one by "
         f"one, batch 1, with a cache of keys and values",
-        f"memory: more than the {byte_count(empty)} (at most) that the process held before it loaded the model; a "
+        f"memory: more than the {format_bytes(empty)} (at most) that the process held before it loaded the model; a "
         f"file's pages count once they are touched; peak: while it generated",
         "load: the files had been read before, once for each model; first ever: the first token of a new process",
     ]
@@ -201,10 +202,10 @@ def speed_notes(results: Row) -> list[str]:
     )
     notes.append(
         f"of bandwidth: bytes of weights that a token reads x tokens/s / read bandwidth: {read}, measured in every "
-        f"round on {byte_count(bandwidth['buffer_bytes'])}"
+        f"round on {format_bytes(bandwidth['buffer_bytes'])}"
     )
     notes += ["compressed models ran without kernels (--plain)"] * bool(protocol["plain"])
-    where = f"{machine['cpu']}, {machine['cores']} cores, {byte_count(machine['memory_bytes'])} of memory"
+    where = f"{machine['cpu']}, {machine['cores']} cores, {format_bytes(machine['memory_bytes'])} of memory"
     packages = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     notes += [*results["notes"], f"machine: {where}", f"versions: {packages}"]
     return [*notes, f"command: `{results['command']}`"] if results["command"] else notes

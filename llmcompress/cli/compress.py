@@ -12,8 +12,8 @@ from llmcompress.cli.distill import distilled_view
 from llmcompress.cli.options import Model, Out, Revision, Seed, Settings, Tune, command
 from llmcompress.cli.tables import build_table
 from llmcompress.cli.terminal import Terminal
-from llmcompress.errors import RecipeError
-from llmcompress.reporting.formatting import byte_count, duration, number, target_text
+from llmcompress.errors import RecipeError, format_bytes
+from llmcompress.reporting.formatting import duration, number, target_text
 from llmcompress.reporting.report import GateReport
 from llmcompress.reporting.tables import Row, group_rows, merge_sentences
 
@@ -173,7 +173,7 @@ def plan_view(plan: Row, every: bool) -> Iterator[RenderableType]:
     if plan["target"] is not None:
         yield f"target  {target_text(plan['target'])} · compress measures what options cost, and spends where it counts"
     yield f"sizes   {_sizes(plan)}"
-    yield f"needs   about {byte_count(plan['peak_memory_bytes'])} of memory and {duration(plan['seconds'])}"
+    yield f"needs   about {format_bytes(plan['peak_memory_bytes'])} of memory and {duration(plan['seconds'])}"
     if (blocks := plan["reconstruction"]) is not None:
         rates = ", ".join(f"{kind} at {rate:g}" for kind, rate in blocks["rates"].items())
         steps = "a pass over the text" if blocks["steps"] is None else f"{blocks['steps']} steps"
@@ -214,7 +214,7 @@ def report_view(report: Row, every: bool) -> Iterator[RenderableType]:
             clauses.append(f"x{median(left):.3f} by learning")
             clauses += [f"nothing helped {left.count(1)}"] if 1 in left else []
         yield " · ".join(clauses)
-    yield f"cost    {duration(report['seconds'])} · {byte_count(report['peak_memory_bytes'])} of memory at the peak"
+    yield f"cost    {duration(report['seconds'])} · {format_bytes(report['peak_memory_bytes'])} of memory at the peak"
     if "allocation" in report:
         yield _target_line(report["allocation"])
     if report["gates"] is not None:
@@ -253,6 +253,6 @@ def _target_line(allocation: Row) -> str:
 
 def _sizes(values: Row) -> str:
     return (
-        f"{byte_count(values['dense_bytes'])} -> {byte_count(values['bytes'])} · "
+        f"{format_bytes(values['dense_bytes'])} -> {format_bytes(values['bytes'])} · "
         f"{number(values['bpw'])} bpw · model_bpw {number(values['model_bpw'])}"
     )

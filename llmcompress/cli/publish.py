@@ -11,7 +11,7 @@ import typer
 from llmcompress.cli.options import Checkpoint, Length, Out, Text, Windows, command
 from llmcompress.cli.tables import build_table, size_change
 from llmcompress.cli.terminal import Terminal
-from llmcompress.reporting.formatting import byte_count
+from llmcompress.errors import format_bytes
 from llmcompress.reporting.tables import Row
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def push(
 
 def verified_view(result: Row, every: bool) -> Iterator[RenderableType]:
     """Yield the findings of `verify` on a valid checkpoint."""
-    yield f"files   {result['files']} as they were written · {byte_count(result['bytes'])} of weights"
+    yield f"files   {result['files']} as they were written · {format_bytes(result['bytes'])} of weights"
     yield f"model   {result['layers']} compressed layers, all tensors there and finite"
     if result["perplexity"] is None:
         yield f"text    finite numbers for {result['tokens']:,} tokens, of which none predicts the next"
@@ -129,5 +129,5 @@ def pushed_view(result: Row, every: bool) -> Iterator[RenderableType]:
     files = result["files"]
     yield build_table(("file", "bytes"), [(name, f"{size:,}") for name, size in files.items()], right=(1,))
     yield from (f"lacks   {name}" for name in result["unmeasured"])
-    total = byte_count(sum(files.values()))
+    total = format_bytes(sum(files.values()))
     yield f"commit  {result['commit']} · {total}" if result["commit"] else f"nothing was sent · {total} would be"

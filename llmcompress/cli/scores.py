@@ -23,9 +23,9 @@ from llmcompress.cli.options import (
 )
 from llmcompress.cli.tables import build_table
 from llmcompress.cli.terminal import Terminal
-from llmcompress.errors import InputError
+from llmcompress.errors import InputError, format_bytes
 from llmcompress.evaluation.protocol import Protocol
-from llmcompress.reporting.formatting import byte_count, number, with_error
+from llmcompress.reporting.formatting import number, with_error
 from llmcompress.reporting.tables import (
     Row,
     adapter_table,
@@ -217,7 +217,7 @@ def _refuse_failed_tasks(scores: Iterable[Row]) -> None:
 
 def score_view(scores: Row, every: bool) -> Iterator[RenderableType]:
     """Yield the size and the scores of a model."""
-    size, bpw, model_bpw = byte_count(scores["bytes"]), number(scores["bpw"]), number(scores["model_bpw"])
+    size, bpw, model_bpw = format_bytes(scores["bytes"]), number(scores["bpw"]), number(scores["model_bpw"])
     yield f"size    {size} · {bpw} bpw · model_bpw {model_bpw}"
     perplexity = with_error(scores["perplexity"], scores["perplexity_stderr"], 3)
     sure = f"calibration error {scores['calibration_error']:.4f}"

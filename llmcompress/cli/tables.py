@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from llmcompress.reporting.formatting import byte_count
+from llmcompress.errors import format_bytes
 from llmcompress.reporting.tables import Row
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def build_table(headings: Sequence[str], rows: Iterable[Sequence[str]], right: S
 
 def size_change(result: Row) -> str:
     """Return the sizes before and after, such as "269.1 MB -> 39.9 MB"."""
-    return f"{byte_count(result['bytes_before'])} -> {byte_count(result['bytes_after'])}"
+    return f"{format_bytes(result['bytes_before'])} -> {format_bytes(result['bytes_after'])}"
 
 
 def surgery_lines(result: Row) -> Iterator[str]:

@@ -21,7 +21,7 @@ from llmcompress.allocation.prices import damage
 from llmcompress.compression.job import Job
 from llmcompress.compression.memory_estimate import gate_bytes
 from llmcompress.compression.plan import unmeasured
-from llmcompress.errors import GateError, InputError, MemoryLimitError, RecipeError
+from llmcompress.errors import GateError, InputError, MemoryLimitError, RecipeError, format_bytes
 from llmcompress.evaluation.distance import distance
 from llmcompress.evaluation.logits import Counting, OnDisk, Readable
 from llmcompress.models.dense.locate import Place
@@ -29,7 +29,6 @@ from llmcompress.models.dense.model import open_source
 from llmcompress.models.files.checkpoint import add_file
 from llmcompress.models.files.compressed import decoded_source
 from llmcompress.models.files.file_names import REPORT
-from llmcompress.models.files.output import megabytes
 from llmcompress.recipe.target import Target
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.report import (
@@ -157,7 +156,7 @@ def _too_large(job: Job, device: str) -> str | None:
     needed, there = gate_bytes(job.source, job.arch, job.recipe), total_memory()
     if device != "cpu" or needed <= there:
         return None
-    return f"that takes about {megabytes(needed)}, and this machine has {megabytes(there)}"
+    return f"that takes about {format_bytes(needed)}, and this machine has {format_bytes(there)}"
 
 
 def _written(folder: Path, report: Report) -> Report:

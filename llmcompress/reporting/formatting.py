@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
+from llmcompress.errors import format_bytes
+
 
 def duration(seconds: float) -> str:
     """Return seconds as "48 s", "3 min 20 s" or "1 h 2 min"."""
@@ -20,13 +22,8 @@ def target_text(target: Mapping[str, Any]) -> str:
     [(kind, value)] = [(key, value) for key, value in target.items() if key != "engine"]
     if kind == "sparsity":
         return f"{value:g} of the weights zero"
-    wanted = byte_count(value) if kind == "bytes" else f"{value:g} {kind}"
+    wanted = format_bytes(value) if kind == "bytes" else f"{value:g} {kind}"
     return f"{wanted} for {target['engine']}" if "engine" in target else wanted
-
-
-def byte_count(count: float) -> str:
-    """Return bytes as "39.9 MB" or "2.69 GB"."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def without_folders(name: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from llmcompress.errors import DiskError, LockedError
+from llmcompress.errors import DiskError, LockedError, format_bytes
 from llmcompress.models.files.reading import is_text
 
 
@@ -71,7 +71,9 @@ def check_writable(output: Path, needed: int) -> None:
     is_ours(staging)
     free = shutil.disk_usage(parent).free + sum(path.stat().st_size for path in staging.rglob("*"))
     if free < needed:
-        raise DiskError(f"{output} needs {megabytes(needed)} and its disk has {megabytes(free)} free; choose another")
+        raise DiskError(
+            f"{output} needs {format_bytes(needed)} and its disk has {format_bytes(free)} free; choose another"
+        )
 
 
 def _parent(output: Path) -> Path:
@@ -85,11 +87,6 @@ def _parent(output: Path) -> Path:
 def staging_of(output: Path) -> Path:
     """Return the folder or file that will become `output`."""
     return output.with_name(output.name + ".partial")
-
-
-def megabytes(count: int) -> str:
-    """A byte count for people."""
-    return f"{count / 1e6:.1f} MB"
 
 
 @contextmanager

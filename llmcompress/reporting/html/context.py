@@ -11,10 +11,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from llmcompress.errors import InputError
+from llmcompress.errors import InputError, format_bytes
 from llmcompress.models.files import file_names
 from llmcompress.models.files.integrity import MENDING
-from llmcompress.reporting.formatting import byte_count, duration, target_text, without_folders
+from llmcompress.reporting.formatting import duration, target_text, without_folders
 from llmcompress.reporting.html.charts import Curve, curve
 from llmcompress.reporting.html.layers import layer_context
 from llmcompress.reporting.plots import running_count
@@ -103,7 +103,11 @@ def _tiles(files: CheckpointFiles, facts: Facts) -> list[tuple[str, str, str]]:
     if report is not None:
         share = report.dense_bytes / report.bytes
         tiles += [
-            ("weights", byte_count(report.bytes), f"of {byte_count(report.dense_bytes)}, {share:.1f} times smaller"),
+            (
+                "weights",
+                format_bytes(report.bytes),
+                f"of {format_bytes(report.dense_bytes)}, {share:.1f} times smaller",
+            ),
             ("bits per weight", f"{report.bpw:.2f}", f"in compressed linears; {report.model_bpw:.2f} over all files"),
         ]
     if (quality := facts["quality"]) is not None:
@@ -128,7 +132,7 @@ def _parts(report: Report) -> list[tuple[str, int, str, str]]:
     rest = report.bytes - sum(size for *_, size in sizes)
     if rest > 0:
         sizes.append(("everything else: dense matrices, norms, biases, headers", 0, rest))
-    return [(name, count, byte_count(size), f"{size / report.bytes:.1%}") for name, count, size in sizes]
+    return [(name, count, format_bytes(size), f"{size / report.bytes:.1%}") for name, count, size in sizes]
 
 
 def _quality(scores: Facts) -> Facts:
@@ -245,7 +249,7 @@ def _origin(report: Report) -> list[tuple[str, str, str | None]]:
     else:
         rows.append(("calibration", "none: errors are those of the weights alone", None))
     rows.append(("time to compress", duration(report.seconds), None))
-    rows.append(("peak memory", byte_count(report.peak_memory_bytes), None))
+    rows.append(("peak memory", format_bytes(report.peak_memory_bytes), None))
     rows += [(name, version, None) for name, version in report.versions.items()]
     return rows
 
