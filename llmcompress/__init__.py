@@ -6,14 +6,13 @@
 
 Make a model smaller: `plan`, `compress`, `drop_blocks` (and `least_damage`, `alike_blocks`), `narrow`, `distill`,
 `shrink`; of a mixture's experts: `prune_experts`, `merge_experts`, `condense_experts`, `replace_experts`.
-Look at the result: `read` its report, `verify` its files, `score` it, `compare` it, see its `drift`
-block by block, `bench` its speed, and tell by a `passport` what the dense model's adapters are worth on it.
+Look at the result: `read` its report, `verify` its files, `score` it, `compare` it, measure its `drift` block by
+block, `bench` its speed, and measure by `passport` the effect of the dense model's adapters on it.
 Run it: transformers loads it after this import; `accelerate`, `decoded` and `cache` trade memory for speed.
 Train on top of it: `plain_head`, `fold`.
 Hand it on: `export`, `push`.
 
-Importing the package teaches transformers to load what it writes, and does nothing else; what it offers is loaded
-when it is first used.
+Importing the package only teaches transformers to load its checkpoints; each name is loaded at its first use.
 """
 
 from importlib import import_module

@@ -108,7 +108,8 @@ def _add_packed(
             y[: size[0], : size[1]] += before[: size[0], : size[1]]
     kernel = build.load_kernel(packed.product(max(1, min(tokens, AT_ONCE)), numbers, False))
     for first in range(0, tokens, AT_ONCE):
-        addresses = tuple(tensor[first:].data_ptr() for tensor in inputs.tensors[:3])
+        rest = (tensor[first:].data_ptr() for tensor in inputs.tensors[:3])
+        addresses = tuple(rest) if first else inputs.addresses[:3]
         values = packed.product_values(addresses, y[first:].data_ptr())
         launch(kernel, values, packed.rows // packed.form.block_rows, packed.rows * packed.columns)
     return y
