@@ -52,7 +52,7 @@ def test_a_device_that_is_not_there_is_refused(name: str, sentence: str) -> None
         device_of(name)
 
 
-def test_no_command_takes_another_device_instead(tmp_path: Path) -> None:
+def test_no_command_falls_back_to_another_device(tmp_path: Path) -> None:
     model, absent = save_tiny("llama", tmp_path / "dense"), "xpu"
     text = tmp_path / "text.txt"
     text.write_text("A text that is long enough for a window of it, and for another one. " * 20)
@@ -90,9 +90,7 @@ def test_a_device_without_a_number_is_the_first(place: str, wanted: str, same: b
     assert not is_at(torch.device(place), torch.device("cpu"))
 
 
-def test_a_process_that_computes_elsewhere_already_is_not_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_check_each_refuses_a_process_on_another_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Accelerate keeps its device for as long as Python runs; two CPUs stand for a CPU and a GPU."""
     monkeypatch.setattr(torch.cpu, "device_count", lambda: 2)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -102,7 +100,7 @@ def test_a_process_that_computes_elsewhere_already_is_not_taken(
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_what_has_no_tensor_is_where_it_is_needed() -> None:
+def test_values_without_tensors_are_on_the_device() -> None:
     nothing, nowhere = Zero((4, 4)), torch.device("meta")
     some = Dense(torch.ones(4, 4, device=nowhere))
     expressions: list[Weight] = [
@@ -144,6 +142,6 @@ def answers(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, *_ in scenarios(Path())])
-def test_on_a_second_device_as_on_the_cpu(name: str, answers: Callable[[str], dict[str, str | None]]) -> None:
+def test_scenarios_on_a_second_device_equal_the_cpu(name: str, answers: Callable[[str], dict[str, str | None]]) -> None:
     wrong = answers(kind_of_scenario(name))[name]
     assert wrong is None, wrong

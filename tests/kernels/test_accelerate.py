@@ -130,10 +130,11 @@ def test_rounded_inputs_change_little(mode: str, tolerance: float, load: Load) -
     close(logits(model, 40), plain_logits(model, 40))
 
 
-def test_a_table_is_looked_up_in_what_its_head_has_prepared(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lookup_reads_the_weight_of_its_head(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     model, found = load(), []
-    table, rows = model.get_input_embeddings(), sys.modules[Fast.__module__].rows_of
-    monkeypatch.setattr(sys.modules[Fast.__module__], "rows_of", lambda *given: found.append(given) or rows(*given))
+    table, module = model.get_input_embeddings(), sys.modules[Fast.__module__]
+    decode_rows = module.decode_rows
+    monkeypatch.setattr(module, "decode_rows", lambda *given: found.append(given) or decode_rows(*given))
     wanted = table(ids(4))
     assert not found, "the head was not used yet"
     logits(model)
@@ -151,7 +152,7 @@ def test_a_table_is_looked_up_in_what_its_head_has_prepared(load: Load, monkeypa
     assert len(found) == 2, "another payload"
 
 
-def test_it_writes_the_same_text(load: Load) -> None:
+def test_accelerated_model_generates_the_same_text(load: Load) -> None:
     model = load()
     asked = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 257}
     found = model.generate(ids(5), **asked)
@@ -201,7 +202,7 @@ def test_inputs_of_any_shape(size: tuple[int, ...], load: Load) -> None:
     torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_inputs_that_lie_apart(load: Load) -> None:
+def test_strided_inputs(load: Load) -> None:
     layer = load().get_submodule(UP)
     for x in (torch.randn(64, 7).T, torch.randn(3, 128)[:, ::2], torch.randn(1, 64).expand(4, 64)):
         with plain(layer):
@@ -226,7 +227,7 @@ def contents(folder: Path) -> dict[str, object]:
     return found
 
 
-def test_it_saves_the_same_bytes(load: Load, tmp_path: Path) -> None:
+def test_accelerated_model_saves_the_same_bytes(load: Load, tmp_path: Path) -> None:
     before, model = load("0"), load()
     logits(model)
     before.save_pretrained(tmp_path / "before")
@@ -246,7 +247,7 @@ def test_a_copy_is_another_model(load: Load, products: list[tuple[int, ...]]) ->
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_other_weights_are_noticed(assign: bool, load: Load, tmp_path: Path) -> None:
+def test_loaded_weights_are_prepared_again(assign: bool, load: Load, tmp_path: Path) -> None:
     model, other = load(), load(path=compressed(tmp_path, 1))
     first, wanted = logits(model), plain_logits(other)
     assert float((first - wanted).norm() / wanted.norm()) > 0.1
@@ -275,7 +276,7 @@ def change_data(layer: CompressedLinear, payload: Tensor) -> None:
         change_data,
     ],
 )
-def test_change_of_a_payload_is_noticed(change: Callable[[CompressedLinear, Tensor], None], load: Load) -> None:
+def test_a_changed_payload_is_prepared_again(change: Callable[[CompressedLinear, Tensor], None], load: Load) -> None:
     model = load()
     one, other = (model.get_submodule(f"model.layers.{block}.mlp.gate_proj") for block in (0, 1))
     x = torch.randn(1, 64)
@@ -320,7 +321,7 @@ def test_gradients_of_inputs_are_those_of_plain_products(load: Load) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, pytest.param(5, marks=slow), 40])
-def test_compiled_by_torch(tokens: int, load: Load, products: list[tuple[int, ...]]) -> None:
+def test_torch_compile_keeps_the_operator(tokens: int, load: Load, products: list[tuple[int, ...]]) -> None:
     layer = load().get_submodule("model.layers.0.mlp")
     x = torch.randn(tokens, 64)
     with torch.no_grad():
@@ -331,7 +332,7 @@ def test_compiled_by_torch(tokens: int, load: Load, products: list[tuple[int, ..
     assert len(products) == 3, "kernels are called by the graph"
 
 
-def test_exported_by_torch(load: Load, products: list[tuple[int, ...]]) -> None:
+def test_torch_export_keeps_the_operator(load: Load, products: list[tuple[int, ...]]) -> None:
     layer = load().get_submodule("model.layers.0.mlp").eval()
     x = torch.randn(5, 64)
     with torch.no_grad():
@@ -349,7 +350,7 @@ def test_exported_by_torch(load: Load, products: list[tuple[int, ...]]) -> None:
 # --- how it is asked for --------------------------------------------------------------------------------------------
 
 
-def test_what_has_no_kernel_is_named(load: Load) -> None:
+def test_accelerate_names_linears_without_a_kernel(load: Load) -> None:
     model = load("0")
     found = accelerate(model, "int8")
     assert set(found.decoded) == WITHOUT and set(found.kernels) == compressed_linears(model).keys() - WITHOUT
@@ -361,7 +362,9 @@ def test_what_has_no_kernel_is_named(load: Load) -> None:
     assert not accelerate(nn.Linear(2, 2)).kernels
 
 
-def test_the_environment_chooses(load: Load, products: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_variable_chooses_the_mode(
+    load: Load, products: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     logits(load("0"))
     assert not products
     for mode in ("auto", "exact", "int8"):
@@ -376,7 +379,7 @@ def test_the_environment_chooses(load: Load, products: list[tuple[int, ...]], mo
     assert any(layer.fast for layer in compressed_linears(model).values())
 
 
-def test_a_mode_that_does_not_exist(load: Load) -> None:
+def test_an_unknown_mode_is_refused(load: Load) -> None:
     with pytest.raises(RecipeError, match=r"LLMCOMPRESS_FAST is 'quick'; set it to 0, auto or exact or int8"):
         load("quick")
     with pytest.raises(RecipeError, match=r"no mode 'quick'; choose one of auto, exact, int8"):

@@ -97,7 +97,7 @@ def test_progress_ends_a_stage_and_keeps_how_far_it_came(tmp_path: Path) -> None
         ("budget-2", 32, True, "budget-2", "2.050", 0.511),
     ],
 )
-def test_the_figure_of_the_cpu_is_that_of_the_same_texts(
+def test_the_figure_of_the_cpu_has_the_same_texts(
     tmp_path: Path, recipe: str, windows: int, with_data: bool, name: str, arm: str | None, kl: float | None
 ) -> None:
     given = given_for(tmp_path, small=False, data=tmp_path if with_data else None)

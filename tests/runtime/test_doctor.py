@@ -74,7 +74,7 @@ def small(folder: FolderFacts) -> FolderFacts:
     ],
     ids=["cpu", "gpu", "no-demo", "one-core", "off", "hidden-gpu", "ptx", "minor", "no-limits"],
 )
-def test_what_works_has_no_findings(facts: MachineFacts) -> None:
+def test_a_good_machine_has_no_faults(facts: MachineFacts) -> None:
     assert find_faults(facts) == []
 
 
@@ -149,7 +149,7 @@ BAD: dict[str, tuple[MachineFacts, str, str, str]] = {  # facts, level, and what
 
 
 @pytest.mark.parametrize(("facts", "level", "wrong", "way"), BAD.values(), ids=list(BAD))
-def test_what_is_known_to_fail_is_one_sentence(facts: MachineFacts, level: str, wrong: str, way: str) -> None:
+def test_each_fault_is_one_sentence_with_the_way_out(facts: MachineFacts, level: str, wrong: str, way: str) -> None:
     [finding] = find_faults(facts)
     assert finding.level == level and wrong in finding.sentence
     assert way in finding.sentence.partition(";")[2], f"the way out follows the semicolon: {finding.sentence}"

@@ -39,7 +39,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 @pytest.mark.parametrize(("others", "own"), [(0.0, 0.0), (0.0, 2.0), (1.0, 0.5), (1.5, 0.5), (2.0, 0.0)])
-def test_what_others_take_is_what_is_neither_idle_nor_ours(others: float, own: float, machine: Machine) -> None:
+def test_cores_taken_are_neither_idle_nor_own(others: float, own: float, machine: Machine) -> None:
     watch = LoadWatch()
     for seconds in (0.25, 3.0):
         machine.passes(seconds, others, own)
@@ -47,7 +47,7 @@ def test_what_others_take_is_what_is_neither_idle_nor_ours(others: float, own: f
 
 
 @pytest.mark.parametrize(("others", "note"), [(0.0, None), (0.2, None), (1.0, "other work takes 1.0 of 2 cores")])
-def test_a_busy_machine_is_told_of(
+def test_busy_note_describes_a_busy_machine(
     others: float, note: str | None, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(load.time, "sleep", lambda seconds: machine.passes(seconds, others))
@@ -63,7 +63,7 @@ def remarks(machine: Machine, blocks: list[tuple[str, float, float]]) -> list[st
     return found
 
 
-def test_slow_blocks_are_told_of_once_and_only_beside_other_work(machine: Machine) -> None:
+def test_slow_blocks_are_remarked_once_beside_other_work(machine: Machine) -> None:
     quiet, slow, alone = ("a", 2.0, 0.0), ("a", 7.0, 1.0), ("a", 7.0, 0.0)
     said = remarks(machine, [quiet, alone, quiet, slow, slow])
     assert said == [None, None, None, said[3], None]

@@ -43,7 +43,7 @@ def measured() -> list[int]:
     return [*left, psutil.Process().memory_info().rss - before, left_behind()]
 
 
-def test_freed_memory_stays_meanwhile_alone() -> None:
+def test_freed_memory_stays_within_the_context_alone() -> None:
     with get_context("spawn").Pool(1) as fresh:
         first, second, ended, after = fresh.apply(measured)
     assert first > 200 * MEGABYTE, "it was returned at once"

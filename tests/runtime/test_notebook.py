@@ -36,7 +36,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     return found
 
 
-def test_nothing_is_shown_outside_of_notebooks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_progress_outside_of_notebooks(monkeypatch: pytest.MonkeyPatch) -> None:
     for there in (None, Kernel(is_notebook=False), SimpleNamespace(get_ipython=lambda: None)):
         monkeypatch.setitem(sys.modules, "IPython", there)
         assert notebook.progress_line("block", "tokens/s") is None and notebook.progress_lines() is None
@@ -58,7 +58,7 @@ def test_every_kind_of_work_has_its_line(kernel: Kernel) -> None:
     assert kernel.lines == [["window 1/2", "window 2/2"], ["tasks ..."]]
 
 
-def test_a_line_rests_between_versions_but_ends_true(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_skips_versions_but_shows_the_last(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notebook, "PAUSE", 1e9)
     progress = notebook.progress_line("block")
     assert progress is not None

@@ -40,7 +40,7 @@ def switch() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("name", CPUS)
-def test_the_cpu_decides(name: str, switch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_product_dtype_follows_the_cpu(name: str, switch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     known, dtype, float32, factors = CPUS[name]
     monkeypatch.setattr(precision, "cpu_features", lambda: known)
     monkeypatch.setattr(precision, "_onednn_is_precise", lambda: "amx_bf16" not in known)
@@ -72,7 +72,7 @@ def inside(switch: Any) -> str:
 
 
 @pytest.mark.usefixtures("amd")
-def test_the_switch_is_set_meanwhile_alone(switch: Any) -> None:
+def test_fast_float32_sets_the_switch_within_the_context(switch: Any) -> None:
     before = switch.fp32_precision
     outer = inside(switch)
     with fast_float32():
@@ -85,13 +85,13 @@ def test_the_switch_is_set_meanwhile_alone(switch: Any) -> None:
 
 @pytest.mark.usefixtures("amd")
 @pytest.mark.parametrize("chosen", ["ieee", "bf16"])
-def test_what_somebody_has_chosen_stays(chosen: str, switch: Any) -> None:
+def test_fast_float32_keeps_a_chosen_precision(chosen: str, switch: Any) -> None:
     switch.fp32_precision = chosen
     assert inside(switch) == chosen
     assert switch.fp32_precision == chosen
 
 
-def test_one_thread_at_a_time_sets_what_belongs_to_the_process() -> None:
+def test_fast_float32_holds_one_thread_at_a_time() -> None:
     inside, most = 0, 0
     start = Barrier(4)
 

@@ -19,14 +19,14 @@ COUNTS = [2, 3, 5]
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_findings_come_back_in_the_order_of_the_items(count: int) -> None:
+def test_gather_items_keeps_their_order(count: int) -> None:
     items = torch.arange(14).reshape(7, 2)
     found = in_lockstep(count, lambda ranks: ranks.gather_items([row.sum() for row in ranks.share(items)]))
     assert found == [[int(row.sum()) for row in items]] * count
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_sums_are_those_of_all_and_the_same_bits_in_each(count: int) -> None:
+def test_add_gives_the_same_bits_in_each_process(count: int) -> None:
     given = [torch.randn(5, 3, generator=torch.Generator().manual_seed(rank)) for rank in range(count)]
 
     def work(ranks: Ranks) -> torch.Tensor:
@@ -39,7 +39,7 @@ def test_sums_are_those_of_all_and_the_same_bits_in_each(count: int) -> None:
     assert all(torch.equal(found[0], other) for other in found)
 
 
-def test_the_first_process_finds_for_all() -> None:
+def test_first_broadcasts_its_result() -> None:
     called: list[int] = []
 
     def work(ranks: Ranks) -> int:
@@ -49,7 +49,7 @@ def test_the_first_process_finds_for_all() -> None:
 
 
 @pytest.mark.parametrize("failing", [{0}, {1}, {1, 2}, {0, 1, 2}])
-def test_an_error_of_one_is_one_of_all_and_told_once(failing: set[int]) -> None:
+def test_an_error_is_raised_in_all_processes_and_reported_once(failing: set[int]) -> None:
     met: list[tuple[int, bool]] = []
 
     def work(ranks: Ranks) -> None:
@@ -65,7 +65,7 @@ def test_an_error_of_one_is_one_of_all_and_told_once(failing: set[int]) -> None:
     assert sorted(met) == [(0, False), (1, True), (2, True)]
 
 
-def test_an_error_of_the_first_is_one_of_all() -> None:
+def test_an_error_in_first_is_raised_in_all_processes() -> None:
     def work(ranks: Ranks) -> None:
         def find() -> None:
             raise InputError("the model is damaged")
@@ -76,7 +76,7 @@ def test_an_error_of_the_first_is_one_of_all() -> None:
     in_lockstep(2, work)
 
 
-def test_what_is_different_is_named() -> None:
+def test_compare_names_the_differences() -> None:
     def work(ranks: Ranks) -> None:
         ranks.compare({"recipe": {"bits": 3}, "versions": 1})
         given = {"recipe": {"bits": 3 + (ranks.rank == 1)}, "versions": ranks.rank, "device": "cpu"}
@@ -86,7 +86,7 @@ def test_what_is_different_is_named() -> None:
     in_lockstep(3, work)
 
 
-def test_a_process_alone_hands_everything_on_and_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("init_process_group", "rendezvous", "all_gather_object", "all_reduce", "broadcast_object_list"):
         monkeypatch.setattr(torch.distributed, name, lambda *given, **named: pytest.fail("a group was asked for"))
     value = torch.ones(2)
@@ -100,7 +100,7 @@ def test_a_process_alone_hands_everything_on_and_needs_no_group(monkeypatch: pyt
     assert torch.equal(value, torch.ones(2)) and ranks.requested_device == "cpu"
 
 
-def test_processes_that_no_launcher_started_are_told_how(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_launcher_variables_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ranks.NEEDED:
         monkeypatch.delenv(name, raising=False)
@@ -109,7 +109,7 @@ def test_processes_that_no_launcher_started_are_told_how(monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-def test_a_process_that_waits_in_vain_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_join_ranks_refuses_missing_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "GATHERING", timedelta(seconds=1))
     own = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for name, value in own.items():
@@ -130,7 +130,7 @@ def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -
         _own_device("cuda", 3)
 
 
-def test_an_error_that_another_process_tells_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_reported_elsewhere_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
     for told, said in ((False, "[5] the model is damaged\n"), (True, "")):
         error = InputError("the model is damaged")
         error.reported_elsewhere = told

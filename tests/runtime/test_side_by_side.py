@@ -34,7 +34,7 @@ def test_results_come_in_order_and_all_threads_meet() -> None:
     assert alone()
 
 
-def test_of_one_worker_each_starts_when_it_is_asked_for() -> None:
+def test_one_worker_starts_a_task_when_its_result_is_wanted() -> None:
     done: list[int] = []
     found = side_by_side([partial(done.append, n) for n in range(3)], 1, CPU)
     next(found)
@@ -53,7 +53,7 @@ def test_the_first_error_in_order_is_raised(workers: int) -> None:
         list(found)
 
 
-def test_nothing_of_the_process_changes_meanwhile() -> None:
+def test_process_settings_stay_while_threads_work() -> None:
     """Neither torch's number of threads nor its switch for products, where both would without others beside."""
     before = torch.get_num_threads(), ONEDNN.matmul.fp32_precision
     meeting = threading.Barrier(2)
@@ -80,7 +80,7 @@ def test_gradients_are_as_in_the_thread_that_asks() -> None:
     assert list(side_by_side([torch.is_grad_enabled] * 2, 2, CPU)) == [True, True]
 
 
-def test_what_layers_share_is_derived_once() -> None:
+def test_shared_values_are_derived_once() -> None:
     moments, derived = Moments(1.0), []
 
     def task() -> int:

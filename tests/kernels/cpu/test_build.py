@@ -107,7 +107,7 @@ def test_the_file_of_another_kernel_is_not_run(compilations: list[build.Kernel])
     assert result(Writes(7)) == 7 and len(compilations) == 3
 
 
-def test_a_file_of_something_else_is_not_run(compilations: list[build.Kernel]) -> None:
+def test_a_foreign_file_in_the_cache_is_not_run(compilations: list[build.Kernel]) -> None:
     place(Writes(7)).parent.mkdir()
     place(Writes(7)).write_bytes(Path(sys.executable).read_bytes()[:10_000])
     assert result(Writes(7)) == 7 and result(Writes(7)) == 7 and len(compilations) == 1
@@ -122,20 +122,20 @@ def test_the_file_of_another_user_is_not_run(monkeypatch: pytest.MonkeyPatch, co
     assert result(Writes(7)) == 7 and len(compilations) == 2
 
 
-def test_where_files_have_no_owners_all_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_files_without_owners_are_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     result(Writes(7))
     monkeypatch.delattr(os, "getuid", raising=False)
     assert build.read_cached(place(Writes(7))) is not None
 
 
-def test_a_folder_in_its_place_is_said(folder: Path) -> None:
+def test_a_folder_in_place_of_a_cached_file_warns(folder: Path) -> None:
     place(Writes(7)).mkdir(parents=True)
     with pytest.warns(UserWarning, match="compiled kernels cannot be kept there"):
         assert result(Writes(7)) == 7
     assert list(folder.iterdir()) == [place(Writes(7))], "nothing half done is left"
 
 
-def test_a_folder_that_cannot_be_written_is_said_once(
+def test_an_unwritable_cache_folder_warns_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compilations: list[build.Kernel]
 ) -> None:
     (tmp_path / "file").touch()
@@ -148,7 +148,7 @@ def test_a_folder_that_cannot_be_written_is_said_once(
     assert compilations == [Writes(7), Writes(8), Writes(7)]
 
 
-def test_where_kernels_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     assert build.cache_folder() == tmp_path / "kernels", "named by itself"
@@ -163,7 +163,7 @@ def test_where_kernels_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert build.cache_folder() == tmp_path / "home" / ".cache" / "llmcompress" / "kernels"
 
 
-def test_the_name_tells_all_that_decides_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_of_a_kernel_changes_with_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forms = (
         IntegerPlanes(4, 64, False, 7.5),
         IntegerPlanes(4, 64, True, 7.5),
@@ -250,7 +250,7 @@ def test_the_next_process_compiles_nothing(compilations: list[build.Kernel]) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["grid", "trellis"])
-def test_the_kernels_of_a_model(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_kernels_of_a_model_are_cached(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Print how long it takes to compile all kernels of a model of one form, and to load them again."""
     code = linear_code(2, 1, 12)
     numbers = tuple(tuple(part.tolist()) for part in code.numbers)

@@ -27,7 +27,7 @@ KINDS = [*TRELLISES, Trellis(5, 1, 10), Trellis(5, 2, 12), Trellis(4, 1, 8), Tre
 @pytest.mark.parametrize("trellis", tiered(KINDS, lambda trellis: trellis.memory < 9), ids=str)
 @pytest.mark.parametrize("kind", tiered(["any", "large", "worthless", "doubled"], lambda kind: kind == "any"))
 @pytest.mark.parametrize("end", [-1, 9])
-def test_the_way_is_the_cheapest_in_whole_numbers(trellis: Trellis, kind: str, end: int) -> None:
+def test_the_chosen_path_has_the_lowest_whole_cost(trellis: Trellis, kind: str, end: int) -> None:
     steps, start = 100, 5
     wanted = torch.randn(steps, trellis.values, generator=seeded(1))
     importance = torch.rand(steps, trellis.values, generator=seeded(2))
@@ -43,7 +43,7 @@ def test_the_way_is_the_cheapest_in_whole_numbers(trellis: Trellis, kind: str, e
 
 @every_tier
 @pytest.mark.parametrize("trellis", [Trellis(2, 1, 8), Trellis(3, 2, 9), Trellis(4, 1, 8)], ids=str)
-def test_every_tier_finds_the_same_way(trellis: Trellis, tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_tier_chooses_the_same_path(trellis: Trellis, tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = torch.randn(60, trellis.values, generator=seeded(3))
     expected = plainly(trellis, wanted, torch.ones_like(wanted), 0, -1)
     monkeypatch.setattr(column_search, "load_kernel", lambda kernel: build.load_kernel(kernel, tier))
@@ -89,7 +89,7 @@ def test_errors_move_later_columns(trellis: Trellis, again: bool) -> None:
     assert int(block.current[:, 3].count_nonzero()) == 0, "a row of zeros stays one"
 
 
-def test_columns_follow_each_other() -> None:
+def test_a_block_equals_its_columns_one_by_one() -> None:
     """A state shifts a code into the one before it, the last one of the column before included."""
     trellis = TRELLISES[1]
     block = block_of(trellis)
@@ -101,7 +101,7 @@ def test_columns_follow_each_other() -> None:
     assert int(block.ends[2, 2]) & rest == 9
 
 
-def test_room_and_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_streams_and_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streams that do not fit the room together go one after the other."""
     trellis = TRELLISES[1]
     expected = choose_columns(block_of(trellis), numbers_of(trellis))[0]
@@ -111,7 +111,7 @@ def test_room_and_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(stream_search._choose_on_cpu(elsewhere, numbers_of(trellis))[0], expected)
 
 
-def test_weights_are_whole_and_no_row_hides_the_others() -> None:
+def test_whole_weights_are_bounded_by_the_median() -> None:
     weights = torch.tensor([0.0, 1.0, 2.0, 1.0, 1e6])
     found = whole_weights(weights, Trellis(2, 1, 8))
     assert torch.equal(found, torch.tensor([0.0, 512.0, 1024.0, 512.0, 4096.0]))

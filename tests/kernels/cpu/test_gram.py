@@ -19,7 +19,7 @@ LENGTHS = [1, 2, 255, 256, 257, 700]  # one token alone, half a pair, the edges 
 @pytest.mark.parametrize("tokens", LENGTHS)
 @pytest.mark.parametrize("width", [64, 576])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_sums_are_those_of_float64(tokens: int, width: int, threads: int) -> None:
+def test_add_gram_equals_float64(tokens: int, width: int, threads: int) -> None:
     """Added to what is there; below the panels' diagonal nothing changes."""
     x, left = torch.randn(2, tokens, width, generator=seeded(tokens)).bfloat16()
     before = torch.randn(width, width, generator=seeded(1))
@@ -40,7 +40,7 @@ def test_sums_are_those_of_float64(tokens: int, width: int, threads: int) -> Non
 
 
 @needs_pairs
-def test_sums_of_many_tokens_lose_no_more_than_those_of_few() -> None:
+def test_add_gram_of_many_tokens_is_as_precise_as_of_few() -> None:
     """Ones, of which a float32 sum that grows one by one would be exact only up to 2^24, and numbers that round."""
     x = torch.randn(1 << 15, 64, generator=seeded(0)).bfloat16()
     found = torch.zeros(64, 64)
@@ -72,7 +72,7 @@ def test_moments_are_as_good_as_without_the_kernel(weighted: bool, monkeypatch: 
     assert float(torch.linalg.eigvalsh(fast.outer.double()).min()) > 0.01 * scale
 
 
-def test_other_processors_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_supports_width_is_false_on_other_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does a width of other than whole panels have the kernel."""
     assert not gram.supports_width(gram.PANEL + 1)
     monkeypatch.setattr(gram, "pairs_are_fast", lambda: False)

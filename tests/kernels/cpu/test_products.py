@@ -215,7 +215,7 @@ def test_every_tier_rounds_and_adds_the_same_integers(on_tier: Tier) -> None:
 
 
 @pytest.mark.parametrize("w", list(every_node() + random_nestings(5, 30)), ids=lambda w: type(w).__name__)
-def test_what_has_no_kernel_is_known(w: Weight) -> None:
+def test_is_supported_agrees_with_prepare(w: Weight) -> None:
     prepared = prepare(w)
     assert (prepared is not None) == is_supported(w)
     if prepared is not None:
@@ -246,7 +246,7 @@ def test_inputs_are_prepared_once_for_the_layers_that_share_them(monkeypatch: py
         torch.testing.assert_close(matmul.multiply(one, x, "exact"), 4 * first)
 
 
-def test_factors_as_wide_as_the_matrix_leave_its_inputs_alone() -> None:
+def test_low_rank_factors_do_not_reuse_inputs_of_the_matrix() -> None:
     """Give each factor its own inputs: what lies between two factors has the width of the inputs here."""
     left, right, beside = (grid((64, 64), 16, 64, seed, symmetric=True) for seed in (1, 2, 3))
     check(Sum((LowRank(left, right), beside)))
@@ -255,7 +255,7 @@ def test_factors_as_wide_as_the_matrix_leave_its_inputs_alone() -> None:
     torch.testing.assert_close(matmul.multiply(prepare(beside), x, "exact"), x @ dense(beside).T, rtol=1e-5, atol=3e-5)
 
 
-def test_layers_with_room_of_their_own_prepare_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_with_other_buffers_prepare_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread may have the number of one that ended, whose layers have their room from then."""
     w = grid((64, 64), 16, 64, 1, symmetric=True)
     one, other = prepare(w), prepare(w)
@@ -270,7 +270,7 @@ def test_layers_with_room_of_their_own_prepare_their_inputs(monkeypatch: pytest.
     [grid((1, 1), 16, 64, 3, symmetric=True), codebook((1, 1), 200, 4, 3), minifloat((1, 1), "e2m3", "e8m0", 32, 3)],
     ids=lambda w: type(w).__name__,
 )
-def test_nothing_but_scales_differs_by_rows_that_pad(w: Weight) -> None:
+def test_padding_rows_change_nothing(w: Weight) -> None:
     """A matrix of one row and one column multiplies like any other, and no tokens at all give no rows."""
     x = torch.tensor([[2.0]])
     torch.testing.assert_close(matmul.multiply(prepare(w), x, "exact"), 2 * dense(w))
@@ -302,7 +302,7 @@ def test_threads_share_the_rows(threads: int, monkeypatch: pytest.MonkeyPatch) -
         torch.set_num_threads(before)
 
 
-def test_small_scales_lose_nothing_where_levels_are_doubled() -> None:
+def test_doubled_levels_keep_small_scales() -> None:
     """The least positive float16 has no half."""
     signs_alone = grid(SIZE, 2, 1000, 1, symmetric=True)
     least = replace(signs_alone, scale=torch.full_like(signs_alone.scale, 2.0**-24))
@@ -311,13 +311,13 @@ def test_small_scales_lose_nothing_where_levels_are_doubled() -> None:
     assert torch.equal(matmul.multiply(prepare(w), x, "exact"), x @ dense(w).T)
 
 
-def test_few_elements_take_little_more_room_than_on_disk() -> None:
+def test_element_lists_take_little_more_memory_than_on_disk() -> None:
     size = (512, 1024)
     w = Where(some(size, 0.1, 1), grid(size, 256, 1024, 1, symmetric=True), Zero(size))
     assert 8 * prepare(w).bytes < 1.25 * (0.1 * 8 + 1) * 512 * 1024
 
 
-def test_what_comes_behind_a_rotation_takes_no_factors() -> None:
+def test_factors_behind_a_rotation_have_no_kernel() -> None:
     inner = ScaledInputs(GRIDS[5], torch.ones(100).half())
     for w in (
         RotatedInputs(Sum((inner, inner)), signs(100), 4),

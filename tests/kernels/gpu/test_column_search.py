@@ -63,17 +63,17 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Answers:
 
 
 @every_case
-def test_interpreted_it_finds_the_same(case: Case, interpreted: Answers) -> None:
+def test_interpreted_search_equals_the_cpu(case: Case, interpreted: Answers) -> None:
     assert_same(interpreted[0][CASES.index(case)], found(case, "cpu", choose_here))
 
 
-def test_interpreted_grids_are_rounded_alike(interpreted: Answers) -> None:
+def test_interpreted_grid_rounding_equals_the_cpu(interpreted: Answers) -> None:
     for one, other in zip(interpreted[1], rounded_on("cpu", round_here), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @on_a_gpu
-def test_on_a_gpu_grids_are_rounded_alike() -> None:
+def test_grid_rounding_on_a_gpu_equals_the_cpu() -> None:
     from llmcompress.kernels.gpu.grid_columns import round_columns
 
     for one, other in zip(rounded_on("cuda", round_columns), rounded_on("cpu", round_here), strict=True):
@@ -86,7 +86,9 @@ def test_on_a_gpu_grids_are_rounded_alike() -> None:
      (Trellis(3, 1, 12), 90), (Trellis(5, 2, 12), 90)],
     ids=str,
 )  # fmt: skip
-def test_it_compiles_for_a_chip(trellis: Trellis, chip: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_column_search_compiles_for_a_chip(
+    trellis: Trellis, chip: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Into registers, without a division that is not exact, and with products fused as they are written."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -125,7 +127,7 @@ def test_a_block_of_columns_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> No
 
 @on_a_gpu
 @every_case
-def test_on_a_gpu_it_finds_the_same(case: Case) -> None:
+def test_search_on_a_gpu_equals_the_cpu(case: Case) -> None:
     from llmcompress.kernels.gpu.column_search import choose
 
     assert_same(found(case, "cuda", choose), found(case, "cpu", choose_here))
@@ -135,7 +137,7 @@ def test_on_a_gpu_it_finds_the_same(case: Case) -> None:
 @pytest.mark.parametrize(
     "trellis", [Trellis(2, 1, 12), Trellis(2, 1, 16), Trellis(1, 1, 16), Trellis(5, 2, 12)], ids=str
 )
-def test_on_a_gpu_it_finds_the_same_in_long_streams(trellis: Trellis) -> None:
+def test_search_of_long_streams_on_a_gpu_equals_the_cpu(trellis: Trellis) -> None:
     """Often enough that threads which did not wait for each other would show."""
     case = Case(trellis, "fed", LONG)
     expected = case.block("cpu")

@@ -80,7 +80,7 @@ def codes_of(rows: GridRows) -> list[list[int]]:
 
 @pytest.mark.parametrize("levels", [2, 3, 4, 8, 16, 32, 64, 128, 256])
 @pytest.mark.parametrize("width, group", [(70, 32), (33, 33), (5, 2), (64, 64)])
-def test_every_code_is_where_the_kernel_looks_for_it(levels: int, width: int, group: int) -> None:
+def test_pack_grid_places_every_code(levels: int, width: int, group: int) -> None:
     given = grid((2, width), levels, group, levels, True)
     assert codes_of(pack_grid(given)) == given.codes.tolist()
 
@@ -99,7 +99,7 @@ def states_of(rows: StreamRows) -> list[list[int]]:
 
 @pytest.mark.parametrize("trellis", [Trellis(1, 1, 8), Trellis(3, 2, 9), Trellis(2, 1, 16), Trellis(7, 2, 14)], ids=str)
 @pytest.mark.parametrize("steps, run", [(70, 40), (1, 1), (5, 2)])
-def test_every_state_is_where_the_kernel_looks_for_it(trellis: Trellis, steps: int, run: int) -> None:
+def test_pack_streams_places_every_state(trellis: Trellis, steps: int, run: int) -> None:
     given = streams(trellis, steps, 6, run * trellis.values)
     rows = pack_streams(given)
     numbers = rows.numbers.float()[torch.tensor(states_of(rows))]  # [steps, columns, values]
@@ -132,18 +132,18 @@ def test_a_layout_takes_hardly_more_than_the_codes() -> None:
     ],
     ids=lambda w: type(w).__name__,
 )
-def test_a_form_without_a_kernel_is_told(w: Weight) -> None:
+def test_prepare_returns_none_without_a_kernel(w: Weight) -> None:
     assert prepare(w) is None
 
 
-def test_inputs_that_want_a_gradient_are_refused() -> None:
+def test_multiply_refuses_inputs_that_want_a_gradient() -> None:
     weight = prepare(grid((4, 32), 16, 16, 1, True))
     assert weight is not None
     with pytest.raises(InputError, match=r"give no gradients; compute under torch\.no_grad\(\)"):
         multiply(weight, torch.ones(2, 32, requires_grad=True))
 
 
-def test_no_gpu_is_no_place_to_run_on() -> None:
+def test_runs_on_is_false_for_a_cpu() -> None:
     assert not runs_on(torch.device("cpu"))
 
 

@@ -22,7 +22,7 @@ TABLES = [
 
 
 @pytest.mark.parametrize("w", TABLES, ids=describe)
-def test_rows_are_those_of_the_matrix(w: Weight) -> None:
+def test_decode_rows_equals_the_dense_matrix(w: Weight) -> None:
     rows, prepared = dense(w), prepare(w)
     assert prepared is not None and prepared.plain is not None
     last = len(rows) - 1

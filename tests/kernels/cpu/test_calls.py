@@ -70,7 +70,7 @@ def shares(blocks: int, weights: int) -> list[int]:
 
 @needs_team
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_torch_says_how_many_threads(count: int) -> None:
+def test_launch_uses_the_threads_of_torch(count: int) -> None:
     torch.set_num_threads(count)
     found = shares(30, calls.WORTH_THREADS)
     assert found == [30 // count] * count
@@ -82,7 +82,7 @@ def test_torch_says_how_many_threads(count: int) -> None:
 
 @needs_team
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_team_is_of_different_threads(count: int) -> None:
+def test_a_team_has_distinct_threads(count: int) -> None:
     found = calls.find_team()
     ids, lock = [], threading.Lock()
 
@@ -124,7 +124,7 @@ def test_a_fresh_process_has_a_team() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_several_callers_do_not_disturb_each_other(count: int) -> None:
+def test_threads_that_multiply_at_once_do_not_share_buffers(count: int) -> None:
     """Each has its own prepared inputs, and its own team."""
     torch.set_num_threads(count)
     weights = prepared()

@@ -26,14 +26,14 @@ DECODED += [minifloat((33, 100), "e2m1", "e8m0", 32, 1), minifloat((33, 100), "e
 @pytest.mark.usefixtures("on_tier")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("w", DECODED, ids=lambda w: type(w).__name__)
-def test_what_is_decoded_are_the_bits_of_the_dense_matrix(w: Codebook | Minifloat, dtype: torch.dtype) -> None:
+def test_decoded_columns_equal_the_dense_matrix(w: Codebook | Minifloat, dtype: torch.dtype) -> None:
     held = pack_matrix(w)
     found = prefill.decode_columns(held, 0, held.rows, dtype)[: held.size[1], : held.size[0]]
     assert torch.equal(found.T, dense(w).to(dtype))
 
 
 @pytest.mark.parametrize("entries", [16, 256])
-def test_more_rows_than_sums_wait_for(entries: int) -> None:
+def test_products_of_more_rows_than_a_tile(entries: int) -> None:
     w = codebook((LANES * TILES + 40, 136), entries, 4, 1)
     for tokens, dtype, tolerance in ((1, torch.bfloat16, 4e-3), (2, torch.float32, 1e-5)):
         x = torch.randn(tokens, 136, generator=seeded(tokens)).to(dtype)
@@ -51,12 +51,12 @@ def test_more_rows_than_sums_wait_for(entries: int) -> None:
     ],
     ids=lambda w: type(w).__name__,
 )
-def test_they_take_little_more_room_than_on_disk(w: Weight) -> None:
+def test_packed_codes_take_little_more_memory_than_on_disk(w: Weight) -> None:
     assert 8 * prepare(w).bytes < 1.25 * payload_bits(encode(w)[1]) + 8 * 8192
 
 
 @pytest.mark.parametrize("code", [0, 1, 126, 250])
-def test_scales_of_floats_reach_as_far_as_float32(code: int) -> None:
+def test_bfloat16_scales_reach_as_far_as_float32(code: int) -> None:
     w = minifloat((20, 64), "e2m1", "e8m0", 32, 1)
     w = replace(w, scale=torch.full_like(w.scale, code))
     x = torch.full((1, 64), 0.125 if code > 127 else 64.0)
