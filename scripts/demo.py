@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 import llmcompress as lc
-from llmcompress.cli.stages import Stages
+from llmcompress.cli.stages import Stage
 from llmcompress.distillation.run import distill
 from llmcompress.errors import LLMCompressError, Termination
 from llmcompress.evaluation.lm_eval import PAIRS
@@ -66,6 +67,18 @@ QUICK = Job("quick", "quick-lesson", (), 4)
 FULL = Job("default", "scales-norms", ("steps=24",), 16)
 
 
+@contextmanager
+def show_stage(name: str) -> Iterator[Stage]:
+    """Show a stage while the context lasts; a failed one says so."""
+    stage = Stage(name, sys.stdout)
+    verb = "failed after "
+    try:
+        yield stage
+        verb = ""
+    finally:
+        stage.end(verb)
+
+
 def main() -> None:
     """Run the demo and write its numbers and its page beside the checkpoints."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -76,26 +89,26 @@ def main() -> None:
     parser.add_argument("--windows", type=int, help="windows of 1024 tokens that perplexity is measured on")
     parser.add_argument("--output", type=Path, default=ROOT / "out" / "demo", help="replaced if it is there")
     options = parser.parse_args()
-    job, output, stages, started = FULL if options.full else QUICK, options.output, Stages(), time.monotonic()
+    job, output, started = FULL if options.full else QUICK, options.output, time.monotonic()
     recovered, page = output.with_name(f"{output.name}-distilled"), output.with_suffix(".html")
     unfinished = begin(output, recovered, {"version": lc.__version__} | vars(options))
-    with stages("unpack the model"):  # once; in a process of its own, as it takes more memory than compressing
+    with show_stage("unpack the model"):  # once; in a process of its own, as it takes more memory than compressing
         subprocess.run([sys.executable, "-c", LOCATE, options.model], check=True)
     if not (output / REPORT).is_file():
-        with stages("compress, block") as stage:
+        with show_stage("compress, block") as stage:
             lc.compress(options.model, options.recipe or job.recipe, output, progress=stage.progress)
     if not (recovered / DISTILLATION).is_file():
-        with stages("distil, step") as stage:
+        with show_stage("distil, step") as stage:
             steps = job.settings if options.steps is None else (f"steps={options.steps}",)
             distill(output, options.model, read_as(Distillation, job.lesson, steps), recovered, progress=stage.progress)
     models = [load_model(locate(str(place))) for place in (options.model, output, recovered)]
     tokenizer = load_tokenizer(output)
-    with stages("score"):
+    with show_stage("score"):
         protocol = lc.Protocol(windows=options.windows or job.windows, tasks=(PAIRS,))
         scores = evaluate_all(models[0], [lambda: models[1], lambda: models[2]], tokenizer, protocol)
-    with stages("write sentences"):
+    with show_stage("write sentences"):
         sentences = [written(model, tokenizer) for model in models]
-    with stages("load again in a new process"):
+    with show_stage("load again in a new process"):
         again = reloaded(recovered)
     lesson = json.loads((recovered / DISTILLATION).read_text(encoding="utf-8"))
     numbers = gathered(read(output), lesson, scores) | {

@@ -1,11 +1,9 @@
-"""Stages of a job as they pass: a bar with the time left on a terminal, elsewhere one line each with its seconds."""
+"""Stages of a job: a bar with the time left on a terminal, elsewhere one line each with its seconds."""
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
 from llmcompress.reporting.formatting import duration
@@ -13,7 +11,7 @@ from llmcompress.reporting.formatting import duration
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-HEARTBEAT = 300.0  # seconds; a longer stage says that often how far it is, where there is no bar
+HEARTBEAT = 300.0  # seconds between lines of a stage without a bar
 Clock = Callable[[], float]
 
 
@@ -21,24 +19,24 @@ class Stage:
     """One stage, from its construction to `end`.
 
     Args:
-        name: what is counted or done, as in "block" or "load".
-        stream: where it is shown; a bar is drawn if that is a terminal.
-        since: when the stage began on `clock`; now by default.
-        clock: seconds that only grow.
+        name: the thing that is counted or done, such as "block" or "load".
+        stream: where to show the stage; a terminal gets a bar.
+        since: the time of `clock` when the stage began; by default now.
+        clock: returns seconds that only grow.
     """
 
     def __init__(self, name: str, stream: TextIO, *, since: float | None = None, clock: Clock = time.monotonic) -> None:
         self.name, self._stream, self._clock = name, stream, clock
         self.started = clock() if since is None else since
         self._spoke = self.started
-        self._first: tuple[int, float] | None = None  # what was done at the first update, and when that was
+        self._first: tuple[int, float] | None = None  # count and time of the first update
         self._label = name
         self._bar: Progress | None = None
         if stream.isatty():
             self._draw(None, None)
 
     def update(self, done: int, total: int, note: str = "") -> None:
-        """Show that `done` of `total` are through; `note` says more, as in "812 tokens/s"."""
+        """Show that `done` of `total` are done, and a `note` such as "812 tokens/s"."""
         self._label = f"{self.name} {done}/{total}" + f" · {note}" * bool(note)
         now = self._clock()
         if self._stream.isatty():
@@ -50,24 +48,24 @@ class Stage:
             self._first = (done, now)
 
     def progress(self, done: int, total: int, *_: float) -> None:
-        """Do as `update`, without a note: fits wherever `compress` or `distill` report to."""
+        """Update without a note; a callback for `compress` and `distill`."""
         self.update(done, total)
 
     def end(self, verb: str = "") -> float:
-        """Take the bar away and print the stage's line with its seconds; `verb` says how it ended. Returns the time."""
+        """Remove the bar and print the stage's line with its seconds. `verb` says how it ended. Returns the time."""
         self.close()
         now = self._clock()
         self._print(f"{self._label} ... {verb}{duration(now - self.started)}")
         return now
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
     def _remaining(self, done: int, total: int, now: float) -> str:
-        """The time left at the pace since the first update."""
+        """Return the time left at the pace since the first update."""
         before, then = self._first or (done, now)
         if done in (before, total):
             return ""
@@ -88,21 +86,3 @@ class Stage:
     def _print(self, line: str) -> None:
         self._stream.write(line + "\n")
         self._stream.flush()
-
-
-class Stages:
-    """The stages of a program: `with stages("compress") as stage: compress(..., progress=stage.progress)`."""
-
-    def __init__(self, stream: TextIO | None = None, clock: Clock = time.monotonic) -> None:
-        self._stream, self._clock = stream or sys.stdout, clock
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[Stage]:
-        """Show the stage `name` while the context lasts; a failed one says so."""
-        stage = Stage(name, self._stream, clock=self._clock)
-        verb = "failed after "
-        try:
-            yield stage
-            verb = ""
-        finally:
-            stage.end(verb)

@@ -57,11 +57,11 @@ class Calibration(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     streaming: bool = True
     """Fetch only the rows that are needed. False: download the data set first, and use its cache when offline."""
     samples: int = Field(default=128, ge=1, le=1_000_000)
-    """Number of sequences, with those held out."""
+    """Number of sequences, including those held out."""
     length: int = Field(default=1024, ge=2, le=1_048_576)
     """Tokens in a sequence."""
     packing: bool = True
-    """True: join documents and cut them into sequences. False: one document per sequence, without short ones."""
+    """True: join documents and cut them into sequences. False: one document per sequence; short ones are dropped."""
     bos: Switch = "auto"
     """Start every sequence with the BOS token; auto: if the tokenizer does."""
     eos: Switch = "auto"
@@ -71,7 +71,7 @@ class Calibration(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     """Render messages with the tokenizer's chat template; auto: if it has one. For dataset self: the model answers
     prompts; auto: in every other sequence if it has a template, and the rest is free text."""
     held_out: float = Field(default=0.125, ge=0, allow_inf_nan=False)
-    """Sequences to hold out: a share below 1 (at least one sequence of two), or a number."""
+    """Sequences to hold out: a number, or a share below 1 (at least one if there are two)."""
     shuffle: bool = True
     """Read documents in random order."""
     seed: int = Field(default=0, ge=0, lt=2**63)

@@ -91,7 +91,7 @@ class Matching(BaseModel):
 class Rule(Matching):
     """The steps for the layers that match one of the patterns or have one of the roles. Without steps, they stay dense.
 
-    A fused layer has several roles; see `matching.assign`.
+    A fused layer, such as query, key and value in one, gets the steps of the part for which they store most bits.
     """
 
     match: tuple[str, ...] = Field(

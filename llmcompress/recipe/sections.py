@@ -1,4 +1,8 @@
-"""The smaller sections of recipes; the larger ones have files of their own."""
+"""The smaller sections of recipes; the larger ones have files of their own.
+
+fuse: {rotation: true, untie: true, awq: true}
+tie: {blocks: 15, start: average, term: {method: eora, rank: 64, factor_bits: 4}}
+"""
 
 from __future__ import annotations
 
@@ -38,10 +42,7 @@ class Fuse(BaseModel):
 class Tie(BaseModel):
     """The section `tie:`: blocks that share their matrices, and the low-rank term that each adds to them.
 
-        tie: {blocks: 15, start: average, term: {method: eora, rank: 64, factor_bits: 4}}
-
-    Relaxed Recursive Transformers (arXiv 2410.20672). The recipe's rules compress the shared matrices, like any other
-    matrix.
+    Relaxed Recursive Transformers (arXiv 2410.20672). The rules compress the shared matrices like any others.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

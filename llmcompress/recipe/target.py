@@ -46,7 +46,7 @@ def _check_engine(name: Any) -> Any:
 
 
 class Target(BaseModel):
-    """The aim of an allocation, exactly one of four, and the engine that the model is for."""
+    """The aim, exactly one of bpw, bytes, kl and sparsity, and the engine that the model is for."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     bpw: float | None = Field(None, gt=0, le=16, description="bits per weight of the decoder's linear layers")
