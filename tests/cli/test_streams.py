@@ -80,6 +80,16 @@ def test_a_removed_folder_is_named(tmp_path: Path) -> None:
     assert done.stderr == "[4] the working folder was removed; change into one that exists\n"
 
 
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model, a link to it of a name that is not UTF-8, and a recipe."""
+    folder = tmp_path_factory.mktemp("names")
+    save_tiny("llama", folder / "dense")
+    (folder / "latin-\udce9").symlink_to("dense")
+    (folder / "RECIPE").write_text(RECIPE)
+    return folder
+
+
 def test_the_version_is_printed() -> None:
     done = CliRunner().invoke(app, ["--version"])
     assert (done.exit_code, done.output) == (0, f"llmcompress {__version__}\n")
@@ -118,24 +128,19 @@ def test_the_version_is_printed() -> None:
         (["export", LONG, "--to", "dense", "-o", "out"], 5),
     ],
 )
-def test_names_that_no_file_can_have(
-    words: list[str], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_name_that_no_file_can_have_is_a_sentence(
+    words: list[str], code: int, dense: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    save_tiny("llama", tmp_path / "dense")
-    (tmp_path / "latin-\udce9").symlink_to("dense")
-    (tmp_path / "RECIPE").write_text(RECIPE)
+    monkeypatch.chdir(dense)
     done = CliRunner().invoke(app, words)
     lines = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
     assert done.exit_code == code, done.stderr
     assert isinstance(done.exception, SystemExit) and lines[-1].startswith(f"[{code}] ")
-    assert not [path.name for path in tmp_path.iterdir() if path.name not in ("dense", "latin-\udce9", "RECIPE")]
+    assert {path.name for path in dense.iterdir()} == {"dense", "latin-\udce9", "RECIPE"}
 
 
-def test_groups_that_do_not_divide_a_width_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    save_tiny("llama", tmp_path / "dense")  # of widths 32 and 48
-    (tmp_path / "RECIPE").write_text(RECIPE)
+def test_plan_warns_of_groups_that_do_not_divide_a_width(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(dense)  # a model of widths 32 and 48
     said = CliRunner().invoke(app, ["plan", "dense", "RECIPE"]).stderr
     assert "group_size 24 does not divide its width 32, so the last of its groups has 8" in said
     assert "16 divides it" in said and "down_proj" not in said
