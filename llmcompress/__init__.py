@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # for type checkers; tests/rules/test_import.py holds it agai
     from llmcompress.evaluation.protocol import Protocol as Protocol
     from llmcompress.evaluation.score import score as score
     from llmcompress.evaluation.verify import verify as verify
-    from llmcompress.formats.formats import export as export
+    from llmcompress.formats.export import export as export
     from llmcompress.formats.hub import push as push
     from llmcompress.kernels.accelerate import accelerate as accelerate
     from llmcompress.models.transformers.kv_cache import cache as cache
@@ -78,7 +78,7 @@ _HOMES = {
     "distill": "distillation.run",
     "drift": "evaluation.drift",
     "drop_blocks": "surgery.drop",
-    "export": "formats.formats",
+    "export": "formats.export",
     "fold": "models.transformers.lora",
     "least_damage": "surgery.block_choice",
     "merge_experts": "surgery.experts.merge",

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import llmcompress as lc
 from llmcompress.errors import InputError
 from llmcompress.evaluation.perplexity import evaluation_windows
-from llmcompress.formats.formats import DOORS, export
+from llmcompress.formats.export import FORMATS, export
 from llmcompress.models.dense.tokenizer import load_tokenizer
 
 
@@ -37,7 +37,7 @@ def main() -> None:
         "| format | engine | largest difference | mean difference | MB before | MB after |\n|---|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as place:
-        for name in DOORS:
+        for name in FORMATS:
             output = Path(place) / name
             try:
                 done = export(options.checkpoint, output, name, allow_dense=True)

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import llmcompress as lc
 from llmcompress.evaluation.distance import distance
 from llmcompress.evaluation.perplexity import evaluation_windows
-from llmcompress.formats.compressed_tensors import converted
+from llmcompress.formats.compressed_tensors import pack_matrix
 from llmcompress.methods.layer import Layer, apply, relative_error, step
 from llmcompress.methods.moments import Moments
 from llmcompress.models.dense.locate import locate
@@ -111,7 +111,7 @@ class Bench:
     def ours(self, name: str, linear: str, weight: Tensor, arguments: dict[str, Any]) -> Filled:
         """A matrix after one step, as the library reads what is exported of it."""
         layer = Layer(linear, weight, Dense(weight.bfloat16()), self.calibration[linear])
-        scheme, tensors = converted(apply(layer, [step(arguments)]).approx)
+        scheme, tensors = pack_matrix(apply(layer, [step(arguments)]).approx)
         return decompressed(tensors, scheme.format, QuantizationScheme(targets=["Linear"], weights=scheme.to_json()))
 
 

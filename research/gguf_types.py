@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import llmcompress as lc
 from llmcompress.evaluation.distance import Distance, distance
 from llmcompress.evaluation.perplexity import evaluation_windows
-from llmcompress.formats.formats import export
+from llmcompress.formats.export import export
 from llmcompress.formats.gguf.model import gguf_model
 from llmcompress.methods.grids.gguf import FORMS, fitting
 from llmcompress.models.dense.locate import locate

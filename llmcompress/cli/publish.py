@@ -67,7 +67,7 @@ def export(
 
     Example: llmcompress export small --to dense -o small-dense
     """
-    from llmcompress.formats.formats import export as run
+    from llmcompress.formats.export import export as run
 
     terminal.scoring(f"export to {to}", 0, 0)
     terminal.show(run(folder, output, to, allow_dense, round_to, **access).to_json(), exported_view)

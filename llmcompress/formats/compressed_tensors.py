@@ -14,20 +14,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmcompress.errors import InputError, RecipeError
-from llmcompress.formats.exported import ALLOW_DENSE, Exported
-from llmcompress.models.dense.companions import copy_companions
-from llmcompress.models.dense.skeleton import transposed_linears
+from llmcompress.errors import RecipeError
+from llmcompress.formats.engine_files import ExportReport, UnfitError, write_layers
 from llmcompress.models.files.checkpoint import write_checkpoint
 from llmcompress.models.files.compressed import CompressedCheckpoint
-from llmcompress.weight.expression import dense, float_steps
+from llmcompress.weight.expression import float_steps
 from llmcompress.weight.modules import LIKE
 from llmcompress.weight.nodes import Grid, Minifloat, Weight
 from llmcompress.weight.runtime_formats import compressed_tensors_obstacle, float_format, integer_bits
@@ -50,87 +50,70 @@ class Scheme:
     scale_dtype: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The `weights` entry of a config group."""
+        """Return the `weights` entry of a config group."""
         kind = "int" if self.format == "pack-quantized" else "float"
         own = {"group_size": self.group_size, "scale_dtype": self.scale_dtype}
         entries = {"num_bits": self.num_bits, "type": kind, "symmetric": True, "dynamic": False}
         return entries | {"strategy": self.strategy} | {key: value for key, value in own.items() if value is not None}
 
 
-def to_compressed_tensors(opened: CompressedCheckpoint, output: Path, allow_dense: bool = False) -> Exported:
+def to_compressed_tensors(opened: CompressedCheckpoint, output: Path, allow_dense: bool = False) -> ExportReport:
     """Write grids and floats as they are; other expressions raise InputError, or become bfloat16 with `allow_dense`."""
-    turned = transposed_linears(opened.folder, opened.trust_remote_code)
-    linears, factors = _linears(opened), shared_factors(opened)
-    schemes: dict[str, Scheme] = {}
-    plain: list[str] = []
+    pack = partial(_pack_layer, _linear_names(opened), shared_factors(opened))
     with write_checkpoint(output, opened.dense_bytes) as writer:
-        copy_companions(opened.folder, writer.folder, opened.trust_remote_code)
-        for layers, others in opened.parts():
-            tensors = opened.read_plain(others)
-            for layer in layers:
-                weight = opened.expression(layer)
-                why = obstacle(weight, factors.get(layer))
-                why = why if layer in linears and layer not in turned else "it is no plain linear layer"
-                if why is None:
-                    schemes[layer], stored = converted(weight, factors.get(layer))
-                    tensors |= {f"{layer}.{key}": value for key, value in stored.items()}
-                    continue
-                if not allow_dense:
-                    raise InputError(f"{layer} does not fit compressed-tensors ({why}); {ALLOW_DENSE}")
-                plain.append(layer)
-                value = dense(weight).to(torch.bfloat16)
-                tensors[f"{layer}.weight"] = value.T.contiguous() if layer in turned else value
-            writer.add(tensors)
+        files = write_layers(opened, writer, "compressed-tensors", pack, torch.bfloat16, allow_dense)
         size = writer.close()
-        entry = {"quantization_config": _config(schemes, plain)}
+        entry = {"quantization_config": _quantization_config(files.packed, files.plain)}
         writer.write("config.json", json.dumps(opened.config | entry, indent=1))
-    kinds = Counter("grids" if one.format == "pack-quantized" else "matrices of floats" for one in schemes.values())
-    return Exported(
+    schemes = files.packed.values()
+    kinds = Counter("grids" if scheme.format == "pack-quantized" else "matrices of floats" for scheme in schemes)
+    return ExportReport(
         to="compressed-tensors",
         output=str(output),
         bytes_before=opened.bytes,
         bytes_after=size,
         kept=tuple(f"{count} {kind}, value for value" for kind, count in (kinds or Counter(grids=0)).items()),
-        changed=(f"{len(plain)} matrices became bfloat16, {plain[0]} first",) if plain else (),
+        changed=files.changes(),
     )
 
 
+def _linear_names(opened: CompressedCheckpoint) -> set[str]:
+    """Return the names under which the format knows compressed modules: linears, not token tables or the head."""
+    tables = {name.removesuffix(f".{LIKE}") for name in opened.files if name.endswith(f".{LIKE}")}
+    return set(opened.layouts) - tables - {HEAD}
+
+
 def shared_factors(opened: CompressedCheckpoint) -> dict[str, Tensor]:
-    """Return the factor, float32 `[1]`, of each layer that has one: the largest of those beside it that are as wide."""
+    """Return the factor, float32 `[1]`, of each layer that has one: the largest in its module and of its width."""
     beside: dict[tuple[str, int], dict[str, Tensor]] = {}
     for layer, layout in opened.layouts.items():
         if layout.header.get(TENSOR_SCALE):
             factor = layout.views(opened.read(f"{layer}.weight"))[TENSOR_SCALE]
             beside.setdefault((layer.rpartition(".")[0], layout.size[1]), {})[layer] = factor
-    return {layer: max(found.values(), key=float) for found in beside.values() for layer in found}
+    return {layer: max(factors.values(), key=float) for factors in beside.values() for layer in factors}
 
 
-def obstacle(w: Weight, factor: Tensor | None = None) -> str | None:
-    """Return the reason why the format cannot hold `w` exactly, floats with this factor; None if it can."""
-    why = compressed_tensors_obstacle(w)
-    if why is None and isinstance(w, Minifloat) and factor is not None and scales_under(w, factor) is None:
-        return "its scales are not exact under the factor of the matrices beside it; compress it again"
-    return why
+def _pack_layer(
+    linears: set[str], factors: Mapping[str, Tensor], layer: str, w: Weight
+) -> tuple[Scheme, dict[str, Tensor]]:
+    if layer not in linears:
+        raise UnfitError("it is no plain linear layer")
+    return pack_matrix(w, factors.get(layer))
 
 
-def scales_under(w: Minifloat, factor: Tensor) -> Tensor | None:
-    """Return the scales of NVFP4, e4m3 `[out, groups]`, that are right under another factor; None if they are rounded.
+def pack_matrix(w: Weight, factor: Tensor | None = None) -> tuple[Scheme, dict[str, Tensor]]:
+    """Return the scheme and the tensors of a grid, or of floats with this factor.
 
-    So they are where the factors are no powers of two, as of earlier versions.
+    Raises UnfitError where the format cannot hold it exactly.
     """
-    wanted = float_steps(w) / factor
-    stored = wanted.to(torch.float8_e4m3fn)
-    exact = float(torch.frexp(factor).mantissa) == 0.5 and torch.equal(stored.float(), wanted)
-    return stored if exact else None
-
-
-def converted(w: Weight, factor: Tensor | None = None) -> tuple[Scheme, dict[str, Tensor]]:
-    """Return the scheme and the tensors of a grid, or of floats with this factor, without an `obstacle`."""
+    why = compressed_tensors_obstacle(w)
+    if why is not None:
+        raise UnfitError(why)
     match w:
         case Grid():
-            return _integers(w)
+            return _pack_integers(w)
         case Minifloat(codes, scale, tensor_scale):
-            kind, both = float_format(w), codes[:, ::2] | codes[:, 1::2] << 4
+            kind, pairs = float_format(w), codes[:, ::2] | codes[:, 1::2] << 4
             if kind == "fp8":
                 strategy = "channel" if len(scale) == len(codes) else "tensor"
                 scale = scale if strategy == "channel" else scale[0]
@@ -138,15 +121,28 @@ def converted(w: Weight, factor: Tensor | None = None) -> tuple[Scheme, dict[str
                 return Scheme("float-quantized", 8, strategy), tensors
             if kind == "mxfp4":
                 scheme = Scheme("mxfp4-pack-quantized", 4, "group", 32, "torch.uint8")
-                return scheme, {"weight_packed": both, "weight_scale": scale}
+                return scheme, {"weight_packed": pairs, "weight_scale": scale}
             factor = tensor_scale if factor is None else factor
-            if factor is not None and (scales := scales_under(w, factor)) is not None:
-                tensors = {"weight_packed": both, "weight_scale": scales, "weight_global_scale": 1 / factor}
-                return Scheme("nvfp4-pack-quantized", 4, "tensor_group", 16, "torch.float8_e4m3fn"), tensors
+            if factor is not None:
+                tensors = {"weight_packed": pairs, "weight_scale": _scales_under(w, factor)}
+                scheme = Scheme("nvfp4-pack-quantized", 4, "tensor_group", 16, "torch.float8_e4m3fn")
+                return scheme, tensors | {"weight_global_scale": 1 / factor}
     raise TypeError(f"compressed-tensors does not hold this {type(w).__name__}")
 
 
-def _integers(w: Grid) -> tuple[Scheme, dict[str, Tensor]]:
+def _scales_under(w: Minifloat, factor: Tensor) -> Tensor:
+    """Return the scales of NVFP4, e4m3 `[out, groups]`, that are right under another factor.
+
+    Raises UnfitError where they are rounded: factors of earlier versions are no powers of two.
+    """
+    wanted = float_steps(w) / factor
+    stored = wanted.to(torch.float8_e4m3fn)
+    if float(torch.frexp(factor).mantissa) != 0.5 or not torch.equal(stored.float(), wanted):
+        raise UnfitError("its scales are not exact under the factor of the matrices beside it; compress it again")
+    return stored
+
+
+def _pack_integers(w: Grid) -> tuple[Scheme, dict[str, Tensor]]:
     try:
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
     except ImportError as error:
@@ -167,13 +163,7 @@ def _integers(w: Grid) -> tuple[Scheme, dict[str, Tensor]]:
     return Scheme("pack-quantized", integer_bits(w), strategy, group_size), tensors
 
 
-def _linears(opened: CompressedCheckpoint) -> set[str]:
-    """Return the names under which the format knows compressed modules: linears, not token tables or the head."""
-    tables = {name.removesuffix(f".{LIKE}") for name in opened.files if name.endswith(f".{LIKE}")}
-    return set(opened.layouts) - tables - {HEAD}
-
-
-def _config(schemes: dict[str, Scheme], plain: list[str]) -> dict[str, Any]:
+def _quantization_config(schemes: Mapping[str, Scheme], plain: list[str]) -> dict[str, Any]:
     groups: dict[Scheme, list[str]] = {}
     for layer, scheme in schemes.items():
         groups.setdefault(scheme, []).append(layer)

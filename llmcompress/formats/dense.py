@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from llmcompress.formats.exported import Exported
+from llmcompress.formats.engine_files import ExportReport
 from llmcompress.models.dense.companions import copy_companions
 from llmcompress.models.dense.experts import experts_of
 from llmcompress.models.dense.skeleton import folder_skeleton
@@ -19,7 +19,7 @@ from llmcompress.models.files.compressed import CompressedCheckpoint, round_to_b
 from llmcompress.weight.expression import dense
 
 
-def to_dense(opened: CompressedCheckpoint, output: Path) -> Exported:
+def to_dense(opened: CompressedCheckpoint, output: Path) -> ExportReport:
     """Write every compressed matrix decoded and rounded to bfloat16; all else as it is stored.
 
     Blocks that have widths of their own are filled up with zeros to the widest, which changes no prediction.
@@ -39,12 +39,12 @@ def to_dense(opened: CompressedCheckpoint, output: Path) -> Exported:
                 rounding = max(rounding, moved)
                 tensors[f"{layer}.weight"] = stored.T.contiguous() if layer in turned else stored
             narrower = [name for name, value in tensors.items() if shapes.get(name, value.shape) != value.shape]
-            tensors |= {name: _filled(tensors[name], shapes[name]) for name in narrower}
+            tensors |= {name: _pad(tensors[name], shapes[name]) for name in narrower}
             if tensors:
                 writer.add(hub_names(plain, experts, tensors))
         size = writer.close()
         writer.write("config.json", json.dumps(opened.config | {"dtype": "bfloat16"}, indent=1))
-    return Exported(
+    return ExportReport(
         to="dense",
         output=str(output),
         bytes_before=opened.bytes,
@@ -57,7 +57,7 @@ def to_dense(opened: CompressedCheckpoint, output: Path) -> Exported:
     )
 
 
-def _filled(value: Tensor, shape: torch.Size) -> Tensor:
-    """Return a tensor with zeros behind its entries, so many that it has the shape."""
-    missing = [wanted - there for there, wanted in zip(value.shape, shape, strict=True)]
+def _pad(value: Tensor, shape: torch.Size) -> Tensor:
+    """Return a tensor with zeros behind its entries, up to the shape."""
+    missing = [wanted - size for size, wanted in zip(value.shape, shape, strict=True)]
     return torch.nn.functional.pad(value, [part for each in reversed(missing) for part in (0, each)])

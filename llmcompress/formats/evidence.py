@@ -1,8 +1,8 @@
-"""The evidence for a checkpoint's quality: what stands beside its scores, and what nobody measured.
+"""The evidence for a checkpoint's quality: measurements beside its scores, and those that are missing.
 
-A compressed model that was compared with nothing looks fine. So its card, and whoever pushes it, are told what a plan
-of no thought would have done at the same size, whether differences from the dense model are beyond noise, how sure the
-model is of what it gets wrong, where it is worst, and what a distillation would have done without its teacher.
+A compressed model that was compared with nothing looks fine. So its card names baseline plans of the same size, the
+differences from the dense model that are beyond noise, the calibration error, the worst kind of text, and controls of
+its distillation.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from llmcompress.reporting.plots import layers_png
 from llmcompress.runtime.json_values import JsonRecord
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    pass
 
 LOG = logging.getLogger(__name__)
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -32,9 +32,9 @@ LOGIN = "log in with `hf auth login` or set HF_TOKEN to a token that may write"
 
 
 @dataclass(frozen=True)
-class Pushed(JsonRecord):
+class PushReport(JsonRecord):
     """Files that went, or with `dry_run` would go, to the Hub. `commit`: its address, None where nothing was sent;
-    `unmeasured`: what the evidence for its quality lacks, see `evidence`."""
+    `unmeasured`: names of missing evidence for the quality."""
 
     repository: str
     files: dict[str, int]  # name -> bytes
@@ -51,14 +51,14 @@ def push(
     dry_run: bool = False,
     announce: Callable[[Mapping[str, int]], None] | None = None,
     trust_remote_code: bool = False,
-) -> Pushed:
+) -> PushReport:
     """Upload a compressed checkpoint that passes `verify` to the Hub, with a model card.
 
-    Everything goes in one commit, so that readers see the old state or the new one; what was uploaded before a failure
-    is not uploaded again.
+    Everything goes in one commit, so that readers see the old state or the new one. A second attempt does not upload
+    finished files again.
 
     Args:
-        folder: what compress wrote.
+        folder: a compressed checkpoint.
         repository: `owner/name`; made if need be.
         private: True to make it private, if it is made.
         revision: the branch to commit to, made if need be; None for the main one.
@@ -73,7 +73,7 @@ def push(
         RecipeError: for an impossible name.
         InputError: for a damaged checkpoint.
         GateError: for a checkpoint outside of its recipe's gates, or whose run ended before they were measured.
-        HubError: for whatever the Hub refuses.
+        HubError: where the Hub refuses or fails.
     """
     folder = Path(folder)
     if not REPOSITORY.fullmatch(repository):
@@ -83,20 +83,20 @@ def push(
     verify(folder, trust_remote_code=trust_remote_code)
     if manifest(folder) is None:
         raise InputError(f"{folder} has no {MANIFEST}, report and recipe for a card; push a folder that compress wrote")
-    belonging = _belonging(folder, trust_remote_code)
+    belonging = _model_files(folder, trust_remote_code)
     _check_gates(folder)
     proof = _proof(folder)
     made = _card(folder, repository, proof)
-    made |= _manifest_without_strangers(folder, belonging)
+    made |= _shorter_manifest(folder, belonging)
     names = sorted({*belonging, MANIFEST} - CARD - made.keys())
     sizes = {name: len(content) for name, content in made.items()}
     files = sizes | {name: (folder / name).stat().st_size for name in names}
     if dry_run:
-        return Pushed(repository, files, None, proof.missing)
+        return PushReport(repository, files, None, proof.missing)
     if announce is not None:
         announce(files)
     commit = _upload(folder, repository, names, made, private, revision)
-    return Pushed(repository, files, commit, proof.missing)
+    return PushReport(repository, files, commit, proof.missing)
 
 
 def _check_gates(folder: Path) -> None:
@@ -111,52 +111,44 @@ def _check_gates(folder: Path) -> None:
         raise GateError(f"{folder} is not pushed, since {gates.unmeasured}; run the same compress command again")
 
 
-def _saved(folder: Path, name: str) -> dict[str, Any] | None:
-    """The findings that a measurement saved under a file's name; None where nobody asked."""
+def _read_saved(folder: Path, name: str) -> dict[str, Any] | None:
+    """Return the results that a measurement saved under a file's name; None without that file."""
     return read_json(folder / name) if (folder / name).is_file() else None
 
 
 def _proof(folder: Path) -> Evidence:
-    """The evidence for the quality of a checkpoint."""
-    return evidence(
-        _saved(folder, file_names.SCORES), reports.read_allocation(folder), reports.read_distillation(folder)
-    )
+    """Return the evidence for the quality of a checkpoint."""
+    scores = _read_saved(folder, file_names.SCORES)
+    return evidence(scores, reports.read_allocation(folder), reports.read_distillation(folder))
 
 
 def _card(folder: Path, repository: str, proof: Evidence) -> dict[str, bytes]:
-    """The files of the card: its text, and its plot if matplotlib is there; the text says so if not."""
+    """Return the files of the card: its text, and its plot if matplotlib is installed."""
     recipe = (folder / file_names.RECIPE).read_text(encoding="utf-8")
-    report = reports.read(folder)
+    report, distillation = reports.read(folder), reports.read_distillation(folder)
     plots = {PLOT: layers_png(report)} if find_spec("matplotlib") else {}
-    plot, taught = PLOT if plots else None, _taught(folder)
-    scores, passport = (_saved(folder, name) for name in (file_names.SCORES, file_names.PASSPORT))
-    text = card(report, repository, recipe, scores, plot, taught, proof, passport)
+    taught = None
+    if distillation is not None:
+        taught = Taught(distillation, (folder / file_names.DISTILLATION_RECIPE).read_text(encoding="utf-8"))
+    scores, passport = (_read_saved(folder, name) for name in (file_names.SCORES, file_names.PASSPORT))
+    text = card(report, repository, recipe, scores, PLOT if plots else None, taught, proof, passport)
     return {README: text.encode(), **plots}
 
 
-def _belonging(folder: Path, trust_remote_code: bool) -> dict[str, str]:
+def _model_files(folder: Path, trust_remote_code: bool) -> dict[str, str]:
     """Return the part of the manifest that a model consists of; older releases copied other files beside it."""
     known = OURS.union(companions(folder, trust_remote_code).names)
     written = (manifest(folder) or {}).items()
     return {name: value for name, value in written if name in known or name.endswith(".safetensors")}
 
 
-def _manifest_without_strangers(folder: Path, mine: dict[str, str]) -> dict[str, bytes]:
-    """Return a manifest for the Hub, by its name, where the folder's has files that do not go there."""
-    strangers = (manifest(folder) or {}).keys() - mine.keys()
-    if not strangers:
+def _shorter_manifest(folder: Path, files: dict[str, str]) -> dict[str, bytes]:
+    """Return the manifest of `files` by its name, if the folder has others, which are not pushed."""
+    others = (manifest(folder) or {}).keys() - files.keys()
+    if not others:
         return {}
-    LOG.warning("%s is no part of the model and is not pushed", list_names(sorted(strangers), 10))
-    return {MANIFEST: manifest_text(mine).encode()}
-
-
-def _taught(folder: Path) -> Taught | None:
-    """The distillation of a checkpoint; None for one that was only compressed."""
-    found = reports.read_distillation(folder)
-    if found is None:
-        return None
-    recipe = (folder / file_names.DISTILLATION_RECIPE).read_text(encoding="utf-8")
-    return Taught(found, recipe)
+    LOG.warning("%s is no part of the model and is not pushed", list_names(sorted(others), 10))
+    return {MANIFEST: manifest_text(files).encode()}
 
 
 def _check_token() -> None:
@@ -170,19 +162,20 @@ def _check_token() -> None:
 def _upload(
     folder: Path, repository: str, names: list[str], made: dict[str, bytes], private: bool, revision: str | None
 ) -> str:
-    """Commit and return the address of the commit of files `names` of the folder, and of those `made` for it."""
+    """Commit the files `names` of the folder and those `made` for it; return the commit's address."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi()
-    with _in_a_sentence(repository):
+    with _hub_errors(repository):
         api.create_repo(repository, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
-        there = _files_of(api, repository, revision)
-        _check_ours(repository, there)
-        gone = sorted(name for name in there - set(names) if name.endswith((".safetensors", ".index.json")))
-        written = [CommitOperationAdd(name, folder / name) for name in names]
-        added = [*(CommitOperationAdd(name, content) for name, content in made.items()), *written]
+        tree = api.list_repo_tree(repository, revision=revision)
+        before = {entry.path for entry in tree if not hasattr(entry, "tree_id")}
+        _check_ours(repository, before)
+        gone = sorted(name for name in before - set(names) if name.endswith((".safetensors", ".index.json")))
+        added = [CommitOperationAdd(name, content) for name, content in made.items()]
+        added += [CommitOperationAdd(name, folder / name) for name in names]
         commit = api.create_commit(
             repository,
             [*added, *(CommitOperationDelete(name) for name in gone)],
@@ -192,20 +185,16 @@ def _upload(
     return str(commit.commit_url)
 
 
-def _files_of(api: HfApi, repository: str, revision: str | None) -> set[str]:
-    return {entry.path for entry in api.list_repo_tree(repository, revision=revision) if not hasattr(entry, "tree_id")}
-
-
-def _check_ours(repository: str, there: set[str]) -> None:
+def _check_ours(repository: str, files: set[str]) -> None:
     """Raise HubError for a repository that holds another kind of model."""
-    weights = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in there)
-    if weights and not {MANIFEST, file_names.REPORT} <= there:
+    weights = any(name.endswith((".safetensors", ".bin", ".gguf")) for name in files)
+    if weights and not {MANIFEST, file_names.REPORT} <= files:
         raise HubError(f"{repository} holds a model that llmcompress did not write; choose another name")
 
 
 @contextmanager
-def _in_a_sentence(repository: str) -> Iterator[None]:
-    """Turn errors of the Hub or the network into a HubError."""
+def _hub_errors(repository: str) -> Iterator[None]:
+    """Raise HubError for errors of the Hub or the network."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     # of the HTTP library that this release of the client uses

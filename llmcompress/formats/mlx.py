@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,7 @@ from torch import Tensor
 
 from llmcompress.errors import InputError
 from llmcompress.formats.engine_configs import MLX, readable_entries
-from llmcompress.formats.exported import ALLOW_DENSE, Exported
-from llmcompress.formats.half import as_half
-from llmcompress.models.dense.companions import copy_companions
-from llmcompress.models.dense.skeleton import transposed_linears
+from llmcompress.formats.engine_files import ExportReport, UnfitError, write_layers
 from llmcompress.models.files.checkpoint import write_checkpoint
 from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.weight.expression import dense, describe
@@ -36,91 +34,68 @@ MX = {"e2m1": ("mxfp4", 4), "e4m3": ("mxfp8", 8)}  # form of the numbers -> mode
 
 @dataclass(frozen=True)
 class Quantization:
-    """The form in which MLX stores a matrix, as an entry of config.json's `quantization`."""
+    """The form in which MLX stores a matrix, as an entry of config.json's `quantization`. `moved`: the relative change
+    of the matrix."""
 
     group_size: int
     bits: int
     mode: str = "affine"
+    moved: float = field(default=0.0, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """The entry; the mode goes without saying where it is affine."""
+        """Return the entry; an affine mode goes without saying."""
         sizes = {"group_size": self.group_size, "bits": self.bits}
         return sizes if self.mode == "affine" else sizes | {"mode": self.mode}
 
 
-def to_mlx(opened: CompressedCheckpoint, output: Path, allow_dense: bool = False) -> Exported:
-    """Write what MLX can hold packed; other expressions raise InputError, or become float16 with `allow_dense`."""
-    read = readable_entries(opened.folder, opened.config, MLX, "MLX")
-    turned = transposed_linears(opened.folder, opened.trust_remote_code)
-    forms: dict[str, Quantization] = {}
-    plain: list[str] = []
-    moved = 0.0
+def to_mlx(opened: CompressedCheckpoint, output: Path, allow_dense: bool = False) -> ExportReport:
+    """Write packed what MLX can hold so; other expressions raise InputError, or become float16 with `allow_dense`."""
+    read = readable_entries(opened.folder, opened.config, MLX)
     with write_checkpoint(output, opened.dense_bytes) as writer:
-        copy_companions(opened.folder, writer.folder, opened.trust_remote_code)
-        for layers, others in opened.parts():
-            tensors = {name: as_half(value, name) for name, value in opened.read_plain(others).items()}
-            for layer in layers:
-                weight = opened.expression(layer)
-                why = "it is no plain linear layer" if layer in turned else obstacle(weight)
-                if why is None:
-                    forms[layer], stored, error = converted(weight)
-                    tensors |= {f"{layer}.{key}": value for key, value in stored.items()}
-                    moved = max(moved, error)
-                    continue
-                if not allow_dense:
-                    raise InputError(f"{layer} does not fit MLX ({why}); {ALLOW_DENSE}")
-                plain.append(layer)
-                value = as_half(dense(weight), layer)
-                tensors[f"{layer}.weight"] = value.T.contiguous() if layer in turned else value
-            writer.add(tensors)
+        files = write_layers(opened, writer, MLX.name, pack_matrix, torch.float16, allow_dense)
         size = writer.close()
-        entry = {"quantization": _config(forms)} if forms else {}
+        entry = {"quantization": _quantization_entry(files.packed)} if files.packed else {}
         writer.write("config.json", json.dumps(opened.config | read | {"dtype": "float16"} | entry, indent=1))
+    moved = max((form.moved for form in files.packed.values()), default=0.0)
     biases = f"biases of groups were rounded to float16, which moves a matrix by at most {moved:.1e} of its size"
-    return Exported(
+    return ExportReport(
         to="mlx",
         output=str(output),
         bytes_before=opened.bytes,
         bytes_after=size,
-        kept=(f"{len(forms)} matrices, codes and scales as they are",),
+        kept=(f"{len(files.packed)} matrices, codes and scales as they are",),
         changed=(
             *((biases,) if moved else ()),
-            *((f"{len(plain)} matrices became float16, {plain[0]} first",) if plain else ()),
+            *files.changes(),
             "what was not compressed became float16, in which the model computes",
         ),
     )
 
 
-def obstacle(w: Weight) -> str | None:
-    """Return the reason why MLX cannot hold `w`; None if it can."""
+def pack_matrix(layer: str, w: Weight) -> tuple[Quantization, dict[str, Tensor]]:
+    """Return the form of a matrix, and its tensors. Raises UnfitError where MLX cannot hold it, InputError for biases
+    beyond float16."""
     match w:
-        case Grid(codes, levels=levels, group_size=group_size):
-            if _group(codes.shape[1], group_size) is None:
-                return f"MLX has groups of 32, 64 or 128, which {group_size} of {codes.shape[1]} columns do not fill"
-            return None if stream_bits(levels) <= max(BITS) else f"{describe(w)} has more than {max(BITS)} bits"
-        case Minifloat(codes, _, factor, form, scales, group_size):
+        case Grid():
+            return _pack_grid(w)
+        case Minifloat(codes, scale, factor, form, scales, group_size):
             fits = form in MX and scales == "e8m0" and group_size == 32 and factor is None
-            return None if fits and codes.shape[1] % 32 == 0 else f"MLX has no {describe(w)}"
-        case _:
-            return f"{describe(w)} is no single grid"
+            if not fits or codes.shape[1] % 32:
+                raise UnfitError(f"MLX has no {describe(w)}")
+            mode, bits = MX[form]
+            return Quantization(32, bits, mode), {"weight": pack_words(codes, bits), "scales": scale}
+    raise UnfitError(f"{describe(w)} is no single grid")
 
 
-def _group(width: int, group_size: int) -> int | None:
-    """Return the longest group of MLX that lies within the groups of a grid, None if there is none."""
-    whole = group_size >= width
-    return next((size for size in GROUPS if width % size == 0 and (whole or group_size % size == 0)), None)
-
-
-def converted(w: Weight) -> tuple[Quantization, dict[str, Tensor], float]:
-    """Return the form, the tensors, and the relative change of the matrix, of a weight without an `obstacle`."""
-    if isinstance(w, Minifloat):
-        mode, bits = MX[w.form]
-        return Quantization(32, bits, mode), {"weight": packed_words(w.codes, bits), "scales": w.scale}, 0.0
-    if not isinstance(w, Grid):
-        raise TypeError(f"MLX does not hold a {type(w).__name__}")
+def _pack_grid(w: Grid) -> tuple[Quantization, dict[str, Tensor]]:
     rows, width = w.codes.shape
-    group = _group(width, w.group_size) or 0
-    bits = next(size for size in BITS if size >= stream_bits(w.levels))
+    whole = w.group_size >= width
+    group = next((size for size in GROUPS if width % size == 0 and (whole or w.group_size % size == 0)), None)
+    if group is None:
+        raise UnfitError(f"MLX has groups of 32, 64 or 128, which {w.group_size} of {width} columns do not fill")
+    bits = next((size for size in BITS if size >= stream_bits(w.levels)), None)
+    if bits is None:
+        raise UnfitError(f"{describe(w)} has more than {max(BITS)} bits")
     firsts = torch.arange(0, width, group) // w.group_size  # the grid's group of each group of MLX
     scales = w.scale.expand(rows, -1)[:, firsts]
     centres = (w.levels - 1) / 2 if w.zero is None else w.zero.expand(rows, -1)[:, firsts].float()
@@ -128,17 +103,17 @@ def converted(w: Weight) -> tuple[Quantization, dict[str, Tensor], float]:
     biases = exact.to(torch.float16)
     if not biases.isfinite().all():
         raise InputError(f"a bias of a {describe(w)} is beyond float16's range; export to dense instead")
-    change = (biases.float() - exact).norm() * group**0.5 / dense(w).norm().clamp_min(1e-30)
-    tensors = {"weight": packed_words(w.codes, bits), "scales": scales.contiguous(), "biases": biases}
-    return Quantization(group, bits), tensors, float(change)
+    moved = (biases.float() - exact).norm() * group**0.5 / dense(w).norm().clamp_min(1e-30)
+    tensors = {"weight": pack_words(w.codes, bits), "scales": scales.contiguous(), "biases": biases}
+    return Quantization(group, bits, moved=float(moved)), tensors
 
 
-def packed_words(codes: Tensor, bits: int) -> Tensor:
+def pack_words(codes: Tensor, bits: int) -> Tensor:
     """Return codes, uint8 `[out, in]`, as uint32 words `[out, in * bits / 32]`; the width is a multiple of 32."""
     return pack(codes, 1 << bits).view(torch.uint32).reshape(len(codes), -1)
 
 
-def _config(forms: dict[str, Quantization]) -> dict[str, Any]:
+def _quantization_entry(forms: Mapping[str, Quantization]) -> dict[str, Any]:
     """Return config.json's `quantization`: the commonest form for all, then the layers that differ."""
     common = Counter(forms.values()).most_common(1)[0][0]
     return common.to_json() | {name: form.to_json() for name, form in forms.items() if form != common}

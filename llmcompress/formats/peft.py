@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmcompress.errors import InputError
-from llmcompress.formats.exported import Exported
+from llmcompress.formats.engine_files import ExportReport
 from llmcompress.models.dense.companions import copy_companions
 from llmcompress.models.files.checkpoint import Writer, seal, write_checkpoint
 from llmcompress.models.files.compressed import CompressedCheckpoint
@@ -24,7 +24,7 @@ from llmcompress.weight.modules import Layout, pack_weight, payload_texts
 from llmcompress.weight.nodes import LowRank, RotatedInputs, Sum, Weight
 
 
-def to_peft(opened: CompressedCheckpoint, output: Path) -> Exported:
+def to_peft(opened: CompressedCheckpoint, output: Path) -> ExportReport:
     """Write OUT/base without low-rank terms and OUT/adapter with them. Raises InputError where there are none."""
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     layouts: dict[str, Layout] = {}
@@ -35,7 +35,7 @@ def to_peft(opened: CompressedCheckpoint, output: Path) -> Exported:
         for layers, others in opened.parts():
             tensors = {name: opened.read(name) for name in others}
             for layer in layers:
-                base, term = without_term(opened.expression(layer))
+                base, term = split_low_rank(opened.expression(layer))
                 if term is not None:
                     factors[layer] = term
                 layouts[layer], tensors[f"{layer}.weight"] = pack_weight(base)
@@ -50,7 +50,7 @@ def to_peft(opened: CompressedCheckpoint, output: Path) -> Exported:
         writer.write("config.json", json.dumps(opened.config | entry, indent=1))
         seal(writer.folder)
         size += _write_adapter(whole.folder / "adapter", f"{output.name}/base", factors)
-    return Exported(
+    return ExportReport(
         to="peft",
         output=str(output),
         bytes_before=opened.bytes,
@@ -60,16 +60,16 @@ def to_peft(opened: CompressedCheckpoint, output: Path) -> Exported:
     )
 
 
-def without_term(w: Weight) -> tuple[Weight, tuple[Tensor, Tensor] | None]:
-    """The expression without its low-rank terms, and their A `[rank, in]` and B `[out, rank]` unrotated."""
+def split_low_rank(w: Weight) -> tuple[Weight, tuple[Tensor, Tensor] | None]:
+    """Return the expression without its low-rank terms, and their A `[rank, in]` and B `[out, rank]` unrotated."""
     match w:
         case Sum((first, *others)) if any(isinstance(part, LowRank) for part in others):
             factors = [(dense(part.right), dense(part.left)) for part in others if isinstance(part, LowRank)]
-            kept = (first, *(part for part in others if not isinstance(part, LowRank)))
-            base = first if len(kept) == 1 else Sum(kept)
+            rest = (first, *(part for part in others if not isinstance(part, LowRank)))
+            base = first if len(rest) == 1 else Sum(rest)
             return base, (torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], 1))
         case RotatedInputs(inner, signs, block):
-            base, term = without_term(inner)
+            base, term = split_low_rank(inner)
             turned = None if term is None else (unrotate(term[0], signs, block), term[1])
             return RotatedInputs(base, signs, block), turned
         case _:

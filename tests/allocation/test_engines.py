@@ -14,7 +14,7 @@ from llmcompress.allocation.choices import choices
 from llmcompress.allocation.target_formats import default_options, options_for
 from llmcompress.compression.job import prepare
 from llmcompress.errors import RecipeError
-from llmcompress.formats.formats import export
+from llmcompress.formats.export import export
 from llmcompress.methods.layer import sketch, step
 from llmcompress.models.dense.families import Linear
 from llmcompress.models.dense.model import resolve

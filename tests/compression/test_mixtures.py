@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import llmcompress as lc
 from llmcompress.compression.plan import Plan
 from llmcompress.errors import InputError
-from llmcompress.formats.formats import DOORS
+from llmcompress.formats.export import FORMATS
 from llmcompress.models.files.file_names import ALLOCATION
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import compressed_linears, decoded
@@ -188,7 +188,7 @@ def test_dense_export_has_the_names_of_the_original_and_the_decoded_values(
         assert torch.equal(here, there.bfloat16().float()), name
 
 
-@pytest.mark.parametrize("to", [door for door in DOORS if door not in ("dense", "gguf")])
+@pytest.mark.parametrize("to", [door for door in FORMATS if door not in ("dense", "gguf")])
 def test_other_exports_refuse(to: str, make: Callable[[str], Made], tmp_path: Path) -> None:
     made = make("mixtral")
     with pytest.raises(InputError, match=rf"is a mixture of experts \(.*\), which cannot go to {to} yet; ") as caught:

@@ -16,13 +16,15 @@ from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
 from llmcompress.errors import InputError
-from llmcompress.formats.compressed_tensors import converted, obstacle, shared_factors
-from llmcompress.formats.formats import export
+from llmcompress.formats.compressed_tensors import pack_matrix, shared_factors
+from llmcompress.formats.engine_files import UnfitError
+from llmcompress.formats.export import export
 from llmcompress.methods.solvers.floats import LAYOUTS, nearest_floats
 from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.models.files.reading import read_json
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Minifloat
+from llmcompress.weight.runtime_formats import compressed_tensors_obstacle
 from tests.builders import compressed, correlated, gaussian, minifloat
 from tests.tiny import save_tiny
 
@@ -50,7 +52,7 @@ def decompressed(tensors: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
 
 
 def as_group(w: Minifloat) -> Tensor:
-    scheme, tensors = converted(w)
+    scheme, tensors = pack_matrix(w)
     return decompressed(tensors, {"targets": ["x"], "weights": scheme.to_json(), "format": scheme.format})
 
 
@@ -61,7 +63,7 @@ def test_the_library_decompresses_every_value(name: str) -> None:
     drawn = [minifloat((6, 64), layout.form, layout.scales, layout.group(64), seed, layout.of_all) for seed in range(3)]
     drawn = [w if w.tensor_scale is None else replace(w, tensor_scale=torch.tensor([2.0**-9])) for w in drawn]
     for w in (fed, *drawn, nearest_floats(torch.zeros(4, 32), layout)):
-        assert isinstance(w, Minifloat) and obstacle(w) is None
+        assert isinstance(w, Minifloat) and compressed_tensors_obstacle(w) is None
         assert torch.equal(as_group(w), dense(w).bfloat16())
 
 
@@ -71,7 +73,7 @@ def test_packed_as_the_library_itself_packs(name: str) -> None:
     from compressed_tensors.quantization import QuantizationScheme
 
     w = nearest_floats(gaussian(8, 64), LAYOUTS[name])  # type: ignore[index]
-    scheme, ours = converted(w)
+    scheme, ours = pack_matrix(w)
     scales = {key: value.float() for key, value in ours.items() if "scale" in key}
     if name == "mxfp4":
         scales["weight_scale"] = 2.0 ** (scales["weight_scale"] - 127)
@@ -84,11 +86,16 @@ def test_packed_as_the_library_itself_packs(name: str) -> None:
 
 
 def test_what_it_has_no_form_for_is_said() -> None:
-    assert obstacle(minifloat((4, 64), "e2m3", "e8m0", 32, 0)) == "it has no e2m3 floats g32, scales e8m0"
-    assert obstacle(minifloat((4, 40), "e2m1", "e8m0", 32, 0)) == "groups of 32 do not divide the width 40"
-    assert obstacle(minifloat((4, 64), "e4m3", "bfloat16", 32, 0)) == "it has no e4m3 floats g32, scales bfloat16"
+    for w, why in (
+        (minifloat((4, 64), "e2m3", "e8m0", 32, 0), "it has no e2m3 floats g32, scales e8m0"),
+        (minifloat((4, 40), "e2m1", "e8m0", 32, 0), "groups of 32 do not divide the width 40"),
+        (minifloat((4, 64), "e4m3", "bfloat16", 32, 0), "it has no e4m3 floats g32, scales bfloat16"),
+    ):
+        with pytest.raises(UnfitError, match=f"^{why}$"):
+            pack_matrix(w)
     odd = minifloat((4, 64), "e2m1", "e4m3", 16, 0)  # under a factor of 0.3
-    assert "not exact under the factor" in str(obstacle(odd, odd.tensor_scale))
+    with pytest.raises(UnfitError, match="not exact under the factor"):
+        pack_matrix(odd, odd.tensor_scale)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -164,8 +171,9 @@ def projection(folder: Path, part: str) -> Minifloat:
 def test_factors_too_far_apart_are_refused_or_dense(folder: Path) -> None:
     name = "model.layers.0.self_attn.q_proj"
     w, factor = projection(folder, "q"), shared_factors(CompressedCheckpoint(folder))[name]
-    assert obstacle(w, factor) is None
-    assert obstacle(w, factor * 2.0**14) is not None, "scales of e4m3 do not go down that far"
+    pack_matrix(w, factor)
+    with pytest.raises(UnfitError):  # scales of e4m3 do not go down that far
+        pack_matrix(w, factor * 2.0**14)
 
 
 def test_widths_that_no_group_divides_are_refused_or_dense(tmp_path: Path) -> None:

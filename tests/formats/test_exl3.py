@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
 from llmcompress.errors import InputError
-from llmcompress.formats.exl3 import packed_words
-from llmcompress.formats.formats import export
+from llmcompress.formats.exl3 import pack_words
+from llmcompress.formats.export import export
 from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.weight.expression import dense
 from tests.builders import seeded
@@ -44,7 +44,7 @@ def codes_of(words: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_words_hold_codes_from_the_highest_bit_on(bits: int) -> None:
     codes = torch.randint(1 << bits, (2, 3, 256), generator=seeded(bits), dtype=torch.uint8)
-    words = packed_words(codes, bits)
+    words = pack_words(codes, bits)
     assert words.dtype == torch.int16 and words.shape == (2, 3, 16 * bits)
     assert np.array_equal(codes_of(words.numpy()), codes.numpy())
 
@@ -86,5 +86,5 @@ def test_a_file_decodes_to_our_weights_and_logits(tmp_path: Path) -> None:
 def test_a_checkpoint_without_tiles_is_refused(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "dense")
     folder = lc.compress(source, {"version": 1, "rules": [{"match": "*", "steps": [GRID]}]}, tmp_path / "out").folder
-    with pytest.raises(InputError, match="has nothing that the method exl3 made; choose another"):
+    with pytest.raises(InputError, match="has no matrix of the method exl3; choose another"):
         export(folder, tmp_path / "exl3", "exl3", allow_dense=True)

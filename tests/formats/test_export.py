@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmcompress as lc
 from llmcompress.errors import DiskError, InputError, RecipeError
-from llmcompress.formats.formats import export
+from llmcompress.formats.export import export
 from tests.tiny import save_tiny
 
 GRID = {"method": "rtn", "bits": 4, "group_size": 16}

@@ -20,11 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import llmcompress as lc
 from llmcompress.errors import DiskError, InputError, RecipeError
-from llmcompress.formats.formats import export
+from llmcompress.formats.engine_files import UnfitError
+from llmcompress.formats.export import export
 from llmcompress.formats.gguf.model import gguf_model
-from llmcompress.formats.gguf.tensor_types import Inexact, exact_type, packed
+from llmcompress.formats.gguf.tensor_types import exact_type, pack_tensor
 from llmcompress.formats.gguf.vocabulary import BYTES, PRE_TOKENIZERS, SPACE, Steps, read_vocabulary
-from llmcompress.formats.peft import without_term
+from llmcompress.formats.peft import split_low_rank
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.weight.expression import dense
@@ -98,7 +99,7 @@ def test_grids_are_held_value_for_value(
     w.codes[0, :2] = torch.tensor([0, levels - 1])
     found = exact_type(w)
     assert found.name == kind
-    written = packed(w, found)
+    written = pack_tensor(w, found)
     assert written.shape == (7, found.row_bytes(width))
     assert torch.equal(read_back(kind, written), dense(w))
 
@@ -109,16 +110,16 @@ def test_the_ends_of_every_range_fit(low: int, high: int, kind: str) -> None:
     codes = torch.tensor([[0, high - low] * 16], dtype=torch.uint8)
     w = Grid(codes, torch.tensor([[0.5]]).half(), zero, 256, 32)
     assert exact_type(w).name == kind
-    assert torch.equal(read_back(kind, packed(w, exact_type(w))), dense(w))
+    assert torch.equal(read_back(kind, pack_tensor(w, exact_type(w))), dense(w))
 
 
 @pytest.mark.parametrize("dtype, kind", [(torch.bfloat16, "BF16"), (torch.float16, "F16"), (torch.float32, "F32")])
 def test_floats_stay_as_they_are(dtype: torch.dtype, kind: str) -> None:
     values = torch.randn(3, 5).to(dtype)
     assert exact_type(Dense(values)).name == kind
-    written = packed(Dense(values), exact_type(Dense(values)))
+    written = pack_tensor(Dense(values), exact_type(Dense(values)))
     assert torch.equal(read_back(kind, written), values.float())
-    assert torch.equal(read_back("BF16", packed(Zero((3, 5)), exact_type(Zero((3, 5))))), torch.zeros(3, 5))
+    assert torch.equal(read_back("BF16", pack_tensor(Zero((3, 5)), exact_type(Zero((3, 5))))), torch.zeros(3, 5))
 
 
 def tiny_scale() -> Grid:
@@ -139,13 +140,13 @@ INEXACT: list[tuple[Weight, str]] = [
 
 @pytest.mark.parametrize("w, reason", INEXACT, ids=[reason for _, reason in INEXACT])
 def test_what_no_type_holds_is_said(w: Weight, reason: str) -> None:
-    with pytest.raises(Inexact, match=reason):
+    with pytest.raises(UnfitError, match=reason):
         exact_type(w)
 
 
 def test_low_rank_terms_add_up() -> None:
     terms = [LowRank(Dense(torch.randn(5, rank)), Dense(torch.randn(rank, 32))) for rank in (2, 3)]
-    base, factors = without_term(Sum((grid((5, 32), 16, 32, 0, True), *terms)))
+    base, factors = split_low_rank(Sum((grid((5, 32), 16, 32, 0, True), *terms)))
     assert isinstance(base, Grid) and factors is not None
     torch.testing.assert_close(factors[1] @ factors[0], dense(terms[0]) + dense(terms[1]))
 
@@ -233,7 +234,7 @@ def test_the_file_holds_the_same_matrices(family: str, tmp_path: Path) -> None:
     for layer in opened.layouts:
         _, _, number, _, kind = layer.split(".")
         name = f"blk.{number}.{names[kind]}.weight"
-        base, term = without_term(opened.expression(layer))
+        base, term = split_low_rank(opened.expression(layer))
         tensor = found.pop(name)
         values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
         assert torch.equal(restored(name, values), dense(base)), layer

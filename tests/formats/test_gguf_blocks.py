@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.formats.formats import export
+from llmcompress.formats.engine_files import UnfitError
+from llmcompress.formats.export import export
 from llmcompress.formats.gguf.blocks import IQ4, Blocks
 from llmcompress.formats.gguf.tensor_types import (
     FLOATS,
     MXFP4,
     QUANTIZED,
-    ROUNDED,
-    Inexact,
+    ROUNDABLE,
     TensorType,
     common_divisor,
     exact_type,
-    nearest,
-    packed,
+    pack_tensor,
+    round_to_type,
 )
 from llmcompress.formats.gguf.write import file_type
 from llmcompress.methods.grids import gguf as method
@@ -91,10 +91,10 @@ def test_types_stand_in_the_order_of_their_size() -> None:
 def test_microscaling_floats_are_held_value_for_value() -> None:
     w = nearest_floats(gaussian(5, 96), LAYOUTS["mxfp4"])
     assert exact_type(w).name == "MXFP4"
-    assert torch.equal(read("MXFP4", packed(w, exact_type(w))), dense(w))
+    assert torch.equal(read("MXFP4", pack_tensor(w, exact_type(w))), dense(w))
     for kind, width, reason in (("mxfp8", 96, "is no single grid"), ("mxfp4", 40, "does not fill blocks of 32")):
         w = nearest_floats(gaussian(5, width), LAYOUTS[kind])
-        with pytest.raises(Inexact, match=reason):
+        with pytest.raises(UnfitError, match=reason):
             exact_type(w)
 
 
@@ -112,7 +112,7 @@ def test_the_common_divisor_gives_the_scales_back(step: int) -> None:
 def test_scales_without_a_common_divisor_need_a_simple_type() -> None:
     w = grid((3, 256), 8, 32, 0, symmetric=False)
     assert exact_type(w).name == "Q4_0", "as three bits in groups of 16 with small multiples would be Q3_K"
-    with pytest.raises(Inexact, match="does not fill blocks of 32 columns"):
+    with pytest.raises(UnfitError, match="does not fill blocks of 32 columns"):
         exact_type(grid((3, 256), 8, 16, 0, symmetric=False))
 
 
@@ -122,7 +122,7 @@ def test_other_low_rank_terms_are_no_offsets() -> None:
     term = LowRank(Dense(torch.randn(5, 2)), Dense(torch.randn(2, 64)))
     wrong = Grid(torch.ones(2, 64, dtype=torch.uint8), torch.ones(1, 1).half(), torch.zeros(1, 1).byte(), 2, 64)
     for w in (Sum((term, base)), Sum((LowRank(term.left, wrong), base))):
-        with pytest.raises(Inexact, match="is no single grid"):
+        with pytest.raises(UnfitError, match="is no single grid"):
             exact_type(w)
 
 
@@ -139,7 +139,7 @@ def made(kind: str, width: int = 512, weight: Tensor | None = None) -> Weight:
 def test_the_method_fills_the_type_that_it_names(kind: str) -> None:
     w = made(kind)
     assert exact_type(w).name == kind
-    assert torch.equal(read(kind, packed(w, exact_type(w))), dense(w))
+    assert torch.equal(read(kind, pack_tensor(w, exact_type(w))), dense(w))
 
 
 @every_type
@@ -149,7 +149,7 @@ def test_numbers_of_any_size_fit(kind: str) -> None:
     weight[0], weight[1], weight[2, 3], weight[3] = 0, weight[1] * 1e-5, 50.0, weight[3].abs() + 0.1
     w = made(kind, 256, weight)
     assert exact_type(w).row_bytes(256) <= next(each for each in QUANTIZED if each.name == kind).row_bytes(256)
-    assert torch.equal(read(exact_type(w).name, packed(w, exact_type(w))), dense(w))
+    assert torch.equal(read(exact_type(w).name, pack_tensor(w, exact_type(w))), dense(w))
     assert int(dense(w)[0].count_nonzero()) == 0
 
 
@@ -212,8 +212,8 @@ def test_rounding_is_that_of_gguf(name: str) -> None:
     """Q8_0 of gguf ends at 127 on both sides, ours at -128: its steps are that much smaller."""
     values, number = gaussian(9, 128), gguf.GGMLQuantizationType[name]
     values[0, :32] = 0
-    w = nearest(values, ROUNDED[name])
-    assert torch.equal(read(name, packed(w, ROUNDED[name])), dense(w))
+    w = round_to_type(values, ROUNDABLE[name])
+    assert torch.equal(read(name, pack_tensor(w, ROUNDABLE[name])), dense(w))
     theirs = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(values.numpy(), number), number))
     lost = [float((rounded - values).norm()) for rounded in (dense(w), theirs)]
     assert lost[0] == pytest.approx(lost[1], rel=0.03)

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoConfig
 
 from llmcompress.errors import InputError
-from llmcompress.formats.formats import export
+from llmcompress.formats.export import export
 from llmcompress.formats.gguf.families import FAMILIES
 from llmcompress.formats.gguf.model import gguf_model
 from llmcompress.models.dense.experts import unfuse

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llmcompress.errors import InputError
-from llmcompress.formats.formats import export
+from llmcompress.formats.export import export
 from llmcompress.formats.gguf.families import FAMILIES
 from llmcompress.formats.gguf.model import GGUFModel, gguf_model
 from tests.formats.gguf_files import GRID, byte_level, compressed, engine, gguf, in_float32, largest_difference, run

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import llmcompress as lc
 from llmcompress.errors import InputError
 from llmcompress.formats.engine_configs import MLX
-from llmcompress.formats.formats import export
+from llmcompress.formats.export import export
 from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.weight.expression import dense
 from tests.formats.test_gguf_families import CASES, GEMMA, LINEAR, PLAIN, YARN, every
@@ -136,7 +136,7 @@ def test_mlx_computes_our_logits(family: str, tied: bool, tmp_path: Path) -> Non
 # --- configs --------------------------------------------------------------------------------------------------------
 
 WINDOWS = {"sliding_attention": PLAIN | {"rope_theta": 100.0}, "full_attention": PLAIN}
-FAMILY_SIZES: dict[str, dict[str, Any]] = {family: CASES[family][0] for family in MLX} | {
+FAMILY_SIZES: dict[str, dict[str, Any]] = {family: CASES[family][0] for family in MLX.families} | {
     "gemma2": GEMMA | every(2, 2) | {"sliding_window": 64},
     "gemma3_text": GEMMA | every(6, 6) | {"rope_parameters": WINDOWS},
     "smollm3": CASES["smollm3"][0] | every(4, 4) | {"no_rope_layers": [1, 0, 1, 1]},
@@ -152,7 +152,7 @@ ROTARY: dict[str, dict[str, Any]] = {  # by type
 
 def changed_config(family: str, kind: str) -> dict[str, Any]:
     """Sizes of a family with other values of all that MLX reads, and rotary positions of a type."""
-    sizes, row = FAMILY_SIZES[family], MLX[family]
+    sizes, row = FAMILY_SIZES[family], MLX.families[family]
     config, changes = AutoConfig.for_model(family, **sizes), dict(sizes)
     for entry in row.read.split():
         value = getattr(config, entry, None)
@@ -170,7 +170,7 @@ def changed_config(family: str, kind: str) -> dict[str, Any]:
     return changes | {"rope_parameters": rotary}
 
 
-READ = [(family, kind) for family, row in MLX.items() for kind in ("default", *row.scaling)]
+READ = [(family, kind) for family, row in MLX.families.items() for kind in ("default", *row.scaling)]
 
 
 @pytest.mark.slow

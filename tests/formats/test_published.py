@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import llmcompress as lc
 from llmcompress.cli.app import app
 from llmcompress.distillation.run import distill
-from llmcompress.formats.formats import export
+from llmcompress.formats.export import export
 from llmcompress.formats.hub import _card, _proof, push
 from llmcompress.formats.model_card import card
 from llmcompress.models.files.checkpoint import add_file, check_manifest
@@ -108,7 +108,7 @@ def test_a_push_says_first_what_it_sends(made: Path, monkeypatch: pytest.MonkeyP
     push(made / "plain", "me/small", announce=lambda files: order.append(set(files)))
     assert order[0] == order[1] and {"model.safetensors", "config.json", "README.md"} <= order[0]
     ended = CliRunner().invoke(app, ["push", str(made / "plain"), "me/small"])
-    assert ended.exit_code == 0 and "to me/small go " in ended.stderr and "model.safetensors  " in ended.stderr
+    assert ended.exit_code == 0 and " files go to me/small" in ended.stderr and "model.safetensors  " in ended.stderr
 
 
 def test_a_push_leaves_what_older_releases_copied(

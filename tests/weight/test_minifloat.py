@@ -8,11 +8,12 @@ import json
 import pytest
 import torch
 
-from llmcompress.formats.compressed_tensors import obstacle
-from llmcompress.formats.gguf.tensor_types import Inexact, exact_type
+from llmcompress.formats.engine_files import UnfitError
+from llmcompress.formats.gguf.tensor_types import exact_type
 from llmcompress.weight.encoding import decode, encode
 from llmcompress.weight.expression import bits, dense, describe, float_values
 from llmcompress.weight.nodes import Minifloat
+from llmcompress.weight.runtime_formats import compressed_tensors_obstacle
 from llmcompress.weight.trainable.relax import KINDS, Relaxation, relax
 from tests.builders import FLOATS, SCALES, minifloat, random_nestings
 
@@ -87,9 +88,9 @@ def test_nothing_of_it_trains() -> None:
 def test_formats_without_it_refuse_it_in_a_sentence() -> None:
     w = minifloat((7, 33), "e2m1", "e8m0", 32, 3)
     assert describe(w) == "e2m1 floats g32, scales e8m0"
-    with pytest.raises(Inexact, match="e2m1 floats g32, scales e8m0 does not fill blocks of 32 columns"):
+    with pytest.raises(UnfitError, match="e2m1 floats g32, scales e8m0 does not fill blocks of 32 columns"):
         exact_type(w)
-    assert obstacle(w) == "groups of 32 do not divide the width 33"
+    assert compressed_tensors_obstacle(w) == "groups of 32 do not divide the width 33"
 
 
 def test_random_nestings_contain_it() -> None:

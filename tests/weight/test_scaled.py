@@ -1,4 +1,4 @@
-"""Entries that `ScaledInputs` and `Transpose` stand for, one by one, and who may not hold these."""
+"""Entries that `Scaled` and `Transposed` stand for, one by one, and who may not hold these."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from llmcompress.errors import RecipeError
-from llmcompress.formats.compressed_tensors import obstacle
-from llmcompress.formats.gguf.tensor_types import Inexact, exact_type
-from llmcompress.formats.peft import without_term
+from llmcompress.formats.engine_files import UnfitError
+from llmcompress.formats.gguf.tensor_types import exact_type
+from llmcompress.formats.peft import split_low_rank
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.expression import bits, dense, describe, matmul
 from llmcompress.weight.nodes import (
@@ -26,6 +26,7 @@ from llmcompress.weight.nodes import (
     shape,
 )
 from llmcompress.weight.rows import check_rows, rows
+from llmcompress.weight.runtime_formats import compressed_tensors_obstacle
 from llmcompress.weight.trainable.relax import Relaxation, relax
 from tests.builders import factors, grid, payload_bits, seeded
 
@@ -118,8 +119,8 @@ NODES: list[Weight] = [
 @pytest.mark.parametrize("w", NODES, ids=describe)
 def test_formats_for_plain_grids_refuse_them(w: Weight) -> None:
     assert isinstance(w, ScaledInputs | Transpose) and isinstance(w.inner, Grid)
-    assert obstacle(w.inner) is None and "is no single grid" in str(obstacle(w))
-    with pytest.raises(Inexact, match="is no single grid"):
+    assert compressed_tensors_obstacle(w.inner) is None and "is no single grid" in str(compressed_tensors_obstacle(w))
+    with pytest.raises(UnfitError, match="is no single grid"):
         exact_type(w)
 
 
@@ -127,5 +128,5 @@ def test_formats_for_plain_grids_refuse_them(w: Weight) -> None:
 def test_an_adapter_beside_them_leaves_them_whole(w: Weight) -> None:
     term = LowRank(Dense(torch.randn(32, 2, generator=seeded(0))), Dense(torch.randn(2, 64, generator=seeded(1))))
     signs = torch.rand(64, generator=seeded(2)) < 0.5
-    base, found = without_term(RotatedInputs(Sum((w, term)), signs, 64))
+    base, found = split_low_rank(RotatedInputs(Sum((w, term)), signs, 64))
     assert found is not None and isinstance(base, RotatedInputs) and torch.equal(dense(base.inner), dense(w))

@@ -28,19 +28,19 @@ class Blocks:
     offset: Tensor | None = None
 
 
-def half(numbers: Tensor) -> Tensor:
-    """Float16 `[O, N, 1]` to bytes `[O, N, 2]`."""
+def half_bytes(numbers: Tensor) -> Tensor:
+    """Return numbers `[O, N, 1]` as float16, in bytes `[O, N, 2]`."""
     return numbers.half().contiguous().view(torch.uint8)
 
 
-def bits(selected: Tensor) -> Tensor:
-    """Bool `[O, N, C]` to bytes `[O, N, C / 8]`, the first column lowest."""
+def pack_bits(selected: Tensor) -> Tensor:
+    """Return bools `[O, N, C]` as bytes `[O, N, C / 8]`, the first column lowest."""
     powers = 2 ** torch.arange(8, dtype=torch.uint8)
     return (selected.unflatten(2, (-1, 8)) * powers).sum(3, dtype=torch.uint8)
 
 
-def interleaved(codes: Tensor, columns: int, width: int) -> Tensor:
-    """Codes of `width` bits to bytes: each holds columns c, c + `columns`, ... of its part, the first lowest."""
+def pack_codes(codes: Tensor, columns: int, width: int) -> Tensor:
+    """Return codes of `width` bits as bytes: each holds columns c, c + `columns`, ... of its part, the first lowest."""
     each = 8 // width
     parts = codes.to(torch.uint8).unflatten(2, (-1, each, columns))
     shifts = torch.arange(0, 8, width, dtype=torch.uint8)[:, None]
@@ -52,7 +52,7 @@ def interleaved(codes: Tensor, columns: int, width: int) -> Tensor:
 
 def q1_0(w: Blocks) -> Tensor:
     """A bit each, set for +1."""
-    return torch.cat([half(w.d), bits(w.k > 0)], 2)
+    return torch.cat([half_bytes(w.d), pack_bits(w.k > 0)], 2)
 
 
 def tq1_0(w: Blocks) -> Tensor:
@@ -63,43 +63,43 @@ def tq1_0(w: Blocks) -> Tensor:
     parts.append(torch.cat([last, torch.zeros_like(last[:, :, :1])], 2))
     powers = 3 ** torch.arange(4, -1, -1)[:, None]
     numbers = torch.cat([(part.to(torch.int32) * powers).sum(2) for part in parts], 2)
-    return torch.cat([((numbers * 256 + 242) // 243).to(torch.uint8), half(w.d)], 2)
+    return torch.cat([((numbers * 256 + 242) // 243).to(torch.uint8), half_bytes(w.d)], 2)
 
 
 def q4_0(w: Blocks) -> Tensor:
     """Four bits each."""
-    return torch.cat([half(w.d), interleaved(w.k + 8, 16, 4)], 2)
+    return torch.cat([half_bytes(w.d), pack_codes(w.k + 8, 16, 4)], 2)
 
 
 def q4_1(w: Blocks) -> Tensor:
     """Four bits each, after d and the offset."""
-    return torch.cat([half(w.d), _offset(w), interleaved(w.k, 16, 4)], 2)
+    return torch.cat([half_bytes(w.d), _offset(w), pack_codes(w.k, 16, 4)], 2)
 
 
 def q5_0(w: Blocks) -> Tensor:
     """The fifth bits, then the other four."""
     codes = w.k + 16
-    return torch.cat([half(w.d), bits(codes > 15), interleaved(codes & 15, 16, 4)], 2)
+    return torch.cat([half_bytes(w.d), pack_bits(codes > 15), pack_codes(codes & 15, 16, 4)], 2)
 
 
 def q5_1(w: Blocks) -> Tensor:
     """As Q5_0, after d and the offset."""
-    return torch.cat([half(w.d), _offset(w), bits(w.k > 15), interleaved(w.k & 15, 16, 4)], 2)
+    return torch.cat([half_bytes(w.d), _offset(w), pack_bits(w.k > 15), pack_codes(w.k & 15, 16, 4)], 2)
 
 
 def q8_0(w: Blocks) -> Tensor:
     """A byte each."""
-    return torch.cat([half(w.d), w.k.to(torch.int8).view(torch.uint8)], 2)
+    return torch.cat([half_bytes(w.d), w.k.to(torch.int8).view(torch.uint8)], 2)
 
 
 def iq4_nl(w: Blocks) -> Tensor:
     """Four bits each, places in the table `IQ4`."""
-    return torch.cat([half(w.d), interleaved(_places(w.k), 16, 4)], 2)
+    return torch.cat([half_bytes(w.d), pack_codes(_places(w.k), 16, 4)], 2)
 
 
 def mxfp4(codes: Tensor, exponents: Tensor) -> Tensor:
     """A block's power of two, then its e2m1 codes `[O, N, C]` in four bits each."""
-    return torch.cat([exponents, interleaved(codes, 16, 4)], 2)
+    return torch.cat([exponents, pack_codes(codes, 16, 4)], 2)
 
 
 # --- K types --------------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def mxfp4(codes: Tensor, exponents: Tensor) -> Tensor:
 
 def q2_k(w: Blocks) -> Tensor:
     """Scales and offsets in four bits each, then the codes in two."""
-    return torch.cat([(_n(w) | (_j(w) << 4)).to(torch.uint8), interleaved(w.k, 32, 2), half(w.d), _e(w)], 2)
+    return torch.cat([(_n(w) | (_j(w) << 4)).to(torch.uint8), pack_codes(w.k, 32, 2), half_bytes(w.d), _e(w)], 2)
 
 
 def q3_k(w: Blocks) -> Tensor:
@@ -115,19 +115,19 @@ def q3_k(w: Blocks) -> Tensor:
     codes, n = w.k + 4, _n(w) + 32
     low, high = n & 15, n >> 4
     scales = [low[..., :8] | (low[..., 8:] << 4)]
-    scales.append(interleaved(high, 4, 2))
-    parts = [interleaved(codes > 3, 32, 1), interleaved(codes & 3, 32, 2), torch.cat(scales, 2).to(torch.uint8)]
-    return torch.cat([*parts, half(w.d)], 2)
+    scales.append(pack_codes(high, 4, 2))
+    parts = [pack_codes(codes > 3, 32, 1), pack_codes(codes & 3, 32, 2), torch.cat(scales, 2).to(torch.uint8)]
+    return torch.cat([*parts, half_bytes(w.d)], 2)
 
 
 def q4_k(w: Blocks) -> Tensor:
     """The head with scales and offsets, then the codes in four bits each."""
-    return torch.cat([_head(w), interleaved(w.k, 32, 4)], 2)
+    return torch.cat([_head(w), pack_codes(w.k, 32, 4)], 2)
 
 
 def q5_k(w: Blocks) -> Tensor:
     """As Q4_K, the fifth bits before the other four."""
-    return torch.cat([_head(w), interleaved(w.k >> 4, 32, 1), interleaved(w.k & 15, 32, 4)], 2)
+    return torch.cat([_head(w), pack_codes(w.k >> 4, 32, 1), pack_codes(w.k & 15, 32, 4)], 2)
 
 
 def q6_k(w: Blocks) -> Tensor:
@@ -136,7 +136,7 @@ def q6_k(w: Blocks) -> Tensor:
     low = (codes & 15).flatten(2).unflatten(2, (2, 2, 64)).transpose(3, 4).flatten(2)  # pairs of columns 64 apart
     low = (low[..., 0::2] | (low[..., 1::2] << 4)).to(torch.uint8)
     n = _n(w).to(torch.int8).view(torch.uint8)
-    return torch.cat([low, interleaved((codes >> 4).flatten(2), 32, 2), n, half(w.d)], 2)
+    return torch.cat([low, pack_codes((codes >> 4).flatten(2), 32, 2), n, half_bytes(w.d)], 2)
 
 
 def iq4_xs(w: Blocks) -> Tensor:
@@ -145,7 +145,7 @@ def iq4_xs(w: Blocks) -> Tensor:
     high = (n.to(torch.int32) >> 4 << torch.arange(0, 16, 2, dtype=torch.int32)).sum(2, keepdim=True)
     upper = torch.cat([high & 255, high >> 8], 2).to(torch.uint8)
     lower = ((n & 15)[..., 0::2] | ((n & 15)[..., 1::2] << 4)).to(torch.uint8)
-    return torch.cat([half(w.d), upper, lower, interleaved(_places(w.k), 16, 4)], 2)
+    return torch.cat([half_bytes(w.d), upper, lower, pack_codes(_places(w.k), 16, 4)], 2)
 
 
 def _head(w: Blocks) -> Tensor:
@@ -153,7 +153,7 @@ def _head(w: Blocks) -> Tensor:
     n, j = _n(w), _j(w)
     (first, last), (first_j, last_j) = n.chunk(2, 2), j.chunk(2, 2)
     parts = [first | (last >> 4 << 6), first_j | (last_j >> 4 << 6), (last & 15) | ((last_j & 15) << 4)]
-    return torch.cat([half(w.d), _e(w), torch.cat(parts, 2).to(torch.uint8)], 2)
+    return torch.cat([half_bytes(w.d), _e(w), torch.cat(parts, 2).to(torch.uint8)], 2)
 
 
 def _places(k: Tensor) -> Tensor:
@@ -161,23 +161,22 @@ def _places(k: Tensor) -> Tensor:
 
 
 def _offset(w: Blocks) -> Tensor:
-    return half(_there(w.offset))
+    return half_bytes(_require(w.offset))
 
 
 def _n(w: Blocks) -> Tensor:
-    return _there(w.n)
+    return _require(w.n)
 
 
 def _e(w: Blocks) -> Tensor:
-    return half(_there(w.e))
+    return half_bytes(_require(w.e))
 
 
 def _j(w: Blocks) -> Tensor:
-    return _there(w.j)
+    return _require(w.j)
 
 
-def _there(part: Tensor | None) -> Tensor:
-    """A part that the type has."""
+def _require(part: Tensor | None) -> Tensor:
     if part is None:
         raise TypeError("blocks of this type have scales of groups, or offsets, and these have none")
     return part

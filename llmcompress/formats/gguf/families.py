@@ -1,7 +1,7 @@
-"""Table of the families that can go to GGUF: a row says what llama.cpp has to be told of a model, and what it assumes.
+"""Table of the families that can go to GGUF.
 
-Names of tensors and of architectures come from the package gguf. A row holds what its tables do not know: which entries
-of a config become metadata, and what llama.cpp takes for granted, so that a model that differs must be refused.
+Names of tensors and of architectures come from the package gguf. A row adds the entries of a config that become
+metadata, and those that llama.cpp takes for granted, so that a model that differs must be refused.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ class GGUFFamily:
     """A family of transformers as llama.cpp runs it.
 
     `architecture`: its name in gguf's MODEL_ARCH. `facts`: methods `add_*` of GGUFWriter, each with the entry of the
-    config (or the number) that it writes. `fixed`: entries of the config that must have these values, as llama.cpp
-    does not read them. `shown`: entries that llama.cpp sees in the tensors, or that are checked by themselves. Entries
-    in none of these, nor in `model.READ` or `config_keys.INERT`, must have their defaults.
+    config (or the number) that it writes. `fixed`: values that entries of the config must have, as llama.cpp does not
+    read them. `shown`: entries that llama.cpp sees in the tensors, or that are checked elsewhere. Entries in none of
+    these, nor in `model.READ` or `config_entries.INERT`, must have their defaults.
     """
 
     architecture: str

@@ -13,12 +13,13 @@ columns are in which group. Floats lie one by one. Shapes: O out, I in, N blocks
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
 
+from llmcompress.formats.engine_files import UnfitError
 from llmcompress.formats.gguf import blocks
 from llmcompress.formats.gguf.blocks import IQ4, Blocks
 from llmcompress.weight.expression import dense, describe
@@ -26,10 +27,6 @@ from llmcompress.weight.nodes import Dense, Grid, LowRank, Minifloat, Sum, Weigh
 
 FLOAT_TYPES = {torch.bfloat16: "BF16", torch.float16: "F16"}  # all others become F32
 SMALLEST = 2.0**-24  # of which all float16 numbers are multiples
-
-
-class Inexact(Exception):
-    """No tensor type holds an expression exactly; the message says why, in a few words."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +74,13 @@ QUANTIZED = (  # smallest first; of two as small, the one that llama.cpp compute
     TensorType("Q6_K", 256, 210, range(-32, 32), blocks.q6_k, 16, range(-128, 128)),
     TensorType("Q8_0", 32, 34, range(-128, 128), blocks.q8_0),
 )
-ROUNDED = {kind.name: kind for kind in QUANTIZED if kind.name in ("Q4_0", "Q5_0", "Q8_0")}  # see `nearest`
+ROUNDABLE = {kind.name: kind for kind in QUANTIZED if kind.name in ("Q4_0", "Q5_0", "Q8_0")}  # see `round_to_type`
 MXFP4 = TensorType("MXFP4", 32, 17)
 FLOATS = {name: TensorType(name, 1, size) for name, size in (("BF16", 2), ("F16", 2), ("F32", 4))}
 
 
 def exact_type(w: Weight) -> TensorType:
-    """Return the smallest type that holds `w` value for value. Raises Inexact where there is none."""
+    """Return the smallest type that holds `w` value for value. Raises UnfitError where there is none."""
     match w:
         case Dense(values):
             return FLOATS[FLOAT_TYPES.get(values.dtype, "F32")]
@@ -91,43 +88,43 @@ def exact_type(w: Weight) -> TensorType:
             return FLOATS["BF16"]
         case Minifloat(scale=scale, tensor_scale=None, form="e2m1", scales="e8m0", group_size=32):
             if w.codes.shape[1] % MXFP4.block or int(scale.max()) == 255:
-                raise Inexact(f"{describe(w)} does not fill blocks of 32 columns")
+                raise UnfitError(f"{describe(w)} does not fill blocks of 32 columns")
             return MXFP4
         case Grid() | Sum((LowRank(), Grid())):
-            grid = grouped(w)
-            found = next((kind for kind in QUANTIZED if grid.blocks(kind) is not None), None)
-            if found is None:
-                raise Inexact(f"{describe(w)} {grid.obstacle()}")
-            return found
+            grid = to_scaled_integers(w)
+            smallest = next((kind for kind in QUANTIZED if grid.blocks(kind) is not None), None)
+            if smallest is None:
+                raise UnfitError(f"{describe(w)} {grid.obstacle()}")
+            return smallest
         case _:
-            raise Inexact(f"{describe(w)} is no single grid")
+            raise UnfitError(f"{describe(w)} is no single grid")
 
 
 def common_type(reads: Sequence[Callable[[], Weight]]) -> TensorType:
-    """Return the smallest type that holds all these weights value for value. Raises Inexact where there is none."""
+    """Return the smallest type that holds all these weights value for value. Raises UnfitError where there is none."""
     kinds = {exact_type(read()).name for read in reads}
     if len(kinds) == 1:
         return exact_type(reads[0]())
     grids = kinds <= {kind.name for kind in QUANTIZED}
     for kind in QUANTIZED if grids else ():
-        if all(grouped(read()).blocks(kind) is not None for read in reads):
+        if all(to_scaled_integers(read()).blocks(kind) is not None for read in reads):
             return kind
-    raise Inexact(f"the experts need several types, {' and '.join(sorted(kinds))}")
+    raise UnfitError(f"the experts need several types, {' and '.join(sorted(kinds))}")
 
 
-def nearest(values: Tensor, kind: TensorType) -> Grid:
+def round_to_type(values: Tensor, kind: TensorType) -> Grid:
     """Round `values [O, I]` to a simple type without offsets: the largest of each block to its last integer.
 
-    Raises Inexact for a width that blocks do not fill, or numbers beyond float16.
+    Raises UnfitError for a width that blocks do not fill, or numbers beyond float16.
     """
     if values.shape[1] % kind.block:
-        raise Inexact(f"a width of {values.shape[1]} is not filled by blocks of {kind.block} columns")
+        raise UnfitError(f"a width of {values.shape[1]} is not filled by blocks of {kind.block} columns")
     last = -min(kind.integers)
     each = values.float().unflatten(1, (-1, kind.block))
     largest = each.gather(2, each.abs().argmax(2, keepdim=True))
     d = (largest.abs() / last).half()
     if not bool(d.isfinite().all()):
-        raise Inexact(f"{kind.name} has no scale for {float(largest.abs().max()):g}")
+        raise UnfitError(f"{kind.name} has no scale for {float(largest.abs().max()):g}")
     turned = largest > 0  # the last integer is below 0
     zero = torch.where(turned, last - 1, last)
     k = torch.where(d > 0, each / d.float(), 0.0).round()
@@ -135,23 +132,23 @@ def nearest(values: Tensor, kind: TensorType) -> Grid:
     return Grid(codes.to(torch.uint8), d[..., 0], zero[..., 0].to(torch.uint8), 2 * last, kind.block)
 
 
-def packed(w: Weight, kind: TensorType) -> Tensor:
-    """Return the bytes of `w` as its type `kind` lays them: uint8 `[O, bytes of a row]`, `[bytes]` of a vector."""
+def pack_tensor(w: Weight, kind: TensorType) -> Tensor:
+    """Return the bytes of `w` in its type `kind`: uint8 `[O, bytes of a row]`, `[bytes]` of a vector."""
     if isinstance(w, Minifloat) and kind is MXFP4:
         return blocks.mxfp4(w.codes.unflatten(1, (-1, kind.block)), w.scale[..., None]).flatten(1)
-    found = grouped(w).blocks(kind) if kind.pack else None
-    if kind.pack is None or found is None:
+    filled = to_scaled_integers(w).blocks(kind) if kind.pack else None
+    if kind.pack is None or filled is None:
         dtype = {name: dtype for dtype, name in FLOAT_TYPES.items()}.get(kind.name, torch.float32)
         values = w.values if isinstance(w, Dense) else dense(w)
         return values.to(dtype).contiguous().view(torch.uint8)
-    return kind.pack(found).flatten(1)
+    return kind.pack(filled).flatten(1)
 
 
 # --- grids ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Grouped:
+class ScaledIntegers:
     """A matrix k s + t: int16 k `[O, I]`, float32 scales s and offsets t `[O, groups]` of `size` columns.
 
     `offset_steps`: j and e of offsets that are -j e, where they are stored so, e for several groups each.
@@ -185,10 +182,10 @@ class Grouped:
             k, scale = k * sign[..., None], scale * sign
         if not bool(_among(k, kind.integers).all()):
             return None
-        return self._scaled(kind, k.reshape(len(k), -1, kind.block), scale.unflatten(1, (-1, kind.block // group)))
+        return self._fit_scales(kind, k.reshape(len(k), -1, kind.block), scale.unflatten(1, (-1, kind.block // group)))
 
-    def _scaled(self, kind: TensorType, k: Tensor, scale: Tensor) -> Blocks | None:
-        """Blocks with these integers `[O, N, block]` and scales `[O, N, G]`."""
+    def _fit_scales(self, kind: TensorType, k: Tensor, scale: Tensor) -> Blocks | None:
+        """Return blocks with these integers `[O, N, block]` and scales `[O, N, G]`; None for other scales."""
         if not bool((scale.half().float() == scale).all()):
             return None
         if (self.offset is None) != (kind.offsets is not None and not kind.offsets):
@@ -196,7 +193,7 @@ class Grouped:
         if not kind.multiples:
             if kind.offsets is not None:
                 return Blocks(k, scale.half())
-            offset = self._blockwise(self.offset, k.shape[1], 1)
+            offset = self._by_block(self.offset, k.shape[1], 1)
             exact = offset is not None and bool((offset.half().float() == offset).all())
             return Blocks(k, scale.half(), offset=offset) if exact else None
         d, n = common_divisor(scale)
@@ -206,15 +203,15 @@ class Grouped:
             return Blocks(k, d, n)
         if self.offset_steps is None:
             return None
-        j = self._blockwise(self.offset_steps[0], k.shape[1], scale.shape[2])
-        e = self._blockwise(self.offset_steps[1], k.shape[1], 1)
+        j = self._by_block(self.offset_steps[0], k.shape[1], scale.shape[2])
+        e = self._by_block(self.offset_steps[1], k.shape[1], 1)
         if j is None or e is None or int(j.min()) not in kind.offsets or int(j.max()) not in kind.offsets:
             return None
         return Blocks(k, d, n, e, j)
 
     @staticmethod
-    def _blockwise(numbers: Tensor | None, count: int, groups: int) -> Tensor | None:
-        """`[O, N * G]` as `[O, N, G]`; None where there are not as many."""
+    def _by_block(numbers: Tensor | None, count: int, groups: int) -> Tensor | None:
+        """Return `[O, N * G]` as `[O, N, G]`; None for another number of columns."""
         if numbers is None or numbers.shape[1] != count * groups:
             return None
         return numbers.unflatten(1, (count, groups))
@@ -233,26 +230,25 @@ class Grouped:
 
 
 def _among(k: Tensor, allowed: range | tuple[int, ...]) -> Tensor:
-    """True where an integer is one of those allowed; of ranges, between their ends."""
+    """Return true where an integer is allowed; a range allows all between its ends."""
     if isinstance(allowed, range):
         return (k >= min(allowed)) & (k <= max(allowed))
     return torch.isin(k, torch.tensor(allowed, dtype=k.dtype))
 
 
-def grouped(w: Weight) -> Grouped:
-    """Return a grid with or without offsets as integers and scales. Raises Inexact for another low-rank term."""
+def to_scaled_integers(w: Weight) -> ScaledIntegers:
+    """Return a grid with or without offsets as integers and scales. Raises UnfitError for another low-rank term."""
     match w:
         case Grid(scale=scale):
             size = w.group_size if scale.shape[1] > 1 else w.codes.shape[1]
-            return Grouped(*_integers(w), size)
+            return ScaledIntegers(*_integers(w), size)
         case Sum((LowRank(left, Grid() as right), Grid() as grid)) if _tells_groups(right, grid):
-            found = grouped(grid)
             steps = None
             if isinstance(left, Grid):
                 k, e = _integers(left)
                 steps = -k, e.expand(len(k), -1)
-            return Grouped(found.k, found.scale, found.size, dense(left), steps)
-    raise Inexact(f"{describe(w)} is no single grid")
+            return replace(to_scaled_integers(grid), offset=dense(left), offset_steps=steps)
+    raise UnfitError(f"{describe(w)} is no single grid")
 
 
 def _tells_groups(right: Grid, grid: Grid) -> bool:
@@ -273,7 +269,7 @@ def common_divisor(scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _integers(w: Grid) -> tuple[Tensor, Tensor]:
-    """`dense(w)` as integers k, int16 `[O, I]`, and the numbers they are times, float32 `[O or 1, groups]`."""
+    """Return `dense(w)` as integers k, int16 `[O, I]`, and the numbers they are times, float32 `[O or 1, groups]`."""
     codes, scale = w.codes.to(torch.int16), w.scale.float()
     if w.zero is not None:
         zero = w.zero.to(torch.int16)

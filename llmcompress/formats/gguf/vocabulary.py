@@ -1,18 +1,17 @@
 """A tokenizer as the entries of a GGUF file, so that llama.cpp cuts text into the same tokens.
 
-llama.cpp has its own tokenizers. For byte-level BPE it knows how text is cut before merging by a name only, and a wrong
-name goes unnoticed; so the definition in tokenizer.json must be one that is known here. That file counts, also where
-transformers cuts otherwise: as its GPT2Tokenizer does, which is the class of SmolLM2's tokenizer.
+llama.cpp has its own tokenizers. For byte-level BPE it knows the cuts before merging by a name only, and a wrong name
+goes unnoticed; so the definition in tokenizer.json must be a known one. That file counts, even where the class of
+transformers cuts otherwise (GPT2Tokenizer, the class of SmolLM2's tokenizer).
 
-SentencePiece's BPE has no list of merges there: any two neighbours that together are a token may merge, the best score
-first. That is the same only where tokenizer.json lists all of those merges, those that make the same token together;
-this is checked.
+llama.cpp's SentencePiece has no list of merges: any two neighbours that together are a token may merge, the best score
+first. So tokenizer.json must list all of those merges, those that make the same token together.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +27,7 @@ FILE = "tokenizer.json"
 BYTES = tuple(f"<0x{value:02X}>" for value in range(256))  # tokens for what has no other, in SentencePiece
 SPACE = "▁"  # what SentencePiece writes for a space
 
-SPACE_NOTES = {  # what llama.cpp does otherwise: where a pre-tokenizer puts the space, or it is put before special
-    # tokens are looked for ("late")
+SPACE_NOTES = {  # on llama.cpp, by the place of a pre-tokenizer's space; "late": before special tokens are looked for
     "never": (),
     "late": ("llama.cpp puts a space after special tokens, too",),
     "always": ("llama.cpp puts a space before text that begins with one, too",),
@@ -44,7 +42,7 @@ _LOWER = rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}{_MARKS}*[\p{{Ll}}{_MARKS}+" 
 _UPPER = rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}{_MARKS}+[\p{{Ll}}{_MARKS}*"
 _LATER_SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-PRE_TOKENIZERS: dict[tuple[Steps, bool], str] = {  # with: whole words that are tokens are not merged
+PRE_TOKENIZERS: dict[tuple[Steps, bool], str] = {  # true where whole words that are tokens are not merged
     (("words",), False): "gpt-2",
     (("digits", "words"), False): "smollm",
     ((_ENDINGS + r"\p{N}{1,3}" + _SPACES,), True): "llama-bpe",
@@ -57,7 +55,7 @@ PRE_TOKENIZERS: dict[tuple[Steps, bool], str] = {  # with: whole words that are 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokenizer entries of a GGUF file. `special`: ids by `bos`, `eos`, `unk`, `pad`; `notes`: what is lost."""
+    """Tokenizer entries of a GGUF file. `special`: ids by `bos`, `eos`, `unk`, `pad`; `notes`: on losses."""
 
     model: str  # "gpt2" (byte-level BPE) or "llama" (SentencePiece's BPE)
     pre: str
@@ -96,7 +94,7 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, size: int, config: dict[str, Any]) -> Vocabulary:
-    """Read the tokenizer in `folder` for a model of `size` tokens; `config` names special tokens where it does not.
+    """Read the tokenizer in `folder` for a model of `size` tokens; `config` names special tokens if it does not.
 
     Raises InputError for one that llama.cpp would read otherwise, as far as can be known.
     """
@@ -108,17 +106,27 @@ def read_vocabulary(folder: Path, size: int, config: dict[str, Any]) -> Vocabula
     if model.get("type") != "BPE":
         raise InputError(f"{path} holds a {model.get('type')} tokenizer, of which only BPE can go to GGUF")
     tokens, types = _tokens(path, entries, size)
-    special = {key: _special(tokenizer, config, key) for key in ("bos", "eos", "unk", "pad")}
-    known = {key: value for key, value in special.items() if value is not None}
-    if "eos" not in known:
+    ids = {key: _special_id(tokenizer, config, key) for key in ("bos", "eos", "unk", "pad")}
+    special = {key: number for key, number in ids.items() if number is not None}
+    if "eos" not in special:
         raise InputError(f"{folder} names no token that ends a text; name one (eos_token) in tokenizer_config.json")
-    add_bos, add_eos = _added(path, tokenizer, known)
+    add_bos, add_eos = _tokens_around(path, tokenizer, special)
     template = tokenizer.chat_template
     if not isinstance(template, str):
         template = (template or {}).get("default")  # some have several, by name
-    found = Vocabulary("", "", tokens, types, known, add_bos, add_eos, chat_template=template)
-    found = replace(found, notes=_notes(entries, tokenizer))
-    return (_sentence_piece if model.get("byte_fallback") else _byte_level)(path, entries, found)
+    notes = _notes(entries, tokenizer)
+    about = (tokens, types, special, add_bos, add_eos)
+    if not model.get("byte_fallback"):
+        merges = [" ".join(pair) for pair in model["merges"]]
+        if not merges:
+            raise InputError(f"{path} merges nothing, which llama.cpp does not load; export to another format")
+        name = _pre_tokenizer_name(path, entries)
+        return Vocabulary("gpt2", name, *about, merges, chat_template=template, notes=notes)
+    prefix, more = _space_prefix(path, entries)
+    scores = _scores(path, model, tokens, types)
+    return Vocabulary(
+        "llama", "default", *about, [], scores, add_space_prefix=prefix, chat_template=template, notes=(*notes, *more)
+    )
 
 
 def _definition(path: Path) -> dict[str, Any]:
@@ -130,7 +138,7 @@ def _definition(path: Path) -> dict[str, Any]:
 
 
 def _tokens(path: Path, entries: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Every token by its id, and its type; ids without one, up to the model's, are unused."""
+    """Return every token by its id, and its type; ids without a token, up to the model's size, are unused."""
     model = entries["model"]
     texts = {number: text for text, number in model["vocab"].items()}
     fallback = bool(model.get("byte_fallback"))
@@ -143,26 +151,24 @@ def _tokens(path: Path, entries: dict[str, Any], size: int) -> tuple[list[str], 
             types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
     if max(texts) >= size:
         raise InputError(f"{path} has tokens up to {max(texts)}, but the model has {size}; they do not belong together")
-    taken, numbers = set(texts.values()), range(size)
-    return [texts.get(n) or _filler(n, taken) for n in numbers], [types.get(n, UNUSED) for n in numbers]
+    names = set(texts.values())
+    for number in range(size):
+        if not texts.get(number):  # with a name that no token has: llama.cpp loads no file with a name twice
+            name = f"[PAD{number}]"
+            while name in names:
+                name = f"[{name}]"
+            texts[number] = name
+    return [texts[number] for number in range(size)], [types.get(number, UNUSED) for number in range(size)]
 
 
-def _filler(number: int, taken: set[str]) -> str:
-    """Return a name for an id without a token, which no token has: llama.cpp loads no file that has a name twice."""
-    name = f"[PAD{number}]"
-    while name in taken:
-        name = f"[{name}]"
-    return name
+def _special_id(tokenizer: Any, config: dict[str, Any], key: str) -> int | None:
+    """Return the id of a special token, the first if a config lists several."""
+    number = getattr(tokenizer, f"{key}_token_id")
+    number = config.get(f"{key}_token_id") if number is None else number
+    return number[0] if isinstance(number, list) else number
 
 
-def _special(tokenizer: Any, config: dict[str, Any], key: str) -> int | None:
-    """The id of a special token; a config may list several, of which the first counts."""
-    found = getattr(tokenizer, f"{key}_token_id")
-    found = config.get(f"{key}_token_id") if found is None else found
-    return found[0] if isinstance(found, list) else found
-
-
-def _added(path: Path, tokenizer: Any, special: dict[str, int]) -> tuple[bool, bool]:
+def _tokens_around(path: Path, tokenizer: Any, special: dict[str, int]) -> tuple[bool, bool]:
     """Return (true if every text begins with the BOS token, true if it ends with the EOS token)."""
     plain, whole = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
     for before in ([], [special.get("bos")]):
@@ -173,7 +179,7 @@ def _added(path: Path, tokenizer: Any, special: dict[str, int]) -> tuple[bool, b
 
 
 def _notes(entries: dict[str, Any], tokenizer: Any) -> tuple[str, ...]:
-    """Return sentences on what llama.cpp, and transformers' own reading of tokenizer.json, leave out."""
+    """Return sentences on losses in llama.cpp, and in transformers' reading of tokenizer.json."""
     greedy = [t["content"] for t in entries.get("added_tokens") or () if t["lstrip"] or t["rstrip"] or t["single_word"]]
     notes = [f"the token {greedy[0]} no longer takes the spaces beside it"] if greedy else []
     if (entries.get("normalizer") or {}).get("type") == "NFC":
@@ -188,29 +194,22 @@ def _notes(entries: dict[str, Any], tokenizer: Any) -> tuple[str, ...]:
 # --- byte-level BPE -------------------------------------------------------------------------------------------------
 
 
-def _byte_level(path: Path, entries: dict[str, Any], found: Vocabulary) -> Vocabulary:
-    merges = [" ".join(pair) for pair in entries["model"]["merges"]]
-    if not merges:
-        raise InputError(f"{path} merges nothing, which llama.cpp does not load; export to another format")
-    return replace(found, model="gpt2", pre=_pre_tokenizer(path, entries), merges=merges)
-
-
-def _pre_tokenizer(path: Path, entries: dict[str, Any]) -> str:
-    """llama.cpp's name for how text is cut before merging. Raises InputError for a definition that is not known."""
+def _pre_tokenizer_name(path: Path, entries: dict[str, Any]) -> str:
+    """Return llama.cpp's name of a pre-tokenizer. Raises InputError for a definition that is not known."""
     model, normalizer = entries["model"], entries.get("normalizer")
     steps = _steps(entries.get("pre_tokenizer") or {})
-    found = PRE_TOKENIZERS.get((steps, bool(model.get("ignore_merges")))) if steps else None
+    name = PRE_TOKENIZERS.get((steps, bool(model.get("ignore_merges")))) if steps else None
     parts = [model.get("continuing_subword_prefix"), model.get("end_of_word_suffix"), model.get("dropout")]
-    if found is None or any(parts) or (normalizer or {"type": "NFC"})["type"] != "NFC":
+    if name is None or any(parts) or (normalizer or {"type": "NFC"})["type"] != "NFC":
         raise InputError(
             f"{path} cuts text in a way for which no name in llama.cpp is known here, and a wrong one would go "
             f"unnoticed; export to another format"
         )
-    return found
+    return name
 
 
 def _steps(definition: dict[str, Any]) -> Steps | None:
-    """A pre-tokenizer in short, None where it is of another kind."""
+    """Return the steps of a pre-tokenizer; None for one of another kind."""
     match definition:
         case {"type": "Sequence", "pretokenizers": parts}:
             short = [_steps(part) for part in parts]
@@ -227,15 +226,8 @@ def _steps(definition: dict[str, Any]) -> Steps | None:
 # --- SentencePiece's BPE --------------------------------------------------------------------------------------------
 
 
-def _sentence_piece(path: Path, entries: dict[str, Any], found: Vocabulary) -> Vocabulary:
-    prefix, notes = _space_prefix(path, entries)
-    scores = _scores(path, entries["model"], found.tokens, found.types)
-    notes = (*found.notes, *notes)
-    return replace(found, model="llama", pre="default", scores=scores, add_space_prefix=prefix, notes=notes)
-
-
 def _space_prefix(path: Path, entries: dict[str, Any]) -> tuple[bool, tuple[str, ...]]:
-    """Return (true if a space is put before a text, notes on what llama.cpp does otherwise)."""
+    """Return (true if a space is put before a text, notes on llama.cpp)."""
     match entries.get("normalizer"), entries.get("pre_tokenizer"):
         case {"type": "Sequence", "normalizers": [first, second]}, None:
             replaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -251,7 +243,7 @@ def _space_prefix(path: Path, entries: dict[str, Any]) -> tuple[bool, tuple[str,
 
 
 def _scores(path: Path, model: dict[str, Any], tokens: list[str], types: list[int]) -> list[float]:
-    """The later a token is merged, the lower. Raises InputError where that is not merging by the list of merges."""
+    """Return scores that fall with the place of a token's merge. Raises InputError if they give other merges."""
     vocabulary = {text for text, kind in zip(tokens, types, strict=True) if kind == NORMAL}
     merges = [(left, right) for left, right in model["merges"]]
     made = [token for token, _ in groupby(left + right for left, right in merges)]

@@ -20,20 +20,19 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import DiskError, InputError, RecipeError
-from llmcompress.formats.exported import ALLOW_DENSE, Exported
+from llmcompress.formats.engine_files import ALLOW_DENSE, ExportReport, UnfitError
 from llmcompress.formats.gguf.model import GGUFModel, gguf_model
 from llmcompress.formats.gguf.tensor_types import (
     FLOATS,
-    ROUNDED,
-    Inexact,
+    ROUNDABLE,
     TensorType,
     common_type,
     exact_type,
-    nearest,
-    packed,
+    pack_tensor,
+    round_to_type,
 )
 from llmcompress.formats.gguf.vocabulary import read_vocabulary
-from llmcompress.formats.peft import without_term
+from llmcompress.formats.peft import split_low_rank
 from llmcompress.models.dense.experts import experts_of
 from llmcompress.models.dense.skeleton import folder_skeleton, transposed_linears
 from llmcompress.models.files import file_names
@@ -48,14 +47,14 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter, LlamaFileType
 
 MODEL, ADAPTER = "model.gguf", "lora.gguf"
-TABLE = "token_embd.weight"
+TABLE = "token_embd.weight"  # whose low-rank factors llama.cpp reads in another way
 Factors = tuple[Tensor, Tensor]  # A [rank, in], B [out, rank]
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A tensor of the file to write. `weights`: read its matrices, of which experts' tensors have several; memory need
-    not hold more than one."""
+class PlannedTensor:
+    """A tensor of the file to write. `weights`: functions that read its matrices, of which experts' tensors have
+    several; memory need not hold more than one."""
 
     name: str
     shape: tuple[int, ...]
@@ -70,33 +69,60 @@ class Placed:
 
 @dataclass
 class FilePlan:
-    """Plan of a file: tensors in order, and low-rank factors by the name of the tensor that they are added to."""
+    """Tensors of a file in order, and low-rank factors by the name of the tensor that they are added to.
 
-    tensors: list[Placed] = field(default_factory=list)
+    Matrices that no type holds are rounded to `fallback` where it fits, else to bfloat16 with `allow_dense`.
+    """
+
+    allow_dense: bool = False
+    fallback: TensorType | None = None
+    tensors: list[PlannedTensor] = field(default_factory=list)
     factors: dict[str, Factors] = field(default_factory=dict)
     exact: Counter[str] = field(default_factory=Counter)  # compressed matrices by tensor type
     rounded: dict[str, tuple[str, float]] = field(default_factory=dict)  # others: their type and relative error
 
-    def place(self, name: str, weight: Weight, again: Callable[[], Weight], kind: TensorType | None = None) -> None:
-        """Put a tensor last; `again` reads `weight` when it is written. Raises Inexact where no type holds it."""
+    def add(self, name: str, weight: Weight, read: Callable[[], Weight], kind: TensorType | None = None) -> TensorType:
+        """Put a tensor last, and return its type; `read` reads `weight` again when it is written.
+
+        Raises UnfitError where no type holds it.
+        """
         size = tuple(weight.values.shape) if isinstance(weight, Dense) else shape(weight)
-        self.tensors.append(Placed(name, size, kind or exact_type(weight), (again,)))
+        kind = kind or exact_type(weight)
+        self.tensors.append(PlannedTensor(name, size, kind, (read,)))
+        return kind
+
+    def round_matrix(self, layer: str, values: Tensor, why: UnfitError) -> tuple[Weight, TensorType]:
+        """Return rounded values and their type. Raises InputError where nothing is allowed."""
+        kind, called = FLOATS["BF16"], "bfloat16"
+        rounded: Weight | None = None
+        if self.fallback is not None:
+            try:
+                rounded, kind, called = round_to_type(values, self.fallback), self.fallback, self.fallback.name
+            except UnfitError as error:
+                why = error
+        if rounded is None:
+            if not self.allow_dense:
+                raise InputError(f"{layer} does not fit GGUF ({why}); {ALLOW_DENSE}") from why
+            rounded = Dense(values.to(torch.bfloat16))
+        distance = (dense(rounded) - values).norm() / values.norm().clamp_min(1e-30)
+        self.rounded[layer] = called, float(distance)
+        return rounded, kind
 
     @property
-    def mostly(self) -> str:
+    def commonest_type(self) -> str:
         """The tensor type of most weights."""
         weights: Counter[str] = Counter()
-        for placed in self.tensors:
-            weights[placed.type.name] += prod(placed.shape)
+        for tensor in self.tensors:
+            weights[tensor.type.name] += prod(tensor.shape)
         return weights.most_common(1)[0][0]
 
 
 def to_gguf(
     opened: CompressedCheckpoint, output: Path, allow_dense: bool = False, round_to: str | None = None
-) -> Exported:
+) -> ExportReport:
     """Write grids value for value; others are rounded to the type `round_to`, to bfloat16, or raise InputError."""
-    if round_to is not None and round_to not in ROUNDED:
-        raise RecipeError(f"nothing is rounded to {round_to!r} here; choose one of {', '.join(ROUNDED)}")
+    if round_to is not None and round_to not in ROUNDABLE:
+        raise RecipeError(f"nothing is rounded to {round_to!r} here; choose one of {', '.join(ROUNDABLE)}")
     try:
         from gguf import GGUFWriter
     except ImportError as error:
@@ -105,28 +131,28 @@ def to_gguf(
     model = gguf_model(folder, opened.config)
     vocabulary = read_vocabulary(folder, model.config.vocab_size, opened.config)
     with write_checkpoint(output, opened.dense_bytes) as staged:
-        plan = planned(opened, model, Fallbacks(allow_dense, ROUNDED[round_to] if round_to else None))
+        plan = plan_file(opened, model, FilePlan(allow_dense, ROUNDABLE[round_to] if round_to else None))
         writer = GGUFWriter(staged.folder / MODEL, model.architecture)
-        _introduce(writer, folder, plan.mostly)
+        _add_origin(writer, folder, plan.commonest_type)
         model.describe(writer, len(vocabulary.tokens))
         vocabulary.describe(writer)
         size = _write_model(writer, plan.tensors, model)
         if plan.factors:
             size += _write_adapter(GGUFWriter(staged.folder / ADAPTER, model.architecture), plan.factors, model)
-    return Exported(
+    return ExportReport(
         to="gguf",
         output=str(output),
         bytes_before=opened.bytes,
         bytes_after=size,
         kept=(
-            *_kept(plan),
+            *_held_exactly(plan),
             f"the vocabulary of {len(vocabulary.tokens)} tokens, as {vocabulary.model} ({vocabulary.pre})",
         ),
         changed=(*_changes(plan, output), *model.rotary.notes(), *vocabulary.notes),
     )
 
 
-def _kept(plan: FilePlan) -> Iterator[str]:
+def _held_exactly(plan: FilePlan) -> Iterator[str]:
     if plan.exact:
         types = ", ".join(f"{count} as {name}" for name, count in plan.exact.most_common())
         yield f"{plan.exact.total()} matrices, value for value ({types})"
@@ -144,119 +170,93 @@ def _changes(plan: FilePlan, output: Path) -> Iterator[str]:
 # --- what goes where ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Fallbacks:
-    """Types for what no type holds: `kind` where it fits, else bfloat16 where that is allowed."""
-
-    allow_dense: bool = False
-    kind: TensorType | None = None
-
-    def of(self, layer: str, values: Tensor, why: Inexact) -> tuple[Weight, TensorType, str]:
-        """Return rounded values, their type and its name. Raises InputError where nothing is allowed."""
-        if self.kind is not None:
-            try:
-                return nearest(values, self.kind), self.kind, self.kind.name
-            except Inexact as error:
-                why = error
-        if not self.allow_dense:
-            raise InputError(f"{layer} does not fit GGUF ({why}); {ALLOW_DENSE}") from why
-        return Dense(values.to(torch.bfloat16)), FLOATS["BF16"], "bfloat16"
-
-
-def planned(opened: CompressedCheckpoint, model: GGUFModel, fallbacks: Fallbacks) -> FilePlan:
-    """The type of every tensor. Raises InputError for what GGUF cannot hold, unless it may be rounded."""
-    plan = FilePlan()
+def plan_file(opened: CompressedCheckpoint, model: GGUFModel, plan: FilePlan) -> FilePlan:
+    """Return the plan with the type of every tensor. Raises InputError for a matrix that may not be rounded."""
     transposed = transposed_linears(opened.folder)
     for name, factors in model.rotary.divisors().items():
-        plan.place(name, Dense(factors), partial(Dense, factors))
-    stacks = stacked(opened)
+        plan.add(name, Dense(factors), partial(Dense, factors))
+    stacks = expert_stacks(opened)
     inside = {layer for layers in stacks.values() for layer in layers}
     for layers, others in opened.parts():
         for layer in layers:
             if layer not in inside:
-                _place_layer(plan, opened, layer, model.name(f"{layer}.weight"), fallbacks)
+                _add_layer(plan, opened, layer, model.name(f"{layer}.weight"))
         for tensor in others:
             if not tensor.endswith(f".{LIKE}") and tensor.removesuffix(".weight") not in inside:
-                stored = partial(_stored, opened, model, tensor, tensor.removesuffix(".weight") in transposed)
-                plan.place(model.name(tensor), stored(), stored)
+                read = partial(_read_plain, opened, model, tensor, tensor.removesuffix(".weight") in transposed)
+                plan.add(model.name(tensor), read(), read)
     for stack, experts in stacks.items():
-        _place_stack(plan, opened, model.name(f"{stack}.weight"), experts, fallbacks)
+        _add_stack(plan, opened, model.name(f"{stack}.weight"), experts)
     return plan
 
 
-def stacked(opened: CompressedCheckpoint) -> dict[str, list[str]]:
+def expert_stacks(opened: CompressedCheckpoint) -> dict[str, list[str]]:
     """Return the matrices of experts that are one tensor in GGUF, in order: by their common name, without a number."""
-    found: dict[str, list[str]] = {}
+    stacks: dict[str, list[str]] = {}
     experts = experts_of(folder_skeleton(opened.folder, trust_remote_code=opened.trust_remote_code))
     for path, each in experts.items():
         for number, expert in enumerate(each):
             for leaf, _ in expert.named_children():
-                found.setdefault(f"{path}.{leaf}", []).append(f"{path}.{number}.{leaf}")
-    return found
+                stacks.setdefault(f"{path}.{leaf}", []).append(f"{path}.{number}.{leaf}")
+    return stacks
 
 
-def _place_stack(
-    plan: FilePlan, opened: CompressedCheckpoint, name: str, layers: list[str], fallbacks: Fallbacks
-) -> None:
+def _add_stack(plan: FilePlan, opened: CompressedCheckpoint, name: str, layers: list[str]) -> None:
     """Put a tensor `[experts, out, in]` last: in the type that holds all of them, else each rounded to one type."""
-    reads: list[Callable[[], Weight]] = [partial(_matrix, opened, layer) for layer in layers]
+    reads: list[Callable[[], Weight]] = [partial(_read_matrix, opened, layer) for layer in layers]
     try:
         kind = common_type(reads)
         plan.exact[kind.name] += sum(layer in opened.layouts for layer in layers)
-    except Inexact as error:
+    except UnfitError as error:
         kind = FLOATS["BF16"]
         for number, layer in enumerate(layers):
-            values = dense(_matrix(opened, layer))
-            stored, kind, called = fallbacks.of(layer, values, error)
-            lost = (dense(stored) - values).norm() / values.norm().clamp_min(1e-30)
-            plan.rounded[layer] = called, float(lost)
-            reads[number] = partial(_rounded, opened, layer, kind)
-    plan.tensors.append(Placed(name, (len(layers), *shape(_matrix(opened, layers[0]))), kind, tuple(reads)))
+            _, kind = plan.round_matrix(layer, dense(_read_matrix(opened, layer)), error)
+            reads[number] = partial(_read_rounded, opened, layer, kind)
+    plan.tensors.append(PlannedTensor(name, (len(layers), *shape(_read_matrix(opened, layers[0]))), kind, tuple(reads)))
 
 
-def _matrix(opened: CompressedCheckpoint, layer: str) -> Weight:
-    """Read a matrix that may be compressed."""
-    return opened.expression(layer) if layer in opened.layouts else Dense(opened.read(f"{layer}.weight"))
-
-
-def _place_layer(plan: FilePlan, opened: CompressedCheckpoint, layer: str, name: str, fallbacks: Fallbacks) -> None:
-    """A compressed matrix: its base and its low-rank term where the base fits, else the whole, rounded."""
+def _add_layer(plan: FilePlan, opened: CompressedCheckpoint, layer: str, name: str) -> None:
+    """Put a compressed matrix last: its base and its low-rank term where the base fits, else the whole, rounded."""
     whole = opened.expression(layer)
-    base, term = without_term(whole) if name != TABLE else (whole, None)  # llama.cpp reads A and B of a table otherwise
+    base, term = (
+        split_low_rank(whole) if name != TABLE else (whole, None)
+    )  # llama.cpp reads a table's A and B otherwise
     try:
-        plan.place(name, base, partial(_base, opened, layer) if term else partial(opened.expression, layer))
-    except Inexact as error:
-        values = dense(whole)
-        stored, kind, called = fallbacks.of(layer, values, error)
-        lost = (dense(stored) - values).norm() / values.norm().clamp_min(1e-30)
-        plan.rounded[layer] = called, float(lost)
-        plan.place(name, stored, partial(_rounded, opened, layer, kind), kind)
+        kind = plan.add(name, base, partial(_read_base, opened, layer) if term else partial(opened.expression, layer))
+    except UnfitError as error:
+        rounded, kind = plan.round_matrix(layer, dense(whole), error)
+        plan.add(name, rounded, partial(_read_rounded, opened, layer, kind), kind)
         return
-    plan.exact[plan.tensors[-1].type.name] += 1
+    plan.exact[kind.name] += 1
     if term is not None:
         plan.factors[name] = term
 
 
-def _stored(opened: CompressedCheckpoint, model: GGUFModel, tensor: str, transposed: bool) -> Weight:
+def _read_matrix(opened: CompressedCheckpoint, layer: str) -> Weight:
+    """Read a matrix that may be compressed."""
+    return opened.expression(layer) if layer in opened.layouts else Dense(opened.read(f"{layer}.weight"))
+
+
+def _read_plain(opened: CompressedCheckpoint, model: GGUFModel, tensor: str, transposed: bool) -> Weight:
     """Read a tensor that was never compressed, as it is in GGUF."""
-    values = model.stored(model.name(tensor), opened.read(tensor))
+    values = model.convert_plain(model.name(tensor), opened.read(tensor))
     return Dense(values.T.contiguous() if transposed else values)
 
 
-def _base(opened: CompressedCheckpoint, layer: str) -> Weight:
-    return without_term(opened.expression(layer))[0]
+def _read_base(opened: CompressedCheckpoint, layer: str) -> Weight:
+    return split_low_rank(opened.expression(layer))[0]
 
 
-def _rounded(opened: CompressedCheckpoint, layer: str, kind: TensorType) -> Weight:
-    values = dense(_matrix(opened, layer))
-    return nearest(values, kind) if kind.pack else Dense(values.to(torch.bfloat16))
+def _read_rounded(opened: CompressedCheckpoint, layer: str, kind: TensorType) -> Weight:
+    values = dense(_read_matrix(opened, layer))
+    return round_to_type(values, kind) if kind.pack else Dense(values.to(torch.bfloat16))
 
 
 # --- the files ------------------------------------------------------------------------------------------------------
 
 
-def _introduce(writer: GGUFWriter, folder: Path, mostly: str) -> None:
-    """Write the name, licence and base model of the file."""
+def _add_origin(writer: GGUFWriter, folder: Path, commonest_type: str) -> None:
+    """Write the name, licence, base model and type of the file."""
     from gguf import GGML_QUANT_VERSION
 
     known = report.read(folder) if (folder / file_names.REPORT).is_file() else None
@@ -271,43 +271,43 @@ def _introduce(writer: GGUFWriter, folder: Path, mostly: str) -> None:
         writer.add_base_model_name(0, name)
         writer.add_base_model_organization(0, owner)
         writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
-    writer.add_file_type(file_type(mostly))
+    writer.add_file_type(file_type(commonest_type))
     writer.add_quantization_version(GGML_QUANT_VERSION)
 
 
-def file_type(mostly: str) -> LlamaFileType:
+def file_type(tensor_type: str) -> LlamaFileType:
     """Return GGUF's type of a file whose weights mostly have a tensor type."""
     from gguf import LlamaFileType
 
-    names = [f"ALL_{mostly}", f"MOSTLY_{mostly}", f"MOSTLY_{mostly}_S", f"MOSTLY_{mostly}_MOE"]
+    names = [f"ALL_{tensor_type}", *(f"MOSTLY_{tensor_type}{end}" for end in ("", "_S", "_MOE"))]
     return LlamaFileType[next(name for name in names if name in LlamaFileType.__members__)]
 
 
-def _write_model(writer: GGUFWriter, tensors: list[Placed], model: GGUFModel) -> int:
-    """Write head and tensors; returns the bytes of the file. Raises DiskError when they do not fit."""
+def _write_model(writer: GGUFWriter, tensors: list[PlannedTensor], model: GGUFModel) -> int:
+    """Write head and tensors; return the bytes of the file. Raises DiskError when they do not fit."""
     from gguf import GGMLQuantizationType
 
     byte = torch.empty(0, dtype=torch.uint8).numpy().dtype
-    for placed in tensors:
-        rows = (*placed.shape[:-1], placed.type.row_bytes(placed.shape[-1]))
-        writer.add_tensor_info(placed.name, rows, byte, placed.bytes, GGMLQuantizationType[placed.type.name])
+    for tensor in tensors:
+        rows = (*tensor.shape[:-1], tensor.type.row_bytes(tensor.shape[-1]))
+        writer.add_tensor_info(tensor.name, rows, byte, tensor.bytes, GGMLQuantizationType[tensor.type.name])
     with _to_disk(writer):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for placed in tensors:
-            written = torch.cat([packed(read(), placed.type) for read in placed.weights])
-            order = model.row_order(placed.name)
+        for tensor in tensors:
+            rows_of_bytes = torch.cat([pack_tensor(read(), tensor.type) for read in tensor.weights])
+            order = model.row_order(tensor.name)
             if order is not None:
-                written = written.reshape(len(order), -1)[order]
-            writer.write_tensor_data(written.contiguous().numpy())
-    return _bytes(writer)
+                rows_of_bytes = rows_of_bytes.reshape(len(order), -1)[order]
+            writer.write_tensor_data(rows_of_bytes.contiguous().numpy())
+    return Path(str(writer.path)).stat().st_size
 
 
 def _write_adapter(writer: GGUFWriter, factors: dict[str, Factors], model: GGUFModel) -> int:
-    """Write the low-rank terms as a LoRA adapter; returns the bytes of the file.
+    """Write the low-rank terms as a LoRA adapter; return the bytes of the file.
 
-    llama.cpp multiplies by alpha / rank, one alpha for all: smaller ranks are filled up with zeros.
+    llama.cpp multiplies by alpha / rank, one alpha for all: smaller ranks are padded with zeros.
     """
     from gguf import Keys
 
@@ -317,28 +317,23 @@ def _write_adapter(writer: GGUFWriter, factors: dict[str, Factors], model: GGUFM
     writer.add_float32(Keys.Adapter.LORA_ALPHA, float(rank))
     for name, (a, b) in factors.items():
         order = model.row_order(name)
-        rows = b if order is None else b[order]
-        filled = torch.zeros(rank, a.shape[1]), torch.zeros(len(b), rank)
-        filled[0][: len(a)], filled[1][:, : len(a)] = a, rows
-        writer.add_tensor(f"{name}.lora_a", filled[0].numpy())
-        writer.add_tensor(f"{name}.lora_b", filled[1].numpy())
+        padded = torch.zeros(rank, a.shape[1]), torch.zeros(len(b), rank)
+        padded[0][: len(a)], padded[1][:, : len(a)] = a, b if order is None else b[order]
+        writer.add_tensor(f"{name}.lora_a", padded[0].numpy())
+        writer.add_tensor(f"{name}.lora_b", padded[1].numpy())
     with _to_disk(writer):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-    return _bytes(writer)
+    return Path(str(writer.path)).stat().st_size
 
 
 @contextmanager
 def _to_disk(writer: GGUFWriter) -> Iterator[None]:
-    """Close the file; a write that fails is a DiskError."""
+    """Close the file at the end. Raises DiskError for a write that fails."""
     try:
         yield
     except OSError as error:
         raise DiskError(f"{writer.path} could not be written ({error}); free some space and start again") from error
     finally:
         writer.close()
-
-
-def _bytes(writer: GGUFWriter) -> int:
-    return Path(str(writer.path)).stat().st_size

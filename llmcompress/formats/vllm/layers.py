@@ -30,12 +30,7 @@ from llmcompress.models.transformers.hf_quantizer import NAME, LLMCompressConfig
 from llmcompress.weight.modules import LIKE, NAMES, CompressedEmbedding, CompressedLinear, Layout
 
 TABLES = ("embed_tokens", "wte", "embed_in")  # names of token tables, which some of vLLM's models do not pass on
-SHARDS: dict[str | None, int] = {
-    None: 0,
-    "q": 0,
-    "k": 1,
-    "v": 2,
-}  # as vLLM calls the parts of a fused layer; it numbers others
+SHARDS: dict[str | None, int] = {None: 0, "q": 0, "k": 1, "v": 2}  # vLLM's names of fused parts; it numbers others
 
 
 class PayloadConfig(QuantizationConfig):
@@ -65,11 +60,11 @@ class PayloadConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PayloadConfig:
-        """Return the config of a checkpoint. Raises InputError for what vLLM does not read, such as tied blocks."""
-        found = LLMCompressConfig(**config)
-        if found.ties:
+        """Return the config of a checkpoint. Raises InputError for tied blocks, which vLLM does not read."""
+        quantization = LLMCompressConfig(**config)
+        if quantization.ties:
             raise InputError("vLLM does not read blocks that have matrices in common; export to dense instead")
-        return cls(found.table())
+        return cls(quantization.table())
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Rename layers as vLLM's model does."""
@@ -168,13 +163,13 @@ class PayloadMethod(LinearMethodBase):
         object.__setattr__(layer, "decoders", (made, table))  # not as submodules: these have no parameters of their own
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x [..., in]` to `[..., out]`, in the dtype of `x`."""
-        found = [part(x) for part in layer.decoders[0]]
-        output = found[0] if len(found) == 1 else torch.cat(found, -1)
+        """Return the product of `x [..., in]`, `[..., out]`, in its dtype."""
+        outputs = [part(x) for part in layer.decoders[0]]
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         return output if bias is None else output + bias
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
-        """Token ids `[...]` to rows `[..., width]`."""
+        """Return the rows `[..., width]` of token ids `[...]`."""
         rows: Tensor = layer.decoders[1](input_)
         return rows
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.formats.peft import without_term
+from llmcompress.formats.peft import split_low_rank
 from llmcompress.methods.binary.billm import SHARES, BiLLM, salient_columns
 from llmcompress.methods.layer import apply, relative_error, step
 from llmcompress.methods.refine import descend
@@ -361,7 +361,7 @@ def test_terms_leave_a_sum_of_planes_whole() -> None:
     assert isinstance(planes, Sum)
     term = LowRank(Dense(gaussian(24, 2)), Dense(gaussian(2, 48)))
     for w in (Sum((planes, term)), Sum((*planes.parts, term))):
-        base, factors = without_term(w)
+        base, factors = split_low_rank(w)
         assert factors is not None and torch.equal(dense(base), dense(planes)) and isinstance(base, Sum)
 
 

@@ -1,15 +1,12 @@
-"""Doors out: checkpoints of ours in the formats of other engines, one file each.
-
-`export(folder, output, to)` writes; what it gives back says what was kept and what was changed.
-"""
+"""Checkpoints of ours in the formats of other engines, one file each."""
 
 from pathlib import Path
 
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.formats.compressed_tensors import to_compressed_tensors
 from llmcompress.formats.dense import to_dense
+from llmcompress.formats.engine_files import ExportReport
 from llmcompress.formats.exl3 import to_exl3
-from llmcompress.formats.exported import Exported
 from llmcompress.formats.gguf.write import to_gguf
 from llmcompress.formats.mlx import to_mlx
 from llmcompress.formats.peft import to_peft
@@ -17,7 +14,7 @@ from llmcompress.models.dense.experts import experts_of
 from llmcompress.models.dense.skeleton import check_causal, folder_skeleton
 from llmcompress.models.files.compressed import CompressedCheckpoint
 
-DOORS = ("dense", "compressed-tensors", "peft", "gguf", "mlx", "exl3")
+FORMATS = ("dense", "compressed-tensors", "peft", "gguf", "mlx", "exl3")
 
 
 def export(
@@ -27,19 +24,19 @@ def export(
     allow_dense: bool = False,
     round_to: str | None = None,
     trust_remote_code: bool = False,
-) -> Exported:
+) -> ExportReport:
     """Write a compressed checkpoint in a format that other engines read.
 
     Args:
-        folder: what compress wrote.
+        folder: a compressed checkpoint.
         output: a new or empty folder.
         to: dense, compressed-tensors, peft, gguf, mlx or exl3.
-        allow_dense: True to turn what compressed-tensors, GGUF, MLX or EXL3 cannot hold into 16-bit floats.
-        round_to: a type of GGUF to which that is rounded instead, where it fits: Q8_0, Q5_0 or Q4_0.
+        allow_dense: True to store matrices that compressed-tensors, GGUF, MLX or EXL3 cannot hold in 16-bit floats.
+        round_to: a type of GGUF to round them to instead, where it fits: Q8_0, Q5_0 or Q4_0.
         trust_remote_code: True to run the Python code that the model brings along, if transformers lacks its class.
 
     Returns:
-        The sizes, and sentences on what was kept and what was changed.
+        The sizes, and sentences on losses.
 
     Raises:
         RecipeError: for an unknown format or type, or a format whose package is missing.
@@ -48,8 +45,8 @@ def export(
     """
     if round_to is not None and to != "gguf":
         raise RecipeError(f"only the export to gguf rounds to a type, not that to {to}; leave round_to out")
-    if to not in DOORS:
-        raise RecipeError(f"there is no export to {to!r}; choose one of {', '.join(DOORS)}")
+    if to not in FORMATS:
+        raise RecipeError(f"there is no export to {to!r}; choose one of {', '.join(FORMATS)}")
     opened, target = CompressedCheckpoint(Path(folder), trust_remote_code), Path(output)
     if to != "dense":
         _check_form(opened, to)
@@ -68,10 +65,8 @@ def export(
 
 
 def _check_form(opened: CompressedCheckpoint, to: str) -> None:
-    """Raise InputError for what predicts no next token, which no reader of these formats here can check, for blocks
-    with widths of their own, and for mixtures of experts but to GGUF: other readers would draw random numbers for
-    experts that are stored otherwise.
-    """
+    """Raise InputError for models that are not causal, for blocks with widths of their own, and for mixtures of experts
+    except to GGUF, whose experts other readers would initialise randomly."""
     if opened.sizes:
         raise InputError(
             f"blocks of {opened.folder} have widths of their own, which {to} has no place for; export it to dense, "

@@ -14,12 +14,11 @@ from transformers.modeling_rope_utils import RopeParameters
 
 import llmcompress as lc
 from llmcompress.errors import InputError
-from llmcompress.formats.config_keys import INERT, entries_of, entries_read, overlooked
-from llmcompress.formats.engine_configs import CHECKED, EXL3, MLX, EngineFamily, readable_entries
-from llmcompress.formats.formats import export
+from llmcompress.formats.config_entries import INERT, PARAMETERS, entries_of, entries_read, overlooked_entries
+from llmcompress.formats.engine_configs import CHECKED, EXL3, MLX, Engine, readable_entries
+from llmcompress.formats.export import export
 from llmcompress.formats.gguf.families import FAMILIES
 from llmcompress.formats.gguf.model import READ, gguf_model
-from llmcompress.formats.rotary import PARAMETERS
 from tests.formats.test_gguf_families import CASES, LINEAR, PLAIN, SIZES, YARN, every
 from tests.tiny import save_tiny, tiny
 
@@ -34,8 +33,8 @@ class Row(NamedTuple):
 
 
 ROWS = [Row("GGUF", name, READ | row.read, row.fixed) for name, row in FAMILIES.items()]
-ROWS += [Row("MLX", name, row.entries | CHECKED, row.fixed) for name, row in MLX.items()]
-ROWS += [Row("EXL3", name, row.entries | CHECKED, row.fixed) for name, row in EXL3.items()]
+ROWS += [Row("MLX", name, row.entries | CHECKED, row.fixed) for name, row in MLX.families.items()]
+ROWS += [Row("EXL3", name, row.entries | CHECKED, row.fixed) for name, row in EXL3.families.items()]
 EVERY_ROW = pytest.mark.parametrize("row", ROWS, ids=[f"{row.door}-{row.family}" for row in ROWS])
 
 
@@ -70,14 +69,14 @@ def test_what_an_engine_does_not_read_is_found(row: Row) -> None:
         entry = config.attribute_map.get(entry, entry)
         value = getattr(config, entry)
         config.__dict__[entry] = another(value)
-        found = list(overlooked(config, row.read, row.fixed))
+        found = list(overlooked_entries(config, row.read, row.fixed))
         assert any(one.startswith(f"{entry} ") for one in found) == (entry in row.fixed), entry
-        in_no_list = any(one.startswith(f"{entry} ") for one in overlooked(config, set(), {}))
+        in_no_list = any(one.startswith(f"{entry} ") for one in overlooked_entries(config, set(), {}))
         assert in_no_list == (config.__dict__[entry] != getattr(plain, entry)), f"{entry} must have its default"
         config.__dict__[entry] = value
     for entry, value in {"is_causal": False, "attention_chunk_size": 3}.items():
         config.__dict__[entry] = value
-        [found_last] = [one for one in overlooked(config, row.read, row.fixed) if entry in one]
+        [found_last] = [one for one in overlooked_entries(config, row.read, row.fixed) if entry in one]
         assert found_last.endswith(f"{entry} {value!r}")
         del config.__dict__[entry]
 
@@ -108,61 +107,59 @@ def test_what_no_code_reads_is_let_through(family: str) -> None:
     assert {"is_causal", "vocab_size", "rope_parameters", "attention_chunk_size"} <= read | {"rope_parameters"}
     config.__dict__ |= {"is_llama_config": True, "unsloth_version": "2026.1", "transformers.js_config": {"a": 1}}
     config.__dict__ |= {"mlp_type": "default", "layer_switch": 4, "use_parallel_block": True, "model_max_length": 8192}
-    assert not [one for one in overlooked(config, READ | FAMILIES[family].read, {}) if "unknown" in one]
+    assert not [one for one in overlooked_entries(config, READ | FAMILIES[family].read, {}) if "unknown" in one]
     config.__dict__["attention_chunk_size"] = 8
-    assert "the unknown entry attention_chunk_size 8" in set(overlooked(config, READ, {}))
+    assert "the unknown entry attention_chunk_size 8" in set(overlooked_entries(config, READ, {}))
 
 
 def test_every_parameter_of_rotary_positions_is_known() -> None:
     assert set(RopeParameters.__annotations__) <= PARAMETERS
 
 
-REFUSED: list[tuple[str, Mapping[str, EngineFamily], str, dict[str, Any], str]] = [
-    ("MLX", MLX, "falcon", CASES["falcon"][0], "a falcon model, of which nobody here knows what MLX reads"),
-    ("MLX", MLX, "mistral", SIZES | {"sliding_window": 8}, "attention to the last 8 tokens only"),
-    ("MLX", MLX, "qwen2", SIZES | {"head_dim": 32}, "4 heads of 32 numbers, not of 64 in all"),
-    ("MLX", MLX, "cohere", SIZES | {"rope_parameters": LINEAR}, "rotary positions of type 'linear'"),
-    ("MLX", MLX, "starcoder2", SIZES | {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}}, "partial_rotary"),
-    ("MLX", MLX, "llama", SIZES | {"rope_parameters": YARN | {"truncate": False}}, "truncate False"),
+REFUSED: list[tuple[Engine, str, dict[str, Any], str]] = [
+    (MLX, "falcon", CASES["falcon"][0], "a falcon model, of which nobody here knows what MLX reads"),
+    (MLX, "mistral", SIZES | {"sliding_window": 8}, "attention to the last 8 tokens only"),
+    (MLX, "qwen2", SIZES | {"head_dim": 32}, "4 heads of 32 numbers, not of 64 in all"),
+    (MLX, "cohere", SIZES | {"rope_parameters": LINEAR}, "rotary positions of type 'linear'"),
+    (MLX, "starcoder2", SIZES | {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}}, "partial_rotary"),
+    (MLX, "llama", SIZES | {"rope_parameters": YARN | {"truncate": False}}, "truncate False"),
     (
-        "MLX",
         MLX,
         "llama",
         SIZES | {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}},
         "llama_4_scaling_beta 0.1",
     ),
-    ("MLX", MLX, "llama", SIZES | {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    (MLX, "llama", SIZES | {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     (
-        "MLX",
         MLX,
         "cohere2",
         SIZES | every(4, 4) | {"layer_types": ["full_attention", *["sliding_attention"] * 3]},
         "pe",
     ),
-    ("EXL3", EXL3, "llama", SIZES | {"rope_parameters": YARN | {"factor": 8.0}}, "a factor of 8 .* 4 times as long"),
-    ("EXL3", EXL3, "gemma2", CASES["gemma2"][0] | every(3, 3), "in other layers than the last of every 2"),
-    ("EXL3", EXL3, "gemma3_text", CASES["gemma3_text"][0], "base 100.0 in layers with a window"),
-    ("EXL3", EXL3, "olmo3", CASES["olmo3"][0], "sliding_window 8"),
-    ("EXL3", EXL3, "phi3", CASES["phi3"][1], "rotary positions of type 'longrope'"),
+    (EXL3, "llama", SIZES | {"rope_parameters": YARN | {"factor": 8.0}}, "a factor of 8 .* 4 times as long"),
+    (EXL3, "gemma2", CASES["gemma2"][0] | every(3, 3), "in other layers than the last of every 2"),
+    (EXL3, "gemma3_text", CASES["gemma3_text"][0], "base 100.0 in layers with a window"),
+    (EXL3, "olmo3", CASES["olmo3"][0], "sliding_window 8"),
+    (EXL3, "phi3", CASES["phi3"][1], "rotary positions of type 'longrope'"),
 ]
 
 
-@pytest.mark.parametrize("engine, families, family, sizes, reason", REFUSED, ids=[f"{r[2]} {r[-1]}" for r in REFUSED])
+@pytest.mark.parametrize("engine, family, sizes, reason", REFUSED, ids=[f"{r[1]} {r[-1]}" for r in REFUSED])
 def test_what_an_engine_would_compute_otherwise_is_refused(
-    engine: str, families: Mapping[str, EngineFamily], family: str, sizes: dict[str, Any], reason: str, tmp_path: Path
+    engine: Engine, family: str, sizes: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     config = AutoConfig.for_model(family, **sizes).to_dict()
     with pytest.raises(InputError, match=reason + ".*; export to dense instead"):
-        readable_entries(tmp_path, config, families, engine)
+        readable_entries(tmp_path, config, engine)
 
 
 def test_entries_are_written_in_older_notation(tmp_path: Path) -> None:
     """Both engines read `rope_theta` and `rope_scaling`, and have other defaults than transformers."""
     config = {"model_type": "llama", "rope_parameters": YARN | {"rope_theta": 5e5, "attention_factor": 1.5}}
-    found = readable_entries(tmp_path, config | {"max_position_embeddings": 64}, EXL3, "EXL3")
+    found = readable_entries(tmp_path, config | {"max_position_embeddings": 64}, EXL3)
     assert found["rope_theta"] == 5e5 and found["tie_word_embeddings"] is False and found["head_dim"] == 128
     assert found["rope_scaling"]["type"] == "yarn" and found["rope_scaling"]["attention_factor"] == 1.5
-    plain = readable_entries(tmp_path, {"model_type": "gemma3_text"}, MLX, "MLX")
+    plain = readable_entries(tmp_path, {"model_type": "gemma3_text"}, MLX)
     assert (plain["rope_theta"], plain["rope_local_base_freq"], plain["rope_scaling"]) == (1e6, 1e4, None)
     assert plain["sliding_window_pattern"] == 6
 
