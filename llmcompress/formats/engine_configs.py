@@ -54,7 +54,7 @@ class EngineFamily:
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineFamilies:
     """An engine and the families that it runs. `yarn_by_length`: YaRN goes by the ratio of two lengths, not by its
     factor."""
 
@@ -146,7 +146,7 @@ class EngineConfig(ModelConfig):
             yield f"rotary positions of type 'yarn' with attention_factor {attention:g} and factor 1"
 
 
-def readable_entries(folder: Path, entries: dict[str, Any], engine: Engine) -> dict[str, Any]:
+def readable_entries(folder: Path, entries: dict[str, Any], engine: EngineFamilies) -> dict[str, Any]:
     """Return the entries of config.json that an engine reads. Raises InputError for those that it would misread."""
     from transformers import AutoConfig
 
@@ -217,7 +217,7 @@ MLX_FAMILIES = {
         f"norm_eps head_dim attention_bias mlp_bias partial_rotary_factor {ROPE}", {"hidden_act": "relu2"}, ("linear",)
     ),
 }
-MLX = Engine("MLX", MLX_FAMILIES)
+MLX = EngineFamilies("MLX", MLX_FAMILIES)
 
 PART_ROPE = f"head_dim partial_rotary_factor {ROPE}"
 EXL3_LLAMA = f"rms_norm_eps {PART_ROPE}"
@@ -245,4 +245,4 @@ EXL3_FAMILIES = {
     "cohere": EngineFamily(f"{COHERE} use_qk_norm {PART_ROPE}", UNBIASED),
     "cohere2": EngineFamily(f"{COHERE} layer_types sliding_window {PART_ROPE}", UNBIASED),
 }
-EXL3 = Engine("EXL3", EXL3_FAMILIES, yarn_by_length=True)
+EXL3 = EngineFamilies("EXL3", EXL3_FAMILIES, yarn_by_length=True)

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from llmcompress.errors import GateError, HubError, InputError, RecipeError, list_names
 from llmcompress.evaluation.verify import verify
-from llmcompress.formats.evidence import Evidence, evidence
-from llmcompress.formats.model_card import Taught, card
+from llmcompress.formats.model_card import DistillationRecord, Evidence, card, gather_evidence
 from llmcompress.models.dense.companions import OURS, companions
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import CARD, MANIFEST, PLOT, README, manifest, manifest_text
@@ -119,7 +118,7 @@ def _read_saved(folder: Path, name: str) -> dict[str, Any] | None:
 def _proof(folder: Path) -> Evidence:
     """Return the evidence for the quality of a checkpoint."""
     scores = _read_saved(folder, file_names.SCORES)
-    return evidence(scores, reports.read_allocation(folder), reports.read_distillation(folder))
+    return gather_evidence(scores, reports.read_allocation(folder), reports.read_distillation(folder))
 
 
 def _card(folder: Path, repository: str, proof: Evidence) -> dict[str, bytes]:
@@ -129,7 +128,7 @@ def _card(folder: Path, repository: str, proof: Evidence) -> dict[str, bytes]:
     plots = {PLOT: layers_png(report)} if find_spec("matplotlib") else {}
     taught = None
     if distillation is not None:
-        taught = Taught(distillation, (folder / file_names.DISTILLATION_RECIPE).read_text(encoding="utf-8"))
+        taught = DistillationRecord(distillation, (folder / file_names.DISTILLATION_RECIPE).read_text(encoding="utf-8"))
     scores, passport = (_read_saved(folder, name) for name in (file_names.SCORES, file_names.PASSPORT))
     text = card(report, repository, recipe, scores, PLOT if plots else None, taught, proof, passport)
     return {README: text.encode(), **plots}

@@ -1,4 +1,4 @@
-"""The model card: how to load a compressed checkpoint, its size, its losses, and what nobody measured."""
+"""The model card: how to load a compressed checkpoint, its size and losses, and the evidence for its quality."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmcompress.formats.evidence import Evidence
+from llmcompress.errors import list_names
 from llmcompress.models.files.file_names import DISTILLATION_PLOT
 from llmcompress.reporting.markdown import code, code_block, plain, plain_cell
 from llmcompress.reporting.report import Report
@@ -23,7 +23,10 @@ from llmcompress.reporting.tables import (
     metrics,
     score_rows,
     size_rows,
+    worst_domain,
 )
+
+Facts = dict[str, Any]  # of a JSON file
 
 LOAD = """\
 ```python
@@ -52,10 +55,10 @@ NO_CURVE = "\nThere is no plot of it: matplotlib was not installed where it ran.
 
 
 @dataclass(frozen=True)
-class Taught:
+class DistillationRecord:
     """A distillation as a card tells it: what `distill` reported, and its recipe as YAML text."""
 
-    report: dict[str, Any]
+    report: Facts
     recipe: str
 
 
@@ -63,22 +66,21 @@ def card(
     report: Report,
     name: str,
     recipe: str,
-    scores: dict[str, Any] | None = None,
+    scores: Facts | None = None,
     plot: str | None = None,
-    taught: Taught | None = None,
+    taught: DistillationRecord | None = None,
     proof: Evidence | None = None,
-    passport: dict[str, Any] | None = None,
+    passport: Facts | None = None,
 ) -> str:
     """Return the README.md of the Hub repository `name`, with metadata that the Hub reads.
 
-    `recipe` is the YAML text; `scores` what `score` saved of dense and compressed, None if nobody asked; `plot` the
-    picture of the layers beside it, None if there is none; `taught` the distillation that followed, if one did;
-    `proof` the evidence for its quality; `passport` what `passport --save` kept of adapters.
+    `recipe`: YAML text; `scores`: saved by `score`; `plot`: the picture of the layers beside it; `taught`: the
+    distillation that followed; `passport`: results on adapters, saved by `passport --save`.
     """
     from huggingface_hub import ModelCardData
 
-    base = _known(report.base_model)
-    relation: dict[str, Any] = {"base_model_relation": "quantized"} if base else {}
+    base = _hub_id(report.base_model)
+    relation: Facts = {"base_model_relation": "quantized"} if base else {}
     metadata = ModelCardData(
         license=report.license if report.license and LICENCE.fullmatch(report.license) else None,
         library_name="transformers",
@@ -93,7 +95,7 @@ def card(
     parts = [
         f"---\n{metadata.to_yaml()}\n---\n",
         title,
-        f"{_linked(base)}, compressed by llmcompress from {report.dense_bytes / 1e6:,.1f} MB to "
+        f"{_link(base)}, compressed by llmcompress from {report.dense_bytes / 1e6:,.1f} MB to "
         f"{report.bytes / 1e6:,.1f} MB{', then distilled' if taught else ''}.\n",
         _load(report, name) + "\n",
         *((TRUST,) if report.trust_remote_code else ()),
@@ -118,16 +120,16 @@ def _load(report: Report, name: str) -> str:
     return LOAD.format(name=json.dumps(name), trust=trust, loader=report.auto_class)
 
 
-def _known(base: str | None) -> str | None:
+def _hub_id(base: str | None) -> str | None:
     """Return the Hub id of a model; None for anything else."""
     return base if base and HUB_MODEL.fullmatch(base) else None
 
 
-def _linked(base: str | None) -> str:
+def _link(base: str | None) -> str:
     return f"[{base}](https://huggingface.co/{base})" if base else "a local checkpoint"
 
 
-def _eval_results(scores: dict[str, Any] | None) -> Iterator[Any]:
+def _eval_results(scores: Facts | None) -> Iterator[Any]:
     from huggingface_hub import EvalResult
 
     for task, entry in ((scores or {}).get("compressed") or {}).get("tasks", {}).items():
@@ -141,7 +143,7 @@ def _eval_results(scores: dict[str, Any] | None) -> Iterator[Any]:
             )
 
 
-def _quality_table(report: Report, scores: dict[str, Any] | None) -> str:
+def _quality_table(report: Report, scores: Facts | None) -> str:
     """Return the table of sizes and scores, dense and compressed."""
     rows: list[Sequence[str]] = [*size_rows(report)]
     rows += [] if scores is None else [row[:3] for row in score_rows(scores)]
@@ -159,10 +161,10 @@ def _layer_table(report: Report) -> str:
     return Table(("layers", "", "shape", "stored as", "bpw", "held-out error"), cells).markdown(plain_cell)
 
 
-def _distillation(taught: Taught) -> Iterator[str]:
+def _distillation(taught: DistillationRecord) -> Iterator[str]:
     """Yield the teacher, the text and the gains of a distillation."""
     done = taught.report
-    teacher = _linked(_known(done["teacher_id"]))
+    teacher = _link(_hub_id(done["teacher_id"]))
     trained = ", ".join(f"{count:,} {kind}" for kind, count in done["trained"].items())
     sizes = [done[f"bytes_{when}"] for when in ("before", "after")]
     grown = "" if sizes[0] == sizes[1] else f" Compressed weights took {sizes[0]:,} bytes before, {sizes[1]:,} after."
@@ -180,7 +182,7 @@ def _distillation(taught: Taught) -> Iterator[str]:
     yield f"\nRecipe:\n\n{code_block(taught.recipe, 'yaml')}\n"
 
 
-def _adapters(passport: dict[str, Any]) -> Iterator[str]:
+def _adapters(passport: Facts) -> Iterator[str]:
     """Yield the worth of LoRA adapters of the dense model on this one."""
     yield "## Adapters of the dense model\n"
     yield f"Gains in nats per token of {plain(passport['protocol']['text'])}.\n"
@@ -190,12 +192,12 @@ def _adapters(passport: dict[str, Any]) -> Iterator[str]:
 def _evidence(proof: Evidence) -> Iterator[str]:
     """Yield what stands beside the scores, and what was not measured."""
     yield "## Evidence\n"
-    yield from (f"- {plain(sentence)}." for sentence in proof.found)
+    yield from (f"- {plain(sentence)}." for sentence in proof.findings)
     yield from (f"- Not measured: {plain(name)}." for name in proof.missing)
     yield ""
 
 
-def _cost(quantized: dict[str, Any] | None) -> str:
+def _cost(quantized: Facts | None) -> str:
     """Return the sentence on a quantized teacher: its bits, and its distance to the original."""
     if quantized is None:
         return ""
@@ -205,12 +207,12 @@ def _cost(quantized: dict[str, Any] | None) -> str:
     )
 
 
-def _sources(data: dict[str, Any]) -> str:
+def _sources(data: Facts) -> str:
     """Return the sources of a distillation's text: one, or several domains."""
     return ", ".join(code(text["source"]) for text in data.get("domains", {"text": data}).values())
 
 
-def _limits(report: Report, scores: dict[str, Any] | None) -> Iterator[str]:
+def _limits(report: Report, scores: Facts | None) -> Iterator[str]:
     """Yield the limits of a checkpoint that a user must know."""
     if report.calibration is None:
         yield "- No calibration text was used."
@@ -230,3 +232,80 @@ def _limits(report: Report, scores: dict[str, Any] | None) -> Iterator[str]:
     else:
         yield "- Not measured: safety, bias, instruction following, long context, and every task that is not listed."
     yield "- The file is small; a layer is decoded when it is used, so running it is not faster than the dense model."
+
+
+# --- evidence ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Sentences on measurements, and names of missing ones.
+
+    A compressed model that was compared with nothing looks fine. So the card also has the KL of baseline plans of the
+    same size, the differences from the dense model that are beyond noise, the calibration error, the worst kind of
+    text, and controls of the distillation.
+    """
+
+    findings: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+def gather_evidence(scores: Facts | None, allocation: Facts | None, distillation: Facts | None) -> Evidence:
+    """Return the evidence in a checkpoint's scores, allocation and distillation, each None where there is none."""
+    rows = [*_score_evidence(scores), *_plan_evidence(allocation), *_domain_evidence(scores, distillation)]
+    rows += _control_evidence(distillation)
+    return Evidence(tuple(text for known, text in rows if known), tuple(text for known, text in rows if not known))
+
+
+def _score_evidence(scores: Facts | None) -> Iterator[tuple[bool, str]]:
+    if scores is None:
+        yield False, "perplexity, KL and tasks (llmcompress eval FOLDER --against DENSE --save keeps them)"
+        return
+    dense, small = scores["dense"], scores["compressed"]
+    if not small["tasks"]:
+        yield False, "tasks"
+    changes = scores.get("differences")
+    if changes is None:
+        yield False, "whether differences from the dense model are beyond noise"
+    else:
+        beyond = ["perplexity"] if changes["nll"]["beyond_noise"] else []
+        for task, entry in changes["tasks"].items():
+            beyond += [f"{task} ({metric})" for metric, change in entry.items() if change["beyond_noise"]]
+        names = list_names(beyond, 20) if beyond else "nothing"
+        yield True, f"Beyond noise (paired, item by item, at 95 %) it differs from the dense model in: {names}"
+    if "calibration_error" not in small:
+        yield False, "the calibration error"
+        return
+    before, after = (one["calibration_error"] for one in (dense, small))
+    yield True, f"Its confidence is off by {after:.4f} on average, that of the dense model by {before:.4f}"
+
+
+def _plan_evidence(allocation: Facts | None) -> Iterator[tuple[bool, str]]:
+    if allocation is None:
+        return
+    baselines = allocation.get("baselines")
+    if not baselines:
+        yield False, "plans of equal size beside the chosen one"
+        return
+    others = " and ".join(f"{kl:.4f} for a {name} plan" for name, kl in baselines.items())
+    yield True, f"Predicted KL at this size: {allocation['predicted_kl']:.4f} for the plan that was chosen, {others}"
+
+
+def _domain_evidence(scores: Facts | None, distillation: Facts | None) -> Iterator[tuple[bool, str]]:
+    last = distillation["history"][-1] if distillation else {}
+    scored = scores["compressed"].get("domains") if scores else None
+    for domains, kinds in ((scored, "kinds of text"), (last.get("domains"), "kinds of held-out text")):
+        if domains:
+            worst = worst_domain(domains)
+            yield True, f"Of {len(domains)} {kinds} it is worst on {worst}: KL {domains[worst]['kl']:.4f}"
+    if not scored and not last.get("domains"):
+        yield False, "quality by kinds of text (llmcompress eval FOLDER --against DENSE --domains TEXTS --save)"
+
+
+def _control_evidence(distillation: Facts | None) -> Iterator[tuple[bool, str]]:
+    if distillation is None:
+        return
+    if distillation.get("controls"):
+        yield True, "Controls of the distillation stand beside its gains"
+    else:
+        yield False, "controls of the distillation: the same tokens without a teacher, and by forward KL alone"

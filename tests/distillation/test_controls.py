@@ -12,7 +12,7 @@ import llmcompress.distillation.controls as controls
 from llmcompress.cli.distill import distilled_view
 from llmcompress.distillation.run import distill
 from llmcompress.errors import NumericsError, RecipeError
-from llmcompress.formats.model_card import Taught, _distillation
+from llmcompress.formats.model_card import DistillationRecord, _distillation
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import read_as
 from tests.distillation.miniature import cut_short, make, recipe
@@ -48,7 +48,7 @@ def test_controls_are_runs_of_their_own_and_change_nothing(folders: Path, tmp_pa
     assert len({done.history[-1]["kl"], *(one["kl"] for one in done.controls.values())}) == 3
     written = json.loads((tmp_path / "out" / "distillation.json").read_text())
     assert written["controls"] == done.controls
-    card = "\n".join(_distillation(Taught(written, "version: 1")))
+    card = "\n".join(_distillation(DistillationRecord(written, "version: 1")))
     assert "| on text held out of it | before | after | without a teacher | by forward KL alone | teacher |" in card
     first, last, *beside = done.history[0], done.history[-1], *done.controls.values()
     kls = " | ".join(f"{one['kl']:.4f}" for one in (first, last, *beside))
@@ -88,7 +88,7 @@ def test_a_control_that_diverges_is_told_and_the_rest_stays(
     done = distill(folders / "small", folders / "dense", settings(folders), tmp_path / "out")
     assert done.controls["no_teacher"] == {"failed": "step 2: the loss is nan"}
     assert done.controls["vanilla"]["kl"] > 0
-    card = "\n".join(_distillation(Taught(done.to_json(), "version: 1")))
+    card = "\n".join(_distillation(DistillationRecord(done.to_json(), "version: 1")))
     assert "The control without a teacher failed: step 2: the loss is nan." in card
     assert "| before | after | by forward KL alone | teacher |" in card
     assert "control no teacher · step 2: the loss is nan" in distilled_view(done.to_json(), False)

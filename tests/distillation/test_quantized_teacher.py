@@ -29,7 +29,7 @@ from llmcompress.distillation.teacher.cache import CacheOrigin, open_cache, reco
 from llmcompress.distillation.teacher.quantized import Bits, load_quantized, without_remarks
 from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.evaluation.distance import kl_divergence
-from llmcompress.formats.model_card import Taught, _distillation
+from llmcompress.formats.model_card import DistillationRecord, _distillation
 from llmcompress.models.dense.locate import Place, locate
 from llmcompress.recipe.distillation import Distillation
 from tests.distillation import miniature
@@ -160,7 +160,7 @@ def test_what_it_cost_is_said_wherever_the_run_is(place: Path, dense_run: Any, t
     assert "bits: 8" in (tmp_path / "out" / "distillation.yaml").read_text()
     assert any("8 of the teacher while it taught" in str(part) for part in distilled_view(done.to_json(), False))
     for one, said in ((done, True), (dense_run, False)):
-        text = "".join(_distillation(Taught(one.to_json(), "version: 1")))
+        text = "".join(_distillation(DistillationRecord(one.to_json(), "version: 1")))
         assert ("the teacher had its linears in 8 bits, at a KL of 0.000" in text) == said
 
 

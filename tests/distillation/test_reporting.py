@@ -21,7 +21,7 @@ from llmcompress.distillation import metrics
 from llmcompress.distillation.run import Distilled, distill
 from llmcompress.errors import RecipeError
 from llmcompress.formats.hub import push
-from llmcompress.formats.model_card import Taught, _distillation
+from llmcompress.formats.model_card import DistillationRecord, _distillation
 from llmcompress.reporting.plots import distillation_png, running_count
 from tests.tiny import save_tiny
 
@@ -296,4 +296,4 @@ def test_domains_are_named_in_metrics_trackers_and_card(
     assert all(row["domains"].keys() == row["shares"].keys() == {"farms", "mills"} for row in looks)
     assert Remembering.seen[-2][1]["domains/mills/kl"] == done.history[-1]["domains"]["mills"]["kl"]
     source = "`text.txt`"
-    assert f"tokens of {source}, {source}." in "".join(_distillation(Taught(done.to_json(), "version: 1")))
+    assert f"tokens of {source}, {source}." in "".join(_distillation(DistillationRecord(done.to_json(), "version: 1")))

@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import RopeParameters
 import llmcompress as lc
 from llmcompress.errors import InputError
 from llmcompress.formats.config_entries import INERT, PARAMETERS, entries_of, entries_read, overlooked_entries
-from llmcompress.formats.engine_configs import CHECKED, EXL3, MLX, Engine, readable_entries
+from llmcompress.formats.engine_configs import CHECKED, EXL3, MLX, EngineFamilies, readable_entries
 from llmcompress.formats.export import export
 from llmcompress.formats.gguf.families import FAMILIES
 from llmcompress.formats.gguf.model import READ, gguf_model
@@ -116,7 +116,7 @@ def test_every_parameter_of_rotary_positions_is_known() -> None:
     assert set(RopeParameters.__annotations__) <= PARAMETERS
 
 
-REFUSED: list[tuple[Engine, str, dict[str, Any], str]] = [
+REFUSED: list[tuple[EngineFamilies, str, dict[str, Any], str]] = [
     (MLX, "falcon", CASES["falcon"][0], "a falcon model, of which nobody here knows what MLX reads"),
     (MLX, "mistral", SIZES | {"sliding_window": 8}, "attention to the last 8 tokens only"),
     (MLX, "qwen2", SIZES | {"head_dim": 32}, "4 heads of 32 numbers, not of 64 in all"),
@@ -146,7 +146,7 @@ REFUSED: list[tuple[Engine, str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize("engine, family, sizes, reason", REFUSED, ids=[f"{r[1]} {r[-1]}" for r in REFUSED])
 def test_what_an_engine_would_compute_otherwise_is_refused(
-    engine: Engine, family: str, sizes: dict[str, Any], reason: str, tmp_path: Path
+    engine: EngineFamilies, family: str, sizes: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     config = AutoConfig.for_model(family, **sizes).to_dict()
     with pytest.raises(InputError, match=reason + ".*; export to dense instead"):

@@ -11,8 +11,8 @@ import llmcompress as lc
 from llmcompress.cli.publish import pushed_view
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.score import score
-from llmcompress.formats.evidence import evidence
 from llmcompress.formats.hub import _card, _proof, push
+from llmcompress.formats.model_card import gather_evidence
 from tests.tiny import save_tiny
 
 NLL = {"value": 0.1, "stderr": 0.01, "items": 8, "beyond_noise": True}
@@ -30,9 +30,9 @@ DISTILLATION: dict[str, Any] = {
 
 
 def test_all_of_it_is_told() -> None:
-    found = evidence(SCORES, ALLOCATION, DISTILLATION)
+    found = gather_evidence(SCORES, ALLOCATION, DISTILLATION)
     assert found.missing == ()
-    said = "\n".join(found.found)
+    said = "\n".join(found.findings)
     for part in (
         "differs from the dense model in: perplexity",
         "off by 0.0430 on average, that of the dense model by 0.0210",
@@ -58,13 +58,13 @@ def test_all_of_it_is_told() -> None:
 def test_what_nobody_measured_is_missed_by_name(
     scores: Any, allocation: Any, distillation: Any, missed: list[str]
 ) -> None:
-    found = evidence(scores, allocation, distillation).missing
+    found = gather_evidence(scores, allocation, distillation).missing
     assert len(found) == len(missed)
     assert all(part in name for part, name in zip(missed, found, strict=True))
 
 
 def test_the_worst_kind_of_text_is_told() -> None:
-    said = "\n".join(evidence(SCORES | KINDS, None, DISTILLATION).found)
+    said = "\n".join(gather_evidence(SCORES | KINDS, None, DISTILLATION).findings)
     assert "Of 2 kinds of text it is worst on law: KL 0.7000" in said
     assert "Of 2 kinds of held-out text it is worst on docs: KL 0.4500" in said
 

@@ -70,7 +70,6 @@ UNMENDED = {
     "data",
     "distillation",
     "evaluation",
-    "formats",
     "losses",
     "models",
     "pipeline",

@@ -1,4 +1,4 @@
-"""Entries that `Scaled` and `Transposed` stand for, one by one, and who may not hold these."""
+"""Entries that `ScaledInputs` and `Transpose` stand for, one by one, and who may not hold these."""
 
 from __future__ import annotations
 
