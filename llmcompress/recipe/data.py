@@ -25,7 +25,7 @@ class TextSource(Calibration):
     chats. True: text that is not a chat does not count at all."""
 
     @model_validator(mode="after")
-    def _check_source(self) -> TextSource:
+    def _check_training_text(self) -> TextSource:
         if self.held_out == 0:
             raise ValueError("held_out is 0, so nothing can tell whether training helps; hold some sequences out")
         if self.samples < 2:
