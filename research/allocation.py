@@ -19,7 +19,7 @@ import argparse
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -31,10 +31,18 @@ from rows import calibration
 from scipy.stats import spearmanr
 
 from llmcompress.allocation.allocate import Allocation, allocate, target_of
-from llmcompress.allocation.baselines import er_plan, random_plan, uniform_plan
+from llmcompress.allocation.baselines import (
+    Costs,
+    cheapest_first,
+    fill_up,
+    random_plan,
+    spread_over_depth,
+    total_cost,
+    uniform_plan,
+)
 from llmcompress.allocation.price_file import allocate_by
 from llmcompress.allocation.prices import damage
-from llmcompress.allocation.sensitivity import DensePredictions, in_parts
+from llmcompress.allocation.sensitivity import DensePredictions, logits_in_parts
 from llmcompress.compression import run
 from llmcompress.compression.job import prepare
 from llmcompress.errors import RecipeError
@@ -73,7 +81,7 @@ def main() -> None:
     found = allocated(source, recipe(asked), asked.prices)
     text = (asked.data / "wikitext2-test.raw").read_text(encoding="utf-8")
     windows = text_windows(load_tokenizer(source.folder), text, asked.windows, LENGTH, source.config)
-    dense = DensePredictions(windows, in_parts(source.load(), windows))
+    dense = DensePredictions(windows, logits_in_parts(source.load(), windows))
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     held = asked.jsonl.read_text(encoding="utf-8").splitlines() if asked.jsonl and asked.jsonl.exists() else []
     known = {row["steps"]: row for row in map(json.loads, held)}
@@ -131,12 +139,12 @@ def others(source: DenseModel, asked: argparse.Namespace) -> Iterator[tuple[str,
 def plans(found: Allocation, count: int, spread: float) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The chosen plan, then those of no thought that take as much, or with a `spread` about as much."""
     target = target_of(found.job)
-    costs = [one.counted(target) for one in found.choices.matrices]
+    costs = [one.costs(target) for one in found.choices.matrices]
     limit = sum(row[option] for row, option in zip(costs, found.chosen, strict=True))
     yield "chosen", found.chosen
     controls = [("uniform", uniform_plan(costs, limit))]
     if target.sparsity is not None:
-        controls.append(("er", er_plan(costs, [one.shape for one in found.choices.matrices], limit)))
+        controls.append(("er", er_plan(costs, [matrix.shape for matrix in found.choices.matrices], limit)))
     for seed in range(count):
         size = limit * (1 + spread * (2 * seed / max(count - 1, 1) - 1))
         controls.append((f"random {seed}", random_plan(costs, size, Random(seed))))
@@ -146,14 +154,37 @@ def plans(found: Allocation, count: int, spread: float) -> Iterator[tuple[str, t
         yield name, plan
 
 
+def er_plan(costs: Costs, shapes: Sequence[tuple[int, int]], limit: float) -> tuple[int, ...] | None:
+    """Return for every matrix the dearest option within its share of nonzero weights, as of an Erdos-Renyi graph.
+
+    The share is proportional to the sum of its sides by their product; the proportion is the largest within the limit.
+    `costs`: nonzero weights. None if nothing fits.
+    """
+    sides = [(out + width) / (out * width) for out, width in shapes]
+
+    def plan(scale: float) -> tuple[int, ...]:
+        """Return the plan of a proportion."""
+        rooms = (scale * side * out * width for side, (out, width) in zip(sides, shapes, strict=True))
+        fitting = ([n for n in cheapest_first(row) if row[n] <= room] for row, room in zip(costs, rooms, strict=True))
+        return tuple((fits or cheapest_first(row)[:1])[-1] for fits, row in zip(fitting, costs, strict=True))
+
+    if total_cost(costs, plan(0.0)) > limit:
+        return None
+    low, high = 0.0, 1 / min(sides)
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if total_cost(costs, plan(middle)) <= limit else (low, middle)
+    return fill_up(costs, plan(low), limit, spread_over_depth(len(costs)), steps=1)
+
+
 def measured(found: Allocation, dense: DensePredictions) -> dict[str, Any]:
     """Compresses by a plan; its sizes, and its KL on the probing tokens and on the text."""
     with tempfile.TemporaryDirectory() as folder:
         report = run.compress(found.settled, Path(folder) / "model").report
-        probing = found.measured(Path(folder) / "model")
+        probing = found.measure_kl(Path(folder) / "model")
         model = load_model(Place("model", Path(folder) / "model"))
         with decoded(model):
-            text = dense.divergence(in_parts(model, dense.windows))
+            text = dense.divergence(logits_in_parts(model, dense.windows))
     return {"bpw": report.bpw, "bytes": report.bytes, "probing_kl": probing, "text_kl": text}
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import llmcompress.methods  # noqa: F401 (registers them)
+from llmcompress.calibration.gather import Statistics
 from llmcompress.calibration.walk import walk
 from llmcompress.data.calibration import given_tokens
 from llmcompress.data.text import read_text
@@ -50,7 +51,7 @@ def main() -> None:
     stored = dict.fromkeys(ARMS, 0)
     weights = 0
     needs = frozenset({"outer"})
-    for block in walk(source, arch, tokens.sequences, held_out=2, needs=needs, prefix="dense"):
+    for block in walk(source, arch, tokens.sequences, Statistics(needs=needs, prefix="dense"), held_out=2):
         for group in block.groups:
             for name in group.names:
                 weight = block.weight(name)

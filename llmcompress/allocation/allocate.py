@@ -17,14 +17,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from llmcompress.allocation.baselines import predicted_baselines
-from llmcompress.allocation.choices import Choices, Steps, choices
+from llmcompress.allocation.choices import Choices, Steps, find_choices
 from llmcompress.allocation.cost import pricing_bytes
 from llmcompress.allocation.distortion import families
-from llmcompress.allocation.prices import Priced, Progress, damage, prices
-from llmcompress.allocation.sensitivity import DensePredictions, Probe, in_parts, probe_windows
+from llmcompress.allocation.prices import MatrixPrices, Progress, damage, price_matrices
+from llmcompress.allocation.sensitivity import DensePredictions, Probe, logits_in_parts, probe_windows
 from llmcompress.allocation.solve import monotone, solve
 from llmcompress.compression.job import Job
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
@@ -48,13 +46,13 @@ LOG = logging.getLogger("llmcompress")
 class Allocation:
     """The chosen options and their prices; another `chosen` makes another plan.
 
-    `job`: the job with the target; `dense`: returns the dense model's predictions on the probing tokens, which the
-    finished model is measured against.
+    `job`: the job with the target. `dense`: returns the dense model's predictions on the probing tokens, which the
+    finished model is compared with.
     """
 
     job: Job
     choices: Choices
-    prices: tuple[Priced, ...]
+    prices: tuple[MatrixPrices, ...]
     chosen: tuple[int, ...]
     dense: Callable[[], DensePredictions]
     seconds: float
@@ -69,11 +67,11 @@ class Allocation:
         """The job to run, with the chosen steps."""
         return self.job.with_recipe(self.recipe)
 
-    def measured(self, folder: Path, device: str = "cpu") -> float:
+    def measure_kl(self, folder: Path, device: str = "cpu") -> float:
         """Return KL(dense || the model in `folder`) on the probing tokens, in nats per token."""
         place = locate(str(folder), trust_remote_code=self.job.source.trust_remote_code)
         model, dense = load_model(place, device), self.dense()
-        return dense.divergence(in_parts(model, dense.windows))
+        return dense.divergence(logits_in_parts(model, dense.windows))
 
     def summary(self, measured_kl: float, size: int) -> dict[str, Any]:
         """Return the target, predictions and measurements; `size`: bytes of the finished weight files."""
@@ -92,9 +90,10 @@ class Allocation:
             "notes": list(self.choices.notes),
         }
 
-    def keep(self, folder: Path, summary: dict[str, Any]) -> None:
+    def write(self, folder: Path, summary: dict[str, Any]) -> None:
         """Write the price list and the plan into a finished checkpoint. Raises DiskError if it cannot be written."""
-        rows = [one.to_json() | {"chosen": option} for one, option in zip(self.prices, self.chosen, strict=True)]
+        pairs = zip(self.prices, self.chosen, strict=True)
+        rows = [matrix.to_json() | {"chosen": option} for matrix, option in pairs]
         entries = summary | {"fixed_bytes": self.choices.fixed_bytes, "matrices": rows}
         add_file(folder, ALLOCATION, json.dumps(entries, indent=1))
 
@@ -108,13 +107,15 @@ class PriceList:
 
     job: Job
     choices: Choices
-    prices: tuple[Priced, ...]
+    prices: tuple[MatrixPrices, ...]
     dense: Callable[[], DensePredictions]
     seconds: float
 
     def reaching(self, target: Target) -> Allocation:
-        """Return the plan for a target of the same kind (bits per weight and bytes are two kinds). Raises RecipeError
-        for a target that no choice reaches."""
+        """Return the plan for a target of the same kind (bits per weight and bytes are two kinds).
+
+        Raises RecipeError for a target that no choice reaches.
+        """
         started = time.monotonic()
         chosen = choose(self.choices, self.prices, target)
         target = target.for_engine(target_of(self.job).engine)
@@ -130,8 +131,8 @@ def allocate(job: Job, *, device: str = "cpu", progress: Progress | None = None)
     raises what the walk and the methods raise.
     """
     target = target_of(job)
-    found = reachable(job, (target,))
-    return price(job, found, priced_tokens(job), device=device, progress=progress).reaching(target)
+    choices = reachable_choices(job, (target,))
+    return measure_prices(job, choices, priced_tokens(job), device=device, progress=progress).reaching(target)
 
 
 def target_of(job: Job) -> Target:
@@ -148,23 +149,23 @@ def text_of(job: Job) -> Calibration:
     return job.recipe.calibration
 
 
-def reachable(job: Job, targets: Sequence[Target]) -> Choices:
+def reachable_choices(job: Job, targets: Sequence[Target]) -> Choices:
     """Return what the job leaves to choose, from headers alone; the targets are of its recipe's kind.
 
     Raises RecipeError for a target below the size of the cheapest options, and for any fault in the recipe or options.
     """
     job.check_rules()
-    found = choices(job)
-    for note in found.notes:
+    choices = find_choices(job)
+    for note in choices.notes:
         LOG.warning(note)
     for target in targets:
-        _check_reachable(found, target)
-    return found
+        _check_reachable(choices, target)
+    return choices
 
 
-def price(
+def measure_prices(
     job: Job,
-    found: Choices,
+    choices: Choices,
     tokens: CalibrationTokens,
     *,
     device: str = "cpu",
@@ -173,58 +174,58 @@ def price(
 ) -> PriceList:
     """Measure what every choice costs, on the `priced_tokens` of the job. Streams the dense model.
 
-    Several processes share the blocks; all of them get the list, which is that of one process.
-
-    Raises MemoryLimitError if it does not fit, InputError for too little text, and what the walk and the methods raise.
+    Several processes share the blocks; all of them get the list, which is that of one process. Raises MemoryLimitError
+    if it does not fit, InputError for too little text, and what the walk and the methods raise.
     """
     started = time.monotonic()
     with ranks.agree_on_errors():
-        probe = probe_of(job, found, tokens, device, ranks)
-    priced, dense = prices(job, found, tokens, probe, device, progress, ranks), probe.dense
-    return PriceList(job, found, priced, lambda: dense, time.monotonic() - started)
+        probe = make_probe(job, choices, tokens, device, ranks)
+    prices = price_matrices(job, choices, tokens, probe, device, progress, ranks)
+    dense = probe.dense
+    return PriceList(job, choices, prices, lambda: dense, time.monotonic() - started)
 
 
-def probe_of(job: Job, found: Choices, tokens: CalibrationTokens, device: str, ranks: Ranks) -> Probe:
-    """Return the probe that measures options. Raises MemoryLimitError where the share of a process does not fit."""
+def make_probe(job: Job, choices: Choices, tokens: CalibrationTokens, device: str, ranks: Ranks) -> Probe:
+    """Return the probe that measures options. Raises MemoryLimitError if the share of a process does not fit."""
     windows = probe_windows(tokens.sequences[tokens.obtained - tokens.held_out :])
-    _check_memory(job, found, windows, device, ranks)
+    needed, total = ranks.here * pricing_bytes(job, choices, windows.numel(), ranks.count), total_memory()
+    if device == "cpu" and needed > total:
+        raise MemoryLimitError(
+            f"choosing steps for a target of {job.source.name} takes about {format_bytes(needed)}, and this machine "
+            f"has {format_bytes(total)}; take a larger machine, or write rules in place of the target"
+        )
     return Probe(job.source, job.arch, windows, device)
 
 
 def priced_tokens(job: Job) -> CalibrationTokens:
     """Return the calibration tokens, the same as in the run. Raises InputError if none of them is held out."""
     source = job.source
-    found = calibration_tokens(text_of(job), source.tokenizer(), source.load, source.config)
-    if not found.held_out:
+    tokens = calibration_tokens(text_of(job), source.tokenizer(), source.load, source.config)
+    if not tokens.held_out:
         raise InputError(
-            f"the calibration text gives {found.obtained} sequences, none of which is held out to judge options on; "
+            f"the calibration text gives {tokens.obtained} sequences, none of which is held out to judge options on; "
             f"give more text"
         )
-    return found
+    return tokens
 
 
-def _check_memory(job: Job, found: Choices, windows: Tensor, device: str, ranks: Ranks) -> None:
-    """Raise MemoryLimitError if measuring the options would not fit into this machine."""
-    needed = ranks.here * pricing_bytes(job, found, windows.numel(), ranks.count)
-    there = total_memory()
-    if device == "cpu" and needed > there:
-        raise MemoryLimitError(
-            f"choosing steps for a target of {job.source.name} takes about {format_bytes(needed)}, and this machine "
-            f"has {format_bytes(there)}; take a larger machine, or write rules in place of the target"
-        )
-
-
-def _check_reachable(found: Choices, target: Target) -> None:
+def _check_reachable(choices: Choices, target: Target) -> None:
     """Raise RecipeError for a size below the sum of the cheapest options, and for more zeros than any give."""
-    least = tuple(one.bytes.index(min(one.bytes)) for one in found.matrices)
-    bpw, size = found.bpw(least), found.size(least)
+    least = tuple(matrix.bytes.index(min(matrix.bytes)) for matrix in choices.matrices)
+    bpw, size = choices.bpw(least), choices.size(least)
     if target.bpw is not None and bpw is not None and bpw > target.bpw:
         raise RecipeError(
             f"target: {target.bpw:g} bpw cannot be reached, {math.ceil(bpw * 1000) / 1000} is the least that the "
             f"options can do; raise it, or give options with fewer bits"
         )
     if target.sparsity is not None:
-        _check_zeros(found, target.sparsity)
+        fewest = [matrix.nonzero.index(min(matrix.nonzero)) for matrix in choices.matrices]
+        if choices.nonzero(fewest) > kept_count(choices.weights, target.sparsity):
+            most = math.floor((choices.sparsity(fewest) or 0.0) * 1000) / 1000
+            raise RecipeError(
+                f"target: a sparsity of {target.sparsity:g} cannot be reached, {most} is the most that the options can "
+                f"do; lower it, or give options that prune more"
+            )
     if target.bytes is not None and size > target.bytes:
         raise RecipeError(
             f"target: {target.bytes:,} bytes cannot be reached, {size:,} is the least that the options can do; raise "
@@ -232,29 +233,18 @@ def _check_reachable(found: Choices, target: Target) -> None:
         )
 
 
-def _check_zeros(found: Choices, sparsity: float) -> None:
-    """Raise RecipeError for more zeros than the options give."""
-    fewest = [one.kept.index(min(one.kept)) for one in found.matrices]
-    if found.kept(fewest) > kept_count(found.weights, sparsity):
-        most = math.floor((found.sparsity(fewest) or 0.0) * 1000) / 1000
-        raise RecipeError(
-            f"target: a sparsity of {sparsity:g} cannot be reached, {most} is the most that the options can do; lower "
-            f"it, or give options that prune more"
-        )
+def choose(choices: Choices, prices: Sequence[MatrixPrices], target: Target) -> tuple[int, ...]:
+    """Return the options that meet a target.
 
-
-def choose(found: Choices, priced: Sequence[Priced], target: Target) -> tuple[int, ...]:
-    """Return the options that meet a target: the least damage at a size or at a number of zeros, or the least size at a
-    damage.
-
-    Raises RecipeError for a target that no choice reaches.
+    They have the least damage at a size or a number of zeros, or the least size at a damage. Raises RecipeError for a
+    target that no choice reaches.
     """
-    _check_reachable(found, target)
-    damages = [_smoothed(one) for one in priced]
+    _check_reachable(choices, target)
+    damages = [_monotone_damages(matrix) for matrix in prices]
     if target.kl is not None:
-        chosen = solve([one.bytes for one in found.matrices], damages, target.kl)
+        chosen = solve([matrix.bytes for matrix in choices.matrices], damages, target.kl)
     else:
-        chosen = solve(damages, [one.counted(target) for one in found.matrices], found.room(target))
+        chosen = solve(damages, [matrix.costs(target) for matrix in choices.matrices], choices.room(target))
     if chosen is None:
         raise RecipeError(
             f"target: a KL of {target.kl} cannot be reached, {sum(map(min, damages)):.2g} is the least that is "
@@ -263,29 +253,32 @@ def choose(found: Choices, priced: Sequence[Priced], target: Target) -> tuple[in
     return chosen
 
 
-def _smoothed(one: Priced) -> list[float]:
+def _monotone_damages(prices: MatrixPrices) -> list[float]:
     """Return the damages of a matrix's options, made monotone in bits within each family.
 
     Families stay apart: one that is bad at many bits says nothing about a better one at fewer.
     """
-    found = [offer.damage for offer in one.offers]
-    for family in families([offer.steps for offer in one.offers]):
-        rising = monotone([found[number] for number in family], [one.offers[number].bits for number in family])
+    offers = prices.offers
+    damages = [offer.damage for offer in offers]
+    for family in families([offer.steps for offer in offers]):
+        rising = monotone([damages[number] for number in family], [offers[number].bits for number in family])
         for number, value in zip(family, rising, strict=True):
-            found[number] = value
-    return found
+            damages[number] = value
+    return damages
 
 
-def with_steps(job: Job, found: Choices, chosen: Sequence[int]) -> Recipe:
-    """Return the job's recipe without its target and with the chosen option of each matrix: after its own rules, one
-    rule for all matrices with the same steps."""
+def with_steps(job: Job, choices: Choices, chosen: Sequence[int]) -> Recipe:
+    """Return the job's recipe without its target and with the chosen option of each matrix.
+
+    After its own rules comes one rule for all matrices with the same steps.
+    """
     groups: dict[Steps, list[str]] = {}
     tables: dict[str, Steps] = {}
-    for one, option in zip(found.matrices, chosen, strict=True):
-        if one.is_table:
-            tables["embeddings" if one.name == job.arch.embedding else "head"] = one.options[option]
+    for matrix, option in zip(choices.matrices, chosen, strict=True):
+        if matrix.is_table:
+            tables["embeddings" if matrix.name == job.arch.embedding else "head"] = matrix.options[option]
         else:
-            groups.setdefault(one.options[option], []).append(one.name)
+            groups.setdefault(matrix.options[option], []).append(matrix.name)
     rules = (*job.recipe.rules, *(Rule(match=tuple(names), steps=steps) for steps, names in groups.items()))
     without_target = {"target": None, "options": None, "damage": "distortion"}
     return Recipe(**{**dict(job.recipe), **without_target, "rules": rules, **tables})

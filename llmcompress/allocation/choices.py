@@ -4,25 +4,36 @@ The recipe's rules come first; options are for matrices that no rule covers. If 
 the token table and the output head have options too, unless the recipe gives their steps. A target in bits per weight
 or in zeros counts the decoder's linears alone. A target for an engine has options that it multiplies, and none for
 tables.
+
+Sizes of weight files are predicted from headers and sketches alone: at most a few bytes a tensor too high, never too
+low, since a file must not exceed its target.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from math import prod
 from typing import Any
 
+import torch
+
 from llmcompress.allocation.distortion import Steps
-from llmcompress.allocation.sizes import bytes_around, payload_bytes
 from llmcompress.allocation.target_formats import check_rules, options_for
 from llmcompress.compression.job import Job
 from llmcompress.errors import RecipeError, list_names
 from llmcompress.methods.layer import sketch, step
 from llmcompress.methods.solvers.sparsity import kept_count
+from llmcompress.models.dense.headers import Header
+from llmcompress.models.files.integrity import BINDING, DIGESTS, digest
+from llmcompress.models.files.tensor_files import SHARD
 from llmcompress.recipe.target import Target
-from llmcompress.weight.expression import bits, not_zero
+from llmcompress.weight.expression import bits, not_zero, tensor_bits
+from llmcompress.weight.modules import ALIGNMENT, LIKE
+from llmcompress.weight.nodes import Weight
 from llmcompress.weight.rows import check_rows
 
 RATES = (1, 1.5, 2, 2.5, 3, 4)  # of trellises, in bits a weight: the default options of linears
@@ -32,91 +43,92 @@ WIDTHS = (3, 4, 5, 6, 8)  # of grids, in bits: the options of tables
 AROUND = (-0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2)  # a target's sparsity: that of the default options
 MOST_ZEROS = 0.98  # of a default option
 TABLE_GROUP = 64  # columns that share a scale in a table that is only looked up
+PADDING = 8  # bytes of a weight file's header, at most
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A linear or a table with options. `bits`: stored bits of each option; `bytes`: size of its payload; `kept`: its
-    weights that are not pruned."""
+    """A linear or a table with options. By option, `bits`: as stored; `bytes`: of the payload; `nonzero`: weights that
+    are not pruned."""
 
     name: str
     shape: tuple[int, int]
     options: tuple[Steps, ...]
     bits: tuple[int, ...]
     bytes: tuple[int, ...]
-    kept: tuple[int, ...]
+    nonzero: tuple[int, ...]
     is_table: bool = False
 
-    def counted(self, target: Target) -> tuple[int, ...]:
-        """Return what a size or a share of zeros counts of each option: bits, kept weights or bytes."""
+    def costs(self, target: Target) -> tuple[int, ...]:
+        """Return the cost of each option in the unit of a target: bits, nonzero weights or bytes."""
         if target.bpw is not None:
             return self.bits
-        return self.bytes if target.sparsity is None else self.kept
+        return self.bytes if target.sparsity is None else self.nonzero
 
 
 @dataclass(frozen=True)
 class Choices:
     """All matrices with options, and the sizes that no choice changes.
 
-    `fixed_bits`, `fixed_weights`, `fixed_kept`: of the linears that a rule compresses; `fixed_bytes`: of the weight
+    `fixed_bits`, `fixed_weights`, `fixed_nonzero`: of the linears that a rule compresses. `fixed_bytes`: of the weight
     files without the payloads of the matrices. `notes`: about options that do not suit a matrix.
     """
 
     matrices: tuple[Matrix, ...]
     fixed_bits: int
     fixed_weights: int
-    fixed_kept: int
+    fixed_nonzero: int
     fixed_bytes: int
     notes: tuple[str, ...] = ()
 
     def size(self, chosen: Sequence[int]) -> int:
         """Return the bytes of the weight files with the option `chosen` of each matrix, at most a few too many."""
-        return self.fixed_bytes + sum(one.bytes[option] for one, option in zip(self.matrices, chosen, strict=True))
+        return self.fixed_bytes + sum(matrix.bytes[n] for matrix, n in zip(self.matrices, chosen, strict=True))
 
     @property
     def weights(self) -> int:
         """The number of weights of the compressed linears."""
-        return self.fixed_weights + sum(prod(one.shape) for one in self.matrices if not one.is_table)
+        return self.fixed_weights + sum(prod(matrix.shape) for matrix in self.matrices if not matrix.is_table)
 
     def bits(self, chosen: Sequence[int]) -> int:
         """Return the stored bits of the compressed linears with the option `chosen` of each matrix."""
         pairs = zip(self.matrices, chosen, strict=True)
-        return self.fixed_bits + sum(one.bits[option] for one, option in pairs if not one.is_table)
+        return self.fixed_bits + sum(matrix.bits[n] for matrix, n in pairs if not matrix.is_table)
 
     def bpw(self, chosen: Sequence[int]) -> float | None:
         """Return the bits per weight of the compressed linears, as a report counts them; None if there are none."""
         return self.bits(chosen) / self.weights if self.weights else None
 
     def room(self, target: Target) -> float:
-        """Return how much of what is `Matrix.counted` a size or a share of zeros leaves the matrices together."""
+        """Return the largest sum of `Matrix.costs` that meets a size or a share of zeros."""
         if target.bpw is not None:
             return target.bpw * self.weights - self.fixed_bits
         if target.sparsity is not None:
-            return kept_count(self.weights, target.sparsity) - self.fixed_kept
+            return kept_count(self.weights, target.sparsity) - self.fixed_nonzero
         return math.inf if target.bytes is None else target.bytes - self.fixed_bytes
 
-    def kept(self, chosen: Sequence[int]) -> int:
+    def nonzero(self, chosen: Sequence[int]) -> int:
         """Return how many weights of the compressed linears are not pruned with the option `chosen` of each matrix."""
         pairs = zip(self.matrices, chosen, strict=True)
-        return self.fixed_kept + sum(one.kept[option] for one, option in pairs if not one.is_table)
+        return self.fixed_nonzero + sum(matrix.nonzero[n] for matrix, n in pairs if not matrix.is_table)
 
     def sparsity(self, chosen: Sequence[int]) -> float | None:
-        """Return the share of zeros in the compressed linears, as far as pruning tells; None if there are none."""
-        return 1 - self.kept(chosen) / self.weights if self.weights else None
+        """Return the share of pruned weights in the compressed linears; None if there are none."""
+        return 1 - self.nonzero(chosen) / self.weights if self.weights else None
 
 
-def choices(job: Job) -> Choices:
+def find_choices(job: Job) -> Choices:
     """Return what the job's recipe leaves to choose.
 
     Raises RecipeError if its rules leave nothing, or if no option suits a matrix.
     """
-    return _laid(job, _options(job))
+    return _lay_options(job, _options(job))
 
 
 def goes_low(job: Job) -> bool:
-    """True if linears have options of less than a bit by default: where a target leaves them less than LOW bits.
+    """True if linears have options of less than a bit by default, since the target leaves them less than LOW bits.
 
-    A target in bytes is low that leaves less room than that above the cheapest of the other options.
+    A target in bytes is low if it leaves less room than that above the cheapest of the other options.
     """
     recipe = job.recipe
     if recipe.options is not None or recipe.target is None or recipe.target.kl is not None:
@@ -125,9 +137,9 @@ def goes_low(job: Job) -> bool:
         return False
     if recipe.target.bpw is not None:
         return recipe.target.bpw < LOW
-    found = _laid(job, _default_options())
-    least = found.size([one.bytes.index(min(one.bytes)) for one in found.matrices])
-    weights = sum(prod(one.shape) for one in found.matrices if not one.is_table)
+    choices = _lay_options(job, _default_options())
+    least = choices.size([matrix.bytes.index(min(matrix.bytes)) for matrix in choices.matrices])
+    weights = sum(prod(matrix.shape) for matrix in choices.matrices if not matrix.is_table)
     return 8 * ((recipe.target.bytes or 0) - least) < (LOW - min(RATES)) * weights
 
 
@@ -151,19 +163,19 @@ def _suits(shape: tuple[int, int], steps: Steps) -> bool:
     return True
 
 
-def _laid(job: Job, options: Sequence[Steps]) -> Choices:
-    """Return the options laid over the matrices that no rule covers. Raises RecipeError as `choices`."""
+def _lay_options(job: Job, options: Sequence[Steps]) -> Choices:
+    """Return the options laid over the matrices that no rule covers. Raises RecipeError as `find_choices`."""
     recipe, linears = job.recipe, job.arch.linears()
     engine = None if recipe.target is None else recipe.target.engine
     notes: tuple[str, ...] = ()
     if engine is None:
-        suited, notes = _suited({name: linears[name].shape for name in job.assignment.unruled}, options)
+        suited, notes = _suitable_options({name: linears[name].shape for name in job.assignment.unruled}, options)
         matrices = [_matrix(name, linears[name].shape, suited[name]) for name in suited]
         matrices += _tables(job) if recipe.target is not None and recipe.target.with_tables else []
     else:
         check_rules(job, engine)
-        found = [(linears[name], options_for(engine, linears[name], recipe.options)) for name in job.assignment.unruled]
-        matrices = [_matrix(linear.name, linear.shape, suited) for linear, suited in found]
+        open_linears = [linears[name] for name in job.assignment.unruled]
+        matrices = [_matrix(it.name, it.shape, options_for(engine, it, recipe.options)) for it in open_linears]
     if not matrices:
         raise RecipeError(
             f"the rules of recipe {recipe.name!r} cover every layer of {job.source.name}, so none is left to choose "
@@ -171,21 +183,21 @@ def _laid(job: Job, options: Sequence[Steps]) -> Choices:
         )
     fixed = {name: sketch(name, linears[name].shape, steps) for name, steps in job.steps.items()}
     tables = {name: sketch(name, _shape(job, name), steps) for name, steps in job.tables.items()}
-    compressed = {*fixed, *tables, *(one.name for one in matrices)}
+    compressed = {*fixed, *tables, *(matrix.name for matrix in matrices)}
     return Choices(
         tuple(matrices),
         sum(map(bits, fixed.values())),
         sum(prod(linears[name].shape) for name in fixed),
         sum(map(not_zero, fixed.values())),
-        bytes_around(job, compressed) + sum(map(payload_bytes, (*fixed.values(), *tables.values()))),
+        _bytes_around(job, compressed) + sum(map(payload_bytes, (*fixed.values(), *tables.values()))),
         notes,
     )
 
 
-def _suited(
+def _suitable_options(
     shapes: Mapping[str, tuple[int, int]], options: Sequence[Steps]
 ) -> tuple[dict[str, list[Steps]], tuple[str, ...]]:
-    """Return the options that can store each matrix, by its name, and a note where that is not all of them.
+    """Return the options that can store each matrix, by its name, and a note if some cannot.
 
     Raises RecipeError for a matrix that none suits.
     """
@@ -199,35 +211,35 @@ def _suited(
 
 
 def _default_options() -> tuple[Steps, ...]:
-    """Return the default options of linears of every target: trellises in a rotated basis, with one `refine`."""
+    """Return the default options of linears: trellises in a rotated basis, with one `refine`."""
     return tuple(_steps({"method": "trellis", "bits": rate}, {"method": "refine", "passes": 1}) for rate in RATES)
 
 
 def _sparse_options(sparsity: float) -> tuple[Steps, ...]:
-    """Return the default options for a share of zeros: SparseGPT around it, with one `refine` of what is kept."""
+    """Return the default options for a share of zeros: SparseGPT around it, with one `refine` of the other weights."""
     shares = sorted({min(max(round(sparsity + more, 4), 0.0), max(sparsity, MOST_ZEROS)) for more in AROUND})
     each = ({"method": "sparsegpt", "sparsity": share} for share in shares)
-    return tuple((step(one), step({"method": "refine", "passes": 1})) for one in each)
+    return tuple((step(pruning), step({"method": "refine", "passes": 1})) for pruning in each)
 
 
 def _steps(*arguments: dict[str, Any]) -> Steps:
-    return tuple(step(one) for one in ({"method": "rotate"}, *arguments))
+    return tuple(step(config) for config in ({"method": "rotate"}, *arguments))
 
 
 def _tables(job: Job) -> list[Matrix]:
-    """Return the token table and an untied output head, as far as the recipe gives no steps for them."""
+    """Return the token table and an untied output head that the recipe gives no steps for."""
     arch, recipe = job.arch, job.recipe
     grids = tuple(_steps({"method": "gptq", "bits": width}) for width in WIDTHS)
     plain = {"method": "rtn", "group_size": TABLE_GROUP, "symmetric": False}
     only_looked_up = tuple((step(plain | {"bits": width}),) for width in WIDTHS)
-    found = {}
+    options = {}
     if not recipe.embeddings and job.has_plain_table:
-        found[arch.embedding] = grids if arch.tied else only_looked_up
+        options[arch.embedding] = grids if arch.tied else only_looked_up
     if recipe.head is None and not arch.tied and f"{arch.head}.weight" in job.source.tensors:
-        found[arch.head] = grids
+        options[arch.head] = grids
     return [
-        _matrix(name, _shape(job, name), options, is_table=True)
-        for name, options in found.items()
+        _matrix(name, _shape(job, name), each, is_table=True)
+        for name, each in options.items()
         if name not in job.tables and not recipe.keeps_dense(name)
     ]
 
@@ -240,7 +252,41 @@ def _shape(job: Job, name: str) -> tuple[int, int]:
 def _matrix(name: str, shape: tuple[int, int], options: Sequence[Steps], is_table: bool = False) -> Matrix:
     stored = [sketch(name, shape, steps) for steps in options]
     if is_table:
-        for one in stored:
-            check_rows(one)
+        for weight in stored:
+            check_rows(weight)
     sizes = tuple(map(bits, stored)), tuple(map(payload_bytes, stored)), tuple(map(not_zero, stored))
     return Matrix(name, shape, tuple(options), *sizes, is_table)
+
+
+def payload_bytes(w: Weight) -> int:
+    """Return the bytes of a module's payload, in which each stored tensor is padded to a multiple of 8 bytes."""
+    return sum(-(-count // (8 * ALIGNMENT)) * ALIGNMENT for count in tensor_bits(w))
+
+
+def _bytes_around(job: Job, compressed: set[str]) -> int:
+    """Return the bytes of all weight files without the payloads of `compressed`: dense tensors and headers."""
+    payloads, table = {f"{name}.weight" for name in compressed}, job.arch.embedding
+    tensors = dict(job.source.tensors)
+    if table in compressed:
+        tensors[f"{table}.{LIKE}"] = tensors[f"{table}.weight"]
+    dense = sum(header.bytes for name, header in job.source.tensors.items() if name not in payloads)
+    return dense + _header_bytes(tensors, payloads)
+
+
+def _header_bytes(tensors: Mapping[str, Header], payloads: set[str]) -> int:
+    """Return an upper bound of the bytes of all headers in the weight files."""
+    most = max(sum(header.bytes for header in tensors.values()), 1)
+    entries = {
+        name: {
+            "data_offsets": [most, most],
+            "dtype": "U8" if name in payloads else header.dtype,
+            "shape": [header.bytes] if name in payloads else list(header.shape),
+        }
+        for name, header in tensors.items()
+    }
+    sample = digest(torch.empty(0))
+    bound = json.dumps(dict.fromkeys(("id", "config", "tokenizer"), sha256().hexdigest()))
+    metadata = {DIGESTS: json.dumps(dict.fromkeys(tensors, sample)), "format": "pt"}
+    each = len(json.dumps({"__metadata__": {BINDING: bound, DIGESTS: "{}", "format": "pt"}})) + 8 + PADDING
+    text = json.dumps({"__metadata__": metadata} | entries, separators=(",", ":"), ensure_ascii=False)
+    return len(text.encode()) + each * (1 + most // SHARD)

@@ -1,21 +1,20 @@
 """The output error that every option leaves in a layer, without running every option on every layer.
 
 Options that differ only in their bits, or only in their sparsity, form a family. A few of each family are run on every
-layer, with `StepConfig.rough` steps. All of them are run, with their own steps, on one small reference layer. A layer's
-error is the reference's error times the ratio between the two. That ratio is measured for the options that were run,
-and interpolated between them along the logarithm of the reference's error.
+layer, with `StepConfig.rough` steps. All are run, with their own steps, on one small reference layer. A layer's error
+is the reference's error times the ratio between the two, which is measured for the options that were run, and
+interpolated between them along the logarithm of the reference's error.
 
-This keeps the ranking, because a coder's error on a layer is nearly a product of two factors: the error that the coder
-leaves on Gaussian weights, and how far the layer's inputs let feedback hide it. Another encoder changes the first
-factor by the same ratio in all layers, within a quarter, a sixth of a bit (tests/allocation/test_prices.py). More bits
-change the second one slowly, hence the ratio.
+This keeps the ranking: a coder's error on a layer is nearly the error that it leaves on Gaussian weights, times how far
+the layer's inputs let feedback hide it. Another encoder changes the first factor by the same ratio in all layers,
+within a quarter, a sixth of a bit (`tests/allocation/test_prices.py`). More bits change the second one slowly.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,22 +36,22 @@ NOISE = 0.1  # of the size of a matrix that is changed by noise
 
 
 def families(options: Sequence[Steps]) -> list[list[int]]:
-    """Group the numbers of the options that differ only in bits, or only in sparsity; what stores least comes first."""
-    found: dict[str, list[tuple[float, int]]] = {}
+    """Group the numbers of options that differ only in bits, or only in sparsity; the smallest comes first."""
+    groups: dict[str, list[tuple[float, int]]] = {}
     for number, steps in enumerate(options):
         values = [config.model_dump(mode="json") for config in steps]
-        pruned = [one for one in values if one.get("sparsity") is not None]
-        kept = -sum(one.pop("sparsity") for one in pruned)
-        rate = kept if pruned else sum(_bits(one.pop("bits", 0)) for one in values)
-        found.setdefault(repr(values), []).append((rate, number))
-    return [[number for _, number in sorted(family)] for family in found.values()]
+        pruned = [config for config in values if config.get("sparsity") is not None]
+        density = -sum(config.pop("sparsity") for config in pruned)
+        rate = density if pruned else sum(_bits(config.pop("bits", 0)) for config in values)
+        groups.setdefault(repr(values), []).append((rate, number))
+    return [[number for _, number in sorted(family)] for family in groups.values()]
 
 
 def _bits(value: Any) -> float:
     return math.log2(3) if value == "ternary" else float(value or 0)
 
 
-def run_of(family: Sequence[int]) -> list[int]:
+def options_to_measure(family: Sequence[int]) -> list[int]:
     """Return the options of a family that are run on every layer: both ends, and evenly spaced ones between them."""
     places = np.linspace(0, len(family) - 1, min(MOST_RUN, len(family)))
     return [family[int(place)] for place in places]
@@ -63,9 +62,8 @@ def rough(steps: Steps) -> Steps:
     return tuple(fast for config in steps if (fast := config.rough()) is not None)
 
 
-def sampled(layer: Layer, is_table: bool = False) -> Layer:
-    """Return a layer of some rows of this one, evenly spaced, where it has many: of a linear as many as a report takes,
-    ROWS of a table."""
+def sample_rows(layer: Layer, is_table: bool = False) -> Layer:
+    """Return a layer of evenly spaced rows of a large one: as many as a report takes, or ROWS of a table."""
     rows = len(layer.weight)
     most, enough = (ROWS, ROWS + 1) if is_table else (SAMPLED, MANY)
     if rows < enough:
@@ -76,33 +74,33 @@ def sampled(layer: Layer, is_table: bool = False) -> Layer:
 
 
 def error(layer: Layer, steps: Steps, held_out: Moments | None) -> float:
-    """Return the layer's relative output error after the steps, on held-out inputs; without inputs, of its weights.
-
-    Raises what `layer.apply` raises.
-    """
+    """Return the layer's relative output error after the steps, on held-out inputs; without inputs, of its weights."""
     stored = apply(layer, steps).expression()
     return max(relative_error(layer.weight, stored, held_out), LEAST)
 
 
-def changed(layer: Layer, steps: Steps, held_out: Moments | None) -> tuple[Tensor, float]:
-    """Return the layer's weight `[out, in]` after the steps, and its error, on some rows where it has many."""
+class WeightChange(NamedTuple):
+    """A weight `[out, in]` in place of a layer's, and its error, on some rows of a large one."""
+
+    weight: Tensor
+    error: float
+
+
+def compress_roughly(layer: Layer, steps: Steps, held_out: Moments | None) -> WeightChange:
+    """Change the layer's weight by the steps."""
     value = dense(apply_in_runs(layer, steps).weight)
-    return value, _made(layer, value, held_out)
+    return WeightChange(value, max(sampled_error(layer.weight, value, held_out), LEAST))
 
 
-def noisy(layer: Layer, held_out: Moments | None) -> tuple[Tensor, float]:
-    """Return the layer's weight `[out, in]` with noise of NOISE times its size, and the error that this makes."""
+def add_noise(layer: Layer, held_out: Moments | None) -> WeightChange:
+    """Change the layer's weight by noise of NOISE times its size."""
     weight = layer.weight
     noise = torch.randn(weight.shape, generator=generator(layer.seed, layer.name, "noise")).to(weight)
     value = weight + NOISE * weight.square().mean().sqrt() * noise
-    return value, _made(layer, value, held_out)
+    return WeightChange(value, max(sampled_error(weight, value, held_out), LEAST))
 
 
-def _made(layer: Layer, value: Tensor, held_out: Moments | None) -> float:
-    return max(sampled_error(layer.weight, value, held_out), LEAST)
-
-
-def interpolated(
+def interpolate_errors(
     run: Mapping[int, float], reference_run: Mapping[int, float], reference: Sequence[float]
 ) -> list[float]:
     """Return a layer's error after every option of a family.
@@ -111,11 +109,11 @@ def interpolated(
     after the same steps; `reference`: the reference layer's errors after every option with its own steps, by number.
     """
     points = [(reference[number], run[number] / reference_run[number]) for number in run]
-    return [value * between(points, value) for value in reference]
+    return [value * interpolate_logarithms(points, value) for value in reference]
 
 
-def between(points: Iterable[tuple[float, float]], place: float) -> float:
-    """Interpolate a curve through points above 0 at a place: linear in both logarithms, constant beyond the ends."""
-    found = sorted(((math.log(x), math.log(max(y, LEAST))) for x, y in points), key=lambda point: point[0])
-    places, values = zip(*found, strict=True)
+def interpolate_logarithms(points: Iterable[tuple[float, float]], place: float) -> float:
+    """Interpolate a curve through points above 0: linear in both logarithms, constant beyond the ends."""
+    logarithms = sorted(((math.log(x), math.log(max(y, LEAST))) for x, y in points), key=lambda point: point[0])
+    places, values = zip(*logarithms, strict=True)
     return math.exp(float(np.interp(math.log(place), places, values)))

@@ -2,7 +2,7 @@
 
     job with a target -> choices -> the options that spend its bits evenly -> plan of that job, and the cost of prices
 
-Prices move bits between matrices, not the size of all; so sizes, memory and time are those of a run, and the options of
+Prices move bits between matrices, not the size of all. So sizes, memory and time are those of a run, and the options of
 single matrices are not.
 """
 
@@ -12,43 +12,46 @@ from dataclasses import replace
 from itertools import pairwise
 from math import prod
 
-from llmcompress.allocation.allocate import reachable, target_of, text_of, with_steps
-from llmcompress.allocation.choices import Choices, Matrix
+from llmcompress.allocation.allocate import reachable_choices, target_of, text_of, with_steps
+from llmcompress.allocation.choices import Choices
 from llmcompress.allocation.cost import pricing_bytes, pricing_seconds, probing_tokens
 from llmcompress.compression.job import Job
 from llmcompress.compression.plan import Plan, plan_of
-from llmcompress.compression.time_estimate import seconds
+from llmcompress.compression.time_estimate import estimate_seconds
 from llmcompress.recipe.target import Target
 
 
 def forecast(job: Job) -> Plan:
-    """Return the plan of a job with a target. Raises RecipeError for one that no choice reaches."""
+    """Return the plan of a job with a target. Raises RecipeError for a target that no choice reaches."""
     target, text = target_of(job), text_of(job)
-    found = reachable(job, (target,))
-    settled = job.with_recipe(with_steps(job, found, evenly(found, target)))
-    planned, pricing = plan_of(settled), pricing_bytes(job, found, probing_tokens(text))
+    choices = reachable_choices(job, (target,))
+    settled = job.with_recipe(with_steps(job, choices, spread_evenly(choices, target)))
+    planned, pricing = plan_of(settled), pricing_bytes(job, choices, probing_tokens(text))
     return replace(
         planned,
         peak_memory_bytes=max(planned.peak_memory_bytes, pricing),
         target=target.model_dump(mode="json", exclude_none=True),
-        timed=lambda: seconds(settled) + pricing_seconds(job, found, text),
+        timed=lambda: estimate_seconds(settled) + pricing_seconds(job, choices, text),
     )
 
 
-def evenly(found: Choices, target: Target) -> tuple[int, ...]:
+def spread_evenly(choices: Choices, target: Target) -> tuple[int, ...]:
     """Return an option for each matrix, so that all have about as many bits a weight and meet the target.
 
-    For a quality, whose size nobody knows beforehand, every matrix has a middle option.
+    For a quality, whose size is unknown beforehand, every matrix has a middle option.
     """
-    ladders = [_ladder(one) for one in found.matrices]
+    ladders = []
+    for matrix in choices.matrices:
+        by_bits = {count: number for number, count in reversed([*enumerate(matrix.bits)])}
+        ladders.append([by_bits[count] for count in sorted(by_bits)])  # from least to most bits, one of each size
     if target.kl is not None:
         return tuple(ladder[len(ladder) // 2] for ladder in ladders)
     chosen = [ladder[0] for ladder in ladders]
-    sizes = [one.counted(target) for one in found.matrices]
-    room = found.room(target) - sum(row[option] for row, option in zip(sizes, chosen, strict=True))
+    sizes = [matrix.costs(target) for matrix in choices.matrices]
+    room = choices.room(target) - sum(row[option] for row, option in zip(sizes, chosen, strict=True))
     rungs = [
-        (one.bits[before] / prod(one.shape), place, before, after)
-        for place, (one, ladder) in enumerate(zip(found.matrices, ladders, strict=True))
+        (matrix.bits[before] / prod(matrix.shape), place, before, after)
+        for place, (matrix, ladder) in enumerate(zip(choices.matrices, ladders, strict=True))
         for before, after in pairwise(ladder)
     ]
     for _, place, before, after in sorted(rungs):
@@ -56,9 +59,3 @@ def evenly(found: Choices, target: Target) -> tuple[int, ...]:
         if chosen[place] == before and cost <= room:
             chosen[place], room = after, room - cost
     return tuple(chosen)
-
-
-def _ladder(one: Matrix) -> list[int]:
-    """Return a matrix's options from least to most bits, one of each size."""
-    by_bits = {count: number for number, count in reversed([*enumerate(one.bits)])}
-    return [by_bits[count] for count in sorted(by_bits)]

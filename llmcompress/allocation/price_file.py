@@ -1,11 +1,18 @@
-"""Price lists on disk: an interrupted run, or a sweep that gets more budgets, does not measure them again."""
+"""Price lists on disk: an interrupted run, or a sweep that gets more budgets, does not measure them again.
+
+Independent jobs, such as those of a Slurm array, can measure parts of a list, each into a file; a run joins them:
+
+    OUT.prices-1-of-8.json ... OUT.prices-8-of-8.json -> OUT.prices.json
+"""
 
 from __future__ import annotations
 
 import functools
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,20 +22,19 @@ import torch
 from llmcompress.allocation.allocate import (
     Allocation,
     PriceList,
-    price,
+    make_probe,
+    measure_prices,
     priced_tokens,
-    probe_of,
-    reachable,
+    reachable_choices,
     target_of,
 )
 from llmcompress.allocation.choices import Choices, goes_low
-from llmcompress.allocation.price_shards import Part, discard_parts, part_store, read_parts
-from llmcompress.allocation.prices import Measurements, Priced, listed, measured
-from llmcompress.allocation.sensitivity import DensePredictions, in_parts, probe_windows
+from llmcompress.allocation.prices import MatrixPrices, Measurements, measure_matrices, prices_of
+from llmcompress.allocation.sensitivity import DensePredictions, logits_in_parts, probe_windows
 from llmcompress.calibration.walk import Progress
 from llmcompress.compression.job import Job
 from llmcompress.data.calibration import CalibrationTokens
-from llmcompress.errors import DiskError, RecipeError, first_line
+from llmcompress.errors import DiskError, InputError, RecipeError, first_line, list_names
 from llmcompress.evaluation.logits import OnDisk
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.models.files.store import Store
@@ -39,99 +45,179 @@ KIND = "kind of budget"  # in the identity
 TOKENS = "calibration tokens"  # in the entry: their hash
 
 
+@dataclass(frozen=True, order=True)
+class Part:
+    """The part `number`, from 1 on, of `count`."""
+
+    number: int
+    count: int
+
+    @staticmethod
+    def of(text: str) -> Part:
+        """Return the part that a user writes as `3/8`. Raises RecipeError for anything else."""
+        match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text.strip())
+        part = Part(*map(int, match.groups())) if match else Part(0, 0)
+        if not 1 <= part.number <= part.count:
+            raise RecipeError(f"{text!r} is no part of the prices; write the third of eight as 3/8")
+        return part
+
+    def file(self, prices: Path) -> Path:
+        """Return the file of this part of the price list `prices`."""
+        return prices.with_name(f"{prices.stem}-{self.number}-of-{self.count}.json")
+
+
 def allocate_by(
     path: Path, job: Job, *, device: str = "cpu", progress: Progress | None = None, ranks: Ranks = ALONE
 ) -> Allocation:
     """Run `allocate` with the price list in the file `path`. Also raises DiskError if that list is another job's."""
     with ranks.agree_on_errors():
         target = target_of(job)
-        found = reachable(job, (target,))
+        choices = reachable_choices(job, (target,))
     ranks.first(partial(check_prices, path, job))
-    prices = price_list(path, job, found, device, progress, ranks)
+    prices = price_list(path, job, choices, device, progress, ranks)
     with ranks.agree_on_errors():
         return prices.reaching(target)
 
 
 def price_list(
-    path: Path, job: Job, found: Choices, device: str, progress: Progress | None, ranks: Ranks = ALONE
+    path: Path, job: Job, choices: Choices, device: str, progress: Progress | None, ranks: Ranks = ALONE
 ) -> PriceList:
-    """Read the price list in the file `path`; where there is none, measure it and keep it there. Of several processes,
-    the first one reads and writes it, and each measures a share.
+    """Read the price list in the file `path`; if there is none, measure and write it.
 
-    Raises DiskError for a list of another recipe, model or version, or one that cannot be written.
+    Of several processes, the first one reads and writes, and each measures a share. Raises DiskError for a list of
+    another recipe, model or version, or one that cannot be written.
     """
     tokens = ranks.first(partial(priced_tokens, job))
-    entry = ranks.first(lambda: _kept(path, job, tokens.hash) or _put_together(path, job, found, tokens))
+    entry = ranks.first(lambda: _read_entry(path, job, tokens.hash) or _join_parts(path, job, choices, tokens))
     if entry is not None:
         with ranks.agree_on_errors():
-            return _read(_store(path, job), entry, job, found, device)
+            return _parse_entry(_store(path, job), entry, job, choices, device)
     ranks.compare(identity_of(job) | {TOKENS: tokens.hash})
-    made = price(job, found, tokens, device=device, progress=progress, ranks=ranks)
-    ranks.first(lambda: _keep(path, job, made.prices, made.dense().windows, made.seconds, tokens.hash))
-    return made
+    prices = measure_prices(job, choices, tokens, device=device, progress=progress, ranks=ranks)
+    windows = prices.dense().windows
+    ranks.first(lambda: _write_entry(path, job, prices.prices, windows, prices.seconds, tokens.hash))
+    return prices
 
 
 def measure_part(path: Path, part: Part, job: Job, *, device: str = "cpu", progress: Progress | None = None) -> Path:
-    """Measure a part of the price list in the file `path`, and return its own file: see `price_shards`.
+    """Measure a part of the price list in the file `path`, and return the part's file.
 
-    Raises RecipeError where there is no target, or a part more than there are blocks and tables; also raises what
-    `price` raises, and DiskError where nothing can be written.
+    Raises RecipeError without a target, or for more parts than there are blocks and tables; also raises what
+    `measure_prices` raises, and DiskError if nothing can be written.
     """
-    found = reachable(job, (target_of(job),))
-    if part.count > (most := len(job.arch.blocks) + sum(one.is_table for one in found.matrices)):
+    choices = reachable_choices(job, (target_of(job),))
+    most = len(job.arch.blocks) + sum(matrix.is_table for matrix in choices.matrices)
+    if part.count > most:
         raise RecipeError(f"{part.count} parts are more than the {most} blocks and tables to price; take fewer")
     tokens, started = priced_tokens(job), time.monotonic()
     share = Ranks(device, part.number - 1, part.count)
-    made = measured(job, found, tokens, probe_of(job, found, tokens, device, share), device, progress, share)
-    entry = {"seconds": time.monotonic() - started, TOKENS: tokens.hash, **made.to_json()}
-    part_store(path, part, identity_of(job)).put(part.file(path).stem, entry)
-    return part.file(path)
+    probe = make_probe(job, choices, tokens, device, share)
+    measurements = measure_matrices(job, choices, tokens, probe, device, progress, share)
+    entry = {"seconds": time.monotonic() - started, TOKENS: tokens.hash, **measurements.to_json()}
+    file = part.file(path)
+    _store(file, job).put(file.stem, entry)
+    return file
 
 
-def _put_together(path: Path, job: Job, found: Choices, tokens: CalibrationTokens) -> dict[str, Any] | None:
-    """Make the price list of its parts, and remove them; None where there are none. Raises InputError where some are
-    missing."""
-    entries = read_parts(path, identity_of(job))
+def _join_parts(path: Path, job: Job, choices: Choices, tokens: CalibrationTokens) -> dict[str, Any] | None:
+    """Make the price list of its parts, and remove them; None if there are none.
+
+    Raises InputError if some are missing, DiskError for those of other jobs and for damaged ones.
+    """
+    store = _store(path, job)
+    entries = _read_parts(path, job)
     if not entries:
         return None
     if any(entry.get(TOKENS) != tokens.hash for entry in entries):
-        raise _store(path, job).refusal([TOKENS])
+        raise store.refusal([TOKENS])
     try:
-        prices = listed(found, map(Measurements.from_json, entries))
+        prices = prices_of(choices, map(Measurements.from_json, entries))
     except (ValueError, KeyError, TypeError) as error:
-        raise _store(path, job).damage(error) from error
+        raise store.damage(error) from error
     windows = probe_windows(tokens.sequences[tokens.obtained - tokens.held_out :])
-    entry = _keep(path, job, prices, windows, sum(float(entry["seconds"]) for entry in entries), tokens.hash)
-    discard_parts(path)
+    entry = _write_entry(path, job, prices, windows, sum(float(entry["seconds"]) for entry in entries), tokens.hash)
+    _remove_parts(path)
     return entry
 
 
-def _keep(
-    path: Path, job: Job, prices: Sequence[Priced], windows: torch.Tensor, seconds: float, tokens: str
+def _read_parts(prices: Path, job: Job) -> list[dict[str, Any]]:
+    """Return the entries of all parts of the price list `prices`, in order; none if no part is there."""
+    parts = _parts(prices)
+    counts = sorted({part.count for part in parts})
+    if len(counts) > 1:
+        raise DiskError(
+            f"{prices.parent} has prices of {prices.stem} in {list_names(map(str, counts))} parts; remove all but one "
+            f"kind"
+        )
+    count = counts[0] if counts else 0
+    if missing := [str(number) for number in range(1, count + 1) if Part(number, count) not in parts]:
+        raise InputError(
+            f"of {count} parts of the prices beside {prices}, {list_names(missing)} are missing; run their jobs "
+            f"(--price-part {missing[0]}/{count}), or remove the others to measure all of them here"
+        )
+    entries = []
+    for file in (part.file(prices) for part in parts):
+        if (record := _store(file, job).get(file.stem)) is None:
+            raise DiskError(f"{file} has vanished; start again")
+        entries.append(record.entry)
+    return entries
+
+
+def _parts(prices: Path) -> list[Part]:
+    """Return the parts of the price list `prices` that are on the disk, in order."""
+    form = re.compile(re.escape(prices.stem) + r"-([0-9]{1,6})-of-([0-9]{1,6})\.json")
+    names = [path.name for path in prices.parent.iterdir()] if prices.parent.is_dir() else []
+    return sorted(Part(int(match[1]), int(match[2])) for name in names if (match := form.fullmatch(name)))
+
+
+def _remove_parts(prices: Path) -> None:
+    for part in _parts(prices):
+        part.file(prices).unlink(missing_ok=True)
+
+
+def _write_entry(
+    path: Path, job: Job, prices: Sequence[MatrixPrices], windows: torch.Tensor, seconds: float, tokens: str
 ) -> dict[str, Any]:
-    """Write a price list, and return what the file holds."""
-    entry = {"seconds": seconds, "windows": windows.tolist(), "matrices": [one.to_json() for one in prices]}
+    """Write a price list, and return it as its file holds it."""
+    entry = {"seconds": seconds, "windows": windows.tolist(), "matrices": [matrix.to_json() for matrix in prices]}
     _store(path, job).put(path.stem, entry | {TOKENS: tokens})
     return entry
 
 
-def _kept(path: Path, job: Job, tokens: str) -> dict[str, Any] | None:
-    """Return the price list in the file `path`, None where there is none. Raises DiskError for that of another text."""
+def _read_entry(path: Path, job: Job, tokens: str) -> dict[str, Any] | None:
+    """Return the price list in the file `path`, None if there is none. Raises DiskError for that of another text."""
     store = _store(path, job)
-    kept = store.get(path.stem)
-    if kept is not None and kept.entry.get(TOKENS) != tokens:
+    record = store.get(path.stem)
+    if record is not None and record.entry.get(TOKENS) != tokens:
         raise store.refusal([TOKENS])
-    return None if kept is None else kept.entry
+    return None if record is None else record.entry
+
+
+def _parse_entry(store: Store, entry: Mapping[str, Any], job: Job, choices: Choices, device: str) -> PriceList:
+    try:
+        matrices = tuple(MatrixPrices.from_json(matrix) for matrix in entry["matrices"])
+        windows = torch.tensor(entry["windows"], dtype=torch.int64)
+        dense = functools.cache(partial(_dense_predictions, job.source, windows, device))
+        return PriceList(job, choices, matrices, dense, float(entry["seconds"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise store.damage(error) from error
+
+
+def _dense_predictions(source: DenseModel, windows: torch.Tensor, device: str) -> DensePredictions:
+    """Compute the dense model's predictions on the probing tokens again."""
+    return DensePredictions(windows, logits_in_parts(OnDisk(source, device), windows))
 
 
 def check_prices(path: Path, job: Job) -> None:
-    """Raise DiskError if `path` holds prices that are not this job's. Its text is compared when they are read."""
+    """Raise DiskError if `path` holds another job's prices. Their text is compared when they are read."""
     _store(path, job).get(path.stem)
 
 
 def discard_prices(path: Path) -> None:
-    """Remove the price list in the file `path`, if there is one, and its parts. Raises DiskError for a file that is
-    none."""
+    """Remove the price list in the file `path`, if there is one, and its parts.
+
+    Raises DiskError for a file that is no price list.
+    """
     try:
         entries = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {KIND: []}
     except (OSError, ValueError) as error:
@@ -139,7 +225,7 @@ def discard_prices(path: Path) -> None:
     if not isinstance(entries, dict) or KIND not in entries:
         raise DiskError(f"{path} is no price list of llmcompress; move it, or choose another output")
     path.unlink(missing_ok=True)
-    discard_parts(path)
+    _remove_parts(path)
 
 
 def _store(path: Path, job: Job) -> Store:
@@ -148,10 +234,10 @@ def _store(path: Path, job: Job) -> Store:
 
 
 def identity_of(job: Job) -> dict[str, Any]:
-    """Return all that prices depend on, but for the text.
+    """Return everything that prices depend on, but for the text.
 
-    Only the kind of the target counts, and its engine: with a target in bytes, tables have prices too; with a low one,
-    more options; with one in zeros, options around it.
+    Of the target, only its kind and engine count: with a target in bytes, tables have prices too; with a low one, there
+    are more options; with one in zeros, options around it.
     """
     recipe = job.recipe.model_dump(mode="json", exclude={"gates", "distill"})
     target = recipe.pop("target")
@@ -159,18 +245,3 @@ def identity_of(job: Job) -> dict[str, Any]:
     kind += ["low"] if goes_low(job) else []
     kind += [repr(target["sparsity"])] if target["sparsity"] is not None and recipe["options"] is None else []
     return {**job.source.content(), "recipe": recipe, KIND: kind, "versions": versions()}
-
-
-def _read(store: Store, entry: Mapping[str, Any], job: Job, found: Choices, device: str) -> PriceList:
-    try:
-        matrices = tuple(Priced.from_json(one) for one in entry["matrices"])
-        windows = torch.tensor(entry["windows"], dtype=torch.int64)
-        dense = functools.cache(functools.partial(_dense, job.source, windows, device))
-        return PriceList(job, found, matrices, dense, float(entry["seconds"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise store.damage(error) from error
-
-
-def _dense(source: DenseModel, windows: torch.Tensor, device: str) -> DensePredictions:
-    """Compute the dense model's predictions on the probing tokens again."""
-    return DensePredictions(windows, in_parts(OnDisk(source, device), windows))

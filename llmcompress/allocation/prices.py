@@ -15,7 +15,7 @@ and L (3 L) times t hidden states.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -24,20 +24,20 @@ import torch
 
 from llmcompress.allocation.choices import Choices, Matrix, Steps
 from llmcompress.allocation.distortion import (
-    between,
-    changed,
+    add_noise,
+    compress_roughly,
     error,
     families,
-    interpolated,
-    noisy,
+    interpolate_errors,
+    interpolate_logarithms,
+    options_to_measure,
     rough,
-    run_of,
-    sampled,
+    sample_rows,
 )
 from llmcompress.allocation.sensitivity import Probe
-from llmcompress.calibration.walk import Block, InputGroup, Progress, walk
-from llmcompress.compression.importance import importance_of
-from llmcompress.compression.job import Job
+from llmcompress.calibration.gather import Statistics
+from llmcompress.calibration.walk import Block, Execution, Progress, walk
+from llmcompress.compression.job import Job, gradient_importance
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import NumericsError
 from llmcompress.methods.layer import Layer, methods, step
@@ -49,13 +49,16 @@ from llmcompress.weight.nodes import Dense
 
 TOKENS = 8192  # of calibration: enough for a ranking
 
-Reference = list[tuple[dict[int, float], list[float]]]  # for each family: see `_of_reference`
+Reference = list[tuple[dict[int, float], list[float]]]  # for each family: see `_reference_errors`
 
 
 @dataclass(frozen=True)
-class Offer:
-    """One option of a matrix. `bits` and `bytes`: as stored; `error`: relative, on held-out inputs; `measured`: True if
-    the error was measured on this matrix, False if interpolated; `damage`: predicted KL in nats per token."""
+class OptionPrice:
+    """The price of one option of a matrix.
+
+    `bits` and `bytes`: as stored. `error`: relative, on held-out inputs. `measured`: True if the error was measured on
+    this matrix, False if interpolated. `damage`: predicted KL in nats per token.
+    """
 
     steps: Steps
     bits: int
@@ -69,51 +72,43 @@ class Offer:
         return {**vars(self), "steps": [config.model_dump(mode="json") for config in self.steps]}
 
     @staticmethod
-    def from_json(entries: dict[str, Any]) -> Offer:
-        """Return the offer that `to_json` wrote."""
-        return Offer(**{**entries, "steps": tuple(step(one) for one in entries["steps"])})
+    def from_json(entries: dict[str, Any]) -> OptionPrice:
+        """Return the inverse of `to_json`."""
+        return OptionPrice(**{**entries, "steps": tuple(step(config) for config in entries["steps"])})
 
 
 @dataclass(frozen=True)
-class Priced:
-    """A matrix with its offers, in the order of the options. `sensitivity`: KL in nats per token for each unit of
-    relative error, measured with a middle option."""
+class MatrixPrices:
+    """The prices of a matrix's options, in their order.
+
+    `sensitivity`: KL in nats per token for each unit of relative error, measured with a middle option.
+    """
 
     name: str
     shape: tuple[int, int]
     is_table: bool
     sensitivity: float
-    offers: tuple[Offer, ...]
+    offers: tuple[OptionPrice, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, keys as in the fields."""
         return {**vars(self), "shape": list(self.shape), "offers": [offer.to_json() for offer in self.offers]}
 
     @staticmethod
-    def from_json(entries: dict[str, Any]) -> Priced:
-        """Return the matrix that `to_json` wrote."""
-        offers = tuple(Offer.from_json(offer) for offer in entries["offers"])
-        return Priced(**{**entries, "shape": tuple(entries["shape"]), "offers": offers})
+    def from_json(entries: dict[str, Any]) -> MatrixPrices:
+        """Return the inverse of `to_json`."""
+        offers = tuple(OptionPrice.from_json(offer) for offer in entries["offers"])
+        return MatrixPrices(**{**entries, "shape": tuple(entries["shape"]), "offers": offers})
 
 
-def damage(price_list: Sequence[Priced], chosen: Sequence[int]) -> float:
+def damage(price_list: Sequence[MatrixPrices], chosen: Sequence[int]) -> float:
     """Return the predicted KL of a plan: the sum over its options."""
-    return sum(one.offers[option].damage for one, option in zip(price_list, chosen, strict=True))
+    return sum(matrix.offers[option].damage for matrix, option in zip(price_list, chosen, strict=True))
 
 
 @dataclass(frozen=True)
-class _Run:
-    """The measurements of one matrix, by option: the error of each option that was run; and of those that were probed,
-    a `middle` one among them, the number of the change and the error that it made."""
-
-    errors: dict[int, float]
-    changes: dict[int, tuple[int, float]]
-    middle: int
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The measurements of one matrix when its changes have been judged, by option. `probed`: a middle option."""
+class MatrixMeasurement:
+    """The measurements of one matrix, by option: errors and sensitivities. `probed`: the middle option."""
 
     errors: dict[int, float]
     sensitivities: dict[int, float]
@@ -122,207 +117,209 @@ class Measured:
 
 @dataclass(frozen=True)
 class Measurements:
-    """The measurements of some matrices, by name, and of the smallest linear if that is among them: for each family of
-    options the errors with rough steps, by number, and with their own, in order."""
+    """The measurements of some matrices by name, and the `reference`: of the smallest linear, if it is among them."""
 
-    matrices: dict[str, Measured]
+    matrices: dict[str, MatrixMeasurement]
     reference: Reference
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; numbers of options lie in lists, since keys of JSON are text."""
         matrices = {
-            name: {"errors": [*one.errors.items()], "sensitivities": [*one.sensitivities.items()], "probed": one.probed}
-            for name, one in self.matrices.items()
+            name: {
+                "errors": [*each.errors.items()],
+                "sensitivities": [*each.sensitivities.items()],
+                "probed": each.probed,
+            }
+            for name, each in self.matrices.items()
         }
-        return {"matrices": matrices, "reference": [[[*fast.items()], asked] for fast, asked in self.reference]}
+        return {"matrices": matrices, "reference": [[[*fast.items()], own] for fast, own in self.reference]}
 
     @staticmethod
     def from_json(entries: dict[str, Any]) -> Measurements:
         """Return the inverse of `to_json`. Raises KeyError, TypeError or ValueError for entries of another form."""
         matrices = {
-            name: Measured(dict(one["errors"]), dict(one["sensitivities"]), int(one["probed"]))
-            for name, one in entries["matrices"].items()
+            name: MatrixMeasurement(dict(each["errors"]), dict(each["sensitivities"]), int(each["probed"]))
+            for name, each in entries["matrices"].items()
         }
-        return Measurements(matrices, [(dict(fast), list(asked)) for fast, asked in entries["reference"]])
+        return Measurements(matrices, [(dict(fast), list(own)) for fast, own in entries["reference"]])
 
 
-def prices(
+def price_matrices(
     job: Job,
-    found: Choices,
+    choices: Choices,
     tokens: CalibrationTokens,
     probe: Probe,
     device: str,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
-) -> tuple[Priced, ...]:
-    """Return the price list of all matrices, in their order. Raises InputError and NumericsError as the walk and
-    methods do.
+) -> tuple[MatrixPrices, ...]:
+    """Return the price list of all matrices, in their order.
 
-    Statistics are taken from the dense model's inputs, so that no price depends on how other layers are compressed, nor
-    on which of several processes measures it: each takes every so many-th block, and its changes to the end.
+    Statistics are taken from the dense model's inputs, so no price depends on how other layers are compressed, nor on
+    which of several processes measures it: each takes every so many-th block, and its changes to the end. Raises
+    InputError and NumericsError as the walk and methods do.
     """
     with ranks.agree_on_errors():
-        mine = measured(job, found, tokens, probe, device, progress, ranks)
-    return listed(found, ranks.gather(mine))
+        own = measure_matrices(job, choices, tokens, probe, device, progress, ranks)
+    return prices_of(choices, ranks.gather(own))
 
 
-def measured(
+def measure_matrices(
     job: Job,
-    found: Choices,
+    choices: Choices,
     tokens: CalibrationTokens,
     probe: Probe,
     device: str,
     progress: Progress | None,
     ranks: Ranks,
 ) -> Measurements:
-    """Return the measurements that are a process's to make; it need not be one of processes that run together."""
-    smallest = smallest_of([one for one in found.matrices if not one.is_table])
-    wanted = {one.name: one for one in _share(job, found.matrices, ranks)}
-    found_by: dict[str, _Run] = {}
+    """Return the measurements of a process's share; other processes need not run at the same time."""
+    smallest = smallest_matrix([matrix for matrix in choices.matrices if not matrix.is_table])
+    wanted = {matrix.name: matrix for matrix in _own_matrices(job, choices.matrices, ranks)}
+    errors: dict[str, dict[int, float]] = {}
+    changes: dict[str, dict[int, tuple[int, float]]] = {}
     reference: Reference = []
     for block, layer, held_out in _layers(job, wanted, tokens, probe, device, progress):
-        one = wanted[layer.name]
-        if one is smallest:
-            reference = [_of_reference(layer, one, family, held_out) for family in families(one.options)]
-        found_by[one.name] = _run(block, layer, one, held_out, probe, job.recipe.damage)
+        matrix = wanted[layer.name]
+        if matrix is smallest:
+            reference = [_reference_errors(layer, matrix, family, held_out) for family in families(matrix.options)]
+        results = _run_options(block, layer, matrix, held_out, probe, job.recipe.damage)
+        errors[layer.name], changes[layer.name] = results
     divergences = probe.divergences()
-    return Measurements({name: _judged(name, run, divergences) for name, run in found_by.items()}, reference)
+    measurements = {}
+    for name, own in errors.items():
+        sensitivities = {
+            number: max(divergences[change], 0.0) / made  # rounding can make no change a negative one
+            for number, (change, made) in changes[name].items()
+        }
+        _check_finite(name, sensitivities.values())
+        measurements[name] = MatrixMeasurement(own, sensitivities, middle_option(wanted[name]))
+    return Measurements(measurements, reference)
 
 
-def listed(found: Choices, parts: Iterable[Measurements]) -> tuple[Priced, ...]:
+def prices_of(choices: Choices, parts: Iterable[Measurements]) -> tuple[MatrixPrices, ...]:
     """Return the price list of all matrices from the measurements of all processes."""
-    matrices: dict[str, Measured] = {}
+    matrices: dict[str, MatrixMeasurement] = {}
     reference: Reference = []
     for part in parts:
         matrices |= part.matrices
         reference = reference or part.reference
-    return tuple(_priced(one, matrices[one.name], [] if one.is_table else reference) for one in found.matrices)
+    return tuple(
+        _price_options(matrix, matrices[matrix.name], [] if matrix.is_table else reference)
+        for matrix in choices.matrices
+    )
 
 
-def _share(job: Job, matrices: Sequence[Matrix], ranks: Ranks) -> list[Matrix]:
-    """Return the matrices that a process measures: those of every so many-th block, where each table is a block."""
+def _own_matrices(job: Job, matrices: Sequence[Matrix], ranks: Ranks) -> list[Matrix]:
+    """Return the matrices that a process measures: those of every so many-th block; each table counts as a block."""
     blocks = [{linear.name for group in block.groups for linear in group} for block in job.arch.blocks]
-    blocks += [{one.name} for one in matrices if one.is_table]
-    mine = set().union(*blocks[ranks.rank :: ranks.count])
-    return [one for one in matrices if one.name in mine]
+    blocks += [{matrix.name} for matrix in matrices if matrix.is_table]
+    own = set().union(*blocks[ranks.rank :: ranks.count])
+    return [matrix for matrix in matrices if matrix.name in own]
 
 
-def smallest_of(linears: list[Matrix]) -> Matrix | None:
-    """Return the smallest of some linears, of equal ones that nearest to the middle; None of none."""
+def smallest_matrix(linears: list[Matrix]) -> Matrix | None:
+    """Return the smallest of some linears, of equal ones the one nearest to the middle; None of none."""
     middle = len(linears) // 2
-    ranked = [(prod(one.shape), abs(place - middle), place) for place, one in enumerate(linears)]
+    ranked = [(prod(linear.shape), abs(place - middle), place) for place, linear in enumerate(linears)]
     return linears[min(ranked)[-1]] if ranked else None
 
 
-def run_on(one: Matrix) -> list[int]:
+def options_to_run(matrix: Matrix) -> list[int]:
     """Return the options that are run on a matrix: a few of each family, all of a table."""
-    if one.is_table:
-        return [*range(len(one.options))]
-    return [number for family in families(one.options) for number in run_of(family)]
+    if matrix.is_table:
+        return [*range(len(matrix.options))]
+    return [number for family in families(matrix.options) for number in options_to_measure(family)]
 
 
-def middle_of(one: Matrix) -> int:
+def middle_option(matrix: Matrix) -> int:
     """Return the option that a matrix is probed with: the middle one that is run, of its largest family."""
-    largest = run_of(max(families(one.options), key=len))
+    largest = options_to_measure(max(families(matrix.options), key=len))
     return largest[(len(largest) - 1) // 2]
 
 
-def sequences_of(fitted: int, held_out: int, length: int) -> tuple[int, int]:
+def sequence_counts(fitted: int, held_out: int, length: int) -> tuple[int, int]:
     """Return how many of so many sequences options are fitted to, and how many they are judged on."""
     return max(1, min(fitted, TOKENS // length)), max(1, min(held_out, TOKENS // 4 // length))
 
 
 def _layers(
     job: Job,
-    wanted: dict[str, Matrix],
+    wanted: Mapping[str, Matrix],
     tokens: CalibrationTokens,
     probe: Probe,
     device: str,
     progress: Progress | None,
 ) -> Iterator[tuple[Block, Layer, Moments | None]]:
-    """Yield every wanted matrix as methods see it, in its block and with the moments of its held-out inputs; the probe
-    moves on with the walk."""
+    """Yield every wanted matrix as methods see it, with its block and the moments of its held-out inputs.
+
+    The probe moves on with the walk.
+    """
     first = tokens.obtained - tokens.held_out
-    fitted, held_out = sequences_of(first, tokens.held_out, tokens.length)
+    fitted, held_out = sequence_counts(first, tokens.held_out, tokens.length)
     sequences = torch.cat([tokens.sequences[:fitted], tokens.sequences[first : first + held_out]])
-    recipe = job.recipe
-    blocks = walk(
-        job.source,
-        job.arch,
-        sequences,
-        held_out=held_out,
-        needs=needs_of(job, wanted),
-        cap=recipe.cap,
-        weights=recipe.token_weights,
-        importance=importance_of(job, sequences, torch.device(device)),
-        prefix="dense",
-        device=device,
-        dtype=product_dtype(recipe.compute, torch.device(device)),
-        progress=progress,
-    )
-    for block in blocks:
+    recipe, place = job.recipe, torch.device(device)
+    importance = gradient_importance(job, sequences, place)
+    needs = statistics_needs(job, wanted)
+    statistics = Statistics(needs, recipe.cap, recipe.token_weights, importance, prefix="dense")
+    execution = Execution(device, product_dtype(recipe.compute, place), progress=progress)
+    for block in walk(job.source, job.arch, sequences, statistics, execution, held_out=held_out):
         for group in block.groups:
             for name in (name for name in group.names if name in wanted):
-                weight = block.weight(name)
+                weight, seed = block.weight(name), f"{recipe.seed}/{group.names[0]}"
                 start, rows = Dense(weight.to(torch.bfloat16)), group.rows.get(name)
-                layer = Layer(name, weight, start, group.inputs, _seed(job, group), rows=rows)
-                yield block, layer, group.held_out
+                yield block, Layer(name, weight, start, group.inputs, seed, rows=rows), group.held_out
             group.inputs.derived.clear()
         probe.leave(block)
 
 
-def _seed(job: Job, group: InputGroup) -> str:
-    return f"{job.recipe.seed}/{group.names[0]}"
-
-
-def needs_of(job: Job, wanted: dict[str, Matrix]) -> dict[str, frozenset[str]]:
-    """Return the statistics that the options of each matrix read, and those that its errors are computed from."""
+def statistics_needs(job: Job, wanted: Mapping[str, Matrix]) -> dict[str, frozenset[str]]:
+    """Return the statistics that the options of each matrix read and that its errors need, by name."""
     known = methods()
     only_looked_up = None if job.arch.tied else job.arch.embedding
     return {
         name: frozenset(() if name == only_looked_up else {"outer"}).union(
-            *(known[config.method].needs for steps in one.options for config in steps)
+            *(known[config.method].needs for steps in matrix.options for config in steps)
         )
-        for name, one in wanted.items()
+        for name, matrix in wanted.items()
     }
 
 
-def _of_reference(
-    layer: Layer, one: Matrix, family: list[int], held_out: Moments | None
+def _reference_errors(
+    layer: Layer, matrix: Matrix, family: list[int], held_out: Moments | None
 ) -> tuple[dict[int, float], list[float]]:
-    """Return the errors of a family's options on the reference layer: with rough steps, by number, and with their own
-    steps, in order."""
-    fast = {number: error(layer, rough(one.options[number]), held_out) for number in run_of(family)}
-    return fast, [error(layer, one.options[number], held_out) for number in family]
+    """Return the errors of a family's options on the reference layer.
+
+    Those with rough steps by number, and those with their own steps in order.
+    """
+    fast = {number: error(layer, rough(matrix.options[number]), held_out) for number in options_to_measure(family)}
+    return fast, [error(layer, matrix.options[number], held_out) for number in family]
 
 
-def _run(block: Block, layer: Layer, one: Matrix, held_out: Moments | None, probe: Probe, by: Damage) -> _Run:
-    """Run a few options of a linear roughly, or all options of a table on some of its rows. Probe with a middle one,
-    by `kl` with each that is run, by `noise` with noise."""
-    rows = sampled(layer, one.is_table)
-    middle = middle_of(one)
+def _run_options(
+    block: Block, layer: Layer, matrix: Matrix, held_out: Moments | None, probe: Probe, by: Damage
+) -> tuple[dict[int, float], dict[int, tuple[int, float]]]:
+    """Run a few options of a linear roughly, or all options of a table on some of its rows.
+
+    Probes with a middle one, by `kl` with each that is run, by `noise` with noise. Returns the error of each option;
+    and of those that were probed, the number of the change and the error that it made.
+    """
+    rows = sample_rows(layer, matrix.is_table)
+    middle = middle_option(matrix)
     errors, changes = {}, {}
-    for number in run_on(one):
-        fast, probed = rough(one.options[number]), by == "kl" or number == middle
-        if probed:
-            value, made = noisy(layer, held_out) if by == "noise" else changed(layer, fast, held_out)
-            changes[number] = probe.exchange(block, layer.name, value), made
-        alone = one.is_table or all(config.rowwise for config in fast)  # do some rows tell of all?
-        tried = rows if alone else layer
-        exact = probed and by != "noise" and tried is layer and not one.is_table
-        errors[number] = made if exact else error(tried, one.options[number] if one.is_table else fast, held_out)
+    for number in options_to_run(matrix):
+        fast, is_probed = rough(matrix.options[number]), by == "kl" or number == middle
+        if is_probed:
+            change = add_noise(layer, held_out) if by == "noise" else compress_roughly(layer, fast, held_out)
+            changes[number] = probe.exchange(block, layer.name, change.weight), change.error
+        rowwise = matrix.is_table or all(config.rowwise for config in fast)
+        target = rows if rowwise else layer  # some rows tell of all
+        if is_probed and by != "noise" and target is layer and not matrix.is_table:
+            errors[number] = change.error
+        else:
+            errors[number] = error(target, matrix.options[number] if matrix.is_table else fast, held_out)
     _check_finite(layer.name, errors.values())
-    return _Run(errors, changes, middle)
-
-
-def _judged(name: str, run: _Run, divergences: list[float]) -> Measured:
-    """Return the sensitivities, from the KL of all changes."""
-    sensitivities = {
-        number: max(divergences[change], 0.0) / made  # rounding can make no change a negative one
-        for number, (change, made) in run.changes.items()
-    }
-    _check_finite(name, sensitivities.values())
-    return Measured(run.errors, sensitivities, run.middle)
+    return errors, changes
 
 
 def _check_finite(name: str, values: Iterable[float]) -> None:
@@ -330,27 +327,24 @@ def _check_finite(name: str, values: Iterable[float]) -> None:
         raise NumericsError(f"{name}: an option for it gives NaN or Inf; give other options, or a rule for it")
 
 
-def _priced(one: Matrix, found: Measured, reference: Reference) -> Priced:
-    errors, kin = dict(found.errors), families(one.options)
-    for family, (fast, asked) in zip(kin, reference):
+def _price_options(matrix: Matrix, measurement: MatrixMeasurement, reference: Reference) -> MatrixPrices:
+    errors, kin = dict(measurement.errors), families(matrix.options)
+    for family, (fast, own) in zip(kin, reference):
         places = {number: place for place, number in enumerate(family)}
-        run = {places[number]: found.errors[number] for number in fast}
-        values = interpolated(run, {places[number]: value for number, value in fast.items()}, asked)
+        run = {places[number]: measurement.errors[number] for number in fast}
+        values = interpolate_errors(run, {places[number]: value for number, value in fast.items()}, own)
         errors |= {number: values[place] for number, place in places.items()}
     damages: dict[int, float] = {}
     for family in kin:
-        measured = {number: found.sensitivities[number] for number in family if number in found.sensitivities}
-        curve = {errors[number]: value for number, value in (measured or found.sensitivities).items()}
-        damages |= {number: errors[number] * between(curve.items(), errors[number]) for number in family}
+        measured = {
+            number: measurement.sensitivities[number] for number in family if number in measurement.sensitivities
+        }
+        curve = {errors[number]: value for number, value in (measured or measurement.sensitivities).items()}
+        damages |= {n: errors[n] * interpolate_logarithms(curve.items(), errors[n]) for n in family}
     offers = tuple(
-        Offer(
-            steps,
-            one.bits[number],
-            one.bytes[number],
-            errors[number],
-            number in found.errors,
-            damages[number],
-        )
-        for number, steps in enumerate(one.options)
+        OptionPrice(steps, matrix.bits[n], matrix.bytes[n], errors[n], n in measurement.errors, damages[n])
+        for n, steps in enumerate(matrix.options)
     )
-    return Priced(one.name, one.shape, one.is_table, found.sensitivities[found.probed], offers)
+    return MatrixPrices(
+        matrix.name, matrix.shape, matrix.is_table, measurement.sensitivities[measurement.probed], offers
+    )

@@ -2,7 +2,7 @@
 
 The dense model passes block by block, and beside it, from its own block on, each change to it: on average half a
 forward. ECoFLaP (arXiv 2310.02998) perturbs all layers alike, by noise; here each is perturbed by an error that
-compressing it makes. In memory are the hidden states of the probing tokens for each change.
+compressing it makes. Memory holds the hidden states of the probing tokens for each change.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from llmcompress.calibration.streaming import from_disk, passed
+from llmcompress.calibration.streaming import from_disk, run_block
 from llmcompress.calibration.walk import Block
 from llmcompress.evaluation.distance import kl_divergence
 from llmcompress.evaluation.logits import OnDisk, Readable, window_logits
@@ -26,16 +26,15 @@ from llmcompress.models.dense.model import DenseModel
 from llmcompress.runtime.devices import device_of
 
 WINDOW = 128  # tokens
-WINDOWS = (
-    4  # research/log, "how many tokens to probe with"; 84 GFLOP a layer on SmolLM2-135M, a third of it for the logits
-)
+# See the log, "how many tokens to probe with"; 84 GFLOP a layer on SmolLM2-135M, a third of it for the logits.
+WINDOWS = 4
 AT_ONCE = 2  # windows whose logits are in memory together
 
 
 class DensePredictions:
     """The dense model's predictions on `windows`, int64 `[windows, length]`, at every token but each window's last.
 
-    `logits [part, length, vocabulary]`, here and below: a few windows at a time, as `in_parts` returns them.
+    `logits [part, length, vocabulary]`, here and below: a few windows at a time, as `logits_in_parts` yields them.
     """
 
     def __init__(self, windows: Tensor, logits: Iterable[Tensor]) -> None:
@@ -48,7 +47,7 @@ class DensePredictions:
         return self.windows.shape[0] * (self.windows.shape[1] - 1)
 
     def divergence(self, logits: Iterable[Tensor]) -> float:
-        """Return the mean KL(dense || other), in nats per token; `logits`: the other model's."""
+        """Return the mean KL(dense || other) in nats per token; `logits`: the other model's."""
         pairs = zip(self.expected, _log_probabilities(logits), strict=True)
         total = sum(float(kl_divergence(p, q).double().sum()) for p, q in pairs)
         return total / self.tokens
@@ -61,19 +60,19 @@ def _log_probabilities(logits: Iterable[Tensor]) -> Iterator[Tensor]:
             yield chunk.float().log_softmax(-1)
 
 
-def in_parts(model: Readable, windows: Tensor) -> Iterator[Tensor]:
-    """Return the model's logits on `windows [windows, length]`, `[part, length, vocabulary]` of a few at a time."""
+def logits_in_parts(model: Readable, windows: Tensor) -> Iterator[Tensor]:
+    """Yield the model's logits on `windows [windows, length]`, `[part, length, vocabulary]` of a few at a time."""
     return (logits for _, logits in window_logits(model, windows, AT_ONCE))
 
 
 @dataclass(frozen=True, eq=False)
-class Exchanged(DenseModel):
-    """A dense model on disk with other tensors in the place of some, by the names that they are stored under."""
+class ExchangedSource(DenseModel):
+    """A dense model on disk with other tensors in place of some, by the names that they are stored under."""
 
     instead: Mapping[str, Tensor] = field(default_factory=dict)
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor, as a dense model does."""
+        """Return the tensor `name`, exchanged or stored."""
         stored = self.tied.get(name, name)
         return self.instead[stored] if stored in self.instead else super().read(name)
 
@@ -81,8 +80,8 @@ class Exchanged(DenseModel):
 class Probe:
     """The probing tokens on their way through a dense model: as it is, and once for each exchanged matrix.
 
-    It stands beside a walk over the same model: `exchange` at the block that the walk has loaded, `leave` before the
-    walk moves on. What the changes did is known at the end.
+    It accompanies a walk over the same model: call `exchange` at the block that the walk has loaded, `leave` before the
+    walk moves on, and `divergences` at the end.
     """
 
     @torch.no_grad()
@@ -90,36 +89,36 @@ class Probe:
         """Embed the windows. Raises InputError for a model whose blocks cannot be run one by one."""
         self.source, self.arch, self.windows, self.device = source, arch, windows, device_of(device)
         self.model = from_disk(source, self.device)
-        self.states = self.model.embedded(windows, len(windows))
+        self.states = self.model.embed(windows, len(windows))
         self.streams: list[Tensor | float] = []  # hidden states; of an exchanged table, its divergence
         self.waiting: dict[int, Tensor] = {}  # outputs of the block that the walk is at
 
     @torch.no_grad()
     def exchange(self, block: Block, name: str, weight: Tensor) -> int:
-        """Start with `weight [out, in]` in the linear or table at module path `name`; return the number of the change.
+        """Put `weight [out, in]` into the linear or table at module path `name`; return the number of the change.
 
-        A table is exchanged after all blocks; the model is read once more for it.
+        For a table the model is read once more.
         """
         number = len(self.streams)
         if block.path:
-            with self._exchanged(block, name, weight):
-                self.waiting[number] = self._through(block, self.states.hidden)
+            with self._exchange(block, name, weight):
+                self.waiting[number] = self._run_block(block, self.states.hidden)
             self.streams.append(self.waiting[number])
         else:
             instead = {f"{name}.weight": weight}
-            changed = OnDisk(Exchanged(**vars(self.source), instead=instead), str(self.device))
-            self.streams.append(self.dense.divergence(in_parts(changed, self.windows)))
+            changed = OnDisk(ExchangedSource(**vars(self.source), instead=instead), str(self.device))
+            self.streams.append(self.dense.divergence(logits_in_parts(changed, self.windows)))
         return number
 
     @torch.no_grad()
     def leave(self, block: Block) -> None:
-        """Move everything on to the outputs of a block, whose weights are the dense model's again."""
+        """Move all hidden states on to the outputs of a block, whose weights are the dense model's again."""
         if not block.path:
             return
         before = [stream for number, stream in enumerate(self.streams) if number not in self.waiting]
         for stream in (self.states.hidden, *before):
             if isinstance(stream, Tensor):
-                stream.copy_(self._through(block, stream))
+                stream.copy_(self._run_block(block, stream))
         self.waiting.clear()
 
     def divergences(self) -> list[float]:
@@ -127,7 +126,7 @@ class Probe:
         dense = self.dense
         with self.model.at_the_end():
             return [
-                stream if isinstance(stream, float) else dense.divergence(self._predicted(stream))
+                stream if isinstance(stream, float) else dense.divergence(self._logits(stream))
                 for stream in self.streams
             ]
 
@@ -135,18 +134,18 @@ class Probe:
     def dense(self) -> DensePredictions:
         """The predictions of the model as it is, once the last block was left."""
         with self.model.at_the_end():
-            return DensePredictions(self.windows, self._predicted(self.states.hidden))
+            return DensePredictions(self.windows, self._logits(self.states.hidden))
 
-    def _predicted(self, hidden: Tensor) -> Iterator[Tensor]:
+    def _logits(self, hidden: Tensor) -> Iterator[Tensor]:
         for start in range(0, len(self.windows), AT_ONCE):
             rows = slice(start, start + AT_ONCE)
-            yield self.model.predicted(self.states, hidden[rows], rows)
+            yield self.model.predict(self.states, hidden[rows], rows)
 
-    def _through(self, block: Block, hidden: Tensor) -> Tensor:
-        return passed(block.module, block.index, self.states, hidden, slice(0, len(hidden)))
+    def _run_block(self, block: Block, hidden: Tensor) -> Tensor:
+        return run_block(block.module, block.index, self.states, hidden, slice(0, len(hidden)))
 
     @contextmanager
-    def _exchanged(self, block: Block, name: str, weight: Tensor) -> Iterator[None]:
+    def _exchange(self, block: Block, name: str, weight: Tensor) -> Iterator[None]:
         parameter = block.model.get_submodule(name).get_parameter("weight")
         linear, before = self.arch.linears()[name], parameter.data
         parameter.data = (weight.T if linear.transposed else weight).to(before)
@@ -157,8 +156,10 @@ class Probe:
 
 
 def probe_windows(held_out: Tensor) -> Tensor:
-    """Return the tokens to probe with: the beginnings of the first held-out sequences `[sequences, length]`, then
-    their next parts if there are too few sequences."""
+    """Return the tokens to probe with, `[windows, length]`, of held-out sequences `[sequences, length]`.
+
+    They are the beginnings of the first sequences, then their next parts if there are too few.
+    """
     length = min(WINDOW, held_out.shape[1])
     parts = held_out[:, : held_out.shape[1] // length * length].unfold(1, length, length)  # [sequences, parts, length]
     return parts.transpose(0, 1).reshape(-1, length)[:WINDOWS].contiguous()

@@ -1,8 +1,8 @@
 """One option for every matrix: the least total damage at a size, or the least size at a damage.
 
-A multiple-choice knapsack: minimise sum_u d[u, o_u] over the choices o with sum_u c[u, o_u] <= limit. Solved as a
-mixed-integer programme, by HiGHS through scipy; a few hundred matrices with a handful of options take a second. Where
-costs are multiples of a few numbers, as numbers of zeros are, nearly every choice is as good as another, and to prove
+A multiple-choice knapsack: minimise sum_u d[u, o_u] over the choices o with sum_u c[u, o_u] <= limit. It is solved as
+a mixed-integer programme, by HiGHS through scipy; a few hundred matrices with a handful of options take a second. If
+costs are multiples of a few numbers, as numbers of zeros are, nearly every choice is as good as another, and a proof of
 the best one takes hours. So the search ends after NODES nodes, with the best choice so far.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llmcompress.errors import NumericsError
 
@@ -23,8 +22,7 @@ Table = Sequence[Sequence[float]]  # by matrix, then by option
 
 
 def solve(value: Table, cost: Table, limit: float) -> tuple[int, ...] | None:
-    """Return the option of each matrix that makes the sum of `value` least while that of `cost` is at most `limit`, as
-    far as NODES nodes tell.
+    """Return an option for each matrix: the least sum of `value` that NODES nodes find with `cost` of at most `limit`.
 
     Returns None if no choice keeps the limit. Raises NumericsError if the solver gives up.
     """
@@ -55,33 +53,28 @@ def _milp(value: Table, cost: Table, limit: float) -> tuple[int, ...]:
     owner = np.repeat(np.arange(len(counts)), counts)
     flat = np.concatenate([np.asarray(row, float) for row in value])
     used = np.concatenate([np.asarray(row, float) for row in cost])
-    one_each = csr_matrix((np.ones(len(owner)), (owner, np.arange(len(owner)))))
+    each_once = csr_matrix((np.ones(len(owner)), (owner, np.arange(len(owner)))))
     largest = max(float(np.abs(flat).sum()), np.finfo(float).tiny)
-    found = milp(
+    solution = milp(
         flat * (LARGE / largest),
         integrality=np.ones(len(flat)),
         bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(used[None] * (LARGE / limit), -np.inf, LARGE)],
+        constraints=[LinearConstraint(each_once, 1, 1), LinearConstraint(used[None] * (LARGE / limit), -np.inf, LARGE)],
         options={"mip_rel_gap": 0, "node_limit": NODES},
     )
-    if found.x is None:
-        raise NumericsError(f"no option could be chosen for every layer ({found.message}); ask for another size")
-    return _chosen(found.x, counts)
-
-
-def _chosen(shares: NDArray[np.float64], counts: Sequence[int]) -> tuple[int, ...]:
-    parts = np.split(shares, np.cumsum(counts)[:-1])
-    return tuple(int(part.argmax()) for part in parts)
+    if solution.x is None:
+        raise NumericsError(f"no option could be chosen for every layer ({solution.message}); ask for another size")
+    return tuple(int(shares.argmax()) for shares in np.split(solution.x, np.cumsum(counts)[:-1]))
 
 
 def monotone(damage: Sequence[float], cost: Sequence[float]) -> tuple[float, ...]:
     """Return the damage of one matrix's options, raised so that none is below that of an option with more cost.
 
-    Measured ones can be, by noise, and a solver would pick exactly these.
+    By noise, measured ones can be, and a solver would pick exactly these.
     """
     rising = sorted(range(len(cost)), key=lambda option: (-cost[option], damage[option]))
-    found, worst = list(damage), 0.0
+    raised, worst = list(damage), 0.0
     for option in rising:
         worst = max(worst, damage[option])
-        found[option] = worst
-    return tuple(found)
+        raised[option] = worst
+    return tuple(raised)

@@ -1,4 +1,4 @@
-"""Options that an engine multiplies: what a target with `engine:` leaves to choose from."""
+"""Options that an engine multiplies, for a target with `engine:`."""
 
 from __future__ import annotations
 
@@ -23,39 +23,38 @@ EIGHT_BITS: tuple[dict[str, Any], ...] = ({"bits": 8, "narrow_range": True}, {"f
 
 
 def options_for(engine: str, linear: Linear, given: Sequence[Steps] | None) -> tuple[Steps, ...]:
-    """Return the options of a linear: all that are `given`, or those of the engine's default ones that suit its shape.
+    """Return the options of a linear: all that are `given`, or the default ones that the engine multiplies.
 
-    Raises RecipeError for a given option that the engine does not multiply, and for a linear of which it multiplies
-    nothing.
+    Raises RecipeError for a given option that the engine does not multiply, and for a linear without options.
     """
     if given is not None:
         for steps in given:
             if (why := _obstacle(engine, linear, steps)) is not None:
                 raise RecipeError(
-                    f"options: {engine} does not multiply {_spelled(steps)} of {linear.name} ({why}); drop this "
+                    f"options: {engine} does not multiply {_spell(steps)} of {linear.name} ({why}); drop this "
                     f"option, or give the layer a rule of its own"
                 )
         return tuple(given)
-    found = tuple(steps for steps in default_options() if _obstacle(engine, linear, steps) is None)
-    if not found:
+    options = tuple(steps for steps in default_options() if _obstacle(engine, linear, steps) is None)
+    if not options:
         why = _obstacle(engine, linear, default_options()[-1])
         raise RecipeError(f"target: {engine} multiplies no form of {linear.name} ({why}); drop engine")
-    return found
+    return options
 
 
 def default_options() -> tuple[Steps, ...]:
     """Return grids and floats with error feedback; those of four bits with one pass of `refine`."""
-    four = tuple((step({"method": "gptq", **one}), step(POLISH)) for one in FOUR_BITS)
-    return (*four, *((step({"method": "gptq", **one}),) for one in EIGHT_BITS))
+    four = tuple((step({"method": "gptq", **form}), step(POLISH)) for form in FOUR_BITS)
+    return (*four, *((step({"method": "gptq", **form}),) for form in EIGHT_BITS))
 
 
 def check_rules(job: Job, engine: str) -> None:
-    """Raise RecipeError for steps that a recipe gives, of which the engine does not multiply the outcome."""
+    """Raise RecipeError for steps of a recipe whose outcome the engine does not multiply."""
     linears = job.arch.linears()
     for name, steps in job.steps.items():
         if (why := _obstacle(engine, linears[name], steps)) is not None:
             raise RecipeError(
-                f"rules: {engine} does not multiply {_spelled(steps)} of {name} ({why}); change the rule, or leave the "
+                f"rules: {engine} does not multiply {_spell(steps)} of {name} ({why}); change the rule, or leave the "
                 f"layer as it is by steps: []"
             )
     for name in job.tables:
@@ -68,8 +67,8 @@ def _obstacle(engine: str, linear: Linear, steps: Steps) -> str | None:
     return ENGINES[engine](sketch(linear.name, linear.shape, steps))
 
 
-def _spelled(steps: Steps) -> str:
-    """Steps as a recipe spells them, without defaults."""
+def _spell(steps: Steps) -> str:
+    """Return steps as a recipe spells them, without defaults."""
     each = (config.model_dump(mode="json", exclude_defaults=True) for config in steps)
     plain = zip(steps, each, strict=True)
     return " > ".join(", ".join([config.method, *(f"{k}: {v}" for k, v in own.items())]) for config, own in plain)

@@ -1,7 +1,7 @@
 """The arguments that a model's forward passes to its decoder blocks, recorded by stand-ins for the blocks.
 
-Rotary embeddings, masks by layer type and the like are thereby right without knowing the family. A model whose blocks
-cannot be run that way is refused.
+So rotary embeddings, masks by layer type and the like are right for every family. A model whose blocks cannot be run
+one by one is refused.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from llmcompress.models.dense.model import DenseModel
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ROUNDING = 1e-5  # of arguments that a model computes again for every batch
-EXTRA = (0, 2, 1)  # things that blocks return after the hidden states, by the age of models; 0: no tuple
+ROUNDING = 1e-5  # relative, of arguments that a model computes again for every batch
+EXTRA = (0, 2, 1)  # numbers of values that blocks return after the hidden states; 0: no tuple
 
 
-class _Tape:
-    """The record of one forward, which refuses models whose blocks cannot be run one after the other."""
+class _ForwardRecord:
+    """The calls of one forward. Refuses models whose blocks cannot be run one after the other."""
 
     def __init__(self, model_type: str, extra: int, known: list[Call] | None) -> None:
         self.model_type, self.extra, self.known = model_type, extra, known
         self.hidden = torch.empty(0)
         self.calls: list[Call] = []
-        self.depends = False  # on the tokens: some arguments are not the `known` ones
+        self.depends = False  # on the tokens: some arguments differ from the `known` ones
 
-    def record(self, path: str, hidden: Tensor, call: Call) -> None:
-        """Note the call of the block at `path`."""
+    def add(self, path: str, hidden: Tensor, call: Call) -> None:
+        """Record the call of the block at `path`. Raises InputError for what the walk cannot repeat."""
         from transformers.cache_utils import Cache
 
         if not self.calls:
@@ -50,11 +50,11 @@ class _Tape:
             raise self.refusal(f"{path} gets a cache although none was asked for")
         if self.known is not None:
             before = self.known[len(self.calls)]
-            self.depends |= not _same((call.args, call.kwargs), (before.args, before.kwargs))
+            self.depends |= not _equal((call.args, call.kwargs), (before.args, before.kwargs))
         self.calls.append(call)
 
     def refusal(self, why: str) -> InputError:
-        """The error for a model that does not fit."""
+        """Return the error for a model that does not fit."""
         return InputError(
             f"the blocks of model type {self.model_type!r} cannot be run one by one ({why}); "
             f"choose a model of a known family"
@@ -64,25 +64,20 @@ class _Tape:
 _MORE = object()  # stands for whatever blocks return after the hidden states
 
 
-def _returned(hidden: Tensor, extra: int) -> Tensor | tuple[Any, ...]:
-    """Return what a block returns beside `extra` other things."""
-    return (hidden, *[_MORE] * extra) if extra else hidden
-
-
 class _StandIn(nn.Module):
-    """A stand-in for a block; whatever else is asked of it, the block answers."""
+    """A stand-in for a block. Its other attributes are the block's, since models read things like `attention_type`."""
 
     def __init__(self, block: nn.Module, **held: Any) -> None:
         super().__init__()
         self.__dict__.update(held, block=block)  # the block not as a submodule
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["block"], name)  # models read things like `attention_type` off their blocks
+        return getattr(self.__dict__["block"], name)
 
 
 @contextmanager
-def _standing_in(stack: nn.Module, others: Sequence[_StandIn]) -> Iterator[None]:
-    """Put `others` in the places of the blocks of `stack` while the context lasts."""
+def _stand_in(stack: nn.Module, others: Sequence[_StandIn]) -> Iterator[None]:
+    """Put `others` in the places of the first blocks of `stack` while the context lasts."""
     blocks = list(stack.children())
     try:
         for index, other in enumerate(others):
@@ -93,14 +88,26 @@ def _standing_in(stack: nn.Module, others: Sequence[_StandIn]) -> Iterator[None]
             setattr(stack, str(index), block)
 
 
+def _block_output(hidden: Tensor, extra: int) -> Tensor | tuple[Any, ...]:
+    return (hidden, *[_MORE] * extra) if extra else hidden
+
+
 class _Recorder(_StandIn):
-    """A stand-in for a block in the model's own forward: hands hidden states on untouched and keeps its arguments."""
+    """A stand-in that hands hidden states on untouched and records the other arguments."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Any, ...]:
-        """The hidden states, as they came."""
+        """Return the hidden states, as they came."""
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        self.tape.record(self.path, hidden, Call(args[1:], kwargs))
-        return _returned(hidden, self.tape.extra)
+        self.record.add(self.path, hidden, Call(args[1:], kwargs))
+        return _block_output(hidden, self.record.extra)
+
+
+class _Replay(_StandIn):
+    """A stand-in that returns the hidden states that it holds, whatever it is called with."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Any, ...]:
+        """Return the hidden states."""
+        return _block_output(self.hidden, self.extra)
 
 
 @torch.no_grad()
@@ -112,80 +119,74 @@ def embed(
     batches: list[RowBatch],
     device: torch.device,
 ) -> tuple[Tensor, Calls, int]:
-    """The first block's inputs `[sequences, length, width]` float32, the arguments of every block, and the number of
-    things that blocks return after the hidden states.
-
-    Everything that comes before and after the blocks is loaded for it, and dropped again.
-    """
+    """Return what `record_calls` does. Everything around the blocks is loaded for it, and dropped again."""
     below, stack = body(model), model.get_submodule(arch.stack)
     load(below, name_of(model, below), source, device, skip=[stack])
     try:
-        return recorded(model, arch.stack, sequences, batches, device)
+        return record_calls(model, arch.stack, sequences, batches, device)
     finally:
         drop(below, skip=[stack])
 
 
 @torch.no_grad()
-def recorded(
+def record_calls(
     model: PreTrainedModel, stack: str, sequences: Tensor, batches: list[RowBatch], device: torch.device
 ) -> tuple[Tensor, Calls, int]:
-    """Return what `embed` does, for a model that is loaded already; `stack`: the module path of its list of blocks."""
+    """Return the first block's inputs, the arguments of every block, and how many values follow the hidden states.
+
+    The inputs are float32 `[sequences, length, width]`; `stack` is the module path of the list of blocks. Raises
+    InputError for a model whose blocks cannot be run one by one.
+    """
     errors = []
     for extra in EXTRA:
         try:
-            return *_record(model, stack, sequences, batches, device, extra), extra
+            return *_record_batches(model, stack, sequences, batches, device, extra), extra
         except InputError as error:
             errors.append(error)
     raise errors[0]
 
 
-def _record(
+def _record_batches(
     model: PreTrainedModel, path: str, sequences: Tensor, batches: list[RowBatch], device: torch.device, extra: int
 ) -> tuple[Tensor, Calls]:
-    """Let the model's forward run on every batch with recorders for blocks."""
     shared: dict[int, list[Call]] = {}
     own: dict[int, list[Call]] = {}
     hidden, depends = torch.empty(0), False
     for batch in batches:
-        tape = _taped(model, path, sequences[batch.rows].to(device), extra, shared.get(batch.size))
-        depends |= tape.depends
+        record = _record_forward(model, path, sequences[batch.rows].to(device), extra, shared.get(batch.size))
+        depends |= record.depends
         if not own:
-            hidden = tape.hidden.new_empty(*sequences.shape, tape.hidden.shape[-1], dtype=torch.float32)
-        hidden[batch.rows] = tape.hidden
-        own[batch.rows.start] = tape.calls if tape.depends else shared.setdefault(batch.size, tape.calls)
+            hidden = record.hidden.new_empty(*sequences.shape, record.hidden.shape[-1], dtype=torch.float32)
+        hidden[batch.rows] = record.hidden
+        own[batch.rows.start] = record.calls if record.depends else shared.setdefault(batch.size, record.calls)
     if batches and not depends:  # perhaps no two batches have one size
         first = batches[0]
-        depends = _taped(model, path, sequences[first.rows].roll(1, 1).to(device), extra, shared[first.size]).depends
+        other = sequences[first.rows].roll(1, 1).to(device)
+        depends = _record_forward(model, path, other, extra, shared[first.size]).depends
     return hidden, Calls(model.config.model_type, shared, own if depends else {})
 
 
-def _taped(model: PreTrainedModel, path: str, ids: Tensor, extra: int, known: list[Call] | None) -> _Tape:
-    """Let the model's forward run on `ids [sequences, length]` with recorders for blocks."""
+def _record_forward(
+    model: PreTrainedModel, path: str, ids: Tensor, extra: int, known: list[Call] | None
+) -> _ForwardRecord:
+    """Run the model's forward on `ids [sequences, length]` with recorders for blocks."""
     stack = model.get_submodule(path)
     blocks = list(stack.children())
-    tape = _Tape(model.config.model_type, extra, known)
-    recorders = [_Recorder(block, path=f"{path}.{index}", tape=tape) for index, block in enumerate(blocks)]
+    record = _ForwardRecord(model.config.model_type, extra, known)
+    recorders = [_Recorder(block, path=f"{path}.{index}", record=record) for index, block in enumerate(blocks)]
     try:
-        with _standing_in(stack, recorders):
+        with _stand_in(stack, recorders):
             body(model)(input_ids=ids, use_cache=False)
     except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())
-        raise tape.refusal(f"its code fails with stand-ins for them: {reason}") from error
-    if len(tape.calls) != len(blocks):
-        raise tape.refusal(f"it calls {len(tape.calls)} of {len(blocks)}")
-    if tape.hidden.shape[:-1] != ids.shape:
-        raise tape.refusal(f"its hidden states have the shape {list(tape.hidden.shape)}")
-    return tape
-
-
-class _Replay(_StandIn):
-    """A stand-in that returns the hidden states it was given beforehand, whatever it is called with."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Any, ...]:
-        """The hidden states."""
-        return _returned(self.hidden, self.extra)
+        raise record.refusal(f"its code fails with stand-ins for them: {reason}") from error
+    if len(record.calls) != len(blocks):
+        raise record.refusal(f"it calls {len(record.calls)} of {len(blocks)}")
+    if record.hidden.shape[:-1] != ids.shape:
+        raise record.refusal(f"its hidden states have the shape {list(record.hidden.shape)}")
+    return record
 
 
 @torch.no_grad()
@@ -197,7 +198,7 @@ def head_inputs(
     batches: list[RowBatch],
     extra: int,
 ) -> Iterator[tuple[RowBatch, Tensor]]:
-    """Yield the inputs of the output head, `[sequences, length, width]` a batch, from the last block's outputs."""
+    """Yield the output head's inputs `[sequences, length, width]` of each batch, from the last block's outputs."""
     below = body(model)
     stack = model.get_submodule(arch.stack)
     table = model.get_input_embeddings()
@@ -205,10 +206,10 @@ def head_inputs(
     load(below, name_of(model, below), source, hidden.device, skip=(stack, table))
     try:
         for batch in batches:
-            answers = [_Replay(block, hidden=hidden[batch.rows], extra=extra) for block in stack.children()]
+            replays = [_Replay(block, hidden=hidden[batch.rows], extra=extra) for block in stack.children()]
             nothing = hidden.new_zeros(batch.size, hidden.shape[1], width)
             ids = torch.zeros(nothing.shape[:2], dtype=torch.long, device=hidden.device)
-            with _standing_in(stack, answers), _looking_up(table, nothing):
+            with _stand_in(stack, replays), _look_up(table, nothing):
                 output = below(input_ids=ids, use_cache=False)[0]  # some models refuse embeddings without tokens
             yield batch, output
     finally:
@@ -216,8 +217,8 @@ def head_inputs(
 
 
 @contextmanager
-def _looking_up(table: nn.Module, rows: Tensor) -> Iterator[None]:
-    """Make a token table return `rows`, whatever tokens it is given, while the context lasts."""
+def _look_up(table: nn.Module, rows: Tensor) -> Iterator[None]:
+    """Make a token table return `rows` for any tokens while the context lasts."""
     table.forward = lambda *_, **__: rows
     try:
         yield
@@ -226,17 +227,19 @@ def _looking_up(table: nn.Module, rows: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def answered(model: PreTrainedModel, stack: str, count: int, hidden: Tensor, extra: int) -> Iterator[None]:
-    """Make forwards of `model` skip its first `count` blocks while the context lasts: the next one gets `hidden`."""
+def skip_blocks(model: PreTrainedModel, stack: str, count: int, hidden: Tensor, extra: int) -> Iterator[None]:
+    """Skip the first `count` blocks in forwards of `model` while the context lasts: the next block gets `hidden`."""
     module = model.get_submodule(stack)
     blocks = list(module.children())[:count]
-    with _standing_in(module, [_Replay(block, hidden=hidden, extra=extra) for block in blocks]):
+    with _stand_in(module, [_Replay(block, hidden=hidden, extra=extra) for block in blocks]):
         yield
 
 
-def _same(a: Any, b: Any) -> bool:
-    """True if two nested arguments are equal, floats up to rounding: a busy machine may share out the sines of a
-    rotary embedding otherwise, which changes their last bits."""
+def _equal(a: Any, b: Any) -> bool:
+    """True if two nested arguments are equal, floats up to rounding.
+
+    The threads of a busy machine may split the sines of a rotary embedding differently, which changes their last bits.
+    """
     if a is b:
         return True
     if isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -244,7 +247,7 @@ def _same(a: Any, b: Any) -> bool:
             return False
         return torch.allclose(a, b, ROUNDING, ROUNDING) if a.is_floating_point() else torch.equal(a, b)
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(map(_same, a, b))
+        return len(a) == len(b) and all(map(_equal, a, b))
     return type(a) is type(b) and bool(a == b)

@@ -1,7 +1,7 @@
-"""A rehearsal of the walk, before any weight is read: every kind of block runs once on a few tokens of zeros.
+"""A dry run of the walk before any weight is read, so that `plan` does not promise what `compress` cannot do.
 
-Weights are zeros without memory, linears give zeros without a product. So it takes a moment for a model of any size,
-and `plan` does not promise what `compress` cannot do.
+Every block runs once on a few tokens. Weights are zeros without memory, linears return zeros without a product, so it
+takes a moment for a model of any size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from llmcompress.calibration.block_calls import recorded
+from llmcompress.calibration.block_calls import record_calls
 from llmcompress.calibration.blocks import BlockForward, RowBatch
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.models.dense.blocks import body
@@ -30,7 +30,7 @@ TOKENS = 4
 
 
 class _Zeros(nn.Linear):
-    """A linear that counts its calls, those for something else than the tokens apart, and gives zeros."""
+    """A linear that returns zeros and counts its calls. `others`: calls on something else than the tokens."""
 
     def __init__(self, shape: tuple[int, int], weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the weight
@@ -40,40 +40,41 @@ class _Zeros(nn.Linear):
         self.register_parameter("bias", bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """`input [..., in]` to zeros `[..., out]`."""
+        """Return zeros `[..., out]` for `input [..., in]`."""
         self.calls += 1
         self.others += input.shape[:-1].numel() != TOKENS  # such as DeBERTa's relative positions
         return input.new_zeros(*input.shape[:-1], self.out_features)
 
 
 @torch.no_grad()
-def rehearsed(source: DenseModel, arch: Architecture, calibrated: bool) -> Architecture:
-    """Return the architecture without linears that their block does not call once, for its tokens; those join its
-    `other` weights.
+def probe_architecture(source: DenseModel, arch: Architecture, calibrated: bool) -> Architecture:
+    """Return the architecture without linears that their block does not call exactly once, on its tokens.
 
-    Raises InputError for a model whose blocks cannot be run one by one, if it is to be `calibrated`.
+    Those join its `other` weights. Raises InputError if the model is to be `calibrated` and its blocks cannot be run
+    one by one.
     """
-    model, linears = _hollow(source, arch), arch.linears()
+    model, linears = _weightless_model(source, arch), arch.linears()
     try:
-        _rehearse(model, arch)
+        _run_blocks(model, arch)
     except InputError:
         if calibrated:
             raise
-        with suppress(*config_errors()):  # without data nothing depends on it
+        with suppress(*config_errors()):  # without calibration nothing depends on it
             body(model)(input_ids=torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False)
     experts = experts_of(model)
-    calls = {name: _calls(model, name) for name in linears if holder(name, experts) is None}
+    modules = ((name, model.get_submodule(name)) for name in linears if holder(name, experts) is None)
+    calls = {name: (it.calls, it.others) if isinstance(it, _Zeros) else (0, 0) for name, it in modules}
     ran = any(count for count, _ in calls.values())
     odd = {name for name, counts in calls.items() if counts != (1, 0)} if ran else set()
     blocks = tuple(
-        replace(block, groups=tuple(kept for group in block.groups if (kept := _without(group, odd))))
+        replace(block, groups=tuple(filter(None, (_without(group, odd) for group in block.groups))))
         for block in arch.blocks
     )
     return replace(arch, blocks=blocks, other=(*arch.other, *(f"{name}.weight" for name in linears if name in odd)))
 
 
-def _hollow(source: DenseModel, arch: Architecture) -> PreTrainedModel:
-    """Return the model with weights that take no memory, and linears of its blocks that do not multiply."""
+def _weightless_model(source: DenseModel, arch: Architecture) -> PreTrainedModel:
+    """Return the model with weights that take no memory, and linears in its blocks that do not multiply."""
     model = source.skeleton()
     for name, linear in arch.linears().items():
         dense = model.get_submodule(name)
@@ -86,26 +87,20 @@ def _hollow(source: DenseModel, arch: Architecture) -> PreTrainedModel:
     return model
 
 
-def _rehearse(model: PreTrainedModel, arch: Architecture) -> None:
+def _run_blocks(model: PreTrainedModel, arch: Architecture) -> None:
     """Run what the walk runs. Raises InputError as it does."""
     tokens, cpu = torch.zeros(1, TOKENS, dtype=torch.long), torch.device("cpu")
-    hidden, calls, _ = recorded(model, arch.stack, tokens, [RowBatch(slice(0, 1), False)], cpu)
+    hidden, calls, _ = record_calls(model, arch.stack, tokens, [RowBatch(slice(0, 1), False)], cpu)
     for index, layout in enumerate(arch.blocks):
         run = BlockForward(model.get_submodule(layout.path), layout.path, calls, index)
         try:
             run(hidden, slice(0, 1))
         except NumericsError:
-            continue  # zeros can be divided by; what it calls has been counted
+            continue  # a division by zero; its calls were counted
         except config_errors() as error:
             raise InputError(
                 f"{layout.path} cannot be run on its own ({reason(error)}); choose a model of a known family"
             ) from error
-
-
-def _calls(model: nn.Module, name: str) -> tuple[int, int]:
-    """Return how often a linear was called, and how often for something else than the tokens."""
-    linear = model.get_submodule(name)
-    return (linear.calls, linear.others) if isinstance(linear, _Zeros) else (0, 0)
 
 
 def _without(group: tuple[Linear, ...], odd: set[str]) -> tuple[Linear, ...]:

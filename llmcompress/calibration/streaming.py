@@ -1,14 +1,14 @@
 """A model's predictions, computed one decoder block at a time for all windows of tokens.
 
     model = from_disk(source, device)
-    states = model.embedded(ids, size=1)
+    states = model.embed(ids, size=1)
     for index in range(model.depth):
         model.advance(states, index)
     for batch, logits in zip(states.batches, model.logits(states)):
         ...
 
-Numbers are those of the whole model, computed in the same order. In memory are one block and the hidden states; then
-what comes after the blocks.
+Numbers are those of the whole model, computed in the same order. Memory holds one block and the hidden states, then
+the layers after the blocks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from llmcompress.calibration.block_calls import answered, recorded
+from llmcompress.calibration.block_calls import record_calls, skip_blocks
 from llmcompress.calibration.blocks import Calls, RowBatch, drop, hidden_of, in_batches, load
 from llmcompress.models.dense.blocks import body, depth
 from llmcompress.models.dense.families import block_stack, name_of
@@ -31,22 +31,22 @@ from llmcompress.weight.modules import decoded, put
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Hold = Callable[[nn.Module, Sequence[nn.Module]], AbstractContextManager[None]]  # (module, parts of it to leave out)
+Hold = Callable[[nn.Module, Sequence[nn.Module]], AbstractContextManager[None]]  # (module, its parts to leave out)
 
 
 @dataclass(frozen=True, eq=False)
 class States:
-    """Hidden states `[windows, length, width]` on their way through the blocks, and what the blocks get beside them."""
+    """Hidden states `[windows, length, width]` on their way through the blocks, with the blocks' other arguments."""
 
     ids: Tensor  # the tokens `[windows, length]`
     batches: list[RowBatch]
     hidden: Tensor
     calls: Calls
-    extra: int  # things that blocks return after the hidden states
+    extra: int  # number of values that blocks return after the hidden states
 
 
 @dataclass(frozen=True, eq=False)
-class Streamed:
+class StreamedModel:
     """A causal language model whose parts are held in float32 one at a time. `stack`: the path of its blocks."""
 
     model: PreTrainedModel
@@ -60,53 +60,55 @@ class Streamed:
         return depth(self.model)
 
     @torch.no_grad()
-    def embedded(self, ids: Tensor, size: int) -> States:
-        """Return the inputs of the first block for `ids [windows, length]`, which pass `size` windows at a time.
+    def embed(self, ids: Tensor, size: int) -> States:
+        """Return the first block's inputs for `ids [windows, length]`, which pass `size` windows at a time.
 
         Raises InputError for a model whose blocks cannot be run one by one.
         """
         batches = in_batches(len(ids), 0, size)
         with self.hold(body(self.model), [self._blocks()]):
-            hidden, calls, extra = recorded(self.model, self.stack, ids, batches, self.device)
+            hidden, calls, extra = record_calls(self.model, self.stack, ids, batches, self.device)
         return States(ids, batches, hidden, calls, extra)
 
     @torch.no_grad()
     def advance(self, states: States, index: int) -> None:
-        """Replace the hidden states, which are inputs of the block `index`, by its outputs."""
+        """Replace the hidden states, inputs of the block `index`, by its outputs."""
         block = self._blocks()[index]
         with self.hold(block, ()):
             for batch in states.batches:
-                states.hidden[batch.rows] = passed(block, index, states, states.hidden[batch.rows], batch.rows)
+                states.hidden[batch.rows] = run_block(block, index, states, states.hidden[batch.rows], batch.rows)
 
     @torch.no_grad()
     def logits(self, states: States) -> Generator[Tensor]:
         """Yield the logits `[windows, length, vocabulary]` of each batch, from the outputs of the last block."""
         with self.at_the_end():
             for batch in states.batches:
-                yield self.predicted(states, states.hidden[batch.rows], batch.rows)
+                yield self.predict(states, states.hidden[batch.rows], batch.rows)
 
     @contextmanager
     def at_the_end(self) -> Iterator[None]:
-        """Hold what comes after the blocks while the context lasts."""
+        """Hold the layers after the blocks while the context lasts."""
         with ExitStack() as stack:
             for module, skip in self._ends():
                 stack.enter_context(self.hold(module, skip))
             yield
 
-    def predicted(self, states: States, hidden: Tensor, rows: slice) -> Tensor:
-        """Return the logits `[rows, length, vocabulary]` of some windows, `at_the_end`, from their `hidden` states;
-        with a graph if these require one."""
+    def predict(self, states: States, hidden: Tensor, rows: slice) -> Tensor:
+        """Return the logits `[rows, length, vocabulary]` of some windows from their `hidden` states, `at_the_end`.
+
+        They have a graph if the hidden states require gradients.
+        """
         ids = states.ids[rows].to(self.device)
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(hidden.requires_grad))
-            stack.enter_context(answered(self.model, self.stack, self.depth, hidden, states.extra))
+            stack.enter_context(skip_blocks(self.model, self.stack, self.depth, hidden, states.extra))
             stack.enter_context(self._without_table())
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits
 
     @contextmanager
     def _without_table(self) -> Iterator[None]:
-        """Give zeros for every token while the context lasts: the blocks' stand-ins do not look at them."""
+        """Embed every token as zeros while the context lasts, since the blocks' stand-ins ignore them."""
         table = cast(nn.Embedding, self.model.get_input_embeddings())
         place = name_of(self.model, table)
         put(self.model, place, _Zeros(table.embedding_dim, self.device))
@@ -119,7 +121,7 @@ class Streamed:
         return cast(nn.ModuleList, self.model.get_submodule(self.stack))
 
     def _ends(self) -> list[tuple[nn.Module, Sequence[nn.Module]]]:
-        """Return what the logits are computed by after the blocks: modules, each with its parts to leave out."""
+        """Return the modules that compute logits after the blocks, each with its parts to leave out."""
         aside = (self._blocks(), self.model.get_input_embeddings())
         if self.model.config.get_text_config(decoder=True) is self.model.config:
             return [(self.model, aside)]
@@ -135,22 +137,22 @@ class _Zeros(nn.Module):
         self.register_buffer("weight", torch.zeros(width, device=device), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids `[...]` to zeros `[..., width]`."""
+        """Return zeros `[..., width]` for token ids `[...]`."""
         row: Tensor = self.get_buffer("weight")
         return row.expand(*ids.shape, -1)
 
 
-def passed(block: nn.Module, index: int, states: States, hidden: Tensor, rows: slice) -> Tensor:
-    """Return the outputs of a block that is held, number `index`, for the hidden states of some `rows`.
+def run_block(block: nn.Module, index: int, states: States, hidden: Tensor, rows: slice) -> Tensor:
+    """Return the outputs of block number `index`, which is held, for the `hidden` states of some `rows`.
 
-    Raises InputError for a block that gives something else.
+    Raises InputError for outputs of another shape.
     """
     call = states.calls.of(index, len(hidden), rows)
     return hidden_of(block(hidden, *call.args, **call.kwargs), hidden, f"block {index}")
 
 
-def from_disk(source: DenseModel, device: torch.device) -> Streamed:
-    """Return a dense model whose weights are read when they are needed, and dropped then.
+def from_disk(source: DenseModel, device: torch.device) -> StreamedModel:
+    """Return a dense model whose weights are read when needed, and dropped afterwards.
 
     Raises InputError for a model whose blocks cannot be told apart.
     """
@@ -164,11 +166,11 @@ def from_disk(source: DenseModel, device: torch.device) -> Streamed:
         finally:
             drop(module, skip)
 
-    return Streamed(model, block_stack(source.config, model), device, hold)
+    return StreamedModel(model, block_stack(source.config, model), device, hold)
 
 
-def in_memory(model: PreTrainedModel) -> Streamed:
-    """Return a compressed model, which is in memory, with its linears decoded where they are needed.
+def in_memory(model: PreTrainedModel) -> StreamedModel:
+    """Return a compressed model in memory, whose linears are decoded when needed.
 
     Raises InputError for a model whose blocks cannot be told apart.
     """
@@ -176,4 +178,4 @@ def in_memory(model: PreTrainedModel) -> Streamed:
     def hold(module: nn.Module, skip: Sequence[nn.Module]) -> AbstractContextManager[None]:
         return decoded(module, model.dtype, skip)
 
-    return Streamed(model, block_stack(model.config, model), model.device, hold)
+    return StreamedModel(model, block_stack(model.config, model), model.device, hold)

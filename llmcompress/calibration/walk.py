@@ -1,14 +1,14 @@
 """The walk: a model streamed through calibration one decoder block at a time.
 
-    for block in walk(source, arch, sequences, held_out=16, needs=frozenset({"outer"})):
+    for block in walk(source, arch, sequences, Statistics(needs=frozenset({"outer"})), held_out=16):
         for group in block.groups:
-            weights = {name: compressed(block.weight(name), group.inputs) for name in group.names}
+            weights = {name: compress(block.weight(name), group.inputs) for name in group.names}
         swap(block, weights)  # the caller edits `block.module`; the walk moves on with what it has become
 
-Peak memory is one block, or a pair, the hidden states of all sequences, and the statistics of one block, whatever the
-depth of the model. A block is loaded in float32, run once on the sequences to gather the moments of its linears'
-inputs, handed to the caller, run again with what the caller swapped in, and dropped; the second run's outputs are the
-next block's inputs, so later layers see the errors of earlier ones.
+A block is loaded in float32, run once on the sequences to gather the moments of its linears' inputs, handed to the
+caller, run again with what the caller swapped in, and dropped. The outputs of the second run are the next block's
+inputs, so later layers see the errors of earlier ones. Peak memory is one block, or a pair, the hidden states of all
+sequences and the statistics of one block, whatever the depth of the model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -30,25 +30,23 @@ from llmcompress.calibration.blocks import (
     for_products,
     in_batches,
     load,
+    prefetching,
     stored_names,
 )
 from llmcompress.calibration.gather import (
     HELD_OUT,
     HiddenStreams,
     InputGroup,
-    Needs,
+    Statistics,
     add_batch,
     gather,
     wanted_of,
 )
-from llmcompress.calibration.gradients import Importance
-from llmcompress.calibration.prefetch import reading_ahead
-from llmcompress.calibration.ranks import added
+from llmcompress.calibration.ranks import sum_over_ranks
 from llmcompress.errors import InputError
 from llmcompress.methods.moments import Moments, RunningMoments
 from llmcompress.models.dense.families import Architecture, Linear
 from llmcompress.models.dense.model import DenseModel
-from llmcompress.recipe.calibration import TokenWeights
 from llmcompress.runtime.memory import trim_memory
 from llmcompress.runtime.ranks import ALONE, Ranks
 
@@ -58,13 +56,33 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per second)
 
 
+@dataclass(frozen=True)
+class Execution:
+    """How a walk computes.
+
+    `dtype`: of a block's products. `batch_size`: sequences per forward; None for 2048 tokens. `ranks`: processes with
+    sequences of their own, whose moments are added up. `progress` is called after each block. `read_ahead`: see
+    `prefetching`.
+    """
+
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32
+    batch_size: int | None = None
+    ranks: Ranks = ALONE
+    progress: Progress | None = None
+    read_ahead: bool | None = None
+
+
+NO_STATISTICS, ON_CPU = Statistics(), Execution()
+
+
 @dataclass(eq=False)
 class Block:
     """One decoder block while the walk stands at it: loaded in float32, its input moments gathered.
 
     `hidden [sequences, length, width]` is the buffer of the block's inputs, calibration sequences first; it holds the
-    outputs once the walk has moved on. `wanted`, as large: what the dense block gives in the dense model, if the walk
-    was asked for it. Everything else here is dropped then. `model`: that the block is in, the rest of it on meta.
+    outputs once the walk has moved on, when `groups` and `wanted` are dropped. `wanted`, as large: outputs of the block
+    in the dense model, for blocks that learn. `model`: the model around the block, the rest of it on meta.
     """
 
     index: int
@@ -74,10 +92,10 @@ class Block:
     hidden: Tensor
     linears: dict[str, Linear] = field(repr=False)
     model: PreTrainedModel = field(repr=False)
-    run: BlockForward | None = field(default=None, repr=False)  # on hidden states alone; None where nothing runs
+    run: BlockForward | None = field(default=None, repr=False)  # on hidden states alone; None without sequences
     wanted: Tensor | None = field(default=None, repr=False)
-    gather: Callable[[tuple[str, ...]], InputGroup] | None = field(default=None, repr=False)
-    before: Block | None = field(default=None, repr=False)  # still loaded, with its own inputs, if it was asked for
+    gather: Callable[[tuple[str, ...]], InputGroup] | None = field(default=None, repr=False)  # moments once more
+    before: Block | None = field(default=None, repr=False)  # still loaded, with its own inputs, in a window of two
 
     def weight(self, name: str) -> Tensor:
         """Return the dense matrix `[out, in]` of the linear at module path `name`, float32; not to be written to."""
@@ -90,125 +108,157 @@ def walk(
     source: DenseModel,
     arch: Architecture,
     sequences: Tensor | None,
+    statistics: Statistics = NO_STATISTICS,
+    execution: Execution = ON_CPU,
     *,
     held_out: int = 0,
-    needs: Needs = frozenset(),
-    cap: float | None = 4.0,
-    weights: TokenWeights | None = None,
-    importance: Importance | None = None,
-    prefix: Literal["compressed", "dense"] = "compressed",
-    dense_stream: bool = False,
-    outputs: bool = False,
-    pairs: bool = False,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    batch_size: int | None = None,
+    window: int = 0,
     finished: int = 0,
-    ranks: Ranks = ALONE,
-    progress: Progress | None = None,
-    read_ahead: bool | None = None,
 ) -> Iterator[Block]:
-    """Yield the blocks in order, with the moments of their linears' inputs, then each table that `needs` names as one.
+    """Yield the blocks in order, with the moments of their linears' inputs, then each table that has needs by name.
 
-    `sequences`: token ids `[sequences, length]`, the last `held_out` of which are only measured on; None for methods
-    without data: then nothing is run, and moments are empty. `needs`: the statistics every linear's method reads, or
-    those of each linear by module path; groups that are not named are left out. `cap`: see `moments.capped_weights`;
-    None: none. `weights`: of tokens; by gradient, `importance` is that of the sequences. `prefix`: whether inputs come
-    from the blocks as the caller left them, or from the dense ones. `dense_stream`: carry the dense model's hidden
-    states beside the others, for `cross`; `outputs`: for `Block.wanted`, of held-out sequences too; `pairs`: for
-    `Block.before`, which may change as well. `dtype`: of a block's products. `batch_size`: sequences per forward (2048
-    tokens). `finished`: so many blocks come without moments, to be made what they were in an earlier walk, or not at
-    all where nothing depends on them. `ranks`: processes with sequences of their own; moments are those of all of them.
-    `progress(blocks done, blocks, tokens per second)` is called after each. `read_ahead`: see `prefetch`.
+    `sequences`: token ids `[sequences, length]`, the last `held_out` of which are only measured on. None for methods
+    without data: nothing is run, and moments are empty. `window`: number of blocks that learn together; from 1 on there
+    is `Block.wanted`, for held-out sequences too, with 2 also `Block.before`, which may change as well. The first
+    `finished` blocks come without moments, to be made what they were in an earlier walk; without data they are left
+    out.
 
     Raises InputError for sequences or blocks that do not suit, NumericsError, naming the layer, for what is not finite.
     """
-    if (dense_stream or outputs or pairs) and prefix == "dense":
+    if (statistics.cross or window) and statistics.prefix == "dense":
         raise ValueError("a dense stream beside a dense prefix would be the same stream twice, pairs of no use")
-    model, device = source.skeleton(), torch.device(device)
+    way = _Walk(source, arch, source.skeleton(), statistics, execution, torch.device(execution.device), finished)
     if sequences is None:
-        yield from _without_data(model, source, arch, needs, finished, device, progress, read_ahead)
-        return
-    _check_sequences(model, sequences, held_out)
-    batches = in_batches(len(sequences), held_out, batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1]))
-    hidden, calls, extra = embed(model, source, arch, sequences, batches, device)
-    beside = hidden[: len(hidden) if outputs else len(hidden) - held_out].clone() if outputs or dense_stream else None
-    behind = hidden.clone() if pairs else None
-    streams = HiddenStreams(batches, hidden, beside, behind, cap, weights, prefix == "dense", ranks, importance)
-    before, told = None, _paced(progress, len(arch.blocks), sequences.numel() * ranks.count)
-    for index, module in _filled(model, source, arch, hidden.device, read_ahead):
-        run = BlockForward(module, arch.blocks[index].path, calls, index, dtype)
-        block = _block(model, arch, index, run, {} if index < finished else needs, streams, outputs, before)
-        yield block
-        before = _leave(block, run, streams, index + 1 == len(arch.blocks))
-        told(index + 1)
-    ends = _gather_ends(model, source, arch, needs, finished, streams, extra)
-    del hidden, beside, before, streams, block  # tables are large
-    for index, group in ends.items():
-        yield from _table(model, source, index, group, torch.device(device))
+        yield from way.without_data()
+    else:
+        _check_sequences(way.model, sequences, held_out)
+        yield from way.with_data(sequences, held_out, window)
 
 
-def _paced(progress: Progress | None, blocks: int, tokens: int) -> Callable[[int], None]:
-    """Return a function that reports so many blocks done, and how many of the `tokens` of each went by in a second."""
-    started = time.monotonic()
+@dataclass(frozen=True, eq=False)
+class _Walk:
+    """The arguments of a walk, and the skeleton of its model."""
 
-    def told(done: int) -> None:
-        if progress is not None:
-            progress(done, blocks, done * tokens / (time.monotonic() - started))
+    source: DenseModel
+    arch: Architecture
+    model: PreTrainedModel
+    statistics: Statistics
+    execution: Execution
+    device: torch.device
+    finished: int
 
-    return told
+    def with_data(self, sequences: Tensor, held_out: int, window: int) -> Iterator[Block]:
+        """Yield the blocks and tables of a walk with sequences."""
+        execution, statistics = self.execution, self.statistics
+        size = execution.batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1])
+        batches = in_batches(len(sequences), held_out, size)
+        hidden, calls, extra = embed(self.model, self.source, self.arch, sequences, batches, self.device)
+        dense = None
+        if window or statistics.cross:
+            dense = hidden[: len(hidden) if window else len(hidden) - held_out].clone()
+        behind = hidden.clone() if window > 1 else None
+        keep_outputs = statistics.prefix == "dense"
+        streams = HiddenStreams(batches, hidden, statistics, dense, behind, keep_outputs, execution.ranks)
+        before, started = None, time.monotonic()
+        tokens = sequences.numel() * execution.ranks.count
+        for index, module in self._loaded_blocks(hidden.device):
+            run = BlockForward(module, self.arch.blocks[index].path, calls, index, execution.dtype)
+            block = self._gather_block(run, streams, bool(window), before)
+            yield block
+            before = _leave(block, run, streams, index + 1 == len(self.arch.blocks))
+            self._report(index + 1, (index + 1) * tokens / (time.monotonic() - started))
+        ends = self._gather_ends(streams, extra)
+        del hidden, dense, behind, before, streams, block  # tables are large
+        for index, group in ends.items():
+            yield from self._table(index, group)
 
+    def without_data(self) -> Iterator[Block]:
+        """Yield the blocks and tables of a walk without sequences."""
+        for index, module in self._loaded_blocks(self.device, self.finished):
+            layout = self.arch.blocks[index]
+            wanted = wanted_of(layout, self.statistics.needs)
+            groups = tuple(InputGroup(names, Moments(0.0), None) for names in wanted)
+            yield Block(index, layout.path, module, groups, torch.empty(0), self.arch.linears(), self.model)
+            drop(module)
+            self._report(index + 1, 0.0)
+        for index, name, _ in self._tables():
+            yield from self._table(index, InputGroup((name,), Moments(0.0), None))
 
-def _filled(
-    model: PreTrainedModel,
-    source: DenseModel,
-    arch: Architecture,
-    device: torch.device,
-    read_ahead: bool | None,
-    first: int = 0,
-) -> Iterator[tuple[int, nn.Module]]:
-    """Yield the number of each block from the `first` on, and the block with its dense weights; the next one is read
-    while the caller works on it, where that is asked for."""
-    with reading_ahead(source, device, read_ahead) as ahead:
-        for index in range(first, len(arch.blocks)):
-            path = arch.blocks[index].path
-            module = model.get_submodule(path)
-            load(module, path, source, device, read=ahead.take())
-            if index + 1 < len(arch.blocks):
-                following = arch.blocks[index + 1].path
-                ahead.start(stored_names(model.get_submodule(following), following, source))
-            yield index, module
+    def _report(self, done: int, speed: float) -> None:
+        if self.execution.progress is not None:
+            self.execution.progress(done, len(self.arch.blocks), speed)
 
+    def _loaded_blocks(self, device: torch.device, first: int = 0) -> Iterator[tuple[int, nn.Module]]:
+        """Yield the number of each block from the `first` on, and the block with its dense weights."""
+        with prefetching(self.source, device, self.execution.read_ahead) as ahead:
+            for index in range(first, len(self.arch.blocks)):
+                path = self.arch.blocks[index].path
+                module = self.model.get_submodule(path)
+                load(module, path, self.source, device, read=ahead.take())
+                if index + 1 < len(self.arch.blocks):
+                    following = self.arch.blocks[index + 1].path
+                    ahead.start(stored_names(self.model.get_submodule(following), following, self.source))
+                yield index, module
 
-def _block(
-    model: PreTrainedModel,
-    arch: Architecture,
-    index: int,
-    run: BlockForward,
-    needs: Needs,
-    streams: HiddenStreams,
-    outputs: bool,
-    before: Block | None,
-) -> Block:
-    """A block that was just loaded, with the moments of its linears' inputs."""
-    wanted = wanted_of(arch.blocks[index], needs)
-    groups = gather(run, wanted, streams)
-    trim_memory()
+    def _gather_block(self, run: BlockForward, streams: HiddenStreams, learns: bool, before: Block | None) -> Block:
+        """Return a block that was just loaded, with the moments of its linears' inputs."""
+        needs = {} if run.index < self.finished else self.statistics.needs
+        wanted = wanted_of(self.arch.blocks[run.index], needs)
+        groups = gather(run, wanted, streams)
+        trim_memory()
 
-    def again(names: tuple[str, ...]) -> InputGroup:
-        alone = replace(streams, dense=None, keep_outputs=False)
-        [group] = gather(run, {names: wanted[names] - {"cross"}}, alone)
-        return group
+        def gather_again(names: tuple[str, ...]) -> InputGroup:
+            alone = replace(streams, dense=None, keep_outputs=False)
+            [group] = gather(run, {names: wanted[names] - {"cross"}}, alone)
+            return group
 
-    dense = streams.dense if outputs else None
-    return Block(index, run.path, run.module, groups, streams.hidden, arch.linears(), model, run, dense, again, before)
+        dense, linears = streams.dense if learns else None, self.arch.linears()
+        where = run.index, run.path, run.module
+        return Block(*where, groups, streams.hidden, linears, self.model, run, dense, gather_again, before)
+
+    def _gather_ends(self, streams: HiddenStreams, extra: int) -> dict[int, InputGroup]:
+        """Return the `_tables` by their number as a block, with the moments of the head's inputs."""
+        groups = {}
+        for number, name, statistics in self._tables():
+            totals = {False: RunningMoments(HELD_OUT)}
+            hidden, batches = streams.hidden, streams.batches
+            inputs = head_inputs(self.model, self.source, self.arch, hidden, batches, extra) if statistics else ()
+            for batch, x in inputs:
+                add_batch(totals.setdefault(batch.held_out, RunningMoments(HELD_OUT)), x, self.statistics.cap)
+            moments = sum_over_ranks(
+                {held: sums.moments() for held, sums in totals.items()}, streams.ranks, streams.hidden.device
+            )
+            groups[number] = InputGroup((name,), moments[False], moments.get(True))
+        return groups
+
+    def _tables(self) -> list[tuple[int, str, frozenset[str]]]:
+        """Return the token table and the output head that have needs by name and are not finished.
+
+        Each with its number as a block, its name, and the statistics that its methods read: none for a table that is
+        only looked up.
+        """
+        needs = self.statistics.needs
+        named = needs if isinstance(needs, Mapping) else {}
+        names = [name for name in (self.arch.embedding, self.arch.head) if name in named]
+        numbered = enumerate(names, start=len(self.arch.blocks))
+        return [(number, name, named[name]) for number, name in numbered if number >= self.finished]
+
+    def _table(self, index: int, group: InputGroup) -> Iterator[Block]:
+        """Yield the token table or the output head as a block of its own after all others."""
+        [name] = group.names
+        module = self.model.get_submodule(name)
+        load(module, name, self.source, self.device)
+        out, width = module.get_parameter("weight").shape
+        nothing = torch.empty(0, device=self.device)
+        yield Block(index, "", self.model, (group,), nothing, {name: Linear(name, (out, width))}, self.model)
+        drop(module)
 
 
 def _leave(block: Block, run: BlockForward, streams: HiddenStreams, last: bool) -> Block | None:
     """Move the hidden states on to the outputs of the block as it is now, and drop it.
 
-    Where inputs stay `behind`, the block before may have changed: its outputs are computed again, and it is dropped in
-    the place of this one, which is returned with its own inputs; after the `last` none stays.
+    In a window of two the block before may have changed: its outputs are computed again, and it is dropped in place of
+    this one, which is returned with its own inputs. After the `last` block none stays.
     """
     block.groups, block.wanted = (), None
     before, block.before = block.before, None
@@ -227,79 +277,10 @@ def _leave(block: Block, run: BlockForward, streams: HiddenStreams, last: bool) 
 
 @torch.no_grad()
 def _advance(run: BlockForward, batches: list[RowBatch], hidden: Tensor) -> None:
-    """Move `hidden` on to the outputs of the block as it is now."""
+    """Replace `hidden`, a block's inputs, by the outputs of the block as it is now."""
     with for_products(run):
         for batch in batches:
             hidden[batch.rows] = run(hidden[batch.rows], batch.rows)
-
-
-def _gather_ends(
-    model: PreTrainedModel,
-    source: DenseModel,
-    arch: Architecture,
-    needs: Needs,
-    finished: int,
-    streams: HiddenStreams,
-    extra: int,
-) -> dict[int, InputGroup]:
-    """The token table and the output head that `needs` names, those not `finished`, by their number as a block, with
-    the moments of what the head reads.
-
-    A table that is only looked up has none.
-    """
-    groups = {}
-    for number, name, statistics in _tables(arch, needs, finished):
-        totals = {False: RunningMoments(HELD_OUT)}
-        inputs = head_inputs(model, source, arch, streams.hidden, streams.batches, extra) if statistics else ()
-        for batch, x in inputs:
-            add_batch(totals.setdefault(batch.held_out, RunningMoments(HELD_OUT)), x, streams.cap)
-        found = added({held: sums.moments() for held, sums in totals.items()}, streams.ranks, streams.hidden.device)
-        groups[number] = InputGroup((name,), found[False], found.get(True))
-    return groups
-
-
-def _tables(arch: Architecture, needs: Needs, finished: int) -> list[tuple[int, str, frozenset[str]]]:
-    """The token table and the output head, those that the caller named and that are not `finished`: their number as a
-    block, their name, and what their methods read."""
-    named = needs if isinstance(needs, Mapping) else {}
-    names = [name for name in (arch.embedding, arch.head) if name in named]
-    numbered = enumerate(names, start=len(arch.blocks))
-    return [(number, name, named[name]) for number, name in numbered if number >= finished]
-
-
-def _table(
-    model: PreTrainedModel, source: DenseModel, index: int, group: InputGroup, device: torch.device
-) -> Iterator[Block]:
-    """The token table or the output head, as a block of its own after all others."""
-    [name] = group.names
-    module = model.get_submodule(name)
-    load(module, name, source, device)
-    out, width = module.get_parameter("weight").shape
-    nothing = torch.empty(0, device=device)
-    yield Block(index, "", model, (group,), nothing, {name: Linear(name, (out, width))}, model)
-    drop(module)
-
-
-def _without_data(
-    model: PreTrainedModel,
-    source: DenseModel,
-    arch: Architecture,
-    needs: Needs,
-    finished: int,
-    device: torch.device,
-    progress: Progress | None,
-    read_ahead: bool | None,
-) -> Iterator[Block]:
-    linears = arch.linears()
-    for index, module in _filled(model, source, arch, device, read_ahead, finished):
-        layout = arch.blocks[index]
-        groups = tuple(InputGroup(names, Moments(0.0), None) for names in wanted_of(layout, needs))
-        yield Block(index, layout.path, module, groups, torch.empty(0), linears, model)
-        drop(module)
-        if progress is not None:
-            progress(index + 1, len(arch.blocks), 0.0)
-    for number, name, _ in _tables(arch, needs, finished):
-        yield from _table(model, source, number, InputGroup((name,), Moments(0.0), None), device)
 
 
 def _check_sequences(model: PreTrainedModel, sequences: Tensor, held_out: int) -> None:

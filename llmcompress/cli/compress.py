@@ -79,7 +79,7 @@ def compress(
 
     Example: llmcompress compress smollm2 --size 40MB -o small
     """
-    from llmcompress.allocation.price_shards import Part
+    from llmcompress.allocation.price_file import Part
     from llmcompress.errors import GateError
     from llmcompress.pipeline import compress as pipeline
     from llmcompress.reporting.report import read_all

@@ -70,10 +70,9 @@ def frontier(
 
     Example: llmcompress frontier smollm2 --bpw 1.25,1.6,2,2.5,3 -o curve
     """
-    from llmcompress.pipeline.frontier.budgets import budgets
-    from llmcompress.pipeline.frontier.peers import read_peers
-    from llmcompress.pipeline.frontier.sweep import SweepCallbacks
-    from llmcompress.pipeline.frontier.sweep import frontier as run
+    from llmcompress.pipeline.frontier import SweepCallbacks
+    from llmcompress.pipeline.frontier import frontier as run
+    from llmcompress.pipeline.frontier_inputs import budgets, read_peers
     from llmcompress.recipe.overrides import Change
 
     wanted = budgets(bpw, sizes)
@@ -83,7 +82,8 @@ def frontier(
     results = () if peers is None else read_peers(peers, "bytes" if bpw is None else "bpw")
     protocol = build_protocol(text, windows, length, tasks, limit, None, batch_size)
     callbacks = SweepCallbacks(terminal.stage, terminal.pricing, terminal.progress, terminal.training)
-    points = run(model, built, wanted, output, protocol, peers=results, told=callbacks, revision=revision, **access)
+    access["revision"] = revision
+    points = run(model, built, wanted, output, protocol, peers=results, callbacks=callbacks, **access)
     terminal.show(points, frontier_view)
     terminal.say(f"plot    {output / 'frontier.png'} and .svg; table {output / 'frontier.md'}")
 

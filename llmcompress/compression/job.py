@@ -1,15 +1,19 @@
-"""A recipe laid over an opened model: every compression starts from the same `Job`, from config and headers alone."""
+"""A recipe laid over an opened model: planning, allocating and compressing all start from the same `Job`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
-from llmcompress.calibration.dry_run import rehearsed
-from llmcompress.compression.fuse.awq import check_awq
-from llmcompress.compression.fuse.rotation import rotated_source
-from llmcompress.compression.ties import Tied, ties_of
+import torch
+from torch import Tensor
+
+from llmcompress.calibration.dry_run import probe_architecture
+from llmcompress.calibration.gradients import Importance, measure_importance
+from llmcompress.compression.awq import check_awq
+from llmcompress.compression.rotation import rotated_source
+from llmcompress.compression.ties import CommonMatrix, common_matrices
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, check_length
 from llmcompress.distillation.check_fused import check_fused
 from llmcompress.errors import RecipeError
@@ -20,14 +24,16 @@ from llmcompress.models.dense.model import DenseModel
 from llmcompress.models.dense.skeleton import architectures, check_causal, is_causal
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.matching import Assignment, assign
+from llmcompress.runtime.precision import product_dtype
+from llmcompress.runtime.ranks import ALONE, Ranks
 from llmcompress.weight.rows import is_plain_table, row_scale
 
-ALONE = {"distill": None}  # of a recipe
+ComputeOnce = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]  # see `RunFiles.compute_once`
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A recipe laid over an opened model: planning, allocating and compressing all start from it."""
+    """A recipe laid over an opened model, from config and headers alone."""
 
     source: DenseModel
     arch: Architecture
@@ -36,7 +42,7 @@ class Job:
 
     @cached_property
     def steps(self) -> dict[str, tuple[StepConfig, ...]]:
-        """The steps of every linear that will be compressed; none for one that is all of a matrix of others."""
+        """The steps of every linear that will be compressed; no steps for one that is nothing but a common matrix."""
         ruled, ties = self.assignment.steps, self.ties
         return {
             name: ties[name].steps_of(name) if name in ties else steps
@@ -45,19 +51,19 @@ class Job:
         }
 
     @cached_property
-    def ties(self) -> dict[str, Tied]:
-        """The matrix that each linear has in common with others; empty for blocks that are not tied."""
-        found, tie = self.assignment, self.recipe.tie
+    def ties(self) -> dict[str, CommonMatrix]:
+        """The matrix that each linear shares with others; empty for blocks that are not tied."""
+        ruled, tie = self.assignment, self.recipe.tie
         if tie is None:
             return {}
-        dense = [name for name, steps in found.steps.items() if not steps and name not in found.unruled]
-        return ties_of(tie, self.arch, found.steps, dense)
+        dense = [name for name, steps in ruled.steps.items() if not steps and name not in ruled.unruled]
+        return common_matrices(tie, self.arch, ruled.steps, dense)
 
     @cached_property
     def tables(self) -> dict[str, tuple[StepConfig, ...]]:
-        """The steps of the token table and of the output head, as far as they will be compressed.
+        """The steps of the token table and the output head that will be compressed.
 
-        A table that is only looked up has steps that need no inputs.
+        Steps of a table that is only looked up need no inputs.
         """
         arch, recipe = self.arch, self.recipe
         if arch.tied:
@@ -67,8 +73,13 @@ class Job:
         return {name: each for name, each in steps.items() if each}
 
     @cached_property
+    def all_steps(self) -> dict[str, tuple[StepConfig, ...]]:
+        """The steps of everything that will be compressed, by name."""
+        return self.steps | self.tables
+
+    @cached_property
     def has_plain_table(self) -> bool:
-        """True if the token table only looks up rows and scales them, so that a compressed one can take its place."""
+        """True if the token table only looks up and scales rows, so a compressed one can take its place."""
         return is_plain_table(self.source.skeleton().get_input_embeddings())
 
     @property
@@ -83,11 +94,12 @@ class Job:
     @cached_property
     def undistilled(self) -> Job:
         """The job without its distillation."""
-        return self if self.recipe.distill is None else replace(self, recipe=self.recipe.model_copy(update=ALONE))
+        recipe = self.recipe
+        return self if recipe.distill is None else replace(self, recipe=recipe.model_copy(update={"distill": None}))
 
     @cached_property
     def tokens(self) -> CalibrationTokens | None:
-        """The calibration tokens, read once; None for a recipe without calibration. Raises what reading text does."""
+        """The calibration tokens, read once; None for a recipe without calibration."""
         config, source = self.recipe.calibration, self.source
         if config is None or self.recipe.distill is not None:
             return None if config is None else self.undistilled.tokens
@@ -107,7 +119,7 @@ class Job:
 
     def with_recipe(self, recipe: Recipe) -> Job:
         """Return the job of another recipe for the same model. Raises RecipeError as `prepare` does."""
-        return _laid(self.source, self.arch, recipe)
+        return _build_job(self.source, self.arch, recipe)
 
     def check_rules(self) -> None:
         """Raise RecipeError for a pattern that matches no layer of the model."""
@@ -115,7 +127,7 @@ class Job:
             raise RecipeError(self.assignment.complaint())
 
     def needs(self) -> dict[str, frozenset[str]]:
-        """Return the statistics that each compressed matrix's methods read, and those that its error needs."""
+        """Return the statistics that the methods of each compressed matrix read and that its error needs, by name."""
         known = methods()
         extra = {"outer", "cross"} if self.recipe.asymmetric else {"outer"}
         needs = {
@@ -126,21 +138,23 @@ class Job:
 
 
 def prepare(source: DenseModel, recipe: Recipe) -> Job:
-    """Lay a recipe over a model. Raises InputError for a model of unknown structure, and RecipeError for a recipe
-    that does not suit the model or whose methods require calibration that it lacks."""
+    """Lay a recipe over a model.
+
+    Raises InputError for a model of unknown structure, RecipeError for a recipe that does not suit the model or whose
+    methods require calibration that it lacks.
+    """
     _check_task(source, recipe)
-    recipe = _within_context(recipe, source)
+    recipe = _fit_context(recipe, source)
     if recipe.fuse is not None and recipe.fuse.rotation:
         source = rotated_source(source, recipe.seed, recipe.fuse.untie)
     arch = architecture(source.config, source.skeleton())
     if arch.family is None:
-        arch = rehearsed(source, arch, recipe.calibration is not None)
-    return _laid(source, arch, recipe)
+        arch = probe_architecture(source, arch, recipe.calibration is not None)
+    return _build_job(source, arch, recipe)
 
 
-def _within_context(recipe: Recipe, source: DenseModel) -> Recipe:
-    """Return the recipe with calibration sequences as long as the model's context, where it names no length and the
-    context is shorter than the default."""
+def _fit_context(recipe: Recipe, source: DenseModel) -> Recipe:
+    """Shorten calibration sequences to the model's context if the recipe names no length."""
     text, context = recipe.calibration, context_length(source.config)
     if text is None or context is None or "length" in text.model_fields_set or text.length <= context:
         return recipe
@@ -148,8 +162,8 @@ def _within_context(recipe: Recipe, source: DenseModel) -> Recipe:
 
 
 def _check_task(source: DenseModel, recipe: Recipe) -> None:
-    """Raise InputError for what a recipe asks of a model that does not predict the next token."""
-    asked = {
+    """Raise InputError for sections that need a model that predicts the next token."""
+    sections = {
         "target:": recipe.target,
         "distill:": recipe.distill,
         "fuse:": recipe.fuse,
@@ -158,11 +172,11 @@ def _check_task(source: DenseModel, recipe: Recipe) -> None:
         "table:": recipe.table,
         "calibration by dataset: self": recipe.calibration is not None and recipe.calibration.dataset == "self",
     }
-    for name in (name for name, value in asked.items() if value):
+    for name in (name for name, value in sections.items() if value):
         check_causal(source.config, name)
 
 
-def _laid(source: DenseModel, arch: Architecture, recipe: Recipe) -> Job:
+def _build_job(source: DenseModel, arch: Architecture, recipe: Recipe) -> Job:
     """Check the recipe against the model, and return the job."""
     if recipe.distill is not None:
         check_fused(recipe.fuse, recipe.distill)
@@ -183,19 +197,19 @@ def _check_calibration(recipe: Recipe) -> None:
     if recipe.calibration is not None:
         return
     lists = (*(rule.steps for rule in recipe.rules), recipe.embeddings, recipe.head or (), recipe.table or ())
-    hungry = sorted({name for steps in lists for name in _hungry(steps)})
+    hungry = sorted({name for steps in lists for name in _hungry_methods(steps)})
     others = {"asymmetric": recipe.asymmetric, "fuse: awq": recipe.fuse is not None and recipe.fuse.awq}
-    for name in (name for name, asked in others.items() if asked and not hungry):
+    for name in (name for name, value in others.items() if value and not hungry):
         raise RecipeError(f"{name} requires calibration; add it to the recipe, or leave {name.split(':')[0]} out")
     if hungry:
-        frugal = ", ".join(name for name, one in sorted(methods().items()) if one.data_free)
+        frugal = ", ".join(name for name, method in sorted(methods().items()) if method.data_free)
         raise RecipeError(
             f"{', '.join(hungry)} requires calibration; add it to the recipe, such as calibration: {{dataset: stdlib}} "
             f"(or self: the model writes the text), or use methods that need none: {frugal}"
         )
 
 
-def _hungry(steps: Sequence[StepConfig]) -> Iterator[str]:
+def _hungry_methods(steps: Sequence[StepConfig]) -> Iterator[str]:
     """Yield the methods of these steps that require calibration."""
     for step in steps:
         if step.presumes:
@@ -222,9 +236,36 @@ def _check_tables(recipe: Recipe, arch: Architecture, source: DenseModel) -> Non
     if recipe.table is None:
         key, hungry = "embeddings", [step.method for step in recipe.embeddings if step.without_inputs() is None]
     else:
-        key, hungry = "table", list(_hungry(recipe.table))
+        key, hungry = "table", list(_hungry_methods(recipe.table))
     if hungry:
         raise RecipeError(
             f"{key}: {hungry[0]} learns from a layer's inputs, and the token table of {source.name}, which is not its "
             f"output head, has none; give {hungry[0]} as head:, and steps such as rtn as table:"
         )
+
+
+def gradient_importance(
+    job: Job, sequences: Tensor, device: torch.device, ranks: Ranks = ALONE, compute_once: ComputeOnce | None = None
+) -> Importance | None:
+    """Return the importance of tokens and rows for `sequences [sequences, length]`; None unless the recipe asks for it.
+
+    `compute_once` stores it for a run that resumes. Several processes compute it again, each for its own sequences.
+    Raises what `measure_importance` raises.
+    """
+    recipe = job.recipe
+    if recipe.token_weights is None or recipe.token_weights.by != "gradient":
+        return None
+    compute = partial(
+        measure_importance,
+        job.source,
+        job.arch,
+        sequences,
+        seed=recipe.seed,
+        device=device,
+        dtype=product_dtype(recipe.compute, device),
+        ranks=ranks,
+    )
+
+    if compute_once is None or ranks.count > 1:
+        return compute()
+    return Importance.from_tensors(compute_once("importance", lambda: compute().tensors()))

@@ -1,4 +1,4 @@
-"""The plan of a job, from config and tensor headers alone, and what a user is warned of before a run.
+"""The plan of a job, from config and tensor headers alone, and warnings before a run.
 
 A run checks itself by its plan, so it does exactly what `plan` prints. Bits are counted on the expression that each
 step announces for the layer's shape.
@@ -25,7 +25,7 @@ from llmcompress.weight.expression import bits, describe
 from llmcompress.weight.nodes import Weight
 from llmcompress.weight.rows import check_rows
 
-DENSE_SHARE = 0.25  # of the weight files: more than that is worth a line
+DENSE_SHARE = 0.25  # of the weight files: a larger share that stays dense is worth a warning
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole run. `bytes`: of the weights on disk. `peak_memory_bytes`: an estimate for this machine."""
+    """The plan of a run. `bytes`: of the weights on disk. `peak_memory_bytes`: an estimate for this machine."""
 
     model: str
     recipe: str
@@ -56,7 +56,6 @@ class Plan:
     reconstruction: dict[str, Any] | None = None  # the section `reconstruct:` with every value
     distillation: dict[str, Any] | None = None  # the section `distill:` with every value
     target: dict[str, Any] | None = None  # of a recipe whose steps `compress` chooses: `layers` spends its bits evenly
-
     timed: Callable[[], float] | None = field(default=None, repr=False, compare=False)
 
     @cached_property
@@ -72,10 +71,7 @@ class Plan:
 
 
 def plan_of(job: Job) -> Plan:
-    """Plan the job; `allocate` must choose the steps of a target first.
-
-    Raises RecipeError if a step cannot work on a layer's shape, and for a target.
-    """
+    """Plan the job. Raises RecipeError for a target, and if a step cannot work on a layer's shape."""
     if job.recipe.target is not None:
         raise RecipeError(
             "the steps for a target are chosen first; choose them, or take the recipe that compress leaves"
@@ -84,11 +80,11 @@ def plan_of(job: Job) -> Plan:
     rows: list[LayerPlan] = []
     alike: dict[tuple[tuple[int, int], str, bool], LayerPlan] = {}  # a large model has few shapes
     for name, steps in job.steps.items():
-        size, tied = linears[name].shape, job.ties.get(name)
-        key = size, repr(steps), tied is not None and tied.is_first(name)
+        size, tie = linears[name].shape, job.ties.get(name)
+        key = size, repr(steps), tie is not None and tie.is_first(name)
         if key not in alike:
-            stored = tied.sketch(name) if tied else sketch(name, size, steps)
-            text = tied.described(name, stored) if tied else describe(stored)
+            stored = tie.sketch(name) if tie else sketch(name, size, steps)
+            text = tie.description(name, stored) if tie else describe(stored)
             alike[key] = _row(name, size, steps, stored, text)
         rows.append(replace(alike[key], name=name))
     if not rows:
@@ -104,10 +100,9 @@ def plan_of(job: Job) -> Plan:
             check_rows(stored)
         rows.append(_row(name, (shape[0], shape[1]), steps, stored, describe(stored)))
     used = {method for row in rows for method in row.steps}
-    # tensors that a run leaves as they are keep their own type
-    dense = {f"{row.name}.weight" for row in rows}
-    kept = sum(header.bytes for name, header in job.source.tensors.items() if name not in dense)
-    total = kept + sum(-(-row.bits // 8) for row in rows)
+    compressed = {f"{row.name}.weight" for row in rows}
+    dense_bytes = sum(header.bytes for name, header in job.source.tensors.items() if name not in compressed)
+    total = dense_bytes + sum(-(-row.bits // 8) for row in rows)
     return Plan(
         model=job.source.name,
         recipe=job.recipe.name,
@@ -117,7 +112,7 @@ def plan_of(job: Job) -> Plan:
         bpw=stored_bits / weights,
         model_bpw=total * 8 / job.source.parameters,
         peak_memory_bytes=peak_bytes(job.source, job.arch, job.recipe, list(job.tables), job.needs(), used),
-        warnings=(*_warnings(job), *_larger(job, rows), *_mostly_dense(job, kept, total)),
+        warnings=tuple(_warnings(job, rows, dense_bytes, total)),
         reconstruction=_values(job.recipe.reconstruct),
         distillation=_values(job.recipe.distill),
     )
@@ -132,79 +127,43 @@ def _row(name: str, size: tuple[int, int], steps: tuple[StepConfig, ...], stored
     return LayerPlan(name, size, tuple(s.method for s in steps), count, count / prod(size), text)
 
 
-def _warnings(job: Job) -> tuple[str, ...]:
-    """Return warnings before a run: patterns that match nothing, and linears that stay dense."""
-    shadowed = [f"pattern {pattern!r} matches only layers of earlier rules" for pattern in job.assignment.shadowed]
-    dense = [name for name in job.assignment.steps if name not in job.steps]
-    outside = [linear.name for linear in job.arch.outside if not _is_compressed(job, linear.name)]
-    left = [f"{name} stays dense" for name in (*dense, *_parts(outside, job.arch.stack), *job.arch.other)]
-    return (
-        *job.source.notes,
-        *job.assignment.complaints,
-        *job.assignment.notes,
-        *_tied(job),
-        *shadowed,
-        *left,
-        *_ragged(job),
-        *_without_data(job),
-        *_ungated(job),
-    )
-
-
-def _tied(job: Job) -> Iterator[str]:
-    """Yield a sentence if steps for a table and a head of their own find one matrix."""
+def _warnings(job: Job, rows: Sequence[LayerPlan], dense_bytes: int, total: int) -> Iterator[str]:
+    """Yield warnings before a run, in a sentence each. `dense_bytes` of the `total` stay dense."""
+    yield from (*job.source.notes, *job.assignment.complaints, *job.assignment.notes)
     given = [f"{key}:" for key in ("head", "table") if getattr(job.recipe, key)]
     if given and job.arch.tied:
         yield (
             f"{' and '.join(given)} left out: the output head of {job.source.name} is its token table, which has the "
             f"steps of embeddings:"
         )
+    yield from (f"pattern {pattern!r} matches only layers of earlier rules" for pattern in job.assignment.shadowed)
+    inside = [name for name in job.assignment.steps if name not in job.steps]
+    outside = [linear.name for linear in job.arch.outside if not _is_compressed(job, linear.name)]
+    yield from (f"{name} stays dense" for name in (*inside, *_parts(outside, job.arch.stack), *job.arch.other))
+    yield from _ragged_groups(job)
+    used = {step.method for steps in job.all_steps.values() for step in steps}
+    able = sorted(name for name in used if methods()[name].needs)
+    if job.recipe.calibration is None and able:
+        yield f"without calibration, {', '.join(able)} can use only the weights, not the inputs of layers"
+    if job.recipe.gates.of_quality and job.ungated is not None:
+        yield unmeasured_warning(job.ungated)
+    yield from _larger_matrices(job, rows)
+    if dense_bytes > DENSE_SHARE * total:
+        yield _mostly_dense(job, dense_bytes, total)
 
 
-def _mostly_dense(job: Job, kept: int, total: int) -> tuple[str, ...]:
-    """Return a sentence if `kept` of the `total` bytes stay dense and that is much: what they are, and which setting
-    compresses them."""
-    if kept <= DENSE_SHARE * total:
-        return ()
-    source, arch, recipe = job.source, job.arch, job.recipe
-    tables = [name for name in (arch.embedding, arch.head) if _could_be_compressed(job, name)]
-    linears = [name for name in arch.linears() if name not in job.steps]
-    said = f"{kept / 1e6:.1f} of {total / 1e6:.1f} MB stay dense"
-    by_size = max((tables, linears), key=lambda names: sum(source.tensors[f"{name}.weight"].bytes for name in names))
-    if not by_size:
-        return (f"{said}; nothing of it can be compressed",)
-    size = sum(source.tensors[f"{name}.weight"].bytes for name in by_size)
-    said = f"{said}, {size / 1e6:.1f} of it in {list_names(by_size)}"
-    if by_size is linears:
-        return (f"{said}; a rule that matches them compresses them",)
-    steps = "{method: rtn, bits: 4, group_size: 64}"
-    if recipe.calibration is not None:
-        steps = "{method: rotate}, {method: gptq, bits: 4}"
-    key = "head" if arch.embedding in job.tables else "embeddings"
-    return (f"{said}; --set '{key}=[{steps}]' compresses them",)
-
-
-def _could_be_compressed(job: Job, name: str) -> bool:
-    """True if the token table or the output head `name` stays dense and need not."""
-    if name in job.tables or f"{name}.weight" not in job.source.tensors or not is_causal(job.source.config):
-        return False
-    return name != job.arch.embedding or job.has_plain_table
-
-
-def _ungated(job: Job) -> tuple[str, ...]:
-    """Return a sentence if the recipe has gates of quality that cannot be measured."""
-    if not job.recipe.gates.of_quality or job.ungated is None:
-        return ()
-    return (unmeasured(job.ungated),)
-
-
-def unmeasured(reason: str) -> str:
-    """Return the warning for a model whose quality nobody has measured."""
+def unmeasured_warning(reason: str) -> str:
+    """Return the warning for a model whose quality is not measured."""
     return f"gates: nobody measures how far the model is from the dense one, since {reason}"
 
 
+def _is_compressed(job: Job, name: str) -> bool:
+    """True if the linear `name`, which is outside the blocks, is or shares a table that is compressed."""
+    return name in job.tables or (job.arch.tied and name == job.arch.head and job.arch.embedding in job.tables)
+
+
 def _parts(names: Sequence[str], stack: str) -> Iterator[str]:
-    """Yield the parts of a model that linears outside of its blocks are in, as the tower for images, with their count.
+    """Yield the parts of a model, such as its tower for images, that hold linears outside of the blocks, with counts.
 
     `stack`: the module path of the blocks.
     """
@@ -217,50 +176,63 @@ def _parts(names: Sequence[str], stack: str) -> Iterator[str]:
         yield f"{part} ({count} linears)" if count > 1 else part
 
 
-def _ragged(job: Job) -> Iterator[str]:
+def _ragged_groups(job: Job) -> Iterator[str]:
     """Yield a sentence for each matrix whose width is no multiple of its group size."""
     widths = {name: linear.shape[1] for name, linear in job.arch.linears().items()}
     widths |= {name: job.source.tensors[f"{name}.weight"].shape[1] for name in job.tables}
-    for name, steps in (job.steps | job.tables).items():
+    for name, steps in job.all_steps.items():
         sizes = {getattr(step, "group_size", None) or widths[name] for step in steps}
         for size in sorted(size for size in sizes if widths[name] % size):
             stored = (
                 f"the last of its groups has {widths[name] % size}" if size < widths[name] else "a row is one group"
             )
+            divisor = max(number for number in range(1, size + 1) if widths[name] % number == 0)
             yield (
                 f"{name}: group_size {size} does not divide its width {widths[name]}, so {stored}, which few other "
-                f"engines read; {max(one for one in range(1, size + 1) if widths[name] % one == 0)} divides it"
+                f"engines read; {divisor} divides it"
             )
 
 
-def _larger(job: Job, rows: Sequence[LayerPlan]) -> Iterator[str]:
-    """Yield a sentence for each matrix that nothing is pruned of, and for each that becomes larger."""
+def _larger_matrices(job: Job, rows: Sequence[LayerPlan]) -> Iterator[str]:
+    """Yield a sentence for each matrix that is pruned of nothing, and for each that becomes larger."""
     for row in rows:
         before = 8 * job.source.tensors[f"{row.name}.weight"].bytes / prod(row.shape)
-        if any(getattr(step, "sparsity", None) == 0 for step in (job.steps | job.tables)[row.name]):
+        if any(getattr(step, "sparsity", None) == 0 for step in job.all_steps[row.name]):
             mask = f"its mask takes a bit per weight: {row.bpw:g} for {before:g}"
             yield f"{row.name}: sparsity 0 prunes nothing, and {mask}"
         elif row.bpw > before:
             yield f"{row.name}: its {row.bpw:.3f} bits per weight are more than the {before:g} of the dense model"
 
 
-def _without_data(job: Job) -> tuple[str, ...]:
-    """Return a sentence if methods that can learn from data have none."""
-    used = {step.method for steps in (job.steps | job.tables).values() for step in steps}
-    able = sorted(name for name in used if methods()[name].needs)
-    if job.recipe.calibration is not None or not able:
-        return ()
-    return (f"without calibration, {', '.join(able)} can use only the weights, not the inputs of layers",)
+def _mostly_dense(job: Job, dense_bytes: int, total: int) -> str:
+    """Return what most of the dense bytes are, and which setting compresses them."""
+    source, arch, recipe = job.source, job.arch, job.recipe
+    tables = [name for name in (arch.embedding, arch.head) if _could_be_compressed(job, name)]
+    linears = [name for name in arch.linears() if name not in job.steps]
+    said = f"{dense_bytes / 1e6:.1f} of {total / 1e6:.1f} MB stay dense"
+    by_size = max((tables, linears), key=lambda names: sum(source.tensors[f"{name}.weight"].bytes for name in names))
+    if not by_size:
+        return f"{said}; nothing of it can be compressed"
+    size = sum(source.tensors[f"{name}.weight"].bytes for name in by_size)
+    said = f"{said}, {size / 1e6:.1f} of it in {list_names(by_size)}"
+    if by_size is linears:
+        return f"{said}; a rule that matches them compresses them"
+    steps = "{method: rtn, bits: 4, group_size: 64}"
+    if recipe.calibration is not None:
+        steps = "{method: rotate}, {method: gptq, bits: 4}"
+    key = "head" if arch.embedding in job.tables else "embeddings"
+    return f"{said}; --set '{key}=[{steps}]' compresses them"
 
 
-def _is_compressed(job: Job, name: str) -> bool:
-    """True if the linear `name`, which is outside the blocks, is or shares a table that is compressed."""
-    return name in job.tables or (job.arch.tied and name == job.arch.head and job.arch.embedding in job.tables)
+def _could_be_compressed(job: Job, name: str) -> bool:
+    """True if the token table or the output head `name` stays dense and need not."""
+    if name in job.tables or f"{name}.weight" not in job.source.tensors or not is_causal(job.source.config):
+        return False
+    return name != job.arch.embedding or job.has_plain_table
 
 
 def check_memory(planned: Plan, device: str, processes: int = 1) -> None:
-    """Raise MemoryLimitError if the run would not fit into this machine even if nothing else ran on it, or not so many
-    `processes` of it."""
+    """Raise MemoryLimitError if so many `processes` of the run do not fit into this machine, even an idle one."""
     total, needed = total_memory(), planned.peak_memory_bytes * processes
     if device == "cpu" and needed > total:
         beside, fewer = (f" in {processes} processes", "fewer processes, ") if processes > 1 else ("", "")

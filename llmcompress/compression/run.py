@@ -16,14 +16,14 @@ from functools import partial
 from math import prod
 from pathlib import Path
 
+from llmcompress.calibration.gather import Statistics
 from llmcompress.calibration.ranks import own_share
-from llmcompress.calibration.walk import Block, Progress, walk
-from llmcompress.compression.block import CompressionState, common_of, compress_block, restore
-from llmcompress.compression.importance import importance_of
-from llmcompress.compression.job import Job
+from llmcompress.calibration.walk import Block, Execution, Progress, walk
+from llmcompress.compression.block import CompressionState, compress_block, restore, stored_common_matrices
+from llmcompress.compression.job import Job, gradient_importance
 from llmcompress.compression.plan import check_memory, plan_of
 from llmcompress.compression.result import Result
-from llmcompress.compression.run_files import Books, identity_of
+from llmcompress.compression.run_files import RunFiles, identity_of
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.distillation.blockwise.tune import tuner
 from llmcompress.errors import NumericsError, RecipeError, list_names
@@ -52,9 +52,9 @@ def compress(
 ) -> Result:
     """Compress the job's model into the new folder `output`, or a temporary one; `distill:` is left to the pipeline.
 
-    Raises an LLMCompressError, in one sentence, for whatever is wrong. Only finished blocks are left behind then, in
-    `<output>.partial`: the same call resumes after them, or starts over if `resume` is false. Of several processes,
-    each computes on its own `device`, and the first one reads and writes files beside the model's.
+    After an error only finished blocks are left, in `<output>.partial`: the same call resumes after them, or starts
+    over if `resume` is false. Several processes each compute on their own `device`; the first one reads and writes all
+    files but the model's. Raises an LLMCompressError, in one sentence, for whatever is wrong.
     """
     started = time.monotonic()
     place, planned = device_of(device), plan_of(job)
@@ -67,26 +67,26 @@ def compress(
         temporary = tempfile.TemporaryDirectory(prefix="llmcompress-")
         output = Path(temporary.name) / "model"
     output = Path(output)
-    asked = device if ranks.count == 1 else ranks.requested_device
-    with Books(job, planned, output, asked, resume, last=temporary is None) as books:
-        if (report := ranks.first(books.begin)) is not None:  # the end came just before this run
+    kind = device if ranks.count == 1 else ranks.requested_device
+    with RunFiles(job, planned, output, kind, resume, resumable=temporary is None) as files:
+        if (report := ranks.first(files.begin)) is not None:  # an earlier run ended just before this one
             return Result(output, report)
         tokens = ranks.first(lambda: job.tokens)
-        identity = identity_of(job, tokens, asked)
+        identity = identity_of(job, tokens, kind)
         ranks.compare(identity)
-        found = ranks.first(partial(books.open, identity))
+        finished = ranks.first(partial(files.open, identity))
         tune = None if job.recipe.reconstruct is None else tuner(job.recipe.reconstruct, ranks)
-        run = CompressionState(job, place, tune, 0 if tokens is None else tokens.held_out, list(found), ranks)
-        started -= found[-1].seconds if found else 0.0
-        _compress_blocks(run, tokens, books, progress, started)
+        run = CompressionState(job, place, tune, 0 if tokens is None else tokens.held_out, list(finished), ranks)
+        started -= finished[-1].seconds if finished else 0.0
+        _compress_blocks(run, tokens, files, progress, started)
         with ranks.agree_on_errors():
-            _check_gates(run)
-        report = ranks.first(lambda: _finish(run, tokens, books, len(found), started))
+            _check_fallbacks(run)
+        report = ranks.first(lambda: _finish(run, tokens, files, len(finished), started))
     return Result(output, report, temporary)
 
 
 def check_ranks(job: Job, ranks: Ranks, output: Path | str | None) -> None:
-    """Raise RecipeError for what several processes cannot do together."""
+    """Raise RecipeError for a job that several processes cannot do together."""
     if ranks.count == 1:
         return
     if job.recipe.tie is not None:
@@ -101,68 +101,54 @@ def check_ranks(job: Job, ranks: Ranks, output: Path | str | None) -> None:
 
 
 def _compress_blocks(
-    run: CompressionState, tokens: CalibrationTokens | None, books: Books, progress: Progress | None, started: float
+    run: CompressionState, tokens: CalibrationTokens | None, files: RunFiles, progress: Progress | None, started: float
 ) -> None:
     """Compress every block into the checkpoint; blocks that an earlier run has finished are restored and run."""
     finished = len(run.entries)
     if run.job.ties:
         for index in range(min(finished, len(run.job.arch.blocks))):
-            run.common |= common_of(run, books.tensors(index))
+            run.common |= stored_common_matrices(run, files.tensors(index))
     if finished == len(run.job.arch.blocks) + len(run.job.tables):
         return  # their files may be merged already
     slow = SlowBlocks()
-    for block in _blocks(run, tokens, books, finished, progress):
+    for block in _walk_blocks(run, tokens, files, finished, progress):
         if block.index < finished:
-            tensors = run.ranks.first(partial(books.tensors, block.index))
+            tensors = run.ranks.first(partial(files.tensors, block.index))
             restore(run, block, tensors, last=block.index + 1 == finished)
             continue
         result = compress_block(run, block)
         run.entries.append(replace(result.entry, seconds=time.monotonic() - started))
-        run.ranks.first(partial(books.add, result, run.entries[-1]))
+        run.ranks.first(partial(files.add, run.entries[-1], result.closed, result.pending))
         note = slow.end_block(tuple(row.shape for row in result.entry.rows))
         if note is not None and run.ranks.count == 1:  # other processes of the run are no other work
             LOG.warning(note)
 
 
-def _blocks(
-    run: CompressionState, tokens: CalibrationTokens | None, books: Books, finished: int, progress: Progress | None
+def _walk_blocks(
+    run: CompressionState, tokens: CalibrationTokens | None, files: RunFiles, finished: int, progress: Progress | None
 ) -> Iterator[Block]:
     """Walk over the model; without tokens, the moments are empty."""
-    job, recipe = run.job, run.job.recipe
-    sequences, held_out = (None, 0) if tokens is None else own_share(tokens.sequences, tokens.held_out, run.ranks)
-    importance = None if sequences is None else importance_of(job, sequences, run.device, run.ranks, books.kept)
-    return walk(
-        job.source,
-        job.arch,
-        sequences,
-        held_out=held_out,
-        needs=job.needs(),
-        cap=recipe.cap,
-        weights=recipe.token_weights,
-        importance=importance,
-        prefix=recipe.prefix,
-        dense_stream=recipe.asymmetric > 0,
-        outputs=run.tune is not None,
-        pairs=run.tune is not None and run.tune.window > 1,
-        batch_size=None if run.tune is None else run.tune.batch_size,
-        device=run.device,
-        dtype=product_dtype(recipe.compute, run.device),
-        finished=finished,
+    job, recipe, tune = run.job, run.job.recipe, run.tune
+    sequences, held_out, importance = None, 0, None
+    if tokens is not None:
+        sequences, held_out = own_share(tokens.sequences, tokens.held_out, run.ranks)
+        importance = gradient_importance(job, sequences, run.device, run.ranks, files.compute_once)
+    statistics = Statistics(
+        job.needs(), recipe.cap, recipe.token_weights, importance, recipe.prefix, cross=recipe.asymmetric > 0
+    )
+    execution = Execution(
+        run.device,
+        product_dtype(recipe.compute, run.device),
+        batch_size=None if tune is None else tune.batch_size,
         ranks=run.ranks,
         progress=progress,
     )
+    window = 0 if tune is None else tune.window
+    stages = {"held_out": held_out, "window": window, "finished": finished}
+    return walk(job.source, job.arch, sequences, statistics, execution, **stages)
 
 
-def _finish(
-    run: CompressionState, tokens: CalibrationTokens | None, books: Books, before: int, started: float
-) -> Report:
-    """Write everything that is no block, and return the report; an earlier run had finished `before` blocks."""
-    size = books.write_rest(run.layouts, {name: tied.name for name, tied in run.job.ties.items()})
-    found = _report(run, tokens, before, size, time.monotonic() - started)
-    return books.close(replace(found, warnings=(*books.planned.warnings, *found.warnings)))
-
-
-def _check_gates(run: CompressionState) -> None:
+def _check_fallbacks(run: CompressionState) -> None:
     """Raise NumericsError if more layers needed a fallback than the recipe allows."""
     rows = run.rows
     fallbacks = [row for row in rows if row.fallback]
@@ -173,11 +159,22 @@ def _check_gates(run: CompressionState) -> None:
         )
 
 
-def _report(run: CompressionState, tokens: CalibrationTokens | None, before: int, size: int, seconds: float) -> Report:
-    """Return the report of the run, without the warnings of its plan."""
+def _finish(
+    run: CompressionState, tokens: CalibrationTokens | None, files: RunFiles, before: int, started: float
+) -> Report:
+    """Write everything outside of the blocks, and return the report; an earlier run had finished `before` blocks."""
+    size = files.write_rest(run.layouts, {name: tie.name for name, tie in run.job.ties.items()})
+    report = _report(run, tokens, size, time.monotonic() - started)
+    warnings = (*files.planned.warnings, *(() if tokens is None else tokens.notes), *_warnings(run, before))
+    return files.close(replace(report, warnings=warnings))
+
+
+def _report(run: CompressionState, tokens: CalibrationTokens | None, size: int, seconds: float) -> Report:
+    """Return the report of the run, without warnings."""
     job, rows = run.job, run.rows
     linears = [row for row in rows if row.name not in job.tables]
     weights = sum(prod(row.shape) for row in linears)
+    processes = {} if run.ranks.count == 1 else {"processes": run.ranks.count}  # that have added up statistics
     return Report(
         model=job.source.public_name,
         revision=job.source.revision,
@@ -189,70 +186,39 @@ def _report(run: CompressionState, tokens: CalibrationTokens | None, before: int
         parameters=job.source.parameters,
         seconds=seconds,
         peak_memory_bytes=peak_memory(),
-        calibration=None if tokens is None else tokens.report() | _shared(run.ranks),
+        calibration=None if tokens is None else tokens.report() | processes,
         layers=tuple(rows),
-        warnings=(
-            *_notes(tokens),
-            *_unweighed(run),
-            *_starved(run),
-            *_searched_elsewhere(run),
-            *_from_before(before, len(run.entries)),
-        ),
         base_model=job.source.hub_id,
         license=job.source.license,
         versions=versions(),
-        blocks=run.learned,
-        fused=run.fused,
+        blocks={path: errors for entry in run.entries for path, errors in entry.learned.items()},
+        fused=tuple(note for entry in run.entries for note in entry.fused),
         trust_remote_code=bool(job.source.code),
         auto_class=auto_name(job.source.config),
         gates=pending_gates(job.recipe.gates.of_quality, job.ungated),
     )
 
 
-def _shared(ranks: Ranks) -> dict[str, int]:
-    """Return how many processes have added up statistics, where that is more than one."""
-    return {} if ranks.count == 1 else {"processes": ranks.count}
-
-
-def _notes(tokens: CalibrationTokens | None) -> tuple[str, ...]:
-    return () if tokens is None else tokens.notes
-
-
-def _unweighed(run: CompressionState) -> tuple[str, ...]:
-    """Return a sentence if the tokens of some blocks could not be weighed as the recipe asks."""
+def _warnings(run: CompressionState, before: int) -> Iterator[str]:
+    """Yield the warnings of the run itself, in a sentence each."""
     paths = [path for entry in run.entries for path in entry.unweighed]
-    if not paths:
-        return ()
-    return (
-        f"token_weights: {list_names(paths)} of {len(run.job.arch.blocks)} blocks do not tell how much attention "
-        f"tokens receive, so all tokens count alike there",
-    )
-
-
-def _starved(run: CompressionState) -> tuple[str, ...]:
-    """Return a sentence if experts were given few calibration tokens."""
+    if paths:
+        yield (
+            f"token_weights: {list_names(paths)} of {len(run.job.arch.blocks)} blocks do not tell how much attention "
+            f"tokens receive, so all tokens count alike there"
+        )
     few = {row.name.rpartition(".")[0]: row.starved for row in run.rows if row.starved is not None}
-    if not few:
-        return ()
-    least = min(few, key=lambda name: few[name])
-    return (
-        f"{len(few)} experts were given less than a quarter of the calibration tokens of an average one "
-        f"({least}: {few[least]}), so they were fitted to what all tokens would give them too; calibrate on more text",
-    )
-
-
-def _searched_elsewhere(run: CompressionState) -> tuple[str, ...]:
-    """Return a sentence if trellises were searched on another device than the requested one."""
-    if can_search(run.device) or not any("trellis" in row.stored for row in run.rows):
-        return ()
-    return (
-        f"trellises were searched on the CPU, not on {run.device}, since that takes an NVIDIA GPU and Triton; if there "
-        'is such a GPU, run pip install "llmcompress[gpu]"',
-    )
-
-
-def _from_before(before: int, count: int) -> tuple[str, ...]:
-    """Return a sentence if some blocks are those of an earlier run."""
-    if not before:
-        return ()
-    return (f"{before} of {count} blocks and tables are from an earlier run, which was interrupted",)
+    if few:
+        least = min(few, key=lambda name: few[name])
+        yield (
+            f"{len(few)} experts were given less than a quarter of the calibration tokens of an average one "
+            f"({least}: {few[least]}), so their statistics were filled up with tokens routed elsewhere; calibrate on "
+            f"more text"
+        )
+    if any("trellis" in row.stored for row in run.rows) and not can_search(run.device):
+        yield (
+            f"trellises were searched on the CPU, not on {run.device}, since that takes an NVIDIA GPU and Triton; if "
+            'there is such a GPU, run pip install "llmcompress[gpu]"'
+        )
+    if before:
+        yield f"{before} of {len(run.entries)} blocks and tables are from an earlier run, which was interrupted"

@@ -1,12 +1,12 @@
-"""Speeds of steps on this machine: tried on parts of random matrices, and kept for the next forecast.
+"""Speeds of steps on this machine: timed on parts of random matrices, and stored for the next estimate.
 
-A method's time has three terms: for each column, depending on the number of rows; for each weight and column of the
-width, since a column changes later ones; and for the cube of the width, a factor that layers with one input share. The
-first is tried on as many rows and few columns, the others on few rows and more columns.
+The time of a method has three terms: for each column, depending on the number of rows; for each weight and column of
+the width, since a column changes later ones; and for the cube of the width, a factor that layers with one input share.
+The first is timed on as many rows and few columns, the others on few rows and more columns.
 
-Trials of many steps take seconds, so what they found is kept in a file, beside the speed of products at that moment,
-which is measured again at each forecast: where products take longer, steps do by that ratio. Beside other work nothing
-that is measured is kept, and products have the speed of the last quiet moment.
+Trials of many steps take seconds, so their results are stored in a file, beside the speed of products at that moment.
+That speed is measured again at each estimate: if products take longer, steps do by the same ratio. On a busy machine
+nothing is stored, and products have the speed of the last quiet moment.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import pack_weight
 from llmcompress.weight.nodes import Dense
 
-COLUMNS, ROWS = 128, 2048  # tried of a matrix, at most
-FEW, WIDE = 256, 1024  # rows, and columns, of the trial that tells what grows with the width
+COLUMNS, ROWS = 128, 2048  # of a matrix in the trials by rows, at most
+FEW, WIDE = 256, 1024  # rows and columns of the trial by width
 TRIALS, BRIEF = 5, 0.1  # of a matrix, or of products, as long as they take fewer seconds together
 PACKAGE = Path(__file__).parents[1]
 FOLDER = "speeds"  # in the cache, with a file for each machine and version
 CODE = ("methods", "kernels", "weight")  # rooms whose code decides how fast steps are
-LOOK = 30  # seconds that a look at the load holds
+LOOK = 30  # seconds for which a look at the load holds
 
 T = TypeVar("T")
 Steps = tuple[StepConfig, ...]
@@ -55,7 +55,7 @@ class Pace:
     cube: float
 
     def seconds(self, rows: int, width: int) -> float:
-        """The time of a matrix, without the factor that it may share."""
+        """Return the time of a matrix, without the factor that it may share."""
         known = min(rows, max(self.columns))
         return width * self.columns[known] * rows / known + self.update * rows * width**2
 
@@ -66,8 +66,8 @@ class Pace:
 
 
 @dataclass(frozen=True, eq=False)
-class Timed(Moments):
-    """Moments that measure how long it takes to compute what layers share."""
+class TimedMoments(Moments):
+    """Moments that measure the time of computing what layers share."""
 
     clock: list[float] = field(default_factory=list)
 
@@ -76,16 +76,16 @@ class Timed(Moments):
         if key in self.derived:
             return super().memo(key, compute)
         started, inner = time.perf_counter(), sum(self.clock)
-        found: Any = super().memo(key, compute)
+        value: Any = super().memo(key, compute)
         self.clock.append(time.perf_counter() - started - (sum(self.clock) - inner))
-        if isinstance(found, Moments):  # those of another basis
-            found = Timed(found.tokens, found.square, found.outer, found.cross, found.derived, self.clock)
-            self.derived[key] = found
-        return cast("T", found)
+        if isinstance(value, Moments):  # those of another basis
+            value = TimedMoments(value.tokens, value.square, value.outer, value.cross, value.derived, self.clock)
+            self.derived[key] = value
+        return cast("T", value)
 
 
 class Trial(NamedTuple):
-    """Steps, and the rows and columns of a matrix, or of some rows of it, that they are run on."""
+    """Steps, and the size of the matrix, or of some of its rows, that they run on."""
 
     steps: Steps
     rows: int
@@ -93,7 +93,7 @@ class Trial(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Sizes to try for some matrices: the numbers of rows on few columns, and the columns beside FEW rows."""
+    """Sizes of trials for some matrices: numbers of rows on few columns, and numbers of columns on `few` rows."""
 
     rows: tuple[int, ...]
     few: int
@@ -102,150 +102,86 @@ class Sizes(NamedTuple):
 
     @staticmethod
     def of(shapes: Iterable[tuple[int, int]]) -> Sizes:
-        """Return what to try for matrices of these shapes `(rows, width)`."""
+        """Return the sizes for matrices of these shapes `(rows, width)`."""
         every = sorted(set(shapes))
         widest, few = max(width for _, width in every), min(FEW, max(rows for rows, _ in every))
         rows = sorted({min(rows, ROWS) for rows, _ in every} | {few})
         return Sizes(tuple(rows), few, min(COLUMNS, widest), min(WIDE, widest))
 
 
-def paces(asked: Mapping[Steps, Iterable[tuple[int, int]]], data: bool) -> dict[Steps, Pace]:
-    """Return how fast steps are on matrices of some shapes `(rows, width)`; `data`: with calibration.
+def paces(shapes: Mapping[Steps, Iterable[tuple[int, int]]], data: bool) -> dict[Steps, Pace]:
+    """Return how fast steps are on matrices of some shapes `(rows, width)`; `data`: True with calibration.
 
-    What was tried on this machine before is read from its file, and what was not is tried and added.
+    Earlier trials on this machine are read from their file; new ones are added.
     """
-    now, store, is_quiet = speed(torch.float32), _store(), busy() is None
-    kept, new, found = _kept(store, "paces"), dict[str, Any](), dict[Steps, Pace]()
-    for steps, shapes in asked.items():
-        sizes = Sizes.of(shapes)
+    now, store, is_quiet = product_speed(torch.float32), _pace_store(), busy_warning() is None
+    stored, new, result = _read(store, "paces"), dict[str, Any](), dict[Steps, Pace]()
+    for steps, sizes in ((steps, Sizes.of(each)) for steps, each in shapes.items()):
         key = sha256(repr((steps, sizes, data)).encode()).hexdigest()[:32]
-        if (pace := _read(kept.get(key), now)) is None:
-            pace = measured(steps, sizes, data)
+        if (pace := _pace_of(stored.get(key), now)) is None:
+            pace = measure_pace(steps, sizes, data)
             new[key] = asdict(pace) | {"speed": now}
             if not is_quiet:
-                pace = pace.times(product_speed(torch.float32) / now)
-        found[steps] = pace
+                pace = pace.times(time_products(torch.float32) / now)
+        result[steps] = pace
     if new and is_quiet:
-        _keep(store, "paces", kept | new)
-    return found
+        _write(store, "paces", stored | new)
+    return result
 
 
-def _store() -> Store:
-    """Return the store of the paces on this machine with this code, which has one record."""
-    code = sha256()
-    for path in sorted(path for room in CODE for path in (PACKAGE / room).rglob("*.py")):
-        code.update(path.read_bytes())
-    return Store(cache_folder() / FOLDER, _machine() | {"versions": versions(), "code": code.hexdigest()})
-
-
-def _machine() -> dict[str, Any]:
-    facts = torch_facts()
-    return {"cpu": facts.cpu, "threads": facts.threads, "torch": torch.__version__}
-
-
-def _name(store: Store) -> str:
-    return sha256(repr(sorted(store.identity.items())).encode()).hexdigest()[:16]
-
-
-def _kept(store: Store, what: str) -> dict[str, Any]:
-    """Return what a file has of earlier trials; nothing where it is missing or damaged, since they can be repeated."""
-    try:
-        record = store.get(_name(store))
-    except InputError:
-        return {}
-    found = None if record is None else record.entry.get(what)
-    return found if isinstance(found, dict) else {}
-
-
-def _keep(store: Store, what: str, entry: Mapping[str, Any]) -> None:
-    """Write the file; warn where that is impossible."""
-    try:
-        store.put(_name(store), {what: entry})
-    except DiskError as error:
-        warnings.warn(
-            f"{store.folder}: speeds of this machine cannot be kept there ({first_line(error)}), so every plan tries "
-            f"steps again; set LLMCOMPRESS_CACHE to a folder that can be written",
-            stacklevel=2,
-        )
-
-
-def _read(entry: Any, now: float) -> Pace | None:
-    """Return a kept pace at the speed that products have now; None where there is none that can be read."""
-    try:
-        columns = {int(rows): float(each) for rows, each in entry["columns"].items()}
-        kept = Pace(columns, float(entry["update"]), float(entry["cube"]))
-        return kept.times(float(entry["speed"]) / now)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return None
-
-
-def measured(steps: Steps, sizes: Sizes, data: bool) -> Pace:
+def measure_pace(steps: Steps, sizes: Sizes, data: bool) -> Pace:
     """Measure how fast steps are, with calibration or without."""
     few, narrow, wide = sizes.few, sizes.narrow, sizes.wide
-    tried(steps, few, narrow, data)  # compiles what it needs
-    columns = {rows: tried(steps, rows, narrow, data)[0] / narrow for rows in sizes.rows}
+    time_steps(steps, few, narrow, data)  # compiles what it needs
+    columns = {rows: time_steps(steps, rows, narrow, data)[0] / narrow for rows in sizes.rows}
     if wide == narrow:
         return Pace(columns, 0.0, 0.0)
-    own, shared = tried(steps, few, wide, data)
+    own, shared = time_steps(steps, few, wide, data)
     update = max(own / wide - columns[few], 0.0) / (few * (wide - narrow))
     columns = {rows: max(each - update * rows * narrow, 0.0) for rows, each in columns.items()}
     return Pace(columns, update, shared / wide**3)
 
 
-def tried(steps: Steps, rows: int, width: int, data: bool) -> tuple[float, float]:
-    """Run steps on a random matrix, more than once if they are fast: return the seconds of its own, and those of what
-    layers with one input share, where they were fewest."""
+def time_steps(steps: Steps, rows: int, width: int, data: bool) -> tuple[float, float]:
+    """Run steps on a random matrix, several times if they are fast.
+
+    Returns the fewest seconds of its own, and of what layers with one input share.
+    """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, width, generator=generator)
-    found = Moments.of(torch.randn(2 * width, width, generator=generator), STATISTICS) if data else Moments(0.0)
+    inputs = Moments.of(torch.randn(2 * width, width, generator=generator), STATISTICS) if data else Moments(0.0)
     first, times = time.perf_counter(), list[tuple[float, float]]()
     while not times or (len(times) < TRIALS and time.perf_counter() - first < BRIEF):
-        moments = Timed(found.tokens, found.square, found.outer)
+        moments = TimedMoments(inputs.tokens, inputs.square, inputs.outer)
         started = time.perf_counter()
         layer = Layer("trial", weight, Dense(weight.to(torch.bfloat16)), moments, "0")
         done = apply(layer, steps).expression()
         pack_weight(done)
-        for _ in range(2):  # for its error, and when the next block reads what it gives
+        for _ in range(2):  # for its error, and when the next block reads its outputs
             dense(done)
         shared = sum(moments.clock)
         times.append((time.perf_counter() - started - shared, shared))
     return min(own for own, _ in times), min(shared for _, shared in times)
 
 
-def speed(dtype: torch.dtype) -> float:
+def product_speed(dtype: torch.dtype) -> float:
     """Return the floating-point operations per second of a product on this machine when it is quiet.
 
-    Measured now, or beside other work that of the last quiet moment, as far as one is kept.
+    On a busy machine it is the speed of the last quiet moment, if that is stored.
     """
-    store, name = Store(cache_folder() / FOLDER, _machine()), str(dtype)
-    kept = _kept(store, "products")
-    if busy() is not None:
-        last = kept.get(name)
-        return product_speed(dtype) if last is None else float(last["speed"])
-    now, today = product_speed(dtype), date.today().isoformat()
-    if name not in kept or kept[name]["date"] != today:
-        _keep(store, "products", kept | {name: {"speed": now, "date": today}})
+    store, name = _machine_store(), str(dtype)
+    stored = _read(store, "products")
+    if busy_warning() is not None:
+        last = stored.get(name)
+        return time_products(dtype) if last is None else float(last["speed"])
+    now, today = time_products(dtype), date.today().isoformat()
+    if name not in stored or stored[name]["date"] != today:
+        _write(store, "products", stored | {name: {"speed": now, "date": today}})
     return now
 
 
-def busy() -> str | None:
-    """Return the remark on times that are told on a busy machine; None on a quiet one. A look holds LOOK seconds."""
-    note = _looked(int(time.monotonic() / LOOK))
-    if note is None:
-        return None
-    days = [entry["date"] for entry in _kept(Store(cache_folder() / FOLDER, _machine()), "products").values()]
-    if not days:
-        return f"{note}, and how fast it is when quiet is not known yet: times may be far too long"
-    return f"{note}: times are for a quiet one, as measured on {max(days)}"
-
-
-@lru_cache(maxsize=1)
-def _looked(_moment: int) -> str | None:
-    return busy_note()
-
-
-def product_speed(dtype: torch.dtype) -> float:
-    """Measure the floating-point operations per second of a product at this moment, at its best of a few times."""
+def time_products(dtype: torch.dtype) -> float:
+    """Measure the floating-point operations per second of a product at this moment, the best of a few times."""
     a = torch.ones(1024, 1024, dtype=dtype)
     a @ a
     first, times = time.perf_counter(), list[float]()
@@ -255,3 +191,73 @@ def product_speed(dtype: torch.dtype) -> float:
             a @ a
         times.append(time.perf_counter() - started)
     return 4 * 2 * 1024**3 / min(times)
+
+
+def busy_warning() -> str | None:
+    """Return a warning about times that are estimated on a busy machine; None on a quiet one."""
+    note = _load_note(int(time.monotonic() / LOOK))
+    if note is None:
+        return None
+    days = [entry["date"] for entry in _read(_machine_store(), "products").values()]
+    if not days:
+        return f"{note}, and how fast it is when quiet is not known yet: times may be far too long"
+    return f"{note}: times are for a quiet one, as measured on {max(days)}"
+
+
+@lru_cache(maxsize=1)
+def _load_note(_moment: int) -> str | None:
+    return busy_note()
+
+
+def _machine() -> dict[str, Any]:
+    facts = torch_facts()
+    return {"cpu": facts.cpu, "threads": facts.threads, "torch": torch.__version__}
+
+
+def _machine_store() -> Store:
+    """Return the store of the speed of products on this machine, which has one record."""
+    return Store(cache_folder() / FOLDER, _machine())
+
+
+def _pace_store() -> Store:
+    """Return the store of the paces on this machine with this code, which has one record."""
+    code = sha256()
+    for path in sorted(path for room in CODE for path in (PACKAGE / room).rglob("*.py")):
+        code.update(path.read_bytes())
+    return Store(cache_folder() / FOLDER, _machine() | {"versions": versions(), "code": code.hexdigest()})
+
+
+def _record_name(store: Store) -> str:
+    return sha256(repr(sorted(store.identity.items())).encode()).hexdigest()[:16]
+
+
+def _read(store: Store, what: str) -> dict[str, Any]:
+    """Return earlier trials; nothing if the file is missing or damaged, since trials can be repeated."""
+    try:
+        record = store.get(_record_name(store))
+    except InputError:
+        return {}
+    stored = None if record is None else record.entry.get(what)
+    return stored if isinstance(stored, dict) else {}
+
+
+def _write(store: Store, what: str, entry: Mapping[str, Any]) -> None:
+    """Store trials; warn if that is impossible."""
+    try:
+        store.put(_record_name(store), {what: entry})
+    except DiskError as error:
+        warnings.warn(
+            f"{store.folder}: speeds of this machine cannot be kept there ({first_line(error)}), so every plan tries "
+            f"steps again; set LLMCOMPRESS_CACHE to a folder that can be written",
+            stacklevel=2,
+        )
+
+
+def _pace_of(entry: Any, now: float) -> Pace | None:
+    """Return a stored pace at the speed that products have `now`; None if it cannot be read."""
+    try:
+        columns = {int(rows): float(each) for rows, each in entry["columns"].items()}
+        pace = Pace(columns, float(entry["update"]), float(entry["cube"]))
+        return pace.times(float(entry["speed"]) / now)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None

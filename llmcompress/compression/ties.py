@@ -1,8 +1,7 @@
-"""Blocks that have their matrices in common: which, how these begin, and what each block stores of its own.
+"""Common matrices of tied blocks (Relaxed Recursive Transformers, arXiv 2410.20672).
 
-A linear of a tied block is a common matrix plus a term of its own. The common one is compressed when the first of its
-blocks is, for the inputs of that block; later ones find it there. It is stored once, beside the blocks, by a name of
-its own (`Tied.name`). Relaxed Recursive Transformers (arXiv 2410.20672).
+A linear of a tied block is a common matrix plus a term of its own. The common matrix is compressed with the first of
+its blocks, for the inputs of that block, and stored once, beside the blocks, by a name of its own.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from llmcompress.weight.tied import describe_beside_base
 
 
 @dataclass(frozen=True)
-class Tied:
-    """A matrix that linears have in common. `name`: its module path; `linears`: those that have it, in depth order;
-    `start`: those whose mean it is before it is compressed, by `steps`; `term`: what each of the linears adds."""
+class CommonMatrix:
+    """A matrix that `linears` share, in depth order. `start`: linears whose mean it is before `steps` compress it;
+    `term`: the term that each linear adds; None for none."""
 
-    name: str
+    name: str  # module path
     shape: tuple[int, int]  # (out, in)
     linears: tuple[str, ...]
     start: tuple[str, ...]
@@ -34,28 +33,28 @@ class Tied:
     term: LowRankConfig | None
 
     def is_first(self, linear: str) -> bool:
-        """True for the linear that the common matrix is compressed for, and counted with."""
+        """True for the linear that the common matrix is compressed and counted with."""
         return linear == self.linears[0]
 
     def sketch(self, linear: str) -> Weight:
-        """Return what a linear stores, the first one with the common matrix, without values, for `plan`."""
+        """Return the expression that a linear stores, without values; the common matrix is in that of the first."""
         own = Zero(self.shape) if self.term is None else self.term.term_sketch(Zero(self.shape))
         return add_to_base(sketch(linear, self.shape, self.steps), own) if self.is_first(linear) else own
 
-    def described(self, linear: str, stored: Weight) -> str:
+    def description(self, linear: str, stored: Weight) -> str:
         """Return in words what a linear stores, as in `sketch`."""
         return describe(stored) if self.is_first(linear) else describe_beside_base(stored)
 
     def steps_of(self, linear: str) -> tuple[StepConfig, ...]:
-        """Return the steps that a linear takes: the first one those of the common matrix too."""
+        """Return the steps of a linear; the first one has those of the common matrix too."""
         own = () if self.term is None else (self.term,)
         return (*self.steps, *own) if self.is_first(linear) else own
 
 
 def groups_of(tie: Tie, count: int) -> tuple[tuple[int, ...], ...]:
-    """Return the numbers of the blocks that have their matrices in common, of a model of `count` blocks.
+    """Return groups of block numbers that share their matrices, for a model of `count` blocks.
 
-    Raises RecipeError where there are fewer blocks than groups.
+    Raises RecipeError for fewer blocks than groups.
     """
     if tie.blocks > count:
         raise RecipeError(f"tie: blocks: the model has {count} blocks, so not {tie.blocks} of them; lower it")
@@ -63,15 +62,14 @@ def groups_of(tie: Tie, count: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(n for n in of if of[n] == group) for group in range(tie.blocks))
 
 
-def ties_of(
+def common_matrices(
     tie: Tie, arch: Architecture, steps: Mapping[str, tuple[StepConfig, ...]], dense: Sequence[str]
-) -> dict[str, Tied]:
-    """Return the common matrix of each linear that has one; those named `dense` stay as they are.
+) -> dict[str, CommonMatrix]:
+    """Return the common matrix of each linear that has one; linears named `dense` stay as they are.
 
-    `steps`: those of the rules for every linear, of which the first block's count. Raises RecipeError for blocks that
-    differ, in the steps of the rules too.
+    `steps`: of every linear, by the rules. Raises RecipeError for blocks that differ in shapes or steps.
     """
-    found: dict[str, Tied] = {}
+    ties: dict[str, CommonMatrix] = {}
     term = tie.term if isinstance(tie.term, LowRankConfig) else None
     parent = arch.stack.rpartition(".")[0]
     spread = [round(n * (len(arch.blocks) - 1) / max(tie.blocks - 1, 1)) for n in range(tie.blocks)]
@@ -85,8 +83,8 @@ def ties_of(
             if first.name in dense:
                 continue
             for other in (*group, *start):
-                there = inside[other].get(leaf)
-                if there is None or there.shape != first.shape:
+                linear = inside[other].get(leaf)
+                if linear is None or linear.shape != first.shape:
                     raise RecipeError(
                         f"tie: {arch.blocks[other].path} has no {leaf} of the size {list(first.shape)} as "
                         f"{arch.blocks[group[0]].path}; choose a number of blocks that puts like ones together"
@@ -99,6 +97,5 @@ def ties_of(
                 )
             name = ".".join(filter(None, (parent, "tied", f"{number}_{leaf.replace('.', '_')}")))
             begins = tuple(inside[n][leaf].name for n in start)
-            tied = Tied(name, first.shape, linears, begins, steps[first.name], term)
-            found |= dict.fromkeys(linears, tied)
-    return found
+            ties |= dict.fromkeys(linears, CommonMatrix(name, first.shape, linears, begins, steps[first.name], term))
+    return ties

@@ -1,6 +1,6 @@
-"""Estimate of a run's time on this machine: steps by trials of parts of matrices, what surrounds them by its products.
+"""Estimate of the time of a run on this machine when it is quiet: steps by trials, the rest by products.
 
-Products are counted at the speed that they have on this machine when it is quiet.
+`Work` counts what a run or the pricing of a target does; `Work.seconds` turns it into time.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import math
 import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 
 import torch
 
-from llmcompress.compression.fuse.awq import EXPONENTS
+from llmcompress.compression.awq import EXPONENTS
 from llmcompress.compression.job import Job
 from llmcompress.compression.memory_estimate import by_gradient, gate_tokens
-from llmcompress.compression.step_timing import Steps, Trial, busy, paces, speed
+from llmcompress.compression.step_timing import Steps, Trial, busy_warning, paces, product_speed
 from llmcompress.methods.layer import MANY, SAMPLED
 from llmcompress.models.dense.families import BlockLayout
 from llmcompress.recipe.compression import Recipe
@@ -28,51 +29,75 @@ from llmcompress.runtime.precision import fast_float32, product_dtype
 LOG = logging.getLogger("llmcompress")
 FORWARD_SHARE = 2.0  # time of a calibration pass over the time of its linears: attention, norms and other work
 FACTOR = 2.1  # products of a cube that a factor of H takes as long as
-START, READ = 0.2, 1e-8  # seconds that every run takes; and to read a weight, and to write what becomes of it
-MODULES = 240  # parses of one module of Python's library that take as long as to read the text that this package brings
-BACKWARD = 4  # forwards of a block that the pass for its importance takes as long as: two, and gradients of inputs
-LABEL = 9e-9  # seconds that a logit takes in that pass, beside its products: for its probability, and to draw from it
-ROUNDING = 1.0  # sequences whose forward takes as long as what a step does to every weight of a block
+START, READ = 0.2, 1e-8  # seconds that every run takes; and to read a weight, and to write its compressed form
+MODULES = 240  # parses of one module of Python's library that take as long as to read the text of this package
+BACKWARD = 4  # forwards of a block that its backward pass takes as long as: two, and gradients of inputs
+LABEL = 9e-9  # seconds of a logit in that pass, beside its products: its probability, and a draw from it
+ROUNDING = 1.0  # sequences whose forward takes as long as the update of every weight of a block in a step
 RELAXING = 2e-8  # seconds to make a weight of a block learn, and to store it again
 EXPERT = re.compile(r"(.+)\.(\d+)\.(?:gate|up|down)_proj")
 EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 
 
+@dataclass(frozen=True)
+class Work:
+    """Work of a machine.
+
+    `forward`: operations of linears in forwards, in the recipe's dtype. `exact`: operations of float32 products.
+    `other`: seconds of everything else.
+    """
+
+    forward: float = 0.0
+    exact: float = 0.0
+    other: float = 0.0
+
+    def __add__(self, more: Work) -> Work:
+        return Work(self.forward + more.forward, self.exact + more.exact, self.other + more.other)
+
+    def seconds(self, recipe: Recipe) -> float:
+        """Return the time of the work on this machine."""
+        fast = product_speed(product_dtype(recipe.compute, torch.device("cpu")))
+        return FORWARD_SHARE * self.forward / fast + self.exact / product_speed(torch.float32) + self.other
+
+
 @fast_float32()
-def seconds(job: Job) -> float:
+def estimate_seconds(job: Job) -> float:
     """Return the time of a run, from reading the text to the finished checkpoint. Warns on a busy machine."""
-    recipe = job.recipe
-    if (note := busy()) is not None:
+    if (note := busy_warning()) is not None:
         LOG.warning(note)
-    total = START + READ * job.source.parameters
-    total += of_steps(job, {name: [Trial(each, *_size(job, name))] for name, each in (job.steps | job.tables).items()})
-    if recipe.calibration is None:
-        return total
-    tokens = recipe.calibration.samples * recipe.calibration.length
-    forward, exact = _operations(job, tokens, token_shares(job))
-    fast = speed(product_dtype(recipe.compute, torch.device("cpu")))
-    total += of_labels(job, tokens)
-    total += RELAXING * sum(_rounds(layout, recipe) * weights_of(layout, {}) for layout in job.arch.blocks)
-    return total + of_text() + FORWARD_SHARE * forward / fast + exact / speed(torch.float32) + _of_gates(job)
+    return _run_work(job).seconds(job.recipe)
 
 
-def of_steps(job: Job, run: Mapping[str, Sequence[Trial]]) -> float:
-    """Return the time of what is run on matrices, by their names: linears of one group share a factor."""
+def _run_work(job: Job) -> Work:
+    recipe, text = job.recipe, job.recipe.calibration
+    steps = step_seconds(job, {name: [Trial(each, *_size(job, name))] for name, each in job.all_steps.items()})
+    work = Work(other=START + READ * job.source.parameters + steps)
+    if text is None:
+        return work
+    tokens, shares = text.samples * text.length, token_shares(job)
+    relaxing = RELAXING * sum(_rounds(layout, recipe) * weights_of(layout, {}) for layout in job.arch.blocks)
+    blocks = [_block_work(layout, recipe, tokens, shares) for layout in job.arch.blocks]
+    work += Work(other=relaxing + text_seconds())
+    return sum(blocks, work) + gradient_work(job, tokens, shares) + _gate_work(job, shares)
+
+
+def step_seconds(job: Job, trials: Mapping[str, Sequence[Trial]]) -> float:
+    """Return the time of steps on matrices, by their names: linears of one group share a factor."""
     sizes: dict[Steps, set[tuple[int, int]]] = {}
-    for steps, rows, width in (trial for each in run.values() for trial in each):
+    for steps, rows, width in (trial for each in trials.values() for trial in each):
         sizes.setdefault(steps, set()).add((rows, width))
     known = paces(sizes, job.recipe.calibration is not None)
     groups = [[linear.name for linear in group] for layout in job.arch.blocks for group in layout.groups]
     inside, total = {name for names in groups for name in names}, 0.0
-    for names in [*groups, *([name] for name in run if name not in inside)]:
-        trials = [trial for name in names for trial in run.get(name, ())]
-        total += sum(known[steps].seconds(rows, width) for steps, rows, width in trials)
-        total += max((known[steps].cube * width**3 for steps, _, width in trials), default=0.0)
+    for names in [*groups, *([name] for name in trials if name not in inside)]:
+        together = [trial for name in names for trial in trials.get(name, ())]
+        total += sum(known[steps].seconds(rows, width) for steps, rows, width in together)
+        total += max((known[steps].cube * width**3 for steps, _, width in together), default=0.0)
     return total
 
 
-def of_text() -> float:
-    """Return the time to read the text that this package brings, for any other as well."""
+def text_seconds() -> float:
+    """Return the time to read the text of this package, which stands for any text."""
     source, times = inspect.getsource(inspect), list[float]()
     for _ in range(3):
         started = time.perf_counter()
@@ -81,53 +106,44 @@ def of_text() -> float:
     return MODULES * min(times)
 
 
-def of_labels(job: Job, tokens: int) -> float:
-    """Return the time of what the pass by gradient does to logits; 0 without it."""
-    vocabulary = job.source.tensors[f"{job.arch.embedding}.weight"].shape[0]
-    return LABEL * tokens * vocabulary if by_gradient(job.recipe) else 0.0
+def gradient_work(job: Job, tokens: int, shares: Mapping[str, float]) -> Work:
+    """Return the work of the backward pass that weighs tokens by gradient; none without it."""
+    if not by_gradient(job.recipe):
+        return Work()
+    vocabulary, width = job.source.tensors[f"{job.arch.embedding}.weight"].shape
+    head = 2 * 2 * tokens * vocabulary * width / FORWARD_SHARE
+    blocks = 2 * BACKWARD * tokens * sum(weights_of(layout, shares) for layout in job.arch.blocks)
+    return Work(forward=head + blocks, other=LABEL * tokens * vocabulary)
 
 
-def _of_gates(job: Job) -> float:
-    """Return the time in which the dense and the finished model read what the gates of quality are measured on."""
+def _gate_work(job: Job, shares: Mapping[str, float]) -> Work:
+    """Return the work of the dense and the finished model on the text that the gates of quality are measured on."""
     tokens = 0 if job.ungated else gate_tokens(job.recipe)
     if not tokens:
-        return 0.0
-    shares = token_shares(job)
+        return Work()
     head = prod(job.source.tensors[f"{job.arch.embedding}.weight"].shape)
     each = FORWARD_SHARE * sum(weights_of(layout, shares) for layout in job.arch.blocks) + head
-    return READ * job.source.parameters + 2 * 2 * tokens * each / speed(torch.float32)
+    return Work(exact=2 * 2 * tokens * each, other=READ * job.source.parameters)
 
 
-def _operations(job: Job, tokens: int, shares: Mapping[str, float]) -> tuple[float, float]:
-    """Return the operations of forwards and moments, and those of products that stay precise."""
-    recipe = job.recipe
-    forward, exact = 0.0, 0.0
-    for layout in job.arch.blocks:
-        block, rounds = weights_of(layout, shares), _rounds(layout, recipe)
-        passes = 2 + (recipe.asymmetric > 0 or rounds > 0)
-        if recipe.reconstruct is not None and recipe.reconstruct.between:
-            passes += len(layout.groups) - 1  # moments of the next group
-        forward += 2 * passes * tokens * block
-        for group in layout.groups:
-            read = tokens * shares.get(group[0].name, 1.0)
-            rows, width = sum(linear.shape[0] for linear in group), group[0].shape[1]
-            forward += read * width**2 * (3 if recipe.asymmetric else 1) / FORWARD_SHARE  # nothing else is in it
-            seen = sum(SAMPLED if linear.shape[0] >= MANY else linear.shape[0] for linear in group)
-            exact += 4 * (rows if recipe.exact_errors else seen) * width**2
-            if recipe.asymmetric:
-                exact += min(4 * width**3 + 2 * rows * width**2, 6 * rows * width**2) + FACTOR * width**3
-            if recipe.fuse is not None and recipe.fuse.awq:
-                exact += 2 * len(EXPONENTS) * rows * width**2
-        forward += 2 * rounds * _learned(recipe) * block
-    return forward + gradient_operations(job, tokens, shares), exact
-
-
-def gradient_operations(job: Job, tokens: int, shares: Mapping[str, float]) -> float:
-    """Return the operations of the pass by gradient, counted as those of forwards; 0 without it."""
-    if not by_gradient(job.recipe):
-        return 0.0
-    head = 2 * 2 * tokens * prod(job.source.tensors[f"{job.arch.embedding}.weight"].shape) / FORWARD_SHARE
-    return head + 2 * BACKWARD * tokens * sum(weights_of(layout, shares) for layout in job.arch.blocks)
+def _block_work(layout: BlockLayout, recipe: Recipe, tokens: int, shares: Mapping[str, float]) -> Work:
+    """Return the work of a block's forwards, moments and learning, and of its layers' errors and targets."""
+    block, rounds = weights_of(layout, shares), _rounds(layout, recipe)
+    passes = 2 + (recipe.asymmetric > 0 or rounds > 0)
+    if recipe.reconstruct is not None and recipe.reconstruct.between:
+        passes += len(layout.groups) - 1  # moments of the next group
+    forward, exact = 2 * passes * tokens * block + 2 * rounds * _learned_tokens(recipe) * block, 0.0
+    for group in layout.groups:
+        read = tokens * shares.get(group[0].name, 1.0)
+        rows, width = sum(linear.shape[0] for linear in group), group[0].shape[1]
+        forward += read * width**2 * (3 if recipe.asymmetric else 1) / FORWARD_SHARE  # nothing else is in it
+        seen = sum(SAMPLED if linear.shape[0] >= MANY else linear.shape[0] for linear in group)
+        exact += 4 * (rows if recipe.exact_errors else seen) * width**2
+        if recipe.asymmetric:
+            exact += min(4 * width**3 + 2 * rows * width**2, 6 * rows * width**2) + FACTOR * width**3
+        if recipe.fuse is not None and recipe.fuse.awq:
+            exact += 2 * len(EXPONENTS) * rows * width**2
+    return Work(forward, exact)
 
 
 def weights_of(layout: BlockLayout, shares: Mapping[str, float]) -> float:
@@ -142,8 +158,8 @@ def _rounds(layout: BlockLayout, recipe: Recipe) -> int:
     return (len(layout.groups) if learning.between else 1) + learning.window - 1
 
 
-def _learned(recipe: Recipe) -> float:
-    """Return the tokens whose forwards take as long as what a block learns in one round."""
+def _learned_tokens(recipe: Recipe) -> float:
+    """Return the number of tokens whose forwards take as long as one round of learning of a block."""
     learning, text = recipe.reconstruct, recipe.calibration
     if learning is None or text is None:
         return 0.0
@@ -162,13 +178,12 @@ def _size(job: Job, name: str) -> tuple[int, int]:
 
 
 def token_shares(job: Job) -> dict[str, float]:
-    """Return the share of tokens that reach the linears of experts, by their module path; of others there is none."""
+    """Return the share of tokens that reach each linear of an expert, by module path."""
     config = job.source.config.get_text_config(decoder=True)
     chosen = next((value for key in EXPERTS if isinstance(value := getattr(config, key, None), int)), None)
+    experts = [match for name in job.arch.linears() if (match := EXPERT.fullmatch(name))]
     numbers: dict[str, set[str]] = {}
-    for name in job.arch.linears():
-        if found := EXPERT.fullmatch(name):
-            numbers.setdefault(found[1], set()).add(found[2])
-    known = {path: 1.0 if chosen is None else min(1.0, chosen / len(found)) for path, found in numbers.items()}
-    named = ((name, EXPERT.fullmatch(name)) for name in job.arch.linears())
-    return {name: known[found[1]] for name, found in named if found}
+    for match in experts:
+        numbers.setdefault(match[1], set()).add(match[2])
+    shares = {path: 1.0 if chosen is None else min(1.0, chosen / len(each)) for path, each in numbers.items()}
+    return {match[0]: shares[match[1]] for match in experts}

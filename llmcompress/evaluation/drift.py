@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.calibration.streaming import Streamed
+from llmcompress.calibration.streaming import StreamedModel
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.evaluation.logits import Counting, by_blocks, opened
 from llmcompress.evaluation.perplexity import evaluation_windows
@@ -106,10 +106,10 @@ def drift(
     return Drift(names[0], names[1], protocol.to_json(), ids.numel(), found)
 
 
-def _drifts(mine: Streamed, theirs: Streamed, ids: Tensor, progress: Counting | None) -> Iterator[BlockDrift]:
+def _drifts(mine: StreamedModel, theirs: StreamedModel, ids: Tensor, progress: Counting | None) -> Iterator[BlockDrift]:
     """Let both models pass, and yield the drift at each block of `mine`, then behind its last."""
     originals = matched_blocks(mine.model, theirs.model) | {mine.depth: theirs.depth}
-    given, wanted = (model.embedded(ids, 1) for model in (mine, theirs))
+    given, wanted = (model.embed(ids, 1) for model in (mine, theirs))
     reached = 0
     for block, original in originals.items():
         for index in range(reached, original):

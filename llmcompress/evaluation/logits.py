@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from llmcompress.calibration.streaming import States, Streamed, from_disk, in_memory
+from llmcompress.calibration.streaming import States, StreamedModel, from_disk, in_memory
 from llmcompress.errors import InputError
 from llmcompress.models.dense.load import check_fits, check_outline, load_model
 from llmcompress.models.dense.locate import Place
@@ -90,13 +90,15 @@ def window_logits(
                 yield here, whole(input_ids=here, use_cache=False).logits
 
 
-def _passed(model: Readable, ids: Tensor, batch_size: int, blocks: Counting | None) -> tuple[Streamed, States] | None:
+def _passed(
+    model: Readable, ids: Tensor, batch_size: int, blocks: Counting | None
+) -> tuple[StreamedModel, States] | None:
     """Let windows pass the blocks; None for a model that has to be, or already is, whole in memory."""
     if not isinstance(model, OnDisk) and not _streams(model):
         return None
     try:
         streamed = by_blocks(model)
-        states = streamed.embedded(ids, batch_size)
+        states = streamed.embed(ids, batch_size)
         for index in range(streamed.depth):
             streamed.advance(states, index)
             if blocks is not None:
@@ -106,7 +108,7 @@ def _passed(model: Readable, ids: Tensor, batch_size: int, blocks: Counting | No
     return streamed, states
 
 
-def by_blocks(model: Readable) -> Streamed:
+def by_blocks(model: Readable) -> StreamedModel:
     """Return a model as one whose blocks are held one at a time. Raises InputError if they cannot be told apart."""
     return from_disk(model.source, device_of(model.device)) if isinstance(model, OnDisk) else in_memory(model)
 

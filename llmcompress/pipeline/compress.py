@@ -2,9 +2,9 @@
 
     model, recipe -> job -> steps for its target -> OUT.compressed -> trained towards the same model -> OUT
 
-`compress` and `plan` are the entry points: they open the model and read the recipe once, and everything below takes the
-job. Any fault in a section or its text is found before compression starts. OUT.compressed is removed when OUT is
-complete; if a run is interrupted, the next one finds it and resumes with the distillation.
+`compress` and `plan` open the model and read the recipe once; everything below takes the job. Faults in a section or
+its text are found before compression starts. OUT.compressed is removed when OUT is complete; an interrupted run resumes
+from it with the distillation.
 """
 
 from __future__ import annotations
@@ -20,22 +20,21 @@ from typing import Any
 
 from llmcompress.allocation.allocate import Allocation, allocate
 from llmcompress.allocation.forecast import forecast
-from llmcompress.allocation.price_file import allocate_by, discard_prices, measure_part
-from llmcompress.allocation.price_shards import Part
+from llmcompress.allocation.price_file import Part, allocate_by, discard_prices, measure_part
 from llmcompress.compression import run
 from llmcompress.compression.job import Job, prepare
 from llmcompress.compression.plan import Plan, plan_of
 from llmcompress.compression.result import Result
 from llmcompress.compression.run import Progress
 from llmcompress.compression.run_files import is_complete
-from llmcompress.compression.time_estimate import seconds
+from llmcompress.compression.time_estimate import estimate_seconds
 from llmcompress.errors import DiskError, RecipeError
 from llmcompress.models.dense.companions import companions
 from llmcompress.models.dense.model import resolve
 from llmcompress.models.files import file_names
 from llmcompress.models.files.compressed import check_kind
 from llmcompress.models.files.output import check_writable, is_ours, lock_output, remove_folder
-from llmcompress.pipeline.quality_check import check, is_unsettled, judge
+from llmcompress.pipeline.quality_check import check_gates, is_unsettled, judge
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import hide_folders, read_as, read_recipe
@@ -71,8 +70,10 @@ def plan(
         InputError: for a model that cannot be compressed.
         RecipeError: for whatever is wrong with the recipe, and for a `target:` that no choice of options reaches.
     """
-    job = _opened(model, recipe, revision, trust_remote_code)
-    return replace(plan_of(job), timed=partial(seconds, job)) if job.recipe.target is None else forecast(job)
+    job = _open_job(model, recipe, revision, trust_remote_code)
+    if job.recipe.target is not None:
+        return forecast(job)
+    return replace(plan_of(job), timed=partial(estimate_seconds, job))
 
 
 @fast_float32()
@@ -125,24 +126,24 @@ def compress(
     judging = judging or progress_line("block read for the gates")
     with join_ranks(device) as ranks:
         with ranks.agree_on_errors():
-            job = _opened(model, recipe, revision, trust_remote_code)
+            job = _open_job(model, recipe, revision, trust_remote_code)
         finish = partial(
             compress_job, device=ranks.device, progress=progress, training=training, resume=resume, ranks=ranks
         )
-        way, place = _Way(finish, judging, resume, ranks), None if output is None else Path(output)
+        way, place = _RunOptions(finish, judging, resume, ranks), None if output is None else Path(output)
         if job.recipe.target is None:
-            return _gated(_finished(job, place, way), job, way)
-        return _to_target(job, place, pricing, way)
+            return _judge_result(_reuse_or_run(job, place, way), job, way)
+        return _run_to_target(job, place, pricing, way)
 
 
-def _opened(
+def _open_job(
     model: str | Path, recipe: Recipe | str | Path | dict[str, Any], revision: str | None, trust_remote_code: bool
 ) -> Job:
     """Read the recipe and lay it over the opened model."""
-    asked = read_recipe(recipe)
+    parsed = read_recipe(recipe)
     source = resolve(model, revision, trust_remote_code)
     companions(source.folder, trust_remote_code)  # raises any fault in them before work starts
-    return prepare(source, asked)
+    return prepare(source, parsed)
 
 
 def price_part(
@@ -158,20 +159,20 @@ def price_part(
 ) -> Path:
     """Measure a part of the prices that `compress` would measure for its target, and return the file beside `output`.
 
-    Once all parts are there, `compress` puts them together. Raises what `compress` raises.
+    `compress` joins all parts. Raises what `compress` raises.
     """
     device_of(device)
     if (count := process_count()) > 1:
         raise RecipeError(f"a part of the prices is measured by one process, and there are {count}; start one for it")
-    job = _opened(model, recipe, revision, trust_remote_code)
+    job = _open_job(model, recipe, revision, trust_remote_code)
     check_writable(output, 0)
     with fast_float32():
         return measure_part(output.with_name(output.name + PRICES), part, job, device=device, progress=pricing)
 
 
 @dataclass(frozen=True)
-class _Way:
-    """The way to do a job without a target: `finish` makes its checkpoint, `judging` hears how far its gates are."""
+class _RunOptions:
+    """How to do a job without a target: `finish` makes its checkpoint, `judging` receives the progress of its gates."""
 
     finish: Callable[[Job, Path | None], Result]
     judging: Callable[[int, int], None] | None
@@ -179,25 +180,21 @@ class _Way:
     ranks: Ranks
 
 
-def _finished(job: Job, output: Path | None, way: _Way) -> Result:
-    """Return the job's checkpoint: that of an earlier run where this did not come past its gates, else a new one."""
-    there = way.ranks.first(lambda: way.resume and output is not None and _is_left(output))
-    if there and output is not None:
-        done = way.ranks.first(lambda: completed(output, job, way.ranks.requested_device))
-        if done is not None:
-            return done
-    return way.finish(job, output)
+def _reuse_or_run(job: Job, output: Path | None, way: _RunOptions) -> Result:
+    """Return the job's checkpoint: that of an earlier run if only its gates are unsettled, else a new one."""
+
+    def reuse() -> Result | None:
+        if not way.resume or output is None or output.with_name(output.name + STAGED).is_dir():
+            return None
+        return completed_result(output, job, way.ranks.requested_device) if is_unsettled(output) else None
+
+    return way.ranks.first(reuse) or way.finish(job, output)
 
 
-def _is_left(output: Path) -> bool:
-    """True if a run has completed `output`, but for its gates."""
-    return not output.with_name(output.name + STAGED).is_dir() and is_unsettled(output)
+def _judge_result(result: Result, job: Job, way: _RunOptions, plan: Allocation | None = None) -> Result:
+    """Measure a finished checkpoint for the recipe's gates, and return it with its new report.
 
-
-def _gated(result: Result, job: Job, way: _Way, plan: Allocation | None = None) -> Result:
-    """Hold a finished checkpoint against the recipe's gates, and return it with its new report.
-
-    Raises GateError in all processes where it is outside.
+    Raises GateError in all processes if it misses a gate.
     """
     ranks, stays = way.ranks, result.is_kept
     with ExitStack() as stack:
@@ -205,11 +202,11 @@ def _gated(result: Result, job: Job, way: _Way, plan: Allocation | None = None) 
             stack.push(partial(_note, f"{result.folder} is complete, and the same command measures its gates"))
         report = judge(job, result.folder, ranks.device, way.judging, plan, ranks)
     with ranks.agree_on_errors():
-        check(report, result.folder, plan, stays)
+        check_gates(report, result.folder, plan, stays)
     return replace(result, report=report)
 
 
-def _to_target(job: Job, output: Path | None, pricing: Progress | None, way: _Way) -> Result:
+def _run_to_target(job: Job, output: Path | None, pricing: Progress | None, way: _RunOptions) -> Result:
     """Choose steps for the job's target, and do the resulting job. Its prices and its plan lie beside the report."""
     ranks = way.ranks
     device = ranks.device
@@ -218,29 +215,31 @@ def _to_target(job: Job, output: Path | None, pricing: Progress | None, way: _Wa
     if output is None:
         plan = allocate(job, device=device, progress=pricing)
         result = way.finish(plan.settled, None)
-        return _gated(replace(result, allocation=record(plan, result.folder, device)), plan.settled, way, plan)
-    kept = output.with_name(output.name + PRICES)
+        allocation = record_allocation(plan, result.folder, device)
+        return _judge_result(replace(result, allocation=allocation), plan.settled, way, plan)
+    prices = output.with_name(output.name + PRICES)
     with ExitStack() as stack:
-        ranks.first(lambda: _begin_pricing(stack, kept, output, way.resume))
-        plan = allocate_by(kept, job, device=device, progress=pricing, ranks=ranks)
+        ranks.first(lambda: _begin_pricing(stack, prices, output, way.resume))
+        plan = allocate_by(prices, job, device=device, progress=pricing, ranks=ranks)
     settled = plan.settled
     with ExitStack() as stack:
-        stack.push(partial(_note, f"the prices of the options are kept in {kept}"))
-        done = ranks.first(lambda: completed(output, settled, ranks.requested_device))
+        stack.push(partial(_note, f"the prices of the options are kept in {prices}"))
+        done = ranks.first(lambda: completed_result(output, settled, ranks.requested_device))
         result = done or way.finish(settled, output)
-        allocation = ranks.first(lambda: record(plan, result.folder, device))
-        result = _gated(replace(result, allocation=allocation), settled, way, plan)
-    ranks.first(kept.unlink)
+        allocation = ranks.first(lambda: record_allocation(plan, result.folder, device))
+        result = _judge_result(replace(result, allocation=allocation), settled, way, plan)
+    ranks.first(prices.unlink)
     return result
 
 
-def _begin_pricing(held: ExitStack, kept: Path, output: Path, resume: bool) -> None:
-    """Check and lock the output; discard prices in `kept` unless this is to `resume`."""
-    if not (resume and kept.is_file() and (output / file_names.REPORT).is_file()):  # else all but the plan may be there
+def _begin_pricing(stack: ExitStack, prices: Path, output: Path, resume: bool) -> None:
+    """Check the output and lock it until `stack` ends; discard the file `prices` unless this is to `resume`."""
+    nearly_done = resume and prices.is_file() and (output / file_names.REPORT).is_file()  # all but the plan
+    if not nearly_done:
         check_writable(output, 0)
-    held.enter_context(lock_output(output, "output folder"))
+    stack.enter_context(lock_output(output, "output folder"))
     if not resume:
-        discard_prices(kept)
+        discard_prices(prices)
 
 
 def _note(sentence: str, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
@@ -249,12 +248,14 @@ def _note(sentence: str, kind: type[BaseException] | None, error: BaseException 
         error.add_note(sentence)
 
 
-def record(plan: Allocation, folder: Path, device: str = "cpu") -> dict[str, Any]:
-    """Measure the finished checkpoint in `folder` against its plan, and keep both there. Raises DiskError if the folder
-    cannot be written to."""
-    found = plan.summary(plan.measured(folder, device), reports.read(folder).bytes)
-    plan.keep(folder, found)
-    return found
+def record_allocation(plan: Allocation, folder: Path, device: str = "cpu") -> dict[str, Any]:
+    """Measure the finished checkpoint in `folder`, and write its plan and the measurement there.
+
+    Raises DiskError if the folder cannot be written to.
+    """
+    summary = plan.summary(plan.measure_kl(folder, device), reports.read(folder).bytes)
+    plan.write(folder, summary)
+    return summary
 
 
 def compress_job(
@@ -285,28 +286,28 @@ def compress_job(
     target = Path(output)
     first = job.undistilled
     staged = target.with_name(target.name + STAGED)
-    there = resume and staged.is_dir() and (target / file_names.REPORT).is_file()
-    if there and (done_before := completed(target, job, device)) is not None:  # the end came just before this one
+    may_be_done = resume and staged.is_dir() and (target / file_names.REPORT).is_file()
+    if may_be_done and (result := completed_result(target, job, device)) is not None:  # an earlier run just ended
         _discard(staged, target.with_name(target.name + TRAINING))
-        return done_before
+        return result
     check_writable(target, 2 * plan_of(first).bytes)
     if not resume:
         _discard(staged, target.with_name(target.name + TRAINING))
-    if completed(staged, first, device) is None:
+    if completed_result(staged, first, device) is None:
         if all(text.dataset != "self" for text in wanted.texts()):  # the model would have to write that text first
             read_data(wanted.data, source.tokenizer(), source.load, source.config)  # raises any fault in the data
         run.compress(first, staged, device=device, progress=progress, resume=resume)
     teacher = source.name if source.revision is None else f"{source.name}@{source.revision}"
-    how: dict[str, Any] = {"device": device, "trust_remote_code": source.trust_remote_code}
-    done = distill(staged, teacher, wanted, target, progress=training, **how)
+    trust = source.trust_remote_code
+    done = distill(staged, teacher, wanted, target, device=device, progress=training, trust_remote_code=trust)
     shutil.rmtree(staged)
     return Result(target, reports.read(target), temporary, done.to_json())
 
 
-def completed(output: Path, job: Job, device: str) -> Result | None:
+def completed_result(output: Path, job: Job, device: str) -> Result | None:
     """Return the result of this job if an earlier run has completed it in `output`, None if nothing is there.
 
-    Raises DiskError for what another job made, InputError for what none made, or for damage.
+    Raises DiskError for the output of another job, InputError for a folder that is no checkpoint, or damaged.
     """
     if not is_complete(output, job, device):
         return None
@@ -315,7 +316,7 @@ def completed(output: Path, job: Job, device: str) -> Result | None:
     wanted = None if job.recipe.distill is None else hide_folders(job.recipe.distill)
     if taught != wanted:
         raise DiskError(f"{output} was distilled with another recipe; remove it, or choose another output folder")
-    with lock_output(output, "output folder") as staging:  # the end may have come just before this was removed
+    with lock_output(output, "output folder") as staging:  # the earlier run may have ended just before removing this
         if is_ours(staging):
             remove_folder(staging)
     return Result(output, reports.read(output), distillation=reports.read_distillation(output))

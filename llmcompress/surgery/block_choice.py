@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from llmcompress.calibration.streaming import States, Streamed, in_memory
+from llmcompress.calibration.streaming import States, StreamedModel, in_memory
 from llmcompress.data.calibration import calibration_tokens
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.models.dense.blocks import body, states_between
@@ -262,7 +262,7 @@ def search_blocks(count: int, depth: int, measure: Callable[[list[Blocks]], list
 
 
 @torch.no_grad()
-def path_damages(streamed: Streamed, ids: Tensor, paths: Sequence[Sequence[int]]) -> Tensor:
+def path_damages(streamed: StreamedModel, ids: Tensor, paths: Sequence[Sequence[int]]) -> Tensor:
     """Return the damage of a model with only the blocks of each path, float64 `[paths]`; `ids`: `[sequences, length]`.
 
     Paths that begin alike share their forwards: to leave out each of n blocks once takes half of n forwards.
@@ -271,7 +271,7 @@ def path_damages(streamed: Streamed, ids: Tensor, paths: Sequence[Sequence[int]]
     order = sorted(range(len(paths)), key=lambda number: tuple(paths[number]))
     with products(streamed.device, product_dtype("auto", streamed.device)):
         for sequence in ids.to(streamed.device).split(1):
-            start = streamed.embedded(sequence, 1)
+            start = streamed.embed(sequence, 1)
             dense = _run_blocks(streamed, start, range(streamed.depth))
             probabilities = _logits(streamed, start, dense).float().softmax(-1)
             entropy = float(torch.special.entr(probabilities).sum(dtype=torch.float64))
@@ -287,7 +287,7 @@ def path_damages(streamed: Streamed, ids: Tensor, paths: Sequence[Sequence[int]]
     return total / ids.numel()
 
 
-def _run_blocks(streamed: Streamed, states: States, blocks: Iterable[int]) -> Tensor:
+def _run_blocks(streamed: StreamedModel, states: States, blocks: Iterable[int]) -> Tensor:
     """Return the hidden states after these blocks; those in `states` stay."""
     passing = replace(states, hidden=states.hidden.clone())
     for index in blocks:
@@ -295,7 +295,7 @@ def _run_blocks(streamed: Streamed, states: States, blocks: Iterable[int]) -> Te
     return passing.hidden
 
 
-def _logits(streamed: Streamed, states: States, hidden: Tensor) -> Tensor:
+def _logits(streamed: StreamedModel, states: States, hidden: Tensor) -> Tensor:
     """Return the logits `[length, vocabulary]` of one sequence, from its states `hidden` after the last block."""
     [logits] = streamed.logits(replace(states, hidden=hidden))
     return logits[0]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.calibration.blocks import TOKENS_PER_BATCH, BlockForward, RowBatch, drop, in_batches, load
-from llmcompress.calibration.walk import Block, Progress, walk
+from llmcompress.calibration.gather import Statistics
+from llmcompress.calibration.walk import Block, Execution, Progress, walk
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
 from llmcompress.errors import RecipeError
 from llmcompress.models.dense.config import context_length
@@ -101,17 +102,8 @@ class JudgedWalk:
         sequences, held_out = self.tokens.sequences, self.tokens.held_out
         size = max(1, TOKENS_PER_BATCH // sequences.shape[1])
         batches = in_batches(len(sequences), held_out, size)
-        walked = walk(
-            self.source,
-            self.arch,
-            sequences,
-            held_out=held_out,
-            needs=needs,
-            prefix=prefix,
-            device=self.device,
-            batch_size=size,
-            progress=self.progress,
-        )
-        for block in walked:
+        statistics = Statistics(needs, prefix=prefix)
+        execution = Execution(self.device, batch_size=size, progress=self.progress)
+        for block in walk(self.source, self.arch, sequences, statistics, execution, held_out=held_out):
             if block.run is not None:
                 yield Visit(block, block.run, batches)

@@ -117,7 +117,7 @@ def linear_headers(source: DenseModel) -> list[Header]:
 
 
 def points(rows: list[dict[str, Any]], dense: str) -> list[dict[str, Any]]:
-    """The rows of other tools as `llmcompress.pipeline.frontier.peers` reads them."""
+    """The rows of other tools as `llmcompress.pipeline.frontier_inputs` reads them."""
     source = resolve(dense)
     rest = source.bytes - sum(header.bytes for header in linear_headers(source))
     return [

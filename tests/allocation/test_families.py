@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.allocation.allocate import PriceList, choose, damage, price, priced_tokens, reachable
-from llmcompress.allocation.choices import Choices, Matrix
+from llmcompress.allocation.allocate import PriceList, choose, damage, measure_prices, priced_tokens, reachable_choices
+from llmcompress.allocation.choices import Choices, Matrix, payload_bytes
 from llmcompress.allocation.distortion import error, families
-from llmcompress.allocation.prices import Offer, Priced
-from llmcompress.allocation.sizes import payload_bytes
+from llmcompress.allocation.prices import MatrixPrices, OptionPrice
 from llmcompress.compression import run
 from llmcompress.compression.job import prepare
 from llmcompress.evaluation.verify import verify
@@ -65,7 +64,7 @@ def priced(place: Path) -> PriceList:
     calibration = {"dataset": str(place / "text.txt"), "samples": 12, "length": 48, "held_out": 4}
     values = {"version": 1, "calibration": calibration, "target": {"bpw": 2}, "options": OPTIONS}
     job = prepare(resolve(str(place / "dense")), read_recipe(values))
-    return price(job, reachable(job, ()), priced_tokens(job))
+    return measure_prices(job, reachable_choices(job, ()), priced_tokens(job))
 
 
 def only(found: PriceList, numbers: Sequence[int]) -> PriceList:
@@ -105,7 +104,7 @@ def test_more_families_never_hurt_whatever_their_prices() -> None:
     assert sorted(choose(found, prices, Target(bpw=2.7))) == [0, 0, 1]
 
 
-def listed(damages: Sequence[Sequence[tuple[list[dict[str, Any]], float]]]) -> tuple[Choices, tuple[Priced, ...]]:
+def listed(damages: Sequence[Sequence[tuple[list[dict[str, Any]], float]]]) -> tuple[Choices, tuple[MatrixPrices, ...]]:
     """Matrices of one size whose options have these damages."""
     matrices, prices = [], []
     for number, row in enumerate(damages):
@@ -114,10 +113,10 @@ def listed(damages: Sequence[Sequence[tuple[list[dict[str, Any]], float]]]) -> t
         count, size = tuple(map(bits, stored)), tuple(map(payload_bytes, stored))
         matrices.append(Matrix(str(number), SIZE, options, count, size, (prod(SIZE),) * len(stored)))
         offers = [
-            Offer(steps, count[place], size[place], value, True, value)
+            OptionPrice(steps, count[place], size[place], value, True, value)
             for place, (steps, (_, value)) in enumerate(zip(options, row, strict=True))
         ]
-        prices.append(Priced(str(number), SIZE, False, 1.0, tuple(offers)))
+        prices.append(MatrixPrices(str(number), SIZE, False, 1.0, tuple(offers)))
     return Choices(tuple(matrices), 0, 0, 0, 0), tuple(prices)
 
 
@@ -166,6 +165,6 @@ def test_a_model_of_many_families_is_as_large_as_planned(priced: PriceList, plac
         assert result.report.bpw == pytest.approx(plan.choices.bpw(plan.chosen))
         assert result.report.bytes <= plan.choices.size(plan.chosen) <= 1.02 * result.report.bytes
         assert verify(result.folder, text=place / "text.txt", length=16).layers == 14
-        assert 0 < plan.measured(result.folder) < 10 * damage(plan.prices, plan.chosen)
+        assert 0 < plan.measure_kl(result.folder) < 10 * damage(plan.prices, plan.chosen)
     used = {config.method for rule in plan.recipe.rules for config in rule.steps}
     assert "eora" in used

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 import llmcompress as lc
 from llmcompress.allocation import cost
-from llmcompress.allocation.choices import choices
-from llmcompress.allocation.forecast import evenly
+from llmcompress.allocation.choices import find_choices
+from llmcompress.allocation.forecast import spread_evenly
 from llmcompress.cli.app import app
 from llmcompress.compression import time_estimate
 from llmcompress.compression.job import prepare
@@ -33,8 +33,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("target", [{"bpw": 3.0}, {"bpw": 3.7}, {"bytes": 70_000}, {"bytes": 90_000}])
 def test_a_forecast_spends_what_the_target_gives(place: Path, target: dict[str, Any]) -> None:
-    found = choices(prepare(resolve(str(place / "dense")), read_recipe(recipe(place, target))))
-    chosen = evenly(found, Target(**target))
+    found = find_choices(prepare(resolve(str(place / "dense")), read_recipe(recipe(place, target))))
+    chosen = spread_evenly(found, Target(**target))
     bpw = found.bpw(chosen)
     assert bpw is not None
     if "bpw" in target:
@@ -73,9 +73,9 @@ def test_it_reads_headers_alone_and_refuses_as_compress_does(place: Path, monkey
 def of_known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which nothing has to be tried."""
     monkeypatch.setattr(time_estimate, "paces", lambda asked, data: dict.fromkeys(asked, Pace({1: 1e-6}, 0.0, 0.0)))
+    monkeypatch.setattr(time_estimate, "product_speed", lambda dtype: 1e9)
     for module in (time_estimate, cost):
-        monkeypatch.setattr(module, "speed", lambda dtype: 1e9)
-        monkeypatch.setattr(module, "of_text", lambda: 0.0)
+        monkeypatch.setattr(module, "text_seconds", lambda: 0.0)
 
 
 @pytest.mark.usefixtures("of_known_speed")
@@ -102,7 +102,7 @@ def test_an_expert_reads_its_share_of_the_tokens(place: Path, tmp_path: Path, mo
     asked = read_recipe(recipe(place, {"bpw": 3.3}))
     assert asked.calibration is not None
     job = prepare(resolve(save_zoo("mixtral", tmp_path / "mixtral")), asked)
-    found = choices(job)
+    found = find_choices(job)
     shared = cost.pricing_seconds(job, found, asked.calibration)
     monkeypatch.setattr(cost, "token_shares", lambda job: {})
     assert cost.pricing_seconds(job, found, asked.calibration) > 1.1 * shared

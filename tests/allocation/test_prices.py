@@ -9,11 +9,19 @@ import torch
 from torch import Tensor
 
 import llmcompress as lc
-from llmcompress.allocation.allocate import reachable
-from llmcompress.allocation.choices import LOW_RATES, RATES, choices, goes_low
-from llmcompress.allocation.distortion import changed, error, families, interpolated, rough, run_of, sampled
+from llmcompress.allocation.allocate import reachable_choices
+from llmcompress.allocation.choices import LOW_RATES, RATES, find_choices, goes_low, payload_bytes
+from llmcompress.allocation.distortion import (
+    compress_roughly,
+    error,
+    families,
+    interpolate_errors,
+    options_to_measure,
+    rough,
+    sample_rows,
+)
 from llmcompress.allocation.sensitivity import AT_ONCE, WINDOW, WINDOWS, Probe, probe_windows
-from llmcompress.allocation.sizes import payload_bytes
+from llmcompress.calibration.gather import Statistics
 from llmcompress.calibration.walk import walk
 from llmcompress.compression.job import Job, prepare
 from llmcompress.errors import RecipeError
@@ -55,7 +63,7 @@ def test_a_rough_encoder_ranks_layers_as_a_thorough_one() -> None:
     fast = {0: error(*swapped(layers[0], rough(thorough)))}
     asked = [error(*swapped(layers[0], thorough))]
     truths = [error(*swapped(one, thorough)) for one in layers]
-    found = [interpolated({0: error(*swapped(one, rough(thorough)))}, fast, asked)[0] for one in layers]
+    found = [interpolate_errors({0: error(*swapped(one, rough(thorough)))}, fast, asked)[0] for one in layers]
     assert found == pytest.approx(truths, rel=0.25)
     assert max(truths) > 3 * min(truths)
 
@@ -65,12 +73,12 @@ def test_rates_between_those_run_are_interpolated_well() -> None:
     options = [(step({"method": "rotate"}), grid, step(LOOK_BACK)) for grid in grids]
     [family] = families(options)
     layers = unlike_layers()
-    fast = {number: error(*swapped(layers[0], rough(options[number]))) for number in run_of(family)}
+    fast = {number: error(*swapped(layers[0], rough(options[number]))) for number in options_to_measure(family)}
     asked = [error(*swapped(layers[0], option)) for option in options]
     for one in layers:
-        run = {number: error(*swapped(one, rough(options[number]))) for number in run_of(family)}
+        run = {number: error(*swapped(one, rough(options[number]))) for number in options_to_measure(family)}
         truth = [error(*swapped(one, option)) for option in options]
-        assert interpolated(run, fast, asked) == pytest.approx(truth, rel=0.25)
+        assert interpolate_errors(run, fast, asked) == pytest.approx(truth, rel=0.25)
 
 
 def swapped(one: tuple[Layer, Moments], steps: tuple[StepConfig, ...]) -> tuple[Layer, tuple[StepConfig, ...], Moments]:
@@ -81,8 +89,8 @@ def swapped(one: tuple[Layer, Moments], steps: tuple[StepConfig, ...]) -> tuple[
 def test_what_was_run_as_asked_for_keeps_its_error() -> None:
     run = {0: 0.5, 1: 0.2, 2: 0.01}
     reference = {0: 0.3, 1: 0.1, 2: 0.02}
-    assert interpolated(run, reference, [0.3, 0.1, 0.02]) == pytest.approx([0.5, 0.2, 0.01])
-    ratio = interpolated({0: 0.6, 3: 0.03}, {0: 0.3, 3: 0.01}, [0.3, 0.2, 0.1, 0.01])
+    assert interpolate_errors(run, reference, [0.3, 0.1, 0.02]) == pytest.approx([0.5, 0.2, 0.01])
+    ratio = interpolate_errors({0: 0.6, 3: 0.03}, {0: 0.3, 3: 0.01}, [0.3, 0.2, 0.1, 0.01])
     assert ratio[0] == pytest.approx(0.6) and ratio[3] == pytest.approx(0.03)
     assert 2 < ratio[2] / 0.1 < 3 and ratio == sorted(ratio, reverse=True)
 
@@ -91,7 +99,11 @@ def test_families_and_their_runs() -> None:
     grids = [(step({"method": "rtn", "bits": bits, "group_size": 16}),) for bits in (3, "ternary", 8, 4, 2)]
     options = [*grids, (step({"method": "rtn", "bits": 4}),)]
     assert families(options) == [[1, 4, 0, 3, 2], [5]]
-    assert run_of([1, 4, 0, 3, 2]) == [1, 0, 2] and run_of([5]) == [5] and run_of([1, 2]) == [1, 2]
+    assert (
+        options_to_measure([1, 4, 0, 3, 2]) == [1, 0, 2]
+        and options_to_measure([5]) == [5]
+        and options_to_measure([1, 2]) == [1, 2]
+    )
     assert [type(config).__name__ for config in rough((step({"method": "trellis"}), step(LOOK_BACK)))] == [
         "TrellisConfig"
     ]
@@ -114,12 +126,12 @@ def test_some_rows_stand_for_all() -> None:
     held_out = moments(correlated(256, 32, seed=5))
     wanted = error(one, option, held_out)
     for is_table, rows in ((True, 2048), (False, 512)):
-        few = sampled(one, is_table)
+        few = sample_rows(one, is_table)
         assert len(few.weight) == rows
         assert error(few, option, held_out) == pytest.approx(wanted, rel=0.2)
-    assert changed(one, option, held_out)[1] == pytest.approx(wanted, rel=0.2)
+    assert compress_roughly(one, option, held_out)[1] == pytest.approx(wanted, rel=0.2)
     small = layer(gaussian(640, 32), correlated(256, 32))
-    assert sampled(small) is small and sampled(small, is_table=True) is small
+    assert sample_rows(small) is small and sample_rows(small, is_table=True) is small
 
 
 # --- sensitivities --------------------------------------------------------------------------------------------------
@@ -132,7 +144,7 @@ def probed(source: DenseModel, windows: Tensor, share: float) -> dict[str, float
     numbers: dict[str, int] = {}
     tables = [arch.embedding] if arch.tied else [arch.embedding, arch.head]
     needs: dict[str, frozenset[str]] = dict.fromkeys([*arch.linears(), *tables], frozenset())
-    for block in walk(source, arch, windows, held_out=1, needs=needs, prefix="dense"):
+    for block in walk(source, arch, windows, Statistics(needs=needs, prefix="dense"), held_out=1):
         for name in (name for group in block.groups for name in group.names):
             numbers[name] = probe.exchange(block, name, block.weight(name) * share)
         probe.leave(block)
@@ -189,7 +201,7 @@ def test_a_file_is_as_large_as_its_plan(tied: bool, tmp_path: Path) -> None:
     asked = read_recipe(
         {"version": 1, "target": {"bytes": "1MB"}, "options": grids, "rules": rules, "calibration": calibration}
     )
-    found = choices(prepare(resolve(str(source)), asked))
+    found = find_choices(prepare(resolve(str(source)), asked))
     names = [one.name for one in found.matrices if not one.is_table]
     assert len(names) == 9 and not any("k_proj" in name or "1.mlp" in name for name in names)
     assert [one.name for one in found.matrices if one.is_table] == ["model.embed_tokens", "lm_head"][: 2 - tied]
@@ -207,14 +219,14 @@ def test_a_file_is_as_large_as_its_plan(tied: bool, tmp_path: Path) -> None:
 def test_default_options_suit_a_llama_and_stop_at_its_tables(tmp_path: Path) -> None:
     source = resolve(str(save_tiny("llama", tmp_path / "dense")))
     base = {"version": 1, "calibration": {"samples": 4, "length": 32}}
-    linears = choices(prepare(source, read_recipe(base | {"target": {"bpw": 2}})))
+    linears = find_choices(prepare(source, read_recipe(base | {"target": {"bpw": 2}})))
     assert all(not one.is_table and len(one.options) == len(RATES) for one in linears.matrices)
     assert {steps[-2].method for one in linears.matrices for steps in one.options} == {"trellis"}
-    everything = choices(prepare(source, read_recipe(base | {"target": {"kl": 0.1}})))
+    everything = find_choices(prepare(source, read_recipe(base | {"target": {"kl": 0.1}})))
     assert [one.options[0][0].method for one in everything.matrices if one.is_table] == ["rtn", "rotate"]
     fixed = base | {"target": {"kl": 0.1}, "embeddings": [{"method": "rtn"}]}
     fixed["rules"] = [{"match": "lm_head", "steps": []}]
-    assert len(choices(prepare(source, read_recipe(fixed))).matrices) == len(linears.matrices)
+    assert len(find_choices(prepare(source, read_recipe(fixed))).matrices) == len(linears.matrices)
 
 
 # --- less than one bit ----------------------------------------------------------------------------------------------
@@ -234,7 +246,7 @@ def low_job(source: DenseModel, target: dict[str, float], **more: object) -> Job
 
 
 def test_low_targets_have_options_below_one_bit(wide: DenseModel) -> None:
-    low, usual = choices(low_job(wide, {"bpw": 1.2})), choices(low_job(wide, {"bpw": 1.25}))
+    low, usual = find_choices(low_job(wide, {"bpw": 1.2})), find_choices(low_job(wide, {"bpw": 1.25}))
     for one, other in zip(low.matrices, usual.matrices, strict=True):
         assert one.options[len(LOW_RATES) :] == other.options
         counts = [count / (one.shape[0] * one.shape[1]) for count in one.bits[: len(LOW_RATES)]]
@@ -242,11 +254,11 @@ def test_low_targets_have_options_below_one_bit(wide: DenseModel) -> None:
     least = usual.bpw([0] * len(usual.matrices)) or 0.0
     assert (low.bpw([0] * len(low.matrices)) or 9.0) <= 0.5 < 1 < least
     with pytest.raises(RecipeError, match="cannot be reached"):
-        reachable(low_job(wide, {"bpw": 0.4}), [Target(bpw=0.4)])
+        reachable_choices(low_job(wide, {"bpw": 0.4}), [Target(bpw=0.4)])
 
 
 def test_a_size_is_low_that_leaves_trellises_little_room(wide: DenseModel) -> None:
-    usual = choices(low_job(wide, {"bytes": 10**9}))
+    usual = find_choices(low_job(wide, {"bytes": 10**9}))
     least = usual.size([one.bytes.index(min(one.bytes)) for one in usual.matrices])
     weights = sum(one.shape[0] * one.shape[1] for one in usual.matrices if not one.is_table)
     assert goes_low(low_job(wide, {"bytes": least - 1000}))
@@ -258,7 +270,7 @@ def test_a_size_is_low_that_leaves_trellises_little_room(wide: DenseModel) -> No
 
 def test_matrices_too_small_for_less_than_a_bit_keep_the_usual_options(tmp_path: Path) -> None:
     source = resolve(str(save_tiny("llama", tmp_path / "dense")))
-    assert choices(low_job(source, {"bpw": 1.2})).matrices == choices(low_job(source, {"bpw": 2})).matrices
+    assert find_choices(low_job(source, {"bpw": 1.2})).matrices == find_choices(low_job(source, {"bpw": 2})).matrices
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 import llmcompress as lc
 from llmcompress.allocation.allocate import Allocation, allocate, damage
-from llmcompress.allocation.baselines import er_plan, uniform_plan
-from llmcompress.allocation.distortion import NOISE, families, noisy
+from llmcompress.allocation.baselines import uniform_plan
+from llmcompress.allocation.distortion import NOISE, add_noise, families
 from llmcompress.cli.app import app
 from llmcompress.compression import run
 from llmcompress.compression.job import prepare
@@ -68,8 +68,8 @@ def test_zeros_of_rules_count(place: Path) -> None:
     """A tenth of the weights is quantized without zeros, so the others have more."""
     rules = [{"match": "*.o_proj", "steps": [{"method": "rtn", "bits": 8}]}]
     plan = allocated(place, 0.5, rules=rules)
-    kept = plan.choices.kept(plan.chosen)
-    assert plan.choices.fixed_kept == 3 * 64 * 64 == plan.choices.fixed_weights
+    kept = plan.choices.nonzero(plan.chosen)
+    assert plan.choices.fixed_nonzero == 3 * 64 * 64 == plan.choices.fixed_weights
     assert kept <= plan.choices.weights // 2
     with pytest.raises(RecipeError, match=r"a sparsity of 0\.7 cannot be reached, 0\.6\d* is the most"):
         allocated(place, 0.7, rules=rules)
@@ -78,12 +78,12 @@ def test_zeros_of_rules_count(place: Path) -> None:
 @pytest.mark.parametrize("by", tiered(["distortion", "noise", "kl"], lambda by: by == "noise"))
 def test_chosen_shares_lose_less_than_equal_ones(by: str, place: Path, tmp_path: Path) -> None:
     plan = allocated(place, 0.6, damage=by)
-    costs = [one.kept for one in plan.choices.matrices]
+    costs = [one.nonzero for one in plan.choices.matrices]
     uniform = uniform_plan(costs, sum(row[option] for row, option in zip(costs, plan.chosen, strict=True)))
     assert uniform is not None and damage(plan.prices, plan.chosen) < damage(plan.prices, uniform)
     other = dataclasses.replace(plan, chosen=uniform)
     mine, theirs = (
-        one.measured(run.compress(one.settled, tmp_path / name).folder)
+        one.measure_kl(run.compress(one.settled, tmp_path / name).folder)
         for name, one in (("mine", plan), ("theirs", other))
     )
     assert mine < theirs
@@ -110,21 +110,11 @@ def test_sparsities_are_a_family_at_the_bits_they_have() -> None:
 def test_noise_is_of_a_size_and_changes_what_a_layer_gives() -> None:
     weight, seen = gaussian(24, 64), correlated(600, 64)
     inputs = moments(seen)
-    value, made = noisy(layer(weight, seen), inputs)
+    value, made = add_noise(layer(weight, seen), inputs)
     share = float((value - weight).norm() / weight.norm())
     assert share == pytest.approx(NOISE, rel=0.1)
     assert made == pytest.approx(relative_error(weight, value, inputs))
-    assert torch.equal(value, noisy(layer(weight, seen), inputs)[0]), "of a layer and its seed"
-
-
-def test_er_plans_keep_more_of_small_matrices() -> None:
-    shapes = [(64, 64), (256, 64), (256, 256)]
-    costs = [[out * width * share // 10 for share in range(1, 10)] for out, width in shapes]
-    total = sum(out * width for out, width in shapes)
-    plan = er_plan(costs, shapes, total // 2)
-    assert plan is not None and plan[0] >= plan[1] >= plan[2] and plan[0] > plan[2]
-    assert sum(row[option] for row, option in zip(costs, plan, strict=True)) <= total // 2
-    assert er_plan(costs, shapes, total // 20) is None
+    assert torch.equal(value, add_noise(layer(weight, seen), inputs)[0]), "of a layer and its seed"
 
 
 @pytest.mark.slow

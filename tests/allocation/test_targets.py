@@ -16,9 +16,9 @@ from scipy.stats import spearmanr
 from typer.testing import CliRunner
 
 import llmcompress as lc
-from llmcompress.allocation.allocate import Allocation, allocate, choose, reachable
+from llmcompress.allocation.allocate import Allocation, allocate, choose, reachable_choices
 from llmcompress.allocation.baselines import random_plan, uniform_plan
-from llmcompress.allocation.prices import Priced, damage
+from llmcompress.allocation.prices import MatrixPrices, damage
 from llmcompress.cli.app import app
 from llmcompress.compression import run
 from llmcompress.compression.job import prepare
@@ -62,14 +62,14 @@ def test_options_that_do_not_suit_a_shape_are_left_out_for_it(place: Path, caplo
     """Keys and values have 32 rows, fewer than the rank of one option."""
     wide = [{"method": "gptq", "bits": 4}, {"method": "eora", "rank": 40}]
     job = prepare(resolve(str(place / "dense")), read_recipe(recipe(place, {"bpw": 6}, options=[*OPTIONS, wide])))
-    counts = {one.name: len(one.options) for one in reachable(job, ()).matrices}
+    counts = {one.name: len(one.options) for one in reachable_choices(job, ()).matrices}
     narrow = {name for name, count in counts.items() if count == len(OPTIONS)}
     assert narrow == {name for name in counts if name.endswith(("k_proj", "v_proj"))}
     assert set(counts.values()) == {len(OPTIONS), len(OPTIONS) + 1}
     [note] = [record.message for record in caplog.records if "have only those that suit" in record.message]
     assert "model.layers.0.self_attn.k_proj" in note and "and 3 more" in note
     with pytest.raises(RecipeError, match=r"k_proj: eora: rank 40 is larger than the matrix \[32, 64\]"):
-        reachable(prepare(job.source, read_recipe(recipe(place, {"bpw": 6}, options=[wide]))), ())
+        reachable_choices(prepare(job.source, read_recipe(recipe(place, {"bpw": 6}, options=[wide]))), ())
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def test_by_kl_an_option_costs_what_a_model_with_it_alone_loses(place: Path, pla
         del alone["target"], alone["options"]
         folder = lc.compress(place / "dense", alone, tmp_path / name).folder
         [priced] = [one for one in probed.prices if one.name == name]
-        assert priced.offers[option].damage == pytest.approx(probed.measured(folder), rel=0.05)
+        assert priced.offers[option].damage == pytest.approx(probed.measure_kl(folder), rel=0.05)
     with pytest.raises(RecipeError, match="damage: it says how options are judged, and there is no target"):
         read_recipe({"version": 1, "damage": "kl", "rules": [{"match": "*", "steps": [{"method": "rtn"}]}]})
 
@@ -139,7 +139,7 @@ def test_plans_of_no_thought_stand_beside_the_chosen_one(place: Path, plan: Allo
     job = plan.job.with_recipe(plan.job.recipe.model_copy(update={"target": aimed}))
     found = dataclasses.replace(plan, job=job, chosen=choose(plan.choices, plan.prices, aimed))
     summary = found.summary(0.0, 0)
-    costs = [one.counted(aimed) for one in plan.choices.matrices]
+    costs = [one.costs(aimed) for one in plan.choices.matrices]
     limit = sum(row[option] for row, option in zip(costs, found.chosen, strict=True))
     uniform = uniform_plan(costs, limit)
     assert uniform is not None
@@ -163,7 +163,7 @@ def test_a_chosen_plan_beats_plans_of_no_thought_and_damages_are_ranked(plan: Al
         one = dataclasses.replace(plan, chosen=chosen)
         folder = run.compress(one.settled, tmp_path / str(number)).folder
         predicted.append(damage(one.prices, chosen))
-        measured.append(one.measured(folder))
+        measured.append(one.measure_kl(folder))
     of_its_size = slice(1, 1 + len(equal))
     assert measured[0] < 0.9 * min(measured[of_its_size]) and predicted[0] < min(predicted[of_its_size])
     assert spearmanr(predicted, measured).statistic > 0.9
@@ -189,7 +189,7 @@ def test_every_matrix_of_other_families_has_its_price(family: str, tied: bool, p
         assert errors == sorted(errors, reverse=True) and errors[-1] < errors[0] / 10
     assert all(one.sensitivity > 0 for one in plan.prices if one.is_table)
     folder = run.compress(plan.settled, tmp_path / "out").folder
-    assert 0 <= plan.measured(folder) < 10 * damage(plan.prices, plan.chosen) + 1e-6
+    assert 0 <= plan.measure_kl(folder) < 10 * damage(plan.prices, plan.chosen) + 1e-6
 
 
 # --- what is left beside the model ----------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def test_prices_and_plan_travel_with_the_model(
     assert found["predicted_kl"] == pytest.approx(damage(plan.prices, plan.chosen))
     assert found["predicted_bytes"] >= found["measured_bytes"]
     matrices = [{key: value for key, value in one.items() if key != "chosen"} for one in found["matrices"]]
-    prices = tuple(Priced.from_json(one) for one in matrices)
+    prices = tuple(MatrixPrices.from_json(one) for one in matrices)
     assert [one.to_json() for one in prices] == json.loads(json.dumps([one.to_json() for one in plan.prices]))
     assert all(sum(offer.measured for offer in one.offers) == 3 for one in prices if not one.is_table)
     chosen = [one["chosen"] for one in found["matrices"]]

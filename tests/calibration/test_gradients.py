@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import llmcompress as lc
 from llmcompress.calibration import gradients
-from llmcompress.calibration.gather import InputGroup
-from llmcompress.calibration.gradients import Importance, drawn, importance
+from llmcompress.calibration.gather import InputGroup, Statistics
+from llmcompress.calibration.gradients import Importance, draw_labels, measure_importance
 from llmcompress.calibration.walk import walk
 from llmcompress.compression.job import prepare
 from llmcompress.errors import InputError
@@ -85,7 +85,7 @@ def whole_backward(place: Path, arch: Architecture, tokens: Tensor) -> dict[str,
         with torch.enable_grad():
             table.requires_grad_(True)
             logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
-            labels = drawn(logits.detach().softmax(-1), generator(0, "labels", *ids.tolist()))
+            labels = draw_labels(logits.detach().softmax(-1), generator(0, "labels", *ids.tolist()))
             (-logits.log_softmax(-1).gather(1, labels)).sum().backward()
         for handle in handles:
             handle.remove()
@@ -102,7 +102,7 @@ def test_it_is_that_of_the_whole_model(family: str, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(gradients, "TOKENS", 48)  # two sequences at a time
     place = save_any(family, tmp_path / "model")
     source, arch = opened(place)
-    found = importance(source, arch, sequences())
+    found = measure_importance(source, arch, sequences())
     expected = whole_backward(place, arch, sequences())
     merged: dict[str, Tensor] = {}
     for name, (by_token, by_row) in expected.items():
@@ -117,7 +117,7 @@ def test_it_is_that_of_the_whole_model(family: str, tmp_path: Path, monkeypatch:
 
 def test_labels_are_drawn_by_their_probabilities() -> None:
     shares = torch.tensor([0.5, 0.0, 0.3, 0.2, 0.0])
-    labels = drawn(shares.expand(20000, 5), torch.Generator().manual_seed(0))
+    labels = draw_labels(shares.expand(20000, 5), torch.Generator().manual_seed(0))
     assert labels.shape == (20000, 1)
     found = torch.bincount(labels[:, 0], minlength=5) / len(labels)
     torch.testing.assert_close(found, shares, rtol=0, atol=0.015)  # four standard errors
@@ -127,14 +127,14 @@ def test_labels_are_drawn_by_their_probabilities() -> None:
 def test_sequences_do_not_depend_on_each_other(tmp_path: Path) -> None:
     """Labels are drawn for each sequence by itself, so processes that share them out draw the same ones."""
     source, arch = opened(save_tiny("llama", tmp_path / "model"))
-    together, alone = importance(source, arch, sequences()), importance(source, arch, sequences()[:1])
+    together, alone = measure_importance(source, arch, sequences()), measure_importance(source, arch, sequences()[:1])
     for name, shares in together.tokens.items():
         torch.testing.assert_close(relative(shares[:1]), relative(alone.tokens[name]), rtol=1e-4, atol=1e-5)
 
 
 def test_it_returns_from_the_disk(tmp_path: Path) -> None:
     source, arch = opened(save_any("mixtral", tmp_path / "model"))
-    found = importance(source, arch, sequences())
+    found = measure_importance(source, arch, sequences())
     again = Importance.from_tensors(found.tensors())
     assert again.tokens.keys() == found.tokens.keys() and again.rows.keys() == found.rows.keys()
     assert all(torch.equal(value, again.tokens[name]) for name, value in found.tokens.items())
@@ -145,17 +145,18 @@ def test_a_model_without_predictions_is_refused(tmp_path: Path) -> None:
     source, arch = opened(place)
     source.config.architectures = ["BertForSequenceClassification"]
     with pytest.raises(InputError, match=r"does not predict tokens.*set token_weights\.by to norm"):
-        importance(source, arch, sequences())
+        measure_importance(source, arch, sequences())
 
 
 def test_moments_weigh_tokens_by_it(tmp_path: Path) -> None:
     """Each group of linears has weights of its own: the mean of its linears'."""
     source, arch = opened(save_tiny("llama", tmp_path / "model"))
-    found = importance(source, arch, sequences(4))
+    found = measure_importance(source, arch, sequences(4))
     config = TokenWeights(by="gradient", minimum=0.1, rows=True)
 
     def gathered(**arguments: Any) -> list[InputGroup]:
-        blocks = walk(source, arch, sequences(4), held_out=1, needs=frozenset({"outer"}), cap=None, **arguments)
+        statistics = Statistics(frozenset({"outer"}), cap=None, **arguments)
+        blocks = walk(source, arch, sequences(4), statistics, held_out=1)
         return [group for block in blocks for group in block.groups]
 
     def outers(change: Callable[[Tensor], Tensor]) -> list[Tensor]:

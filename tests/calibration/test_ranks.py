@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.calibration.gradients import importance
-from llmcompress.calibration.ranks import added, own_share
-from llmcompress.calibration.walk import walk
+from llmcompress.calibration.gather import Statistics
+from llmcompress.calibration.gradients import measure_importance
+from llmcompress.calibration.ranks import own_share, sum_over_ranks
+from llmcompress.calibration.walk import Execution, walk
 from llmcompress.errors import RecipeError
 from llmcompress.methods.moments import Moments
 from llmcompress.models.dense.families import architecture
@@ -60,7 +61,7 @@ def test_moments_of_shards_are_those_of_the_whole(count: int, width: int) -> Non
         own = {"all": Moments.of(x[rows], ALL, torch.linspace(0.1, 1, len(rows)), dense[rows])}
         if ranks.rank == 1:
             own["rare"] = Moments.of(x[rows], frozenset({"outer"}))
-        return added(own, ranks, torch.device("cpu"))
+        return sum_over_ranks(own, ranks, torch.device("cpu"))
 
     found = in_lockstep(count, work)
     weight = torch.cat([torch.linspace(0.1, 1, len(rows)) for rows in parts]).double()[:, None]
@@ -108,15 +109,9 @@ def test_a_walk_together_is_a_walk_alone(
         own, held_out = own_share(given, 2, ranks)
         arch = architecture(source.config, source.skeleton())
         found: Found = {}
-        counts = importance(source, arch, own, ranks=ranks) if by == "gradient" else None
-        how = {
-            "held_out": held_out,
-            "needs": ALL,
-            "dense_stream": True,
-            "weights": weights,
-            "batch_size": 1,
-        }
-        for block in walk(source, arch, own, ranks=ranks, importance=counts, **how):  # type: ignore[arg-type]
+        counts = measure_importance(source, arch, own, ranks=ranks) if by == "gradient" else None
+        statistics = Statistics(ALL, weights=weights, importance=counts, cross=True)
+        for block in walk(source, arch, own, statistics, Execution(batch_size=1, ranks=ranks), held_out=held_out):
             for group in block.groups:
                 found[group.names[0], False] = group.inputs
                 assert group.held_out is not None

@@ -1,4 +1,4 @@
-"""Streamed predictions: those of the whole model, from one block in memory at a time."""
+"""StreamedModel predictions: those of the whole model, from one block in memory at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import llmcompress as lc
-from llmcompress.calibration.streaming import Streamed, from_disk, in_memory
+from llmcompress.calibration.streaming import StreamedModel, from_disk, in_memory
 from llmcompress.errors import InputError
 from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
@@ -29,8 +29,8 @@ def windows() -> Tensor:
     return torch.randint(3, 250, (3, 24), generator=torch.Generator().manual_seed(1))
 
 
-def predicted(model: Streamed, size: int = 1) -> Tensor:
-    states = model.embedded(windows(), size)
+def predicted(model: StreamedModel, size: int = 1) -> Tensor:
+    states = model.embed(windows(), size)
     for index in range(model.depth):
         model.advance(states, index)
     return torch.cat(list(model.logits(states)))
@@ -74,7 +74,7 @@ def test_other_models_are_refused(family: str, tmp_path: Path) -> None:
 
 def test_a_block_that_changes_the_shape_is_refused(tmp_path: Path) -> None:
     streamed = from_disk(resolve(save_tiny("llama", tmp_path)), CPU)
-    states = streamed.embedded(windows(), 3)
+    states = streamed.embed(windows(), 3)
 
     class Half(nn.Module):
         def forward(self, hidden: Tensor, **_: object) -> Tensor:
@@ -90,7 +90,7 @@ def test_arguments_that_depend_on_tokens_stay_with_their_tokens(family: str, tmp
     """Blocks of these read the tokens themselves: no block can learn from rows that are drawn."""
     source = resolve(save_any(family, tmp_path / "model"))
     for size in (1, 3):  # several batches of one size, and a single batch
-        states = from_disk(source, CPU).embedded(windows(), size)
+        states = from_disk(source, CPU).embed(windows(), size)
         assert set(states.calls.own) == {batch.rows.start for batch in states.batches}
         with pytest.raises(
             InputError, match="depend on the tokens, so they cannot learn one by one; leave reconstruct"

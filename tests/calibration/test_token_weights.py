@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import torch
@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 import llmcompress as lc
 from llmcompress.calibration.block_calls import embed
 from llmcompress.calibration.blocks import BlockForward, in_batches, load
-from llmcompress.calibration.token_weights import QUERIES, AttentionUnknownError, received_attention, scaled
-from llmcompress.calibration.walk import Block, InputGroup, walk
+from llmcompress.calibration.gather import Statistics
+from llmcompress.calibration.token_weights import QUERIES, AttentionUnknownError, received_attention, rescale
+from llmcompress.calibration.walk import Block, Execution, InputGroup, walk
 from llmcompress.data.calibration import calibration_tokens
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import relative_error
@@ -152,7 +153,7 @@ def test_attention_past_the_interface_leaves_tokens_alike(opened: Opened) -> Non
         received_attention(run, hidden, slice(None))
 
     def first(weights: TokenWeights | None) -> Block:
-        return next(walk(source, arch, sequences(), needs=EVERYTHING, weights=weights))
+        return next(walk(source, arch, sequences(), Statistics(needs=EVERYTHING, weights=weights)))
 
     asked, alike, by_norm = (
         first(weights) for weights in (TokenWeights(by="attention"), None, TokenWeights(by="norm"))
@@ -169,16 +170,19 @@ def test_attention_past_the_interface_leaves_tokens_alike(opened: Opened) -> Non
 def test_weights_are_linear_from_the_least_to_one() -> None:
     measure = torch.tensor([[3.0, 1.0, 2.0, 5.0, 1.0], [7.0, 7.0, 7.0, 7.0, 7.0], [0.0, 1e4, 0.0, 1.0, 2.0]])
     expected = torch.tensor([[0.6, 0.2, 0.4, 1.0, 0.2], [1, 1, 1, 1, 1], [0.2, 1.0, 0.2, 0.20008, 0.20016]])
-    torch.testing.assert_close(scaled(measure, 0.2), expected)
-    assert torch.equal(scaled(measure, 1.0), torch.ones(3, 5))
+    torch.testing.assert_close(rescale(measure, 0.2), expected)
+    assert torch.equal(rescale(measure, 1.0), torch.ones(3, 5))
 
 
 # --- moments ---------------------------------------------------------------------------------------------------------
 
 
-def gathered(opened: Opened, weights: TokenWeights | None, **arguments: Any) -> list[InputGroup]:
+def gathered(
+    opened: Opened, weights: TokenWeights | None, cap: float | None = 4.0, batch_size: int | None = None
+) -> list[InputGroup]:
     source, arch = opened("llama")
-    blocks = walk(source, arch, sequences(), held_out=1, needs=EVERYTHING, weights=weights, **arguments)
+    statistics, execution = Statistics(EVERYTHING, cap, weights), Execution(batch_size=batch_size)
+    blocks = walk(source, arch, sequences(), statistics, execution, held_out=1)
     return [group for block in blocks for group in block.groups]
 
 
@@ -199,12 +203,17 @@ def test_every_moment_is_weighed(by: Literal["attention", "norm"], cap: float | 
             explicit(tiny("llama"), len(measures), hidden).float() if by == "attention" else hidden.norm(dim=-1)
         )
     blocks = walk(
-        source, arch, tokens, held_out=1, needs=STATISTICS, weights=config, cap=cap, dense_stream=True, batch_size=2
+        source,
+        arch,
+        tokens,
+        Statistics(needs=STATISTICS, weights=config, cap=cap, cross=True),
+        Execution(batch_size=2),
+        held_out=1,
     )
     for block, measure in zip(blocks, measures, strict=True):
         for group in block.groups:
             x = inputs[group.names[0]]
-            counts = scaled(measure, 0.1) * (1 if cap is None else capped_weights(x, cap))
+            counts = rescale(measure, 0.1) * (1 if cap is None else capped_weights(x, cap))
             for moments, rows in ((group.inputs, slice(0, 3)), (group.held_out, slice(3, 4))):
                 assert moments is not None and moments.outer is not None
                 weighed = x[rows].double() * counts[rows, :, None].double()
@@ -260,7 +269,11 @@ def test_what_a_recipe_weighs_up_loses_less(tmp_path: Path) -> None:
         found[by] = {name: layer.expression() for name, layer in compressed_linears(done.model).items()}
         reported[by] = {row.name: row.error for row in done.report.layers}
         walked = walk(
-            source, arch, tokens.sequences, held_out=2, needs=EVERYTHING, cap=None, weights=weights, prefix="dense"
+            source,
+            arch,
+            tokens.sequences,
+            Statistics(needs=EVERYTHING, cap=None, weights=weights, prefix="dense"),
+            held_out=2,
         )
         judges[by] = [
             (name, block.weight(name), group.inputs)

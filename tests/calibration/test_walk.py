@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from llmcompress.calibration.block_calls import _record, _Tape, embed
+from llmcompress.calibration.block_calls import _ForwardRecord, _record_batches, embed
 from llmcompress.calibration.blocks import BlockForward, Call, Calls, RowBatch
-from llmcompress.calibration.walk import Block, walk
+from llmcompress.calibration.gather import Statistics
+from llmcompress.calibration.walk import Block, Execution, walk
 from llmcompress.compression.block import swap
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.methods.moments import capped_weights
@@ -101,7 +102,7 @@ def test_walk_reproduces_hidden_states(family: str, opened: Opened) -> None:
     batches = [slice(0, 2), slice(2, 3), slice(3, 5)]  # batch size 2, the last two sequences held out
     expected = [block_outputs(plain, arch, tokens[rows]) for rows in batches]
     block = None
-    for block in walk(source, arch, tokens, held_out=2, needs=OUTER, batch_size=2):
+    for block in walk(source, arch, tokens, Statistics(needs=OUTER), Execution(batch_size=2), held_out=2):
         if block.index:
             for rows, outputs in zip(batches, expected, strict=True):
                 assert (block.hidden[rows] - outputs[block.index - 1]).abs().max() == 0
@@ -114,7 +115,7 @@ def test_moments_are_those_of_the_plain_inputs(opened: Opened) -> None:
     source, arch = opened("llama")
     tokens, plain = sequences(), tiny("llama")
     everything = frozenset({"square", "outer"})
-    for block in walk(source, arch, tokens, held_out=2, needs=everything, cap=None):
+    for block in walk(source, arch, tokens, Statistics(needs=everything, cap=None), held_out=2):
         for group in block.groups:
             x = linear_inputs(plain, [group.names[0]], tokens[:3])[group.names[0]]
             held = linear_inputs(plain, [group.names[0]], tokens[3:])[group.names[0]]
@@ -131,7 +132,9 @@ def test_batch_size_changes_nothing_but_rounding(opened: Opened) -> None:
     runs = [
         [
             group
-            for block in walk(source, arch, sequences(), held_out=1, needs=OUTER, batch_size=size)
+            for block in walk(
+                source, arch, sequences(), Statistics(needs=OUTER), Execution(batch_size=size), held_out=1
+            )
             for group in block.groups
         ]
         for size in (1, 3, None)
@@ -145,7 +148,7 @@ def test_batch_size_changes_nothing_but_rounding(opened: Opened) -> None:
 def test_massive_tokens_are_capped(opened: Opened) -> None:
     source, arch = opened("llama")
     tokens, plain = sequences(), tiny("llama")
-    block = next(walk(source, arch, tokens, needs=OUTER, cap=0.5))
+    block = next(walk(source, arch, tokens, Statistics(needs=OUTER, cap=0.5)))
     for group in block.groups:
         x = linear_inputs(plain, [group.names[0]], tokens)[group.names[0]]
         weights = capped_weights(x.reshape(5, 24, -1), 0.5).flatten()
@@ -156,9 +159,9 @@ def test_massive_tokens_are_capped(opened: Opened) -> None:
 def test_needs_by_name(opened: Opened) -> None:
     source, arch = opened("llama")
     key, down = "model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"
-    first, second = walk(source, arch, sequences(), needs={key: frozenset({"square"}), down: OUTER})
+    first, second = walk(source, arch, sequences(), Statistics(needs={key: frozenset({"square"}), down: OUTER}))
     assert first.groups == second.groups == ()  # dropped once the walk has moved on
-    blocks = walk(source, arch, sequences(), needs={key: frozenset({"square"}), down: OUTER})
+    blocks = walk(source, arch, sequences(), Statistics(needs={key: frozenset({"square"}), down: OUTER}))
     (group,) = next(blocks).groups
     assert key in group.names
     assert len(group.names) == 3
@@ -189,7 +192,7 @@ def edited(family: str, arch: Architecture, blocks: range) -> PreTrainedModel:
 def test_later_blocks_see_the_compressed_prefix(family: str, opened: Opened) -> None:
     source, arch = opened(family)
     tokens = sequences()
-    for block in walk(source, arch, tokens, needs=OUTER, cap=None):
+    for block in walk(source, arch, tokens, Statistics(needs=OUTER, cap=None)):
         half = edited(family, arch, range(block.index))
         for group in block.groups:
             x = linear_inputs(half, [group.names[0]], tokens)[group.names[0]]
@@ -206,19 +209,21 @@ def test_later_blocks_see_the_compressed_prefix(family: str, opened: Opened) -> 
 def test_dense_prefix(opened: Opened) -> None:
     source, arch = opened("llama")
     expected = block_outputs(tiny("llama"), arch, sequences())
-    for block in walk(source, arch, sequences(), needs=OUTER, prefix="dense"):
+    for block in walk(source, arch, sequences(), Statistics(needs=OUTER, prefix="dense")):
         assert (block.hidden - expected[block.index]).abs().max() == 0  # the outputs already
         swap(block, rounded(block))
     assert (block.hidden - expected[-1]).abs().max() == 0
     with pytest.raises(ValueError, match="same stream twice"):
-        next(walk(source, arch, sequences(), prefix="dense", dense_stream=True))
+        next(walk(source, arch, sequences(), Statistics(prefix="dense", cross=True)))
 
 
 def test_dense_stream_gives_the_cross_moment(opened: Opened) -> None:
     source, arch = opened("llama")
     tokens = sequences()
     needs = frozenset({"outer", "cross"})
-    for block in walk(source, arch, tokens, held_out=1, needs=needs, cap=None, dense_stream=True, batch_size=2):
+    for block in walk(
+        source, arch, tokens, Statistics(needs=needs, cap=None, cross=True), Execution(batch_size=2), held_out=1
+    ):
         for group in block.groups:
             name = group.names[0]
             dense_x = linear_inputs(tiny("llama"), [name], tokens[:4])[name]
@@ -230,7 +235,7 @@ def test_dense_stream_gives_the_cross_moment(opened: Opened) -> None:
 
 def test_swapped_weight_is_what_runs(opened: Opened) -> None:
     source, arch = opened("gpt2")
-    block = next(walk(source, arch, sequences(), needs=OUTER))
+    block = next(walk(source, arch, sequences(), Statistics(needs=OUTER)))
     name = block.groups[0].names[0]
     weight = Dense(block.weight(name).bfloat16())
     bias = block.module.get_parameter("attn.c_attn.bias")
@@ -244,7 +249,7 @@ def test_without_data(opened: Opened) -> None:
     calls: list[tuple[int, int, float]] = []
     weights = tiny("llama").state_dict()
     names: list[str] = []
-    for block in walk(source, arch, None, progress=lambda *call: calls.append(call)):
+    for block in walk(source, arch, None, execution=Execution(progress=lambda *call: calls.append(call))):
         for group in block.groups:
             assert group.inputs.tokens == 0
             assert group.inputs.outer is None
@@ -258,7 +263,7 @@ def test_without_data(opened: Opened) -> None:
 def test_progress_counts_blocks(opened: Opened) -> None:
     source, arch = opened("llama")
     calls: list[tuple[int, int, float]] = []
-    for _ in walk(source, arch, sequences(), progress=lambda *call: calls.append(call)):
+    for _ in walk(source, arch, sequences(), execution=Execution(progress=lambda *call: calls.append(call))):
         pass
     assert [call[:2] for call in calls] == [(1, 2), (2, 2)]
     assert all(rate > 0 for *_, rate in calls)
@@ -266,7 +271,7 @@ def test_progress_counts_blocks(opened: Opened) -> None:
 
 def test_blocks_are_dropped(opened: Opened) -> None:
     source, arch = opened("llama")
-    for block in walk(source, arch, sequences(), needs=OUTER):
+    for block in walk(source, arch, sequences(), Statistics(needs=OUTER)):
         assert all(not parameter.is_meta for parameter in block.module.parameters())
         assert not any(module._forward_pre_hooks for module in block.module.modules())
     assert all(parameter.is_meta for parameter in block.module.parameters())
@@ -299,9 +304,9 @@ def test_overflow_names_the_layer(tmp_path: Path, opened: Opened) -> None:
     tensors["model.layers.0.mlp.up_proj.weight"].fill_(3e38)
     save_file(tensors, broken.folder / "model.safetensors")
     with pytest.raises(NumericsError, match=r"^model\.layers\.0\.mlp\.down_proj: its inputs became NaN or Inf"):
-        next(walk(broken, arch, sequences(), needs=OUTER))
+        next(walk(broken, arch, sequences(), Statistics(needs=OUTER)))
     with pytest.raises(NumericsError, match=r"^model\.layers\.0: its outputs became NaN or Inf"):
-        list(walk(broken, arch, sequences(), needs={}))
+        list(walk(broken, arch, sequences(), Statistics(needs={})))
 
 
 @pytest.mark.parametrize(
@@ -323,20 +328,20 @@ def test_unsuitable_sequences_are_refused(tokens: Tensor, held_out: int, sentenc
 def test_blocks_that_cannot_run_alone_are_refused() -> None:
     hidden, mask = torch.zeros(1, 2, 3), torch.zeros(2)
     call = Call((), {"mask": mask})
-    tape = _Tape("odd", extra=0, known=[Call((), {"mask": mask + 1e-7})] * 2)  # rounded otherwise
-    tape.record("layers.0", hidden, call)
-    tape.record("layers.1", hidden, call)
-    assert len(tape.calls) == 2
-    other, found = _Tape("odd", 0, [call, Call((), {"mask": mask + 1})]), [tape.depends]
+    record = _ForwardRecord("odd", extra=0, known=[Call((), {"mask": mask + 1e-7})] * 2)  # rounded otherwise
+    record.add("layers.0", hidden, call)
+    record.add("layers.1", hidden, call)
+    assert len(record.calls) == 2
+    other, found = _ForwardRecord("odd", 0, [call, Call((), {"mask": mask + 1})]), [record.depends]
     for path in ("layers.0", "layers.1"):
-        other.record(path, hidden, call)
+        other.add(path, hidden, call)
         found.append(other.depends)
     assert found == [False, False, True]
     why = "it changes the hidden states before layers.1"
     with pytest.raises(InputError, match=rf"^the blocks of model type 'odd' .*one by one \({why}\); choose"):
-        tape.record("layers.1", hidden.clone(), call)
+        record.add("layers.1", hidden.clone(), call)
     with pytest.raises(InputError, match="layers.0 gets a cache"):
-        _Tape("odd", False, None).record("layers.0", hidden, Call((DynamicCache(),), {}))
+        _ForwardRecord("odd", False, None).add("layers.0", hidden, Call((DynamicCache(),), {}))
 
 
 class Relay(nn.Module):
@@ -361,9 +366,9 @@ class Relay(nn.Module):
 def test_blocks_that_talk_to_each_other_are_refused() -> None:
     model, batches = Relay(), [RowBatch(slice(0, 5), False)]
     with pytest.raises(InputError, match="its code fails with stand-ins for them"):  # as blocks return three things
-        _record(model, "layers", sequences(), batches, torch.device("cpu"), extra=0)
+        _record_batches(model, "layers", sequences(), batches, torch.device("cpu"), extra=0)
     with pytest.raises(InputError, match=r"layers\.1 gets more than hidden states from the block before"):
-        _record(model, "layers", sequences(), batches, torch.device("cpu"), extra=2)
+        _record_batches(model, "layers", sequences(), batches, torch.device("cpu"), extra=2)
     assert all(type(layer) is nn.Identity for layer in model.layers)
 
 
@@ -418,7 +423,7 @@ def peak_kilobytes():
 for folder in sys.argv[1:]:
     source = resolve(folder)
     arch = architecture(source.config, source.skeleton())
-    for block in walk(source, arch, torch.arange(256).reshape(4, 64), needs=frozenset({"outer"}), held_out=1):
+    for block in walk(source, arch, torch.arange(256).reshape(4, 64), Statistics(frozenset({"outer"})), held_out=1):
         names = [name for group in block.groups for name in group.names]
         swap(block, {name: packed(Dense(block.weight(name).bfloat16())) for name in names})
     print(peak_kilobytes())
@@ -455,7 +460,7 @@ def test_statistics_are_summed_in_float32_whatever_the_products_are(tmp_path: Pa
     arch = architecture(source.config, source.skeleton())
     sequences = torch.randint(0, 250, (4, 16), generator=torch.Generator().manual_seed(0))
     needs = frozenset({"outer", "square"})
-    for block in walk(source, arch, sequences, needs=needs, cap=None, dtype=torch.bfloat16):
+    for block in walk(source, arch, sequences, Statistics(needs=needs, cap=None), Execution(dtype=torch.bfloat16)):
         for group in block.groups:
             outer, square = group.inputs.outer, group.inputs.square
             assert outer is not None and square is not None

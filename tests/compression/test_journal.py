@@ -24,7 +24,7 @@ from llmcompress.cli.app import app
 from llmcompress.cli.terminal import verdict
 from llmcompress.compression import block
 from llmcompress.compression.block import BlockResult
-from llmcompress.compression.journal import FINISHED
+from llmcompress.compression.run_files import FINISHED
 from llmcompress.errors import DiskError, NumericsError
 from llmcompress.evaluation.verify import verify
 from llmcompress.models.files.store import Store

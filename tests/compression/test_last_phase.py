@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import llmcompress as lc
 from llmcompress.cli.terminal import verdict
-from llmcompress.compression import journal, run, run_files
+from llmcompress.compression import run, run_files
 from llmcompress.distillation import run as distilling
 from llmcompress.distillation.run import distill
 from llmcompress.errors import DiskError, InputError, LLMCompressError, LockedError
@@ -58,7 +58,7 @@ def nth(number: int, original: Callable[..., Any], error: BaseException) -> Call
 
 
 ENDS = {  # where the end comes: module, function, at which call
-    "before the rest is written": (run_files.Books, "write_rest", 0),
+    "before the rest is written": (run_files.RunFiles, "write_rest", 0),
     "before the merge": (checkpoint, "merged", 0),
     "while headers are made": (tensor_files, "_encoded", 0),
     "before the first part is merged": (tensor_files, "_move", 0),
@@ -67,7 +67,7 @@ ENDS = {  # where the end comes: module, function, at which call
     "before the check": (run_files, "check_written", 0),
     "before the manifest": (checkpoint, "seal", 0),
     "before the rename": (checkpoint, "_publish", 0),
-    "behind the rename": (journal, "remove", 0),
+    "behind the rename": (run_files, "remove_folder", 0),
 }
 
 

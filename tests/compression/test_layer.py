@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmcompress.compression.layer import TARGET_DAMPING, to_dense_outputs
+from llmcompress.compression.layers import TARGET_DAMPING, to_dense_outputs
 from llmcompress.methods.moments import Moments
 
 NEEDS = frozenset({"square", "outer", "cross"})

@@ -23,14 +23,14 @@ from safetensors.torch import load_file
 import llmcompress as lc
 from llmcompress.compression import run
 from llmcompress.compression.job import prepare
-from llmcompress.compression.journal import FINISHED
 from llmcompress.compression.result import Result
+from llmcompress.compression.run_files import FINISHED
 from llmcompress.errors import LLMCompressError, RecipeError
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.verify import verify
 from llmcompress.models.dense.model import resolve
-from llmcompress.pipeline.frontier.budgets import budgets
-from llmcompress.pipeline.frontier.sweep import PRICES, frontier, sweep
+from llmcompress.pipeline.frontier import PRICES, frontier, sweep
+from llmcompress.pipeline.frontier_inputs import budgets
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.read import dump, read_recipe
 from llmcompress.runtime.ranks import Ranks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import llmcompress as lc
 from llmcompress.compression import run as compression_run
 from llmcompress.compression.job import prepare
 from llmcompress.compression.plan import plan_of
-from llmcompress.compression.ties import groups_of
+from llmcompress.compression.ties import common_matrices, groups_of
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.dense.model import resolve
 from llmcompress.recipe.read import read_recipe
@@ -326,15 +327,11 @@ def test_blocks_that_differ(tmp_path: Path) -> None:
     source = resolve(tmp_path / "dense")
     job = prepare(source, read_recipe(recipe(tmp_path)))
     assert model.config.num_hidden_layers == 4
-    from dataclasses import replace
-
-    from llmcompress.compression.ties import ties_of as found
-
     blocks = list(job.arch.blocks)
     [first, *rest] = blocks[1].groups
     blocks[1] = replace(blocks[1], groups=(tuple(replace(linear, shape=(8, 32)) for linear in first), *rest))
     with pytest.raises(RecipeError, match="puts like ones together"):
-        found(Tie(blocks=2), replace(job.arch, blocks=tuple(blocks)), job.assignment.steps, ())
+        common_matrices(Tie(blocks=2), replace(job.arch, blocks=tuple(blocks)), job.assignment.steps, ())
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ RTN, GPTQ = {"method": "rtn", "bits": 4}, {"method": "gptq", "bits": 4, "group_s
 
 def test_a_plan_counts_tokens_and_learning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time_estimate, "paces", lambda asked, data: dict.fromkeys(asked, Pace({1: 0.0}, 0.0, 0.0)))
-    monkeypatch.setattr(time_estimate, "speed", lambda dtype: 1e6)
-    monkeypatch.setattr(time_estimate, "of_text", lambda: 1.0)
+    monkeypatch.setattr(time_estimate, "product_speed", lambda dtype: 1e6)
+    monkeypatch.setattr(time_estimate, "text_seconds", lambda: 1.0)
 
     def seconds(model: Path, **sections: Any) -> float:
         recipe = {"version": 1, "rules": [{"match": "*", "steps": [GPTQ]}], **sections}

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
+from llmcompress.calibration.gather import Statistics
 from llmcompress.calibration.walk import walk
 from llmcompress.errors import RecipeError
 from llmcompress.methods.moments import Moments
@@ -123,7 +124,7 @@ def test_the_head_is_calibrated_on_what_it_reads(family: str, tmp_path: Path) ->
     ids = torch.randint(0, 256, (6, 16), generator=torch.Generator().manual_seed(0))
     name = arch.embedding if arch.tied else arch.head
     needs = {linear: frozenset({"outer"}) for linear in [*arch.linears(), name]}
-    *_, last = walk(source, arch, ids, held_out=2, needs=needs, cap=None)
+    *_, last = walk(source, arch, ids, Statistics(needs=needs, cap=None), held_out=2)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     seen: list[torch.Tensor] = []
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))

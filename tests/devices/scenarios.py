@@ -38,8 +38,8 @@ from llmcompress.losses.loss import loss_config, measure
 from llmcompress.methods.layer import apply, relative_error, step
 from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import Place
-from llmcompress.pipeline.frontier.budgets import budgets
-from llmcompress.pipeline.frontier.sweep import frontier
+from llmcompress.pipeline.frontier import frontier
+from llmcompress.pipeline.frontier_inputs import budgets
 from llmcompress.recipe.read import read_recipe
 from llmcompress.surgery.block_choice import alike_blocks
 from llmcompress.weight.encoding import decode, encode

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import llmcompress as lc
-from llmcompress.calibration.walk import Block, walk
+from llmcompress.calibration.gather import Statistics
+from llmcompress.calibration.walk import Block, Execution, walk
 from llmcompress.cli.app import app
-from llmcompress.compression.journal import FINISHED
+from llmcompress.compression.run_files import FINISHED
 from llmcompress.evaluation.verify import verify
 from llmcompress.models.dense.families import architecture
 from llmcompress.models.dense.model import resolve
@@ -62,7 +63,7 @@ def test_a_block_may_change_until_the_one_after_it_is_left(place: Path) -> None:
     arch, tokens = architecture(source.config, source.skeleton()), sequences()
     plain = tiny("llama", num_hidden_layers=DEPTH)
     block: Block | None = None
-    for block in walk(source, arch, tokens, held_out=2, needs=OUTER, outputs=True, pairs=True, batch_size=2):
+    for block in walk(source, arch, tokens, Statistics(needs=OUTER), Execution(batch_size=2), held_out=2, window=2):
         dense = block_outputs(tiny("llama", num_hidden_layers=DEPTH), arch, tokens)
         assert block.wanted is not None
         torch.testing.assert_close(block.wanted, dense[block.index])
@@ -85,7 +86,7 @@ def test_two_blocks_are_in_memory_at_a_time(place: Path) -> None:
     source = resolve(str(place / "dense"))
     arch = architecture(source.config, source.skeleton())
     model = None
-    for block in walk(source, arch, sequences(), held_out=2, needs=OUTER, outputs=True, pairs=True):
+    for block in walk(source, arch, sequences(), Statistics(needs=OUTER), held_out=2, window=2):
         model = block.model
         loaded = [path for path in PATHS if _loaded(model.get_submodule(path))]
         assert loaded == PATHS[max(0, block.index - 1) : block.index + 1]

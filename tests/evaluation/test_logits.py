@@ -68,6 +68,7 @@ torch.set_num_threads(1)
 from llmcompress.evaluation.logits import opened
 from llmcompress.evaluation.perplexity import perplexity
 from llmcompress.allocation.sensitivity import Probe
+from llmcompress.calibration.gather import Statistics
 from llmcompress.calibration.walk import walk
 from llmcompress.models.dense.model import resolve
 from llmcompress.models.dense.families import architecture
@@ -80,7 +81,7 @@ for folder in sys.argv[1:]:
     source = resolve(folder)
     arch = architecture(source.config, source.skeleton())
     probe = Probe(source, arch, ids[:, :16], "cpu")
-    for block in walk(source, arch, ids, needs={}, prefix="dense"):
+    for block in walk(source, arch, ids, Statistics({}, prefix="dense")):
         name = arch.blocks[block.index].groups[0][0].name
         probe.exchange(block, name, 0.9 * block.weight(name))
         probe.leave(block)

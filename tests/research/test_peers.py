@@ -14,7 +14,7 @@ from handover import WEIGHTS, decoder_linears, grouped_bits, hand_over, loaded
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from llmcompress.pipeline.frontier.peers import read_peers
+from llmcompress.pipeline.frontier_inputs import read_peers
 from tests.tiny import save_tiny
 
 pytest.importorskip("gguf", reason="needs the package gguf (extra `export`)")

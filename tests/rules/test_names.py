@@ -64,15 +64,12 @@ NO_PARTICIPLES = {"embed", "need", "seed", "shed", "speed", "feed", "exceed", "p
 PUBLIC_API = {"decoded"}  # names that users import from `llmcompress`
 SMALL_FILE = 60
 UNMENDED = {
-    "allocation",
-    "calibration",
-    "compression",
     "data",
     "distillation",
     "evaluation",
     "losses",
     "models",
-    "pipeline",
+    "recipe",
 }
 REGISTRIES = ("methods", "losses", "cli", "latents")  # one method, loss, command or strategy a file
 ENTRY_POINTS = {"__init__", "__main__", "plugin", "worker"}  # run or found by another program

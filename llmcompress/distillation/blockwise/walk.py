@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmcompress.calibration.block_calls import recorded
+from llmcompress.calibration.block_calls import record_calls
 from llmcompress.calibration.blocks import Calls, RowBatch, hidden_of, in_batches
 from llmcompress.distillation.blockwise.block import Activations, Block, Recovered, recover_block
 from llmcompress.distillation.student.low_rank import teachers_weights
@@ -58,7 +58,7 @@ class Stream:
     def of(model: PreTrainedModel, ids: Tensor, batches: list[RowBatch], autocast: Autocast) -> Stream:
         """Start at the first block. Raises InputError for a model whose blocks cannot be run on their own."""
         stack = block_stack(model.config, model)
-        hidden, calls, _ = recorded(model, stack, ids, batches, model.device)
+        hidden, calls, _ = record_calls(model, stack, ids, batches, model.device)
         return Stream(model, stack, hidden.to(STORED), calls, batches, autocast)
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmcompress.calibration.dry_run import rehearsed
+from llmcompress.calibration.dry_run import probe_architecture
 from llmcompress.errors import InputError, RecipeError, list_names
 from llmcompress.models.dense.config import MODEL, TOKENIZER, needs_code
 from llmcompress.models.dense.experts import Experts, experts_of
@@ -83,7 +83,7 @@ def open_mixture(model: str | Path, revision: str | None = None) -> ExpertMixtur
         )
         raise InputError(f"{source.folder / 'config.json'} describes {what}, which is not known; choose another model")
     if arch.family is None:
-        arch = rehearsed(source, arch, True)
+        arch = probe_architecture(source, arch, True)
     return ExpertMixture(source, arch, layers, counts[0], chosen, getattr(settings, GROUPS, None) or 1)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from llmcompress.calibration.gather import HiddenStreams, gather, wanted_of
+from llmcompress.calibration.gather import HiddenStreams, Statistics, gather, wanted_of
 from llmcompress.calibration.walk import Progress
 from llmcompress.compression import run
 from llmcompress.compression.block import swap
@@ -166,7 +166,8 @@ def _replace_and_judge(mixture: ExpertMixture, visit: Visit, chosen: tuple[int, 
     layout, block = mixture.arch.blocks[visit.block.index], visit.block
     inside = tuple(f"{mixture.layers[block.index]}.{number}." for number in chosen)
     names = [linear.name for group in layout.groups for linear in group if linear.name.startswith(inside)]
-    streams = HiddenStreams(visit.batches, block.hidden, None, None, Recipe.model_fields["cap"].default, None, False)
+    cap = Recipe.model_fields["cap"].default
+    streams = HiddenStreams(visit.batches, block.hidden, Statistics(cap=cap))
     groups = gather(visit.run, wanted_of(layout, dict.fromkeys(names, frozenset({"outer"}))), streams)
     before = visit.outputs()
     for group in groups:

@@ -9,8 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from llmcompress.compression import step_timing as trials
-from llmcompress.compression.step_timing import COLUMNS, FEW, ROWS, WIDE, Sizes, Timed, measured, paces, tried
+from llmcompress.compression import step_timing
+from llmcompress.compression.step_timing import (
+    COLUMNS,
+    FEW,
+    ROWS,
+    WIDE,
+    Sizes,
+    TimedMoments,
+    measure_pace,
+    paces,
+    time_steps,
+)
 from llmcompress.methods.layer import step
 from llmcompress.methods.moments import Moments
 
@@ -27,8 +37,8 @@ def test_trials_tell_what_grows_with_rows_width_and_its_cube(
         asked.append((rows, width))
         return width * (3e-5 + 2e-7 * rows) + 1e-9 * rows * width**2, 5e-11 * width**3
 
-    monkeypatch.setattr(trials, "tried", as_known)
-    found = measured((), Sizes.of(sizes), True)
+    monkeypatch.setattr(step_timing, "time_steps", as_known)
+    found = measure_pace((), Sizes.of(sizes), True)
     assert all((rows <= ROWS and width <= COLUMNS) or (rows <= FEW and width <= WIDE) for rows, width in asked)
     for rows, width in sizes:
         own, shared = as_known((), min(rows, ROWS), width, True)
@@ -39,14 +49,14 @@ def test_trials_tell_what_grows_with_rows_width_and_its_cube(
 
 def test_what_layers_share_is_counted_once_and_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(trials.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(step_timing.time, "perf_counter", lambda: now)
 
     def takes(seconds: float, found: Any) -> Any:
         nonlocal now
         now += seconds
         return found
 
-    moments = Timed(1.0)
+    moments = TimedMoments(1.0)
     turned = moments.memo("rotated", lambda: takes(2.0, Moments(1.0)))
     for _ in range(2):
         moments.memo("outer", lambda: takes(1.0, turned.memo("inner", lambda: takes(4.0, 7))))
@@ -55,7 +65,7 @@ def test_what_layers_share_is_counted_once_and_apart(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("data", [False, True])
 def test_a_trial_runs_the_steps(data: bool) -> None:
-    own, shared = tried((step(GPTQ if data else RTN),), 16, 32, data)
+    own, shared = time_steps((step(GPTQ if data else RTN),), 16, 32, data)
     assert own > 0 and (shared > 0) == data
 
 
@@ -74,15 +84,15 @@ def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, 
         return 1.0, 0.0
 
     monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(trials, "tried", one)
-    monkeypatch.setattr(trials, "product_speed", lambda dtype: 1e9)
+    monkeypatch.setattr(step_timing, "time_steps", one)
+    monkeypatch.setattr(step_timing, "time_products", lambda dtype: 1e9)
     set_load(monkeypatch, None)
     return made
 
 
 def set_load(monkeypatch: pytest.MonkeyPatch, note: str | None) -> None:
     """Make every look at the load find this."""
-    monkeypatch.setattr(trials, "_looked", lambda moment: note)
+    monkeypatch.setattr(step_timing, "_load_note", lambda moment: note)
 
 
 def test_steps_are_tried_once_on_a_machine(counted: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,37 +108,37 @@ def test_steps_are_tried_once_on_a_machine(counted: list[Any], monkeypatch: pyte
     counted.clear()
     paces({STEPS: [(64, 64)]}, True)
     assert not counted, "nothing is forgotten for that"
-    monkeypatch.setattr(trials, "versions", lambda: {"torch": "another"})
+    monkeypatch.setattr(step_timing, "versions", lambda: {"torch": "another"})
     paces({STEPS: [(64, 64)]}, True)
     assert counted
 
 
 def test_kept_speeds_follow_those_of_products(counted: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     fast = paces({STEPS: [(64, 64)]}, True)[STEPS]
-    monkeypatch.setattr(trials, "product_speed", lambda dtype: 5e8)
+    monkeypatch.setattr(step_timing, "time_products", lambda dtype: 5e8)
     slow = paces({STEPS: [(64, 64)]}, True)[STEPS]
     assert slow.seconds(64, 64) == pytest.approx(2 * fast.seconds(64, 64))
 
 
 def test_beside_other_work_the_last_quiet_speeds_hold(counted: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     quiet = paces({STEPS: [(64, 64)]}, True)[STEPS]
-    assert trials.busy() is None and trials.speed(torch.float32) == 1e9
+    assert step_timing.busy_warning() is None and step_timing.product_speed(torch.float32) == 1e9
     set_load(monkeypatch, "this machine is busy")
-    monkeypatch.setattr(trials, "product_speed", lambda dtype: 2.5e7)
+    monkeypatch.setattr(step_timing, "time_products", lambda dtype: 2.5e7)
     counted.clear()
-    assert trials.speed(torch.float32) == 1e9 and trials.speed(torch.bfloat16) == 2.5e7
+    assert step_timing.product_speed(torch.float32) == 1e9 and step_timing.product_speed(torch.bfloat16) == 2.5e7
     assert paces({STEPS: [(64, 64)]}, True)[STEPS] == quiet and not counted
     said = f"this machine is busy: times are for a quiet one, as measured on {date.today().isoformat()}"
-    assert trials.busy() == said
+    assert step_timing.busy_warning() == said
 
 
 def test_trials_beside_other_work_are_scaled_and_not_kept(counted: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    trials.speed(torch.float32)
+    step_timing.product_speed(torch.float32)
     set_load(monkeypatch, "this machine is busy")
-    monkeypatch.setattr(trials, "product_speed", lambda dtype: 2.5e7)
+    monkeypatch.setattr(step_timing, "time_products", lambda dtype: 2.5e7)
     busy = paces({STEPS: [(64, 64)]}, True)[STEPS]
     set_load(monkeypatch, None)
-    monkeypatch.setattr(trials, "product_speed", lambda dtype: 1e9)
+    monkeypatch.setattr(step_timing, "time_products", lambda dtype: 1e9)
     counted.clear()
     quiet = paces({STEPS: [(64, 64)]}, True)[STEPS]
     assert counted and quiet.seconds(64, 64) == pytest.approx(40 * busy.seconds(64, 64))
@@ -136,10 +146,10 @@ def test_trials_beside_other_work_are_scaled_and_not_kept(counted: list[Any], mo
 
 def test_a_machine_that_was_never_quiet_is_told_of(counted: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     set_load(monkeypatch, "this machine is busy")
-    assert trials.busy() == (
+    assert step_timing.busy_warning() == (
         "this machine is busy, and how fast it is when quiet is not known yet: times may be far too long"
     )
-    assert trials.speed(torch.float32) == 1e9
+    assert step_timing.product_speed(torch.float32) == 1e9
 
 
 @pytest.mark.parametrize("content", ["", "{}", "nonsense", None])

@@ -21,7 +21,7 @@ class Feed:
 
 
 def feeds(arch: Architecture, block: BlockLayout) -> tuple[Feed, ...]:
-    """Return the feeds of a block in the order of its groups. Raises RecipeError for a family without such a table."""
+    """Return the feeds of a block in the order of its groups. Raises RecipeError for a family without producers."""
     producers = () if arch.family is None else arch.family.producers
     if not producers:
         known = ", ".join(name for name, family in FAMILIES.items() if family.producers)
@@ -30,8 +30,8 @@ def feeds(arch: Architecture, block: BlockLayout) -> tuple[Feed, ...]:
             f"use the step rotate"
         )
     linears = {linear.name for group in block.groups for linear in group}
-    found = []
-    for group, producer in zip(block.groups, producers, strict=True):
-        path = f"{block.path}.{producer}"
-        found.append(Feed(tuple(linear.name for linear in group), path, path not in linears))
-    return tuple(found)
+    paths = [f"{block.path}.{producer}" for producer in producers]
+    return tuple(
+        Feed(tuple(linear.name for linear in group), path, path not in linears)
+        for group, path in zip(block.groups, paths, strict=True)
+    )

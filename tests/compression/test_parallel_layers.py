@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import llmcompress as lc
+from llmcompress.calibration.gather import Statistics
 from llmcompress.calibration.walk import Block, InputGroup, walk
 from llmcompress.compression.job import Job, prepare
-from llmcompress.compression.parallel_layers import Share, placed, solved
+from llmcompress.compression.layers import WorkItem, assign_to_ranks, compress_layers
 from llmcompress.errors import NumericsError
 from llmcompress.methods import row_chunks
 from llmcompress.methods.moments import Moments
@@ -45,8 +46,8 @@ ONEDNN: Any = torch.backends.mkldnn
 # --- where shares go --------------------------------------------------------------------------------------------------
 
 
-def shares(costs: list[tuple[int, float]]) -> list[Share]:
-    return [Share(str(number), group, slice(0, 1), seconds) for number, (group, seconds) in enumerate(costs)]
+def items(costs: list[tuple[int, float]]) -> list[WorkItem]:
+    return [WorkItem(str(number), group, slice(0, 1), seconds) for number, (group, seconds) in enumerate(costs)]
 
 
 def load(costs: list[tuple[int, float]], factors: list[float], owners: tuple[int, ...] | list[int]) -> float:
@@ -60,7 +61,7 @@ def load(costs: list[tuple[int, float]], factors: list[float], owners: tuple[int
 
 
 def test_one_process_has_everything() -> None:
-    assert placed(shares([(0, 3.0), (1, 1.0), (1, 2.0)]), [1.0, 5.0], 1) == [0, 0, 0]
+    assert assign_to_ranks(items([(0, 3.0), (1, 1.0), (1, 2.0)]), [1.0, 5.0], 1) == [0, 0, 0]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -70,15 +71,14 @@ def test_shares_are_at_most_a_third_slower_than_the_best(seed: int) -> None:
     costs = [(number, seconds) for number, seconds in enumerate(drawn)]
     for count in (2, 3):
         best = min(load(costs, [0.0] * 7, owners) for owners in product(range(count), repeat=7))
-        assert (
-            load(costs, [0.0] * 7, placed(shares(costs), [0.0] * 7, count)) <= best * (4 / 3 - 1 / (3 * count)) + 1e-9
-        )
+        owners = assign_to_ranks(items(costs), [0.0] * 7, count)
+        assert load(costs, [0.0] * 7, owners) <= best * (4 / 3 - 1 / (3 * count)) + 1e-9
 
 
 def test_layers_that_share_a_costly_factor_stay_together() -> None:
-    owners = placed(shares([(0, 1.0), (0, 1.0), (0, 1.0), (1, 6.0)]), [10.0, 10.0], 2)
+    owners = assign_to_ranks(items([(0, 1.0), (0, 1.0), (0, 1.0), (1, 6.0)]), [10.0, 10.0], 2)
     assert owners == [1, 1, 1, 0]
-    assert len(set(placed(shares([(0, 30.0), (0, 30.0)]), [10.0], 2))) == 2, "but not where apart is faster"
+    assert len(set(assign_to_ranks(items([(0, 30.0), (0, 30.0)]), [10.0], 2))) == 2, "but not where apart is faster"
 
 
 # --- what becomes of them -------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def standing(model: Path, **asked: Any) -> Iterator[tuple[Job, Block]]:
     entries = {"version": 1, "name": "test", "asymmetric": 0.5, "calibration": {"samples": 4, "length": 16}, **asked}
     job = prepare(resolve(str(model)), read_recipe(entries))
     tokens = torch.randint(0, 250, (6, 16), generator=torch.Generator().manual_seed(1))
-    blocks: Any = walk(job.source, job.arch, tokens, held_out=2, needs=job.needs(), dense_stream=True)
+    blocks: Any = walk(job.source, job.arch, tokens, Statistics(needs=job.needs(), cross=True), held_out=2)
     yield job, next(blocks)
     blocks.close()
 
@@ -131,8 +131,8 @@ def test_weights_are_those_of_one_process(
     """Layers that have to be cut into runs of rows, which lie in several processes, among them."""
     monkeypatch.setattr(row_chunks, "RUN", 16)
     with standing(models("llama"), rules=[{"match": "*", "steps": PIPELINES[name]}]) as (job, block):
-        alone = solved(job, block, groups_of(block), ALONE)
-        for found in in_lockstep(count, lambda ranks: solved(job, block, groups_of(block), ranks)):
+        alone = compress_layers(job, block, groups_of(block), ALONE)
+        for found in in_lockstep(count, lambda ranks: compress_layers(job, block, groups_of(block), ranks)):
             check_same(alone, found)
 
 
@@ -141,9 +141,9 @@ def test_weights_are_those_of_one_layer_after_the_other(name: str, models: Calla
     """All layers of a block beside each other, in threads, as on a GPU."""
     with standing(models("llama"), rules=[{"match": "*", "steps": PIPELINES[name]}]) as (job, block):
         threads, switch = torch.get_num_threads(), ONEDNN.matmul.fp32_precision
-        expected = solved(job, block, groups_of(block), ALONE)
+        expected = compress_layers(job, block, groups_of(block), ALONE)
         for workers in (1, 3):
-            check_same(expected, solved(job, block, groups_of(block), ALONE, workers))
+            check_same(expected, compress_layers(job, block, groups_of(block), ALONE, workers))
         assert torch.get_num_threads() == threads and ONEDNN.matmul.fp32_precision == switch
 
 
@@ -160,11 +160,11 @@ def test_experts_are_side_by_side_in_a_run(
 
     def counted(job: Job, block: Block, groups: Any, ranks: Ranks, workers: int) -> Any:
         at_once.append(sum(len(group.names) for group in groups))
-        return solved(job, block, groups, ranks, workers)
+        return compress_layers(job, block, groups, ranks, workers)
 
     expected = lc.compress(models("mixtral"), asked, tmp_path / "one")
     monkeypatch.setattr("llmcompress.compression.block.workers_on", lambda device: 4)
-    monkeypatch.setattr("llmcompress.compression.block.solved", counted)
+    monkeypatch.setattr("llmcompress.compression.block.compress_layers", counted)
     found = lc.compress(models("mixtral"), asked, tmp_path / "four")
     assert max(at_once) == 4 and found.report.layers == expected.report.layers
     for file in expected.folder.glob("*.safetensors"):
@@ -173,8 +173,8 @@ def test_experts_are_side_by_side_in_a_run(
 
 def test_experts_are_shared_out_too(models: Callable[[str], Path]) -> None:
     with standing(models("mixtral"), rules=[{"match": "*", "steps": [GPTQ]}]) as (job, block):
-        alone = solved(job, block, groups_of(block), ALONE)
-        for found in in_lockstep(3, lambda ranks: solved(job, block, groups_of(block), ranks)):
+        alone = compress_layers(job, block, groups_of(block), ALONE)
+        for found in in_lockstep(3, lambda ranks: compress_layers(job, block, groups_of(block), ranks)):
             check_same(alone, found)
 
 
@@ -187,9 +187,9 @@ def test_no_layer_is_compressed_twice(models: Callable[[str], Path], monkeypatch
         return original(layer, steps, rows)
 
     monkeypatch.setattr(row_chunks, "RUN", 16)
-    monkeypatch.setattr("llmcompress.compression.parallel_layers.apply_to", counted)
+    monkeypatch.setattr("llmcompress.compression.layers.apply_to_run", counted)
     with standing(models("llama"), rules=[{"match": "*", "steps": [GPTQ]}]) as (job, block):
-        in_lockstep(3, lambda ranks: solved(job, block, groups_of(block), ranks))
+        in_lockstep(3, lambda ranks: compress_layers(job, block, groups_of(block), ranks))
         rows = {name: linear.shape[0] for name, linear in block.linears.items() if name.startswith(f"{block.path}.")}
     assert sorted(done) == sorted((name, start) for name, count in rows.items() for start in range(0, count, 16))
 
@@ -203,7 +203,7 @@ def test_the_error_is_that_of_the_first_layer_in_order(workers: int, models: Cal
                 group.inputs.outer.mul_(float("nan"))
         first = groups[1].names[0]
         with pytest.raises(NumericsError, match=f"^{first}: its input statistics"):
-            solved(job, block, groups, ALONE, workers)
+            compress_layers(job, block, groups, ALONE, workers)
 
 
 def test_an_error_in_one_process_ends_all(models: Callable[[str], Path]) -> None:
@@ -215,6 +215,6 @@ def test_an_error_in_one_process_ends_all(models: Callable[[str], Path]) -> None
                 if "o_proj" in group.names[0] and group.inputs.outer is not None:
                     group.inputs.outer.mul_(float("nan"))
             with pytest.raises(NumericsError, match=r"o_proj: its input statistics cannot be factored"):
-                solved(job, block, groups, ranks)
+                compress_layers(job, block, groups, ranks)
 
         in_lockstep(2, work)

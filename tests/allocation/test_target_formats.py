@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import llmcompress as lc
-from llmcompress.allocation.choices import choices
+from llmcompress.allocation.choices import find_choices
 from llmcompress.allocation.target_formats import default_options, options_for
 from llmcompress.compression.job import prepare
 from llmcompress.errors import RecipeError
@@ -47,7 +47,7 @@ def recipe(place: Path, target: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 def left(place: Path, model: str = "dense", **more: Any) -> Any:
     target = {"bytes": 10**9, "engine": "vllm"}
-    return choices(prepare(resolve(str(place / model)), read_recipe(recipe(place, target, **more))))
+    return find_choices(prepare(resolve(str(place / model)), read_recipe(recipe(place, target, **more))))
 
 
 def test_every_name_of_a_target_has_its_rules() -> None:
@@ -71,7 +71,7 @@ def test_default_options_are_those_that_fit_the_shape_and_leave_tables_alone(pla
 def test_what_is_chosen_is_exported_whole_and_the_report_names_the_engine(place: Path, tmp_path: Path) -> None:
     dense = resolve(str(place / "dense"))
     job = prepare(dense, read_recipe(recipe(place, {"bpw": 5.5, "engine": "vllm"})))
-    least, most = (sum(pick(one.bits) for one in choices(job).matrices) for pick in (min, max))
+    least, most = (sum(pick(one.bits) for one in find_choices(job).matrices) for pick in (min, max))
     result = lc.compress(place / "dense", recipe(place, {"bpw": 5.5, "engine": "vllm"}), tmp_path / "out")
     stored = {row.stored for row in result.report.layers}
     assert len(stored) > 1 and least < most and result.report.bpw is not None and 5 < result.report.bpw <= 5.5

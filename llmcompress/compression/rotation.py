@@ -1,14 +1,14 @@
 """A permanent rotation of the residual stream (QuaRot, arXiv 2404.00456; SliceGPT, arXiv 2401.15024).
 
 A norm without a weight commutes with any orthogonal R. So the weight g of each norm goes into the linears after it,
-W -> W diag(g) R. Linears that write to the stream become R^T W, and the token table becomes E R. The model computes the
-same outputs, and no linear that reads the stream needs signs or a transform at run time. R is the same as in the step
-`rotate`, which still serves linears that read something else (o and down of a Llama).
+W -> W diag(g) R. Linears that write to the stream become R^T W, and the token table becomes E R. Outputs stay the same,
+and no linear that reads the stream needs signs or a transform at run time. R is that of the step `rotate`, which still
+serves linears that read something else (o and down of a Llama).
 
-The output head reads the last norm, whose weight is not constant, so a head tied to the token table must become a
-matrix of its own. Rotated weights are rounded to their stored dtype once more; in bfloat16 that alone moves the
-predictions of SmolLM2-135M by 2e-4 nats. QuaRot's code also subtracts the mean from each row of the table: that is
-right only for layer norms, and not done here.
+The output head reads the last norm, whose weight is not constant, so a head tied to the token table becomes a matrix of
+its own. Rotated weights are rounded to their stored dtype once more; in bfloat16 that alone moves the predictions of
+SmolLM2-135M by 2e-4 nats. QuaRot's code also subtracts the mean from each row of the table, which is right only for
+layer norms, and not done here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.compression.fuse.producers import feeds
+from llmcompress.compression.producers import feeds
 from llmcompress.errors import RecipeError
 from llmcompress.models.dense.families import Architecture, architecture
 from llmcompress.models.dense.model import DenseModel
@@ -30,8 +30,11 @@ from llmcompress.weight.hadamard import ROWS, rotate
 
 @dataclass(frozen=True)
 class Turn:
-    """The change to a tensor. `fold`: the norm whose weight goes into its columns; `columns`, `rows`: True if these are
-    in the stream's basis (the entries of a bias are rows); `ones`: True for a norm's weight that was folded away."""
+    """The change to a tensor.
+
+    `fold`: the norm whose weight goes into its columns. `columns`, `rows`: True if these are in the stream's basis (the
+    entries of a bias are rows). `ones`: True for a norm's weight that was folded away.
+    """
 
     fold: str | None = None
     columns: bool = False
@@ -87,11 +90,10 @@ class RotatedSource(DenseModel):
 
 
 def rotated_source(source: DenseModel, seed: int, untie: bool) -> DenseModel:
-    """Return the model with its residual stream rotated; nothing is read yet. `untie`: True if a tied head may become a
-    matrix of its own.
+    """Return the model with its residual stream rotated; nothing is read yet.
 
-    Raises RecipeError for a family whose norms and linears are not known to allow it, and for a tied head that may not
-    be untied.
+    `untie`: True if a tied head may become a matrix of its own. Raises RecipeError for a family whose norms and linears
+    are not known to allow it, and for a tied head that may not be untied.
     """
     arch = architecture(source.config, source.skeleton())
     turns = _turns(arch)
@@ -124,7 +126,7 @@ def rotated_source(source: DenseModel, seed: int, untie: bool) -> DenseModel:
 
 
 def _turns(arch: Architecture) -> dict[str, Turn]:
-    """Return the change to each tensor, by name; tensors without an entry stay."""
+    """Return the change to each tensor that changes, by name."""
     turns = {f"{arch.embedding}.weight": Turn(columns=True)}
     for block in arch.blocks:
         for feed in feeds(arch, block):

@@ -25,10 +25,9 @@ from llmcompress.models.dense.model import DenseModel
 from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.models.files.checkpoint import MANIFEST, check_manifest
 from llmcompress.models.files.file_names import ALLOCATION, DISTILLATION, RECIPE, SCORES
-from llmcompress.pipeline.frontier import sweep
-from llmcompress.pipeline.frontier.budgets import budgets
-from llmcompress.pipeline.frontier.peers import read_peers
-from llmcompress.pipeline.frontier.sweep import PRICES, SILENT, SweepCallbacks, frontier
+from llmcompress.pipeline import frontier as sweep
+from llmcompress.pipeline.frontier import PRICES, SILENT, SweepCallbacks, frontier
+from llmcompress.pipeline.frontier_inputs import budgets, read_peers
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.read import dump, read_recipe
 from llmcompress.reporting.tables import frontier_markdown
@@ -69,7 +68,7 @@ def protocol(place: Path, *tasks: str) -> Protocol:
 
 def swept(place: Path, output: Path, bpw: str = BPW, told: SweepCallbacks = SILENT, **more: Any) -> Found:
     recipe = read_recipe(values(place, **more))
-    return frontier(place / "dense", [recipe], budgets(bpw, None), output, protocol(place), told=told)
+    return frontier(place / "dense", [recipe], budgets(bpw, None), output, protocol(place), callbacks=told)
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +196,7 @@ def test_what_is_finished_is_read_and_more_budgets_are_added(
     with monkeypatch.context() as context:
         for module, name in ((sweep, "compress_job"), (sweep, "record")):
             context.setattr(module, name, never)
-        context.setattr("llmcompress.pipeline.frontier.judge.load_model", never)
+        context.setattr("llmcompress.pipeline.frontier_scores.load_model", never)
         context.setattr(DenseModel, "load", never)
         sizes, recipe = budgets(BPW, None), read_recipe(values(place))
         again = frontier(place / "dense", [recipe], sizes, tmp_path / "out", protocol(place, tasks))

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
 from llmcompress.calibration.blocks import load
-from llmcompress.compression.fuse.rotation import rotated_source
+from llmcompress.compression.rotation import rotated_source
 from llmcompress.errors import RecipeError
 from llmcompress.models.dense.families import FAMILIES
 from llmcompress.models.dense.model import DenseModel, resolve

@@ -1,10 +1,10 @@
-"""A sweep over budgets: prices once, then for every budget a plan, a checkpoint and its scores; a table and a plot.
+"""A sweep of one model over budgets: prices once, then for each a plan, a checkpoint and scores; a table and a plot.
 
     OUT/prices.json                   the cost of every option, measured once for all budgets
     OUT/bpw-1.25, OUT/bpw-2, ...      ordinary checkpoints, each with its plan and its scores
     OUT/frontier.json, .md, .png, .svg
 
-With several recipes, prices and checkpoints lie in OUT/<name of the recipe>. If a sweep is interrupted, finished parts
+With several recipes, prices and checkpoints lie in OUT/<name of the recipe>. Finished parts of an interrupted sweep
 stay, and the next sweep with the same recipe, model, text and versions does not repeat them.
 """
 
@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmcompress.allocation.allocate import Allocation, PriceList, reachable
+from llmcompress.allocation.allocate import Allocation, PriceList, reachable_choices
 from llmcompress.allocation.choices import Choices
 from llmcompress.allocation.price_file import check_prices, price_list
 from llmcompress.compression.job import Job, prepare
@@ -34,10 +34,9 @@ from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import has_file, write_files
 from llmcompress.models.files.output import lock_output
 from llmcompress.pipeline import quality_check
-from llmcompress.pipeline.compress import completed, compress_job, record
-from llmcompress.pipeline.frontier.budgets import Budget
-from llmcompress.pipeline.frontier.judge import Judge
-from llmcompress.pipeline.frontier.peers import Peer
+from llmcompress.pipeline.compress import completed_result, compress_job, record_allocation
+from llmcompress.pipeline.frontier_inputs import Budget, Peer
+from llmcompress.pipeline.frontier_scores import Judge
 from llmcompress.recipe.compression import Recipe
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.plots import check_matplotlib, frontier_pictures, main_metric
@@ -57,14 +56,14 @@ FOLDER_NAME = re.compile(r"[\w][\w.+-]*")
 
 @dataclass(frozen=True)
 class SweepCallbacks:
-    """Functions that a sweep reports to: `stage(sentence)` learns the next stage, the others as in `compress`."""
+    """Functions that a sweep reports to: `stage(sentence)` receives the next stage, the others as in `compress`."""
 
     stage: Callable[[str], None] | None = None
     pricing: Callable[[int, int, float], None] | None = None
     progress: Callable[[int, int, float], None] | None = None
     training: Callable[[int, int, float, float, float], None] | None = None
 
-    def next(self, sentence: str) -> None:
+    def report_stage(self, sentence: str) -> None:
         """Report the next stage."""
         if self.stage is not None:
             self.stage(sentence)
@@ -93,23 +92,23 @@ def frontier(
     peers: Sequence[Peer] = (),
     revision: str | None = None,
     device: str = "cpu",
-    told: SweepCallbacks = SILENT,
+    callbacks: SweepCallbacks = SILENT,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Compress `model` by each recipe to each size, and score every checkpoint by `protocol`.
 
-    A recipe's own target is ignored. `output` is a new folder or that of an earlier sweep. Returns the contents of its
-    frontier.json. Raises an LLMCompressError, in one sentence, for whatever is wrong; sizes that cannot be reached are
-    found from headers alone. Finished parts stay. `trust_remote_code`: as in `compress`. Processes that a launcher
-    started share pricing and compressing; every one has to call this, and the first one scores and writes.
+    A recipe's own target is ignored. `output` is a new folder or that of an earlier sweep, whose finished parts stay.
+    Returns the contents of its frontier.json. `trust_remote_code`: as in `compress`. Processes that a launcher started
+    share pricing and compressing; every one has to call this, and the first one scores and writes. Raises an
+    LLMCompressError, in one sentence, for whatever is wrong; sizes out of reach are found from headers alone.
     """
     device_of(device)  # before a model is looked at
     with join_ranks(device) as ranks:
         with ranks.agree_on_errors():
             dense = resolve(model, revision, trust_remote_code)
-            _check(recipes)
+            _check_recipes(recipes)
             companions(dense.folder, trust_remote_code)  # raises any fault in them before work starts
-        return sweep(dense, recipes, sizes, output, protocol, peers, told, ranks)
+        return sweep(dense, recipes, sizes, output, protocol, peers, callbacks, ranks)
 
 
 def sweep(
@@ -119,7 +118,7 @@ def sweep(
     output: Path,
     protocol: Protocol = STANDARD,
     peers: Sequence[Peer] = (),
-    told: SweepCallbacks = SILENT,
+    callbacks: SweepCallbacks = SILENT,
     ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Run `frontier` on an opened model, in each of the processes `ranks`."""
@@ -133,17 +132,17 @@ def sweep(
     ranks.compare(_identity(judge, recipes, sizes))
     for line in lines:
         ranks.first(partial(check_prices, line.folder / PRICES, line.job))
-    with ExitStack() as held:
-        ranks.first(lambda: held.enter_context(lock_output(output, "output folder")))
+    with ExitStack() as stack:
+        ranks.first(lambda: stack.enter_context(lock_output(output, "output folder")))
         try:
-            return _swept(lines, sizes, output, judge, peers, told, ranks)
+            return _run_sweep(lines, sizes, output, judge, peers, callbacks, ranks)
         except (KeyboardInterrupt, Termination) as stop:
             if ranks.rank > 0:
                 raise
             raise type(stop)(f"{output} keeps what is finished, and the same command resumes from there") from stop
 
 
-def _check(recipes: Sequence[Recipe]) -> None:
+def _check_recipes(recipes: Sequence[Recipe]) -> None:
     """Raise RecipeError if lines cannot be told apart or drawn."""
     check_matplotlib()
     names = [recipe.name for recipe in recipes]
@@ -161,8 +160,8 @@ def _check_output(output: Path) -> None:
 
 
 def _identity(judge: Judge, recipes: Sequence[Recipe], sizes: Sequence[Budget]) -> dict[str, Any]:
-    """Return what has to be equal in all processes, in the words of their difference."""
-    protocol = {key: value for key, value in judge.asked.items() if key != "versions"}
+    """Return what must be equal in all processes, by the name that an error gives it."""
+    protocol = {key: value for key, value in judge.settings.items() if key != "versions"}
     return {
         "recipes": [recipe.model_dump(mode="json") for recipe in recipes],
         "budgets": [budget.name for budget in sizes],
@@ -177,26 +176,26 @@ def _line(dense: DenseModel, recipe: Recipe, sizes: Sequence[Budget], folder: Pa
     try:
         engine = None if recipe.target is None else recipe.target.engine
         job = prepare(dense, recipe.model_copy(update={"target": sizes[0].target.for_engine(engine)}))
-        found = reachable(job, [budget.target for budget in sizes])
+        choices = reachable_choices(job, [budget.target for budget in sizes])
     except RecipeError as error:
         raise RecipeError(f"{recipe.name}: {error}") from error
-    return Line(job, found, folder)
+    return Line(job, choices, folder)
 
 
-def _swept(
+def _run_sweep(
     lines: Sequence[Line],
     sizes: Sequence[Budget],
     output: Path,
     judge: Judge,
     peers: Sequence[Peer],
-    told: SweepCallbacks,
+    callbacks: SweepCallbacks,
     ranks: Ranks,
 ) -> dict[str, Any]:
     """Return the result of the sweep, which is rewritten after every point."""
     source = judge.dense
-    told.next(f"scoring {source.name}")
+    callbacks.report_stage(f"scoring {source.name}")
     dense = ranks.first(lambda: judge.of_dense(line.folder / budget.name for line in lines for budget in sizes))
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "model": source.public_name,
         "revision": source.revision,
         "axis": "bytes" if sizes[0].target.bpw is None else "bpw",
@@ -204,74 +203,77 @@ def _swept(
         "versions": versions(),
         "dense": dense | asdict(size_of(source.place)),
         "series": [],
-        "peers": [_beside(_as_point(peer, dense), dense) for peer in peers],
+        "peers": [_with_ratio(_as_point(peer, dense), dense) for peer in peers],
     }
-    ranks.first(lambda: None if (output / FILE).is_file() else write_files(output, {FILE: _numbers(found)}))
+    ranks.first(lambda: None if (output / FILE).is_file() else write_files(output, {FILE: _json(result)}))
     for line in lines:
         recipe = line.job.recipe.name
-        told.next(f"{recipe}: prices for {len(sizes)} budgets")
-        prices = price_list(line.folder / PRICES, line.job, line.choices, ranks.device, told.pricing, ranks)
+        callbacks.report_stage(f"{recipe}: prices for {len(sizes)} budgets")
+        prices = price_list(line.folder / PRICES, line.job, line.choices, ranks.device, callbacks.pricing, ranks)
         seconds = ranks.first(lambda: prices.seconds)  # noqa: B023 - called at once
         series: dict[str, Any] = {"recipe": recipe, "pricing_seconds": seconds, "points": []}
-        found["series"].append(series)
+        result["series"].append(series)
         for number, budget in enumerate(sizes, start=1):
-            told.next(f"{recipe}: {budget.name}, {number} of {len(sizes)}")
+            callbacks.report_stage(f"{recipe}: {budget.name}, {number} of {len(sizes)}")
             folder = line.folder / budget.name
-            plan = _compressed(folder, budget, prices, told, ranks)
-            series["points"].append(ranks.first(partial(_point, folder, budget, plan, judge, dense, told)))
-            ranks.first(partial(_publish, output, found))
-    return found
+            plan = _compress_budget(folder, budget, prices, callbacks, ranks)
+            series["points"].append(ranks.first(partial(_point, folder, budget, plan, judge, dense, callbacks)))
+            ranks.first(partial(_publish, output, result))
+    return result
 
 
-def _compressed(folder: Path, budget: Budget, prices: PriceList, told: SweepCallbacks, ranks: Ranks) -> Allocation:
-    """Return a budget's plan; compress its checkpoint unless it is there."""
+def _compress_budget(
+    folder: Path, budget: Budget, prices: PriceList, callbacks: SweepCallbacks, ranks: Ranks
+) -> Allocation:
+    """Return a budget's plan; compress its checkpoint unless an earlier sweep has."""
     with ranks.agree_on_errors():
         plan = prices.reaching(budget.target)
     job = plan.settled
-    if ranks.first(lambda: completed(folder, job, ranks.requested_device) is None):
-        compress_job(job, folder, device=ranks.device, progress=told.progress, training=told.training, ranks=ranks)
+    if ranks.first(lambda: completed_result(folder, job, ranks.requested_device) is None):
+        progress, training = callbacks.progress, callbacks.training
+        compress_job(job, folder, device=ranks.device, progress=progress, training=training, ranks=ranks)
     return plan
 
 
 def _point(
-    folder: Path, budget: Budget, plan: Allocation, judge: Judge, dense: dict[str, Any], told: SweepCallbacks
+    folder: Path, budget: Budget, plan: Allocation, judge: Judge, dense: dict[str, Any], callbacks: SweepCallbacks
 ) -> dict[str, Any]:
     """Return a budget's point: its checkpoint's sizes and scores, which are measured unless the checkpoint has them."""
-    found = reports.read_allocation(folder) if has_file(folder, file_names.ALLOCATION) else None
-    aimed = record(plan, folder, judge.device) if found is None else found
+    stored = reports.read_allocation(folder) if has_file(folder, file_names.ALLOCATION) else None
+    allocation = record_allocation(plan, folder, judge.device) if stored is None else stored
     quality_check.judge(plan.settled, folder, judge.device, plan=plan)
-    told.next(f"scoring {folder.name}")
-    report, taught = reports.read(folder), reports.read_distillation(folder)
-    place = {
+    callbacks.report_stage(f"scoring {folder.name}")
+    report, distillation = reports.read(folder), reports.read_distillation(folder)
+    sizes = {
         "budget": budget.name,
         "folder": folder.name,
         "bytes": report.bytes,
         "bpw": report.bpw,
         "model_bpw": report.model_bpw,
-        "predicted_kl": aimed["predicted_kl"],
-        "measured_kl": aimed["measured_kl"],
-        "seconds": report.seconds + (0.0 if taught is None else taught["seconds"]),
+        "predicted_kl": allocation["predicted_kl"],
+        "measured_kl": allocation["measured_kl"],
+        "seconds": report.seconds + (0.0 if distillation is None else distillation["seconds"]),
     }
-    return _beside(place | judge.scores(folder, dense), dense)
+    return _with_ratio(sizes | judge.scores(folder, dense), dense)
 
 
-def _beside(point: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
+def _with_ratio(point: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
     """Return the point with `ratio`, its perplexity over the dense model's, and `gap`, the logarithm of that."""
     ratio = point["perplexity"] / dense["perplexity"]
     return point | {"ratio": ratio, "gap": math.log(ratio)}
 
 
 def _as_point(peer: Peer, dense: dict[str, Any]) -> dict[str, Any]:
-    """Return a peer in the form of a sweep's points; its score in a task counts as the metric that is drawn."""
+    """Return a peer in the form of a sweep's points; its score in a task stands for the metric that is drawn."""
     tasks = {task: {main_metric(dense["tasks"].get(task, {})) or "score": value} for task, value in peer.tasks.items()}
     return peer.model_dump(mode="json") | {"tasks": tasks}
 
 
-def _publish(output: Path, found: dict[str, Any]) -> None:
+def _publish(output: Path, result: dict[str, Any]) -> None:
     """Write numbers, table and pictures."""
-    pictures = {f"{PICTURE}.{kind}": picture for kind, picture in frontier_pictures(found).items()}
-    write_files(output, {FILE: _numbers(found), TABLE: frontier_markdown(found).encode()} | pictures)
+    pictures = {f"{PICTURE}.{kind}": picture for kind, picture in frontier_pictures(result).items()}
+    write_files(output, {FILE: _json(result), TABLE: frontier_markdown(result).encode()} | pictures)
 
 
-def _numbers(found: dict[str, Any]) -> bytes:
-    return json.dumps(replace_nonfinite(found), indent=2).encode()
+def _json(result: dict[str, Any]) -> bytes:
+    return json.dumps(replace_nonfinite(result), indent=2).encode()

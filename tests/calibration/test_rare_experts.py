@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import llmcompress as lc
-from llmcompress.calibration.gather import InputGroup
-from llmcompress.calibration.walk import Block, walk
+from llmcompress.calibration.gather import InputGroup, Statistics
+from llmcompress.calibration.walk import Block, Execution, walk
 from llmcompress.compression.block import swap
 from llmcompress.models.dense.families import architecture
 from llmcompress.models.dense.model import resolve
@@ -137,7 +137,7 @@ def test_moments_are_those_of_the_tokens_that_are_routed_to_an_expert(
     arch, matrices = architecture(source.config, source.skeleton()), expert_slices(family, plain)
     met = 0
     starved: dict[str, int] = {}
-    for block in walk(source, arch, ids, held_out=HELD_OUT, needs=NEEDS, cap=None, batch_size=2):
+    for block in walk(source, arch, ids, Statistics(needs=NEEDS, cap=None), Execution(batch_size=2), held_out=HELD_OUT):
         if not list(groups_of_experts(block)):
             continue
         found, beyond = (routed(family, plain, block.index, some) for some in (ids[:-HELD_OUT], ids[-HELD_OUT:]))
@@ -163,7 +163,7 @@ def test_the_weight_of_a_starved_expert_is_a_quarter_of_the_average(tmp_path: Pa
     """In `tokens`, on which the methods' damping and the number of samples rest."""
     source, ids = resolve(save("gpt_oss", tmp_path / "model", starving=True)), sequences()
     arch = architecture(source.config, source.skeleton())
-    block = next(walk(source, arch, ids, needs=NEEDS, cap=None))
+    block = next(walk(source, arch, ids, Statistics(needs=NEEDS, cap=None)))
     average = ids.numel() * 2 / COUNT
     weights = {group.names[0]: group.inputs.tokens for group in groups_of_experts(block) if group.starved is not None}
     assert weights and all(weight == pytest.approx(average / 4) for weight in weights.values())
@@ -176,7 +176,7 @@ def test_the_dense_stream_is_paired_by_token(family: str, tmp_path: Path) -> Non
     arch, matrices = architecture(source.config, source.skeleton()), expert_slices(family, plain)
     other = model_of(family)
     needs, elsewhere = frozenset({"outer", "cross"}), 0
-    for block in walk(source, arch, ids, needs=needs, cap=None, dense_stream=True, batch_size=2):
+    for block in walk(source, arch, ids, Statistics(needs=needs, cap=None, cross=True), Execution(batch_size=2)):
         groups = list(groups_of_experts(block))
         here, there = (routed(family, model, block.index, ids) for model in (other, plain)) if groups else (None, None)
         for group in groups:

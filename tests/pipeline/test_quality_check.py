@@ -22,7 +22,7 @@ from llmcompress.compression import run
 from llmcompress.compression.job import prepare
 from llmcompress.compression.memory_estimate import gate_bytes
 from llmcompress.compression.plan import plan_of
-from llmcompress.compression.time_estimate import seconds
+from llmcompress.compression.time_estimate import estimate_seconds
 from llmcompress.distillation.run import distill
 from llmcompress.errors import GateError
 from llmcompress.evaluation.verify import verify
@@ -229,9 +229,9 @@ def test_processes_end_alike(place: Path, tmp_path: Path) -> None:
     told = []
 
     def work(ranks: Ranks) -> None:
-        way = pipeline._Way(partial(run.compress.__wrapped__, ranks=ranks), None, True, ranks)  # type: ignore[attr-defined]
+        way = pipeline._RunOptions(partial(run.compress.__wrapped__, ranks=ranks), None, True, ranks)  # type: ignore[attr-defined]
         with pytest.raises(GateError) as error:
-            pipeline._gated(pipeline._finished(job, tmp_path / "out", way), job, way)
+            pipeline._judge_result(pipeline._reuse_or_run(job, tmp_path / "out", way), job, way)
         told.append((str(error.value), ranks.rank, error.value.reported_elsewhere))
 
     in_lockstep(2, work)
@@ -340,4 +340,4 @@ def test_it_is_in_the_plan_s_memory_and_time(place: Path) -> None:
     jobs = [prepare(resolve(str(place / "dense")), read_recipe(recipe(place, gates=gates))) for gates in ({}, OFF)]
     sizes = [gate_bytes(job.source, job.arch, job.recipe) for job in jobs]
     assert sizes[0] > sizes[1] == 0 and plan_of(jobs[0]).peak_memory_bytes >= sizes[0]
-    assert all(seconds(job) > 0 for job in jobs)
+    assert all(estimate_seconds(job) > 0 for job in jobs)

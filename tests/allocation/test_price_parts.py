@@ -11,7 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 import llmcompress as lc
-from llmcompress.allocation.price_shards import Part
+from llmcompress.allocation.price_file import Part
 from llmcompress.cli.app import app
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.pipeline.compress import price_part

@@ -2,12 +2,12 @@
 
 W x = (W diag(s)) (x / s), and 1/s goes into the producer of x: the weight of a norm, or the rows and the bias of
 another linear. Nothing more is stored. With a the root mean square of a channel over the calibration tokens,
-s = a^alpha. alpha is chosen from `EXPONENTS`: plain rounding to the layer's grid must leave the least relative output
-error, summed over the linears that read x. alpha = 0 is among them, so scaling never adds to that sum.
+s = a^alpha. Of `EXPONENTS`, alpha leaves the least relative output error after plain rounding to the layer's grid,
+summed over the linears that read x; alpha = 0 is among them, so scaling never adds to that sum.
 
-The paper takes the mean magnitude; here it is the root mean square, which second moments hold already. In models with
-fewer key heads than query heads, the paper does not scale values; here the query heads that share values share scales.
-A norm's new weight is rounded to its stored dtype first and s follows from it, so it is exact there.
+The paper takes the mean magnitude; here it is the root mean square, which second moments give. In models with fewer key
+heads than query heads, the paper does not scale values; here query heads that share values share scales. A norm's new
+weight is rounded to its stored dtype first and s follows from it, so it is exact there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.calibration.walk import Block, InputGroup
-from llmcompress.compression.fuse.producers import Feed, feeds
+from llmcompress.compression.producers import Feed, feeds
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import StepConfig
 from llmcompress.methods.moments import Moments
@@ -34,15 +34,18 @@ Steps = Mapping[str, tuple[StepConfig, ...]]
 
 
 @dataclass(frozen=True)
-class Balanced:
-    """The changes that `balance` made to a block. `changed`: by name, the dtypes of changed tensors that no method will
-    compress; `notes`: a sentence for each group of linears."""
+class ScaledChannels:
+    """The changes that `scale_channels` made to a block.
+
+    `changed`: by name, the dtypes of changed tensors that no method will compress. `notes`: a sentence for each group
+    of linears.
+    """
 
     changed: dict[str, torch.dtype] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def tensors(self, block: Block) -> dict[str, Tensor]:
-        """Return the tensors that a checkpoint stores in place of the dense model's."""
+        """Return the tensors that the checkpoint stores in place of the dense model's."""
         return {name: _parameter(block, name).to(dtype) for name, dtype in self.changed.items()}
 
 
@@ -58,41 +61,44 @@ def check_awq(arch: Architecture, steps: Steps) -> None:
 
 
 @torch.no_grad()
-def balance(block: Block, source: DenseModel, arch: Architecture, steps: Steps) -> Balanced:
+def scale_channels(block: Block, source: DenseModel, arch: Architecture, steps: Steps) -> ScaledChannels:
     """Scale the input channels of a block's linears that have `steps`, in its module and in its moments.
 
     A block that is not a decoder block (a table) stays as it is.
     """
     if block.index >= len(arch.blocks):
-        return Balanced()
+        return ScaledChannels()
     feed_of = {feed.names: feed for feed in feeds(arch, arch.blocks[block.index])}
     edits = _Edits(block, source, steps)
+    config = source.config
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     notes, groups = [], []
     for group in block.groups:
         feed = feed_of[group.names]
-        rows = producer_rows(len(edits.value(f"{feed.producer}.weight")), _width(block, feed), _head_dim(source))
-        found = _search(edits, feed, group.inputs, rows.to(block.weight(feed.names[0]).device))
-        edits.divide(feed.producer, found.divisor)
-        edits.multiply(feed.names, found.scale)
-        held_out = None if group.held_out is None else _scaled(group.held_out, found.scale)
-        groups.append(InputGroup(group.names, _scaled(group.inputs, found.scale), held_out))
-        notes.append(found.note(feed))
+        out = len(edits.value(f"{feed.producer}.weight"))
+        rows = producer_rows(out, block.weight(feed.names[0]).shape[1], head_dim)
+        best = _search(edits, feed, group.inputs, rows.to(block.weight(feed.names[0]).device))
+        edits.divide(feed.producer, best.divisor)
+        edits.multiply(feed.names, best.scale)
+        held_out = None if group.held_out is None else _divide_inputs(group.held_out, best.scale)
+        groups.append(InputGroup(group.names, _divide_inputs(group.inputs, best.scale), held_out))
+        notes.append(best.note(feed))
     block.groups = tuple(groups)
-    return Balanced(edits.changed, tuple(notes))
+    return ScaledChannels(edits.changed, tuple(notes))
 
 
 def producer_rows(out: int, width: int, head_dim: int) -> Tensor:
     """Return for each of `width` channels the row of its producer that it is proportional to, `[width]`.
 
-    `out`: the producer's rows. If there are as many rows as channels, it is the row of the same number. A projection of
-    values may have fewer: then each head of `head_dim` rows serves the consecutive query heads that share it.
+    A producer with `out` = `width` rows has one for each channel. A projection of values may have fewer: then each head
+    of `head_dim` rows serves the consecutive query heads that share it.
     """
     channels = torch.arange(width)
     return channels // head_dim // (width // out) * head_dim + channels % head_dim
 
 
 @dataclass(frozen=True, eq=False)
-class _Found:
+class _Scales:
     """Scales `[in]` and the divisors of the producer's rows `[rows]`, with the errors before and after scaling."""
 
     exponent: float
@@ -110,7 +116,7 @@ class _Found:
 
 
 class _Edits:
-    """Changes to the parameters of a block, in place; values are rounded as they will be stored."""
+    """Changes to a block's parameters, in place; values are rounded as they will be stored."""
 
     def __init__(self, block: Block, source: DenseModel, steps: Steps) -> None:
         self.block, self.source, self.steps = block, source, steps
@@ -151,25 +157,25 @@ def _parameter(block: Block, name: str) -> Tensor:
     return _module(block, path).get_parameter(leaf).detach()
 
 
-def _search(edits: _Edits, feed: Feed, inputs: Moments, rows: Tensor) -> _Found:
-    """Find the exponent with the least error after plain rounding."""
+def _search(edits: _Edits, feed: Feed, inputs: Moments, rows: Tensor) -> _Scales:
+    """Return the scales of the exponent with the least error after plain rounding."""
     if inputs.outer is None:
         raise ValueError("scales are chosen by the moment outer, which was not gathered")
     loudness = _loudness(inputs.outer, rows, len(edits.value(f"{feed.producer}.weight")))
     linears = _linears(edits, feed, inputs.outer)
-    tried: list[_Found] = []
+    options: list[_Scales] = []
     for exponent in EXPONENTS:
         divisor = torch.exp(exponent * loudness)
         if feed.is_norm:
             divisor = _exact(divisor, f"{feed.producer}.weight", edits)
         scale = divisor[rows]
         error = sum(linear.error(scale, inputs.outer) for linear in linears)
-        tried.append(_Found(exponent, divisor, scale, tried[0].before if tried else error, error))
-    return min(tried, key=lambda one: one.after)
+        options.append(_Scales(exponent, divisor, scale, options[0].before if options else error, error))
+    return min(options, key=lambda scales: scales.after)
 
 
 @dataclass(frozen=True, eq=False)
-class _Rounded:
+class _GridLinear:
     """A linear that will have a grid, and the energy of its outputs."""
 
     weight: Tensor
@@ -178,17 +184,17 @@ class _Rounded:
 
     def error(self, scale: Tensor, outer: Tensor) -> float:
         """Return the relative output error after rounding the weight with its columns scaled."""
-        lost = self.weight - rounded(self.weight * scale, self.form) / scale
+        lost = self.weight - round_to_grid(self.weight * scale, self.form) / scale
         return _energy(lost, outer) / self.energy if self.energy > 0 else 0.0
 
 
-def _linears(edits: _Edits, feed: Feed, outer: Tensor) -> list[_Rounded]:
-    found = []
+def _linears(edits: _Edits, feed: Feed, outer: Tensor) -> list[_GridLinear]:
+    linears = []
     for name in feed.names:
         if name in edits.steps and isinstance(config := edits.steps[name][0], GridConfig):
             weight = edits.value(f"{name}.weight")
-            found.append(_Rounded(weight, config.grid_format(), _energy(weight, outer)))
-    return found
+            linears.append(_GridLinear(weight, config.grid_format(), _energy(weight, outer)))
+    return linears
 
 
 def _energy(matrix: Tensor, outer: Tensor) -> float:
@@ -199,7 +205,7 @@ def _energy(matrix: Tensor, outer: Tensor) -> float:
 def _loudness(outer: Tensor, rows: Tensor, count: int) -> Tensor:
     """Return the logarithm of the root mean square of the channels that each of a producer's `count` rows feeds.
 
-    The middle between the quietest and the loudest is 0.
+    It is centred between the quietest and the loudest row.
     """
     energy = outer.diagonal().double().clamp_min(0)
     shared = energy.new_zeros(count).index_add_(0, rows, energy) / rows.bincount(minlength=count)
@@ -209,13 +215,13 @@ def _loudness(outer: Tensor, rows: Tensor, count: int) -> Tensor:
 
 
 def _exact(divisor: Tensor, norm: str, edits: _Edits) -> Tensor:
-    """Return the divisor nearest to `divisor` that divides a norm's weight without rounding; 1 where there is none."""
+    """Return the nearest divisor that divides a norm's weight without rounding; 1 where there is none."""
     weight = edits.value(norm)
     after = edits.as_stored(norm, weight / divisor).float()
     return torch.where((after != 0) & after.isfinite(), weight / after, 1.0)
 
 
-def rounded(weight: Tensor, form: GridFormat) -> Tensor:
+def round_to_grid(weight: Tensor, form: GridFormat) -> Tensor:
     """Return the matrix that `rtn` stores for `weight [out, in]`."""
     parts = []
     for columns in weight.split(form.group(weight.shape[1]), 1):
@@ -224,7 +230,7 @@ def rounded(weight: Tensor, form: GridFormat) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def _scaled(moments: Moments, scale: Tensor) -> Moments:
+def _divide_inputs(moments: Moments, scale: Tensor) -> Moments:
     """Return the moments of the inputs divided by `scale`."""
     inverse = 1 / scale
     both = torch.outer(inverse, inverse)
@@ -234,12 +240,3 @@ def _scaled(moments: Moments, scale: Tensor) -> Moments:
         None if moments.outer is None else moments.outer * both,
         None if moments.cross is None else moments.cross * both,
     )
-
-
-def _width(block: Block, feed: Feed) -> int:
-    return block.weight(feed.names[0]).shape[1]
-
-
-def _head_dim(source: DenseModel) -> int:
-    config = source.config
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

@@ -15,9 +15,10 @@ from transformers.models.llama.modeling_llama import repeat_kv
 
 import llmcompress as lc
 from llmcompress.calibration.blocks import load
+from llmcompress.calibration.gather import Statistics
 from llmcompress.calibration.walk import Block, InputGroup, walk
-from llmcompress.compression.fuse.awq import Balanced, balance, producer_rows, rounded
-from llmcompress.compression.fuse.rotation import rotated_source
+from llmcompress.compression.awq import ScaledChannels, producer_rows, round_to_grid, scale_channels
+from llmcompress.compression.rotation import rotated_source
 from llmcompress.errors import RecipeError
 from llmcompress.methods.grids.rtn import RTN, rtn
 from llmcompress.methods.layer import Layer, relative_error, step
@@ -50,13 +51,13 @@ def with_outliers(family: str, folder: Path, dtype: torch.dtype = torch.float32,
 def blocks(source: DenseModel, arch: Architecture) -> Iterator[Block]:
     """Without a cap, as what a token counts for would depend on the scales."""
     ids = torch.randint(VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(0))
-    yield from walk(source, arch, ids, held_out=2, needs=STATISTICS, cap=None, dense_stream=True)
+    yield from walk(source, arch, ids, Statistics(needs=STATISTICS, cap=None, cross=True), held_out=2)
 
 
-def balanced(source: DenseModel, steps: tuple[Any, ...] = (step(GRID),)) -> Iterator[tuple[Block, Balanced]]:
+def scaled_blocks(source: DenseModel, steps: tuple[Any, ...] = (step(GRID),)) -> Iterator[tuple[Block, ScaledChannels]]:
     arch = architecture(source.config, source.skeleton())
     for block in blocks(source, arch):
-        yield block, balance(block, source, arch, dict.fromkeys(arch.linears(), steps))
+        yield block, scale_channels(block, source, arch, dict.fromkeys(arch.linears(), steps))
 
 
 @torch.no_grad()
@@ -76,7 +77,7 @@ def test_logits_stay(family: str, changes: dict[str, Any], tmp_path: Path) -> No
     source = with_outliers(family, tmp_path, **changes)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     expected = logits(model)
-    for block, done in balanced(source):
+    for block, done in scaled_blocks(source):
         model.get_submodule(block.path).load_state_dict(block.module.state_dict())
         assert len(done.notes) == 4 and not all("exponent 0," in note for note in done.notes)
     scale = float(expected.abs().max())
@@ -89,16 +90,16 @@ def test_logits_stay_of_a_rotated_model(tmp_path: Path) -> None:
     model = source.skeleton()
     load(model, "", source, torch.device("cpu"))
     expected = logits(model)
-    for block, _ in balanced(source):
+    for block, _ in scaled_blocks(source):
         model.get_submodule(block.path).load_state_dict(block.module.state_dict())
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_moments_follow_the_inputs(tmp_path: Path) -> None:
-    """The inputs that the block's linears then read have the moments that `balance` leaves."""
+    """The inputs that the block's linears then read have the moments that `scale_channels` leaves."""
     source = with_outliers("llama", tmp_path)
     arch = architecture(source.config, source.skeleton())
-    for block, _ in balanced(source):
+    for block, _ in scaled_blocks(source):
         again = next(one for one in blocks(_as_in(source, block), arch) if one.index == block.index)
         for mine, theirs in zip(block.groups, again.groups, strict=True):
             assert mine.held_out is not None and theirs.held_out is not None
@@ -127,7 +128,7 @@ def test_rounding_is_that_of_rtn() -> None:
     weight = torch.randn(9, 21, generator=torch.Generator().manual_seed(0))
     for config in (RTN(bits=3, group_size=8, symmetric=False), RTN(bits=2), RTN(bits="ternary", clip=False)):
         layer = Layer("layer", weight, Dense(weight.to(torch.bfloat16)), Moments(0.0))
-        torch.testing.assert_close(rounded(weight, config.grid_format()), dense(rtn(layer, config).approx))
+        torch.testing.assert_close(round_to_grid(weight, config.grid_format()), dense(rtn(layer, config).approx))
 
 
 def test_producer_rows_are_those_that_attention_repeats() -> None:
@@ -145,7 +146,7 @@ def test_exponents_are_the_best_and_never_harm(tmp_path: Path) -> None:
     for block in blocks(source, arch):
         groups, steps = block.groups, dict.fromkeys(arch.linears(), (step(GRID),))
         weights = {name: block.weight(name) for group in groups for name in group.names}
-        notes = balance(block, source, arch, steps).notes
+        notes = scale_channels(block, source, arch, steps).notes
         for group, note in zip(groups, notes, strict=True):
             shared = 2 if group.names[0].endswith("o_proj") else 1  # query heads that share values
             errors = [_error(weights, group, exponent / 20, shared) for exponent in range(20)]
@@ -174,7 +175,7 @@ def _error(weights: dict[str, Tensor], group: InputGroup, exponent: float, share
 
 def test_norms_are_exact_in_their_stored_dtype(tmp_path: Path) -> None:
     source = with_outliers("llama", tmp_path, torch.bfloat16)
-    for block, done in balanced(source):
+    for block, done in scaled_blocks(source):
         for norm, first in (("input_layernorm", "self_attn.q_proj"), ("post_attention_layernorm", "mlp.gate_proj")):
             stored = done.tensors(block)[f"{block.path}.{norm}.weight"]
             assert stored.dtype == torch.bfloat16
@@ -188,7 +189,7 @@ def test_linears_without_steps_are_stored_scaled(tmp_path: Path) -> None:
     arch = architecture(source.config, source.skeleton())
     steps = {name: (step(GRID),) for name in arch.linears() if not name.endswith(("v_proj", "up_proj"))}
     for block in blocks(source, arch):
-        changed = balance(block, source, arch, steps).changed
+        changed = scale_channels(block, source, arch, steps).changed
         inner = {name.removeprefix(f"{block.path}.") for name in changed}
         norms = {"input_layernorm.weight", "post_attention_layernorm.weight"}
         assert inner == norms | {"self_attn.v_proj.weight", "mlp.up_proj.weight"}

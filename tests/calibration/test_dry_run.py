@@ -1,4 +1,4 @@
-"""The rehearsal before a plan: it refuses what a run would refuse, finds linears nobody calls, and takes no memory."""
+"""The dry run before a plan: it refuses what a run would refuse, drops linears that nobody calls, takes no memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
-from llmcompress.calibration import dry_run as rehearsal
-from llmcompress.calibration.dry_run import rehearsed
+from llmcompress.calibration import dry_run
+from llmcompress.calibration.dry_run import probe_architecture
+from llmcompress.calibration.gather import Statistics
 from llmcompress.calibration.walk import walk
 from llmcompress.errors import InputError
 from llmcompress.models.dense.families import Architecture, architecture
@@ -46,7 +47,7 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 @pytest.mark.parametrize("family", ["rwkv", "gemma3n_text"])
 def test_a_plan_refuses_what_a_run_refuses(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the words of the walk itself, which is called here without a rehearsal."""
+    """In the words of the walk itself, which is called here without a dry run."""
     source, asked = save_zoo(family, tmp_path / "model"), recipe(text_for_calibration(tmp_path))
     with pytest.raises(InputError, match="cannot be run") as planned:
         lc.plan(source, asked)
@@ -57,7 +58,7 @@ def test_a_plan_refuses_what_a_run_refuses(family: str, tmp_path: Path, monkeypa
     dense = resolve(source)
     arch = architecture(dense.config, dense.skeleton())
     with pytest.raises(InputError, match="cannot be run|is called"):
-        list(walk(dense, arch, torch.zeros(2, 16, dtype=torch.long), needs=frozenset({"outer"})))
+        list(walk(dense, arch, torch.zeros(2, 16, dtype=torch.long), Statistics(needs=frozenset({"outer"}))))
 
 
 @pytest.mark.parametrize("family", tiered(HYBRIDS | PLAIN, {"bamba", "olmo2"}.__contains__))
@@ -82,22 +83,20 @@ def test_linears_that_no_block_calls_stay_dense_and_are_named(family: str, tmp_p
 
 
 @pytest.mark.parametrize("family", ["mixtral", "olmo2"])
-def test_weights_of_the_rehearsal_share_one_element(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_of_the_dry_run_share_one_element(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, arch = open_family(family, tmp_path / "model")
     seen: list[nn.Module] = []
-    rehearse = rehearsal._rehearse
-    monkeypatch.setattr(rehearsal, "_rehearse", lambda model, arch: (seen.append(model), rehearse(model, arch))[1])
+    run_blocks = dry_run._run_blocks
+    monkeypatch.setattr(dry_run, "_run_blocks", lambda model, arch: (seen.append(model), run_blocks(model, arch))[1])
     monkeypatch.setattr(type(source), "read", None)  # no weight is read
-    assert rehearsed(source, arch, True).linears() == arch.linears()
+    assert probe_architecture(source, arch, True).linears() == arch.linears()
     [model] = seen
     sizes = {name: value.untyped_storage().nbytes() for name, value in model.named_parameters()}
     assert sizes.keys() == dict(source.skeleton().named_parameters()).keys() and set(sizes.values()) == {4}
 
 
-def test_a_large_model_is_rehearsed_without_its_weights(tmp_path: Path) -> None:
-    """30 GB in float32, of which the rehearsal takes less than 100 MB."""
+def test_a_dry_run_of_a_large_model_loads_no_weights(tmp_path: Path) -> None:
+    """30 GB in float32, of which the dry run takes less than 100 MB."""
     source, _ = open_family("olmo2", tmp_path / "model")
     large = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
     for name, value in {**large, "num_key_value_heads": 32, "vocab_size": 100352, "pad_token_id": 0}.items():
@@ -105,7 +104,7 @@ def test_a_large_model_is_rehearsed_without_its_weights(tmp_path: Path) -> None:
     arch = architecture(source.config, source.skeleton())
     assert sum(out * columns for out, columns in (one.shape for one in arch.linears().values())) > 6e9
     before = resident()
-    assert rehearsed(source, arch, True).linears() == arch.linears()
+    assert probe_architecture(source, arch, True).linears() == arch.linears()
     assert resident() - before < 100e6
 
 

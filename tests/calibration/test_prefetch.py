@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.calibration.prefetch import Ahead, reading_ahead
-from llmcompress.calibration.walk import walk
+from llmcompress.calibration.blocks import Prefetcher, prefetching
+from llmcompress.calibration.gather import Statistics
+from llmcompress.calibration.walk import Execution, walk
 from llmcompress.compression.job import prepare
 from llmcompress.compression.memory_estimate import LIBRARIES
 from llmcompress.compression.plan import plan_of
@@ -29,11 +28,14 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[DenseModel, Archit
     return source, architecture(source.config, source.skeleton())
 
 
-def seen(opened: tuple[DenseModel, Architecture], with_data: bool, **how: Any) -> list[list[Tensor]]:
+def seen(
+    opened: tuple[DenseModel, Architecture], with_data: bool, finished: int, read_ahead: bool
+) -> list[list[Tensor]]:
     """Return the weights, moments and inputs of each block."""
     tokens = torch.randint(0, 250, (4, 16), generator=torch.Generator().manual_seed(1))
     found = []
-    for block in walk(*opened, tokens if with_data else None, needs=frozenset({"outer"}), **how):
+    statistics, execution = Statistics(frozenset({"outer"})), Execution(read_ahead=read_ahead)
+    for block in walk(*opened, tokens if with_data else None, statistics, execution, finished=finished):
         moments = [group.inputs.outer for group in block.groups if group.inputs.outer is not None]
         found.append([*(value.clone() for value in block.module.parameters()), *moments, block.hidden.clone()])
     return found
@@ -42,7 +44,7 @@ def seen(opened: tuple[DenseModel, Architecture], with_data: bool, **how: Any) -
 @pytest.mark.parametrize("with_data", [True, False])
 @pytest.mark.parametrize("finished", [0, 1])
 def test_blocks_are_the_same(opened: tuple[DenseModel, Architecture], with_data: bool, finished: int) -> None:
-    expected, found = (seen(opened, with_data, finished=finished, read_ahead=ahead) for ahead in (False, True))
+    expected, found = (seen(opened, with_data, finished, ahead) for ahead in (False, True))
     assert len(expected) == len(found) >= BLOCKS - finished
     for one, other in zip(expected, found, strict=True):
         assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
@@ -60,16 +62,16 @@ def test_no_more_than_one_block_is_ahead(
         return original(source, name)
 
     monkeypatch.setattr(DenseModel, "read", counted)
-    for block in walk(*opened, None, read_ahead=True):
+    for block in walk(*opened, None, execution=Execution(read_ahead=True)):
         there = {int(name.split(".")[2]) for name in list(read) if ".layers." in name}
         assert max(there) <= block.index + 1
     assert len(read) == len(set(read)) and {f"model.layers.{n}.mlp.up_proj.weight" for n in range(BLOCKS)} <= set(read)
 
 
 def test_only_a_gpu_reads_ahead_unasked(opened: tuple[DenseModel, Architecture]) -> None:
-    with reading_ahead(opened[0], CPU) as ahead:
+    with prefetching(opened[0], CPU) as ahead:
         assert ahead.pool is None
-    with reading_ahead(opened[0], torch.device("cuda")) as ahead:
+    with prefetching(opened[0], torch.device("cuda")) as ahead:
         assert ahead.pool is not None and ahead.pinned
 
 
@@ -85,19 +87,19 @@ def test_an_error_is_that_of_the_block_that_has_it(
         return original(source, name)
 
     monkeypatch.setattr(DenseModel, "read", damaged)
-    blocks = walk(*opened, None, read_ahead=True)
+    blocks = walk(*opened, None, execution=Execution(read_ahead=True))
     assert next(blocks).index == 0
     with pytest.raises(InputError, match=r"layers\.1\..* is damaged"):
         next(blocks)
 
 
 def test_a_block_that_was_not_taken_is_not_replaced(opened: tuple[DenseModel, Architecture]) -> None:
-    with reading_ahead(opened[0], CPU, True) as ahead:
+    with prefetching(opened[0], CPU, True) as ahead:
         ahead.start(["model.norm.weight"])
         with pytest.raises(ValueError, match="was not taken"):
             ahead.start(["model.norm.weight"])
         assert torch.equal(ahead.take()("model.norm.weight"), opened[0].read("model.norm.weight"))
-    Ahead(opened[0], None, False).start(["model.norm.weight"])  # nothing is read, and nothing waits
+    Prefetcher(opened[0], None, False).start(["model.norm.weight"])  # nothing is read, and nothing waits
 
 
 def test_the_estimate_holds_the_block_that_is_ahead(opened: tuple[DenseModel, Architecture]) -> None:

@@ -1,7 +1,7 @@
-"""The scores of a sweep: the dense model's, measured once, and every checkpoint's, kept in the checkpoint.
+"""The scores of a sweep: the dense model's, measured once, and those of each checkpoint, stored in it.
 
-A checkpoint keeps what `eval --save` keeps for a card, with a digest of the text. So scores are measured again if text,
-tasks or protocol have changed.
+A checkpoint stores what `eval --save` writes, with a digest of the text. So scores are measured again if text, tasks or
+protocol have changed.
 """
 
 from __future__ import annotations
@@ -34,66 +34,69 @@ from llmcompress.runtime.facts import versions
 
 @dataclass(frozen=True)
 class Judge:
-    """Scores models against `dense`. `asked`: plain values that two comparable scores must have in common."""
+    """A scorer of models against `dense`. `settings`: plain values that two comparable scores must share."""
 
     dense: DenseModel
     protocol: Protocol
     device: str
-    asked: dict[str, Any]
+    settings: dict[str, Any]
 
     @staticmethod
     def of(dense: DenseModel, protocol: Protocol, device: str) -> Judge:
-        """Prepare a judge. Raises InputError for a text that is too short or cannot be read, RecipeError for windows
-        that are too long and for unknown tasks."""
+        """Prepare a judge.
+
+        Raises InputError for a text that is too short or cannot be read, RecipeError for too long windows and unknown
+        tasks.
+        """
         ids = evaluation_windows(dense.tokenizer(), protocol, dense.config)
         find_tasks(dense.tokenizer(), protocol)
-        asked = protocol.to_json() | {"digest": _digest(ids, protocol.tasks), "versions": versions()}
-        return Judge(dense, protocol, device, json.loads(json.dumps(asked)))
+        settings = protocol.to_json() | {"digest": _digest(ids, protocol.tasks), "versions": versions()}
+        return Judge(dense, protocol, device, json.loads(json.dumps(settings)))
 
-    def kept(self, folder: Path) -> dict[str, Any] | None:
+    def _stored_entries(self, folder: Path) -> dict[str, Any] | None:
         """Return the entries {"dense", "compressed", ...} that a checkpoint has for the same protocol, if any."""
         if not has_file(folder, file_names.SCORES):
             return None
         entries = read_json(folder / file_names.SCORES)
-        same = all(entries.get(key) == value for key, value in self.asked.items())
+        same = all(entries.get(key) == value for key, value in self.settings.items())
         return entries if same and "dense" in entries else None
 
     def of_dense(self, folders: Iterable[Path]) -> dict[str, Any]:
-        """Return the dense model's scores: from a checkpoint that has them, or else measured."""
+        """Return the dense model's scores: from the first checkpoint that has them, else measured."""
         for folder in folders:
-            if (entries := self.kept(folder)) is not None:
+            if (entries := self._stored_entries(folder)) is not None:
                 scores: dict[str, Any] = entries["dense"]
                 return scores
-        found = _complete(evaluate(OnDisk(self.dense, self.device), self.dense.tokenizer(), self.protocol))
-        own = {name: OnText.of(Distance.to_itself(one.perplexity)) for name, one in found.texts.items()}
-        return Evaluation(found.tasks, own).to_json()
+        measured = _check_complete(evaluate(OnDisk(self.dense, self.device), self.dense.tokenizer(), self.protocol))
+        own = {name: OnText.of(Distance.to_itself(scores.perplexity)) for name, scores in measured.texts.items()}
+        return Evaluation(measured.tasks, own).to_json()
 
     def scores(self, folder: Path, dense: dict[str, Any]) -> dict[str, Any]:
-        """Return the scores of the checkpoint in `folder`, and keep them there. `dense`: the dense model's scores.
+        """Return the scores of the checkpoint in `folder`, and store them there. `dense`: the dense model's scores.
 
         Raises DiskError if the folder cannot be written to.
         """
-        entries = self.kept(folder)
+        entries = self._stored_entries(folder)
         if entries is None:
             teacher = OnDisk(self.dense, self.device)
             place = locate(str(folder), trust_remote_code=self.dense.trust_remote_code)
             student = load_model(place, self.device)
-            found = _complete(evaluate(student, self.dense.tokenizer(), self.protocol, against=teacher))
-            entries = self.asked | {"dense": dense, "compressed": found.to_json()}
+            measured = _check_complete(evaluate(student, self.dense.tokenizer(), self.protocol, against=teacher))
+            entries = self.settings | {"dense": dense, "compressed": measured.to_json()}
             add_file(folder, file_names.SCORES, json.dumps(entries, indent=2))
         scores: dict[str, Any] = entries["compressed"]
         return scores
 
 
-def _complete(found: Evaluation) -> Evaluation:
-    """Return scores that are kept for good. Raises InputError where tasks are missing."""
-    if found.tasks.failure is not None:
-        raise InputError(found.tasks.failure)
-    return found
+def _check_complete(scores: Evaluation) -> Evaluation:
+    """Return scores that may be stored. Raises InputError if tasks are missing."""
+    if scores.tasks.failure is not None:
+        raise InputError(scores.tasks.failure)
+    return scores
 
 
 def _digest(windows: Tensor, tasks: Iterable[str]) -> str:
-    """Return the digest of the tokens to read and of the files among the tasks."""
+    """Return the digest of the tokens and of the files among the tasks."""
     digest = sha256(windows.numpy().tobytes())
     for path in (Path(os.path.expanduser(task)) for task in tasks):
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
