@@ -33,7 +33,7 @@ from llmcompress.models.dense.headers import read_headers
 from llmcompress.models.files.integrity import INDEX
 from llmcompress.models.transformers.hf_quantizer import LLMCompressConfig
 from llmcompress.recipe.read import read_recipe
-from llmcompress.weight.modules import Layout
+from llmcompress.weight.layout import Layout
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 SECONDS, MEMORY = 10, 500 * 2**20

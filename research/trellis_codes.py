@@ -4,7 +4,7 @@
 
 Prints for every size the squared error on fresh numbers of a Gaussian, each at the best scale of its own: `table` and
 `linear`. `--find` first tries that many seeds a size on other numbers, and prints the best, as
-`llmcompress/weight/linear_code.py` holds them.
+`llmcompress/weight/trellis.py` holds them.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from llmcompress.kernels.column_block import ColumnBlock, Numbers, whole_weights
-from llmcompress.methods.solvers.stream_search import choose_columns
-from llmcompress.weight.linear_code import linear_code
-from llmcompress.weight.trellis import Trellis, table
+from llmcompress.methods.solvers.block_search import choose_columns
+from llmcompress.weight.trellis import Trellis, linear_code, table
 
 STEPS = ((1, 1), (3, 2), (2, 1), (5, 2), (3, 1), (7, 2), (4, 1))  # (bits, values)
 FINDING, FRESH = (98, 99), (11, 12, 13, 14)  # seeds of the numbers to find by, and to judge by

@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from llmcompress.methods.solvers.stream_search import can_search
+from llmcompress.methods.solvers.block_search import can_search
 from llmcompress.methods.solvers.streams import TrellisStreams
 from llmcompress.weight.trellis import Trellis
 

@@ -32,7 +32,8 @@ from llmcompress.models.files.integrity import BINDING, DIGESTS, digest
 from llmcompress.models.files.tensor_files import SHARD
 from llmcompress.recipe.target import Target
 from llmcompress.weight.expression import bits, not_zero, tensor_bits
-from llmcompress.weight.modules import ALIGNMENT, LIKE
+from llmcompress.weight.layout import ALIGNMENT
+from llmcompress.weight.modules import LIKE
 from llmcompress.weight.nodes import Weight
 from llmcompress.weight.rows import check_rows
 

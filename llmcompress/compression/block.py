@@ -23,7 +23,8 @@ from llmcompress.reporting.report import LayerReport
 from llmcompress.runtime.memory import trim_memory
 from llmcompress.runtime.ranks import ALONE, Ranks
 from llmcompress.runtime.side_by_side import workers_on
-from llmcompress.weight.modules import LIKE, CompressedLinear, Layout, PackedWeight, TiedMatrix, put
+from llmcompress.weight.layout import Layout, PackedWeight
+from llmcompress.weight.modules import LIKE, CompressedLinear, TiedMatrix, put
 
 DENSE = "dense"  # of a block that may still change: a weight as it was before its layer was compressed
 
@@ -182,7 +183,7 @@ def _learn(run: CompressionState, tune: Tune, block: Block, last: bool) -> dict[
     for each in together:
         inside = f"{each.block.path}."
         linears = {name: linear for name, linear in tuned.linears.items() if name.startswith(inside)}
-        each.packed |= {name: PackedWeight.of(linear) for name, linear in linears.items()}
+        each.packed |= {name: linear.packed_weight() for name, linear in linears.items()}
         dense = {name: value for name, value in tuned.dense.items() if name.startswith(inside)}
         each.learned |= _store_learned(run.job, each.block, dense)
     return tuned.found

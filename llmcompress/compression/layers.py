@@ -30,11 +30,11 @@ from llmcompress.methods.solvers.hessian import inverse_factor, outer_of
 from llmcompress.reporting.report import LayerReport
 from llmcompress.runtime.ranks import Ranks
 from llmcompress.runtime.side_by_side import side_by_side
+from llmcompress.weight.algebra import add_to_base
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.expression import bits, dense, describe
-from llmcompress.weight.modules import PackedWeight, pack_weight
+from llmcompress.weight.layout import PackedWeight, pack_weight
 from llmcompress.weight.nodes import Dense, Weight, Zero
-from llmcompress.weight.sums import add_to_base
 
 TARGET_DAMPING = 0.1  # of the solve that aims at the dense model's outputs
 # Seconds of one core; only their proportions count here.

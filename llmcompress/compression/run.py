@@ -27,7 +27,7 @@ from llmcompress.compression.run_files import RunFiles, identity_of
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.distillation.blockwise.tune import tuner
 from llmcompress.errors import NumericsError, RecipeError, list_names
-from llmcompress.methods.solvers.stream_search import can_search
+from llmcompress.methods.solvers.block_search import can_search
 from llmcompress.models.dense.skeleton import auto_name
 from llmcompress.reporting.report import Report, pending_gates
 from llmcompress.runtime.devices import device_of

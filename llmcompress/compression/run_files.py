@@ -49,7 +49,7 @@ from llmcompress.reporting import report as reports
 from llmcompress.reporting.report import LayerReport, Report
 from llmcompress.runtime.facts import versions
 from llmcompress.runtime.precision import is_finite
-from llmcompress.weight.modules import Layout, payload_texts
+from llmcompress.weight.layout import Layout, payload_texts
 
 FINISHED = "finished"  # the folder of the reports
 PARTS = "parts"  # a key of each report: digests of the headers of the parts written last, by number

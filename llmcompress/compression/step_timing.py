@@ -31,7 +31,7 @@ from llmcompress.models.files.store import Store
 from llmcompress.runtime.facts import torch_facts, versions
 from llmcompress.runtime.load import busy_note
 from llmcompress.weight.expression import dense
-from llmcompress.weight.modules import pack_weight
+from llmcompress.weight.layout import pack_weight
 from llmcompress.weight.nodes import Dense
 
 COLUMNS, ROWS = 128, 2048  # of a matrix in the trials by rows, at most

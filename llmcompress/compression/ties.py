@@ -14,10 +14,10 @@ from llmcompress.methods.layer import StepConfig, sketch
 from llmcompress.methods.solvers.low_rank import LowRankConfig
 from llmcompress.models.dense.families import Architecture
 from llmcompress.recipe.sections import Tie
+from llmcompress.weight.algebra import add_to_base
 from llmcompress.weight.expression import describe
+from llmcompress.weight.modules import describe_beside_base
 from llmcompress.weight.nodes import Weight, Zero
-from llmcompress.weight.sums import add_to_base
-from llmcompress.weight.tied import describe_beside_base
 
 
 @dataclass(frozen=True)

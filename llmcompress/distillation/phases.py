@@ -27,7 +27,7 @@ from llmcompress.distillation.train import train
 from llmcompress.errors import RecipeError
 from llmcompress.recipe.sections import RANK
 from llmcompress.weight.modules import CompressedLinear, Multiplying, decoded, put
-from llmcompress.weight.trainable.latents.form import ValuesForm
+from llmcompress.weight.trainable.latents import ValuesForm
 
 LOG = logging.getLogger(__name__)
 

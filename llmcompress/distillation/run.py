@@ -53,8 +53,8 @@ from llmcompress.runtime.notebook import progress_line
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.ranks import Ranks, join_ranks
 from llmcompress.weight.expression import bits, describe
-from llmcompress.weight.modules import CompressedLinear, Layout, Multiplying, compressed_modules
-from llmcompress.weight.tied import base_of, describe_beside_base
+from llmcompress.weight.layout import Layout
+from llmcompress.weight.modules import CompressedLinear, Multiplying, base_of, compressed_modules, describe_beside_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

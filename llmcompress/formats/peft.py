@@ -20,7 +20,7 @@ from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.models.transformers.hf_quantizer import table_entry
 from llmcompress.weight.expression import dense
 from llmcompress.weight.hadamard import unrotate
-from llmcompress.weight.modules import Layout, pack_weight, payload_texts
+from llmcompress.weight.layout import Layout, pack_weight, payload_texts
 from llmcompress.weight.nodes import LowRank, RotatedInputs, Sum, Weight
 
 

@@ -24,7 +24,8 @@ from llmcompress.runtime.memory import trim_memory
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.expression import describe
 from llmcompress.weight.expression import matmul as multiply_decoded
-from llmcompress.weight.modules import Layout, Multiplying
+from llmcompress.weight.layout import Layout
+from llmcompress.weight.modules import Multiplying
 from llmcompress.weight.nodes import Weight
 
 PAGE_OUT = 21  # of madvise: give pages back, which are read again from their file when needed

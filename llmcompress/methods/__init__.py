@@ -1,4 +1,4 @@
-"""Layer -> Layer, one file each, by what they store. Importing this package registers them all.
+"""Layer -> Layer, one file for a method or a close family, by what they store. Importing this package registers them.
 
 In: a layer with its dense weight and the moments of its inputs. Out: the layer with an expression in its place. Open
 `layer.py` first, then `grids/gptq.py`.
@@ -6,10 +6,10 @@ In: a layer with its dense weight and the moments of its inputs. Out: the layer 
 
 from llmcompress.methods import presume, refine, rotate
 from llmcompress.methods.binary import billm, binary_low_rank, fdb, pb_llm, planes
-from llmcompress.methods.codebooks import kmeans, pv, vq
+from llmcompress.methods.codebooks import pv, vq
 from llmcompress.methods.grids import adadim, gguf, gptq, hqq, mxfp, rtn
-from llmcompress.methods.low_rank import alternate, eora, factors, lqer, svd
-from llmcompress.methods.pruning import dimap, magnitude, random_mask, relevance, sparsegpt, wanda
+from llmcompress.methods.low_rank import alternate, factors
+from llmcompress.methods.pruning import scores, sparsegpt
 from llmcompress.methods.trellises import exl3, trellis
 
 __all__ = [
@@ -17,30 +17,22 @@ __all__ = [
     "alternate",
     "billm",
     "binary_low_rank",
-    "dimap",
-    "eora",
     "exl3",
     "factors",
     "fdb",
     "gguf",
     "gptq",
     "hqq",
-    "kmeans",
-    "lqer",
-    "magnitude",
     "mxfp",
     "pb_llm",
     "planes",
     "presume",
     "pv",
-    "random_mask",
     "refine",
-    "relevance",
     "rotate",
     "rtn",
+    "scores",
     "sparsegpt",
-    "svd",
     "trellis",
     "vq",
-    "wanda",
 ]

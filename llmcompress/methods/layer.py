@@ -33,19 +33,19 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear under compression. `weight`, `approx` and `inputs` are in the basis of `rotation`, if there is one."""
+    """One linear under compression; `weight`, `approx` and `inputs` are in the basis of `rotation`, if there is one."""
 
     name: str
-    weight: Tensor  # [out, in] float32: what to approximate, the dense teacher's
-    approx: Weight  # what stands for it so far (Dense at first)
+    weight: Tensor  # [out, in] float32: the dense weight
+    approx: Weight  # its approximation so far, Dense at first
     inputs: Moments
     seed: str = ""  # the same for layers that read the same input
     rotation: Rotation | None = None
-    rows: Tensor | None = None  # [out]: what the rows count in a choice for a whole column; None: alike
+    rows: Tensor | None = None  # [out]: importance of rows where a column is chosen as a whole; None: alike
     notes: tuple[str, ...] = ()  # fallbacks taken, for the report
 
     def expression(self) -> Weight:
-        """The finished weight, in the model's own basis."""
+        """Return the approximation in the model's own basis."""
         if self.rotation is None:
             return self.approx
         return RotatedInputs(self.approx, self.rotation.signs, self.rotation.block)
@@ -61,7 +61,7 @@ class StepConfig(BaseModel):
     @property
     def rowwise(self) -> bool:
         """True if rows are compressed independently, so that tall matrices can be processed in row chunks."""
-        return False
+        return _METHODS[self.method].rowwise
 
     @property
     def presumes(self) -> bool:
@@ -69,7 +69,7 @@ class StepConfig(BaseModel):
         return False
 
     def sketch(self, approx: Weight) -> Weight:
-        """Return the expression this step will leave, on meta tensors, for `plan` to count its bits."""
+        """Return the expression that this step will leave, on meta tensors, for `plan` to count its bits."""
         raise NotImplementedError(f"{type(self).__name__} needs a sketch")
 
     def without_inputs(self) -> StepConfig | None:
@@ -88,7 +88,8 @@ class StepConfig(BaseModel):
 class Method:
     """A registered method: `run(layer, config) -> layer`, and the statistics it reads.
 
-    `data_free`: true if it also works on moments of no tokens; then it minimises |W - W_approx|^2.
+    `data_free`: true if it also works on moments of no tokens; then it minimises |W - W_approx|^2. `rowwise`: true if
+    it compresses rows independently, unless the config says otherwise.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Method:
     needs: frozenset[str]
     run: Callable[[Layer, Any], Layer]
     data_free: bool
+    rowwise: bool
 
 
 _METHODS: dict[str, Method] = {}
@@ -103,27 +105,36 @@ Run = TypeVar("Run", bound=Callable[..., Layer])
 
 
 def method(
-    name: str, config: type[StepConfig], needs: set[str] | frozenset[str] = frozenset(), data_free: bool = False
+    name: str,
+    config: type[StepConfig],
+    needs: set[str] | frozenset[str] = frozenset(),
+    data_free: bool = False,
+    rowwise: bool = False,
 ) -> Callable[[Run], Run]:
-    """Registers a function `(layer, config) -> layer` under `name`; `data_free` if it can also do without what it
-    `needs`, see `Method`. Raises ValueError for an unknown statistic."""
+    """Register a function `(layer, config) -> layer` under `name`; see `Method`.
+
+    Raises ValueError for an unknown statistic.
+    """
     if not needs <= STATISTICS:
         raise ValueError(f"method {name!r} needs {sorted(set(needs) - STATISTICS)}; known: {sorted(STATISTICS)}")
 
     def register(run: Run) -> Run:
-        _METHODS[name] = Method(name, config, frozenset(needs), run, data_free or not needs)
+        _METHODS[name] = Method(name, config, frozenset(needs), run, data_free or not needs, rowwise)
         return run
 
     return register
 
 
 def methods() -> dict[str, Method]:
-    """Every registered method by name."""
+    """Return every registered method by name."""
     return dict(_METHODS)
 
 
 def step(arguments: dict[str, Any]) -> StepConfig:
-    """A step as a recipe spells it: `method` and that method's arguments. Raises ValueError for an unknown method."""
+    """Return a step from its spelling in a recipe: `method` and that method's arguments.
+
+    Raises ValueError for an unknown method.
+    """
     name = arguments.get("method")
     if not isinstance(name, str) or name not in _METHODS:
         near = get_close_matches(str(name), _METHODS, n=1)
@@ -133,24 +144,20 @@ def step(arguments: dict[str, Any]) -> StepConfig:
 
 
 def apply(layer: Layer, steps: Sequence[StepConfig]) -> Layer:
-    """The layer after every step, in order. Errors of the steps are raised again with the layer's name.
+    """Return the layer after every step, in order. Errors of the steps are raised again with the layer's name.
 
     Raises NumericsError for a weight or statistics with NaN or Inf.
     """
-    _check_finite(layer)
+    given = {"weights": layer.weight, "input statistics": layer.inputs.outer, "channel energies": layer.inputs.square}
+    for what, values in given.items():
+        if values is not None and not is_finite(values):
+            raise NumericsError(f"{layer.name}: its {what} hold NaN or Inf; check the model and the calibration text")
     for config in steps:
         try:
             layer = _METHODS[config.method].run(layer, config)
         except (RecipeError, NumericsError) as error:
             raise type(error)(f"{layer.name}: {config.method}: {error}") from error
     return layer
-
-
-def _check_finite(layer: Layer) -> None:
-    given = {"weights": layer.weight, "input statistics": layer.inputs.outer, "channel energies": layer.inputs.square}
-    for what, values in given.items():
-        if values is not None and not is_finite(values):
-            raise NumericsError(f"{layer.name}: its {what} hold NaN or Inf; check the model and the calibration text")
 
 
 def sketch(name: str, size: tuple[int, int], steps: Sequence[StepConfig]) -> Weight:
@@ -174,13 +181,13 @@ def sketch(name: str, size: tuple[int, int], steps: Sequence[StepConfig]) -> Wei
 
 
 def _check_untouched(approx: Weight, rotation: object | None) -> None:
-    """Raises RecipeError for a rotation of what is compressed or rotated already."""
+    """Raise RecipeError for a rotation of a matrix that is compressed or rotated already."""
     if not isinstance(approx, Dense) or rotation is not None:
         raise RecipeError("a rotation must come before every other step, and once; move it to the front")
 
 
 def _check_order(before: Weight, after: Weight) -> None:
-    """Raises RecipeError for a step that would throw away the base that an earlier step made."""
+    """Raise RecipeError for a step that would throw away the base of an earlier step."""
     (old, old_term), (new, new_term) = base_and_term(before), base_and_term(after)
     if old_term is not None and new_term is not old_term:
         raise RecipeError(f"it would replace the low-rank term of an earlier step ({describe(old_term)}); drop one")
@@ -190,7 +197,7 @@ def _check_order(before: Weight, after: Weight) -> None:
 
 
 def relative_error(weight: Tensor, approx: Weight | Tensor, moments: Moments | None = None) -> float:
-    """Output error `|(W - W_approx) X|^2 / |W X|^2`, summed in float64; of the weights alone without an `outer`.
+    """Return the output error `|(W - W_approx) X|^2 / |W X|^2`, summed in float64; of weights alone without an `outer`.
 
     The denominator may be off by one in ten thousand.
     """
@@ -205,9 +212,9 @@ def relative_error(weight: Tensor, approx: Weight | Tensor, moments: Moments | N
 
 
 def sampled_error(weight: Tensor, approx: Tensor, moments: Moments | None) -> float:
-    """`relative_error` on SAMPLED rows, evenly spaced, of a matrix of many; NaN where any row holds NaN or Inf.
+    """Return `relative_error`, of a matrix with many rows on SAMPLED of them, evenly spaced; NaN for NaN or Inf.
 
-    The error of a large layer takes longer than its error feedback, and a share of its rows tells it to a few percent.
+    The error of a large layer takes longer than its error feedback; a share of its rows gives it to a few percent.
     """
     if not is_finite(approx):
         return float("nan")
@@ -218,7 +225,7 @@ def sampled_error(weight: Tensor, approx: Tensor, moments: Moments | None) -> fl
 
 
 def _energy(matrix: Tensor, outer: Tensor | None) -> float:
-    """tr(M H M^T) from the upper half of `outer` (H); |M|^2 without one."""
+    """Return tr(M H M^T) from the upper half of `outer` (H); |M|^2 without one."""
     if outer is None:
         return float(matrix.double().square().sum())
     total = 0.0
@@ -231,7 +238,7 @@ def _energy(matrix: Tensor, outer: Tensor | None) -> float:
 
 
 def base_and_term(approx: Weight) -> tuple[Weight, LowRank | None]:
-    """The base of an approximation and its low-rank term."""
+    """Return the base of an approximation and its low-rank term."""
     match approx:
         case Sum((base, LowRank() as term)):
             return base, term
@@ -240,8 +247,19 @@ def base_and_term(approx: Weight) -> tuple[Weight, LowRank | None]:
 
 
 def join(base: Weight, term: LowRank | None) -> Weight:
-    """The inverse of `split`."""
+    """Invert `base_and_term`."""
     return base if term is None else Sum((base, term))
+
+
+def term_beside_dense(approx: Weight, base: str) -> LowRank | None:
+    """Return the low-rank term, for a step that makes a new base, `base` in words.
+
+    Raises RecipeError if an earlier step has made a base.
+    """
+    old, term = base_and_term(approx)
+    if not isinstance(old, Dense):
+        raise RecipeError(f"{base} stores every weight, so it does not go after {describe(old)}; drop one")
+    return term
 
 
 def base_target(layer: Layer) -> Tensor:
@@ -251,12 +269,12 @@ def base_target(layer: Layer) -> Tensor:
 
 
 def with_base(layer: Layer, base: Weight, notes: tuple[str, ...] = ()) -> Layer:
-    """The layer with another base beside its low-rank term, if it has one."""
+    """Return the layer with another base beside its low-rank term, if it has one."""
     return replace(layer, approx=join(base, base_and_term(layer.approx)[1]), notes=layer.notes + notes)
 
 
 def support(approx: Weight) -> Tensor | None:
-    """Return the mask of a pruned base, bool `[out, in]`, true where it may be non-zero; None if it is not pruned."""
+    """Return the mask of a pruned base, bool `[out, in]`, true where a weight is kept; None if it is not pruned."""
     match base_and_term(approx)[0]:
         case Where(index, _, Zero()):
             return index.inside
@@ -265,15 +283,15 @@ def support(approx: Weight) -> Tensor | None:
 
 
 def rotate_layer(layer: Layer, rotation: Rotation) -> Layer:
-    """The layer seen in another input basis; `expression()` leads back. Only before anything was compressed."""
+    """Return the layer in another input basis; only before anything was compressed."""
     _check_untouched(layer.approx, layer.rotation)
 
     def rotate_rows(matrix: Tensor) -> Tensor:
-        """`matrix @ R`, some rows at a time, since a transform takes a few times what it turns."""
-        found = torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device)
-        for rows, place in zip(matrix.split(TURNED), found.split(TURNED), strict=True):
+        """Return `matrix @ R`, some rows at a time: a transform takes a few times the memory of its input."""
+        product = torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device)
+        for rows, place in zip(matrix.split(TURNED), product.split(TURNED), strict=True):
             place.copy_(rotate(rows, rotation.signs, rotation.block))
-        return found
+        return product
 
     def turn(moments: Moments) -> Moments:
         if moments.outer is None:

@@ -30,7 +30,7 @@ class Moments:
     """Sums over tokens; a statistic that was not requested is None.
 
     `tokens`: total token weight. `square` `[in]`: sums of x^2. `outer` `[in, in]`: X^T X. `cross` `[in, in]`:
-    X_dense^T X, the inputs that the dense model would have seen against those seen.
+    X_dense^T X, with the inputs of the dense model.
     """
 
     tokens: float
@@ -43,13 +43,13 @@ class Moments:
     def of(
         x: Tensor, needs: frozenset[str], weights: Tensor | None = None, dense_inputs: Tensor | None = None
     ) -> Moments:
-        """The moments of `x [tokens, in]`; see `RunningMoments.add`."""
+        """Return the moments of `x [tokens, in]`; see `RunningMoments.add`."""
         sums = RunningMoments(needs)
         sums.add(x, weights, dense_inputs)
         return sums.moments()
 
     def __add__(self, other: Moments) -> Moments:
-        """The moments of both sets of tokens."""
+        """Return the moments of both sets of tokens."""
 
         def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
             return a if b is None else b if a is None else a + b
@@ -62,19 +62,19 @@ class Moments:
         )
 
     def times(self, weight: float) -> Moments:
-        """The moments with every token's weight multiplied by `weight`."""
+        """Return the moments with every token's weight multiplied by `weight`."""
         square, outer, cross = (
-            None if found is None else found * weight for found in (self.square, self.outer, self.cross)
+            None if total is None else total * weight for total in (self.square, self.outer, self.cross)
         )
         return Moments(self.tokens * weight, square, outer, cross)
 
     def memo(self, key: Any, compute: Callable[[], T]) -> T:
-        """`compute()`, remembered under `key` for every layer that reads this input (a Cholesky factor, say)."""
+        """Return `compute()`, remembered under `key` for every layer that reads this input."""
         with _DERIVING:  # layers beside each other wait for it
             if key not in self.derived:
-                found = compute()
+                result = compute()
                 finish_here()
-                self.derived[key] = found
+                self.derived[key] = result
             return self.derived[key]
 
 
@@ -82,7 +82,7 @@ class Moments:
 class RunningMoments:
     """Moments that grow batch by batch, in place: matrices may be a third of a run's memory.
 
-    `needs`: their statistics. Of `outer` there is the upper half until it is asked for.
+    `needs`: the statistics to sum. Of `outer` only the upper half is valid; `moments` completes it.
     """
 
     needs: frozenset[str]
@@ -94,7 +94,7 @@ class RunningMoments:
     def add(self, x: Tensor, weights: Tensor | None = None, dense_inputs: Tensor | None = None) -> None:
         """Add `x [tokens, in]`, with token `weights [tokens]`; `dense_inputs` like x, for `cross`.
 
-        Summed in float32 whatever the dtype of `x`; of bfloat16 inputs, as a bfloat16 forward reads them, faster.
+        Sums are float32 whatever the dtype of `x`; bfloat16 inputs are faster.
         """
         tokens, dtype = float(len(x)), x.dtype
         if weights is not None and bool((weights != 1).any()):
@@ -115,7 +115,7 @@ class RunningMoments:
             _add_product(self.cross, x, dense_inputs, dtype)
 
     def moments(self) -> Moments:
-        """The moments of all that was added; they share its memory."""
+        """Return the moments of all tokens added, in the same memory."""
         if self.outer is not None:
             mirror(self.outer)
         return Moments(self.tokens, self.square, self.outer, self.cross)
@@ -126,8 +126,10 @@ def _room(total: Tensor | None, x: Tensor, *size: int) -> Tensor:
 
 
 def _add_product(total: Tensor, x: Tensor, left: Tensor | None, dtype: torch.dtype) -> None:
-    """Add `left^T x` to `total [in, in]`; without `left`, `x^T x`, at least its upper half. `dtype`: of the inputs
-    before they were weighted, whose precision is enough."""
+    """Add `left^T x` to `total [in, in]`; without `left`, at least the upper half of `x^T x`.
+
+    `dtype`: of the inputs before they were weighted; its precision is enough.
+    """
     if dtype == torch.bfloat16 and x.device.type == "cpu":
         from llmcompress.kernels.cpu import gram  # loads LLVM, which reading a recipe need not wait for
 
@@ -167,10 +169,10 @@ def mirror(square: Tensor) -> None:
 
 
 def capped_weights(x: Tensor, cap: float) -> Tensor:
-    """Token weights `[sequences, length]` that limit the norm of a token of `x [sequences, length, in]` to `cap`
-    times the median norm of its sequence.
+    """Return token weights `[sequences, length]` for `x [sequences, length, in]` that cap the norms of tokens.
 
-    The first token of a sequence can carry 99.9 % of a layer's energy; uncapped, it alone would decide the fit.
+    A norm is limited to `cap` times the median of its sequence. The first token can carry 99.9 % of a layer's energy;
+    uncapped, it alone would decide the fit.
     """
     norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
     limit = cap * norm.median(dim=1, keepdim=True).values

@@ -21,16 +21,14 @@ from torch import Tensor
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import Layer, StepConfig, base_and_term, base_target, method, with_base
 from llmcompress.methods.solvers.bitplanes import Planes, planes_of
-from llmcompress.methods.solvers.column_scales import divide_columns
 from llmcompress.methods.solvers.feedback import few_threads
-from llmcompress.methods.solvers.grid import grid_of, repeat_groups, round_to
+from llmcompress.methods.solvers.grid import grid_of, round_to
 from llmcompress.methods.solvers.hessian import metric
-from llmcompress.methods.solvers.moves import move_codebooks, visit_vectors
 from llmcompress.methods.solvers.projection import FloatPoints, GridPoints, KeptValues, Zeros
-from llmcompress.methods.solvers.scales import refit_scales
+from llmcompress.methods.solvers.scales import divide_columns, refit_scales
 from llmcompress.methods.solvers.streams import TrellisStreams
-from llmcompress.methods.solvers.vectors import books_of
-from llmcompress.weight.expression import dense, describe
+from llmcompress.methods.solvers.vectors import books_of, move_codebooks, visit_vectors
+from llmcompress.weight.expression import dense, describe, repeat_groups
 from llmcompress.weight.nodes import (
     Codebook,
     Dense,
@@ -58,11 +56,6 @@ class Refine(StepConfig):
     damping: float = Field(0.1, gt=0, le=10, description="share of the mean Hessian diagonal that is added")
     examples = ({}, {"passes": 4})
 
-    @property
-    def rowwise(self) -> bool:
-        """See `StepConfig.rowwise`."""
-        return True
-
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
         _compressed_base(approx)
@@ -72,7 +65,7 @@ class Refine(StepConfig):
         """Nothing; see `StepConfig.rough`."""
 
 
-@method("refine", Refine, needs={"outer"}, data_free=True)
+@method("refine", Refine, needs={"outer"}, data_free=True, rowwise=True)
 def refine(layer: Layer, config: Refine) -> Layer:
     """The base with better stored values, in the same bits."""
     base, target = _compressed_base(layer.approx), base_target(layer)
@@ -83,8 +76,10 @@ def refine(layer: Layer, config: Refine) -> Layer:
 
 
 def descend(base: Weight, target: Tensor, hessian: Tensor, rows: Tensor | None = None) -> Weight:
-    """One visit to every column of `target [out, in]`, left to right, under `hessian [in, in]`; `rows [out]`: what they
-    count where a column is chosen as a whole."""
+    """Return `base` after one visit to every column of `target [out, in]`, left to right, under `hessian [in, in]`.
+
+    `rows [out]`: their importance where a column is chosen as a whole.
+    """
     base = move_codebooks(base, target, lambda books, own, shown: visit_vectors(books, own, hessian, shown))
     if books_of(base):
         return base
@@ -115,22 +110,21 @@ def descend(base: Weight, target: Tensor, hessian: Tensor, rows: Tensor | None =
 def _descend_blocks(
     choose: Callable[[int, Tensor, Tensor, Tensor], Tensor], values: Tensor, pull: Tensor, hessian: Tensor
 ) -> None:
-    """Move `values [in, out]` a block of columns at a time; `pull`, alike: the error times `hessian`.
+    """Move `values [in, out]` a block of columns at a time; `pull [in, out]`: the error times `hessian`.
 
-    `choose(first column, wanted, shares, before)` puts what is stored in the place of what is wanted, and returns what
-    columns moved by.
+    `choose(first column, wanted, shares, before)` overwrites `wanted` with the stored values and returns the moves.
     """
     for start in range(0, len(values), BLOCK):
         part, stop = slice(start, start + BLOCK), min(start + BLOCK, len(values))
         inside = hessian[part, part]
         wanted = values[part] + pull[part] / inside.diagonal()[:, None]
         moves = choose(start, wanted, inside / inside.diagonal(), values[part])
-        values[part] = wanted  # which is what is stored now
+        values[part] = wanted  # stored values by now
         pull[stop:].addmm_(hessian[stop:, part], moves, alpha=-1)
 
 
 def nearest(w: Weight) -> Callable[[int, Tensor], Tensor]:
-    """The function `(column, wanted [out])` to the nearest values that `w` can store in that column."""
+    """Return the function from `(column, wanted [out])` to the nearest values that `w` can store in that column."""
     match w:
         case Zero():
             return Zeros().project
@@ -161,7 +155,7 @@ def nearest(w: Weight) -> Callable[[int, Tensor], Tensor]:
 
 
 def with_values(w: Weight, values: Tensor) -> Weight:
-    """`w` storing `values [out, in]`, which it can hold where it shows them."""
+    """Return `w` with `values [out, in]`, which it can hold."""
     match w:
         case Dense(old):
             return Dense(values.to(old.dtype))

@@ -20,18 +20,13 @@ class Rotate(StepConfig):
 
     method: Literal["rotate"] = "rotate"
 
-    @property
-    def rowwise(self) -> bool:
-        """See `StepConfig.rowwise`."""
-        return True
-
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
         width = shape(approx)[1]
         return RotatedInputs(approx, torch.empty(width, dtype=torch.bool, device="meta"), hadamard_size(width))
 
 
-@method("rotate", Rotate, needs={"outer"}, data_free=True)
+@method("rotate", Rotate, needs={"outer"}, data_free=True, rowwise=True)
 def rotate(layer: Layer, config: Rotate) -> Layer:
     """The layer in a seeded random basis."""
     width = layer.weight.shape[1]

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 
 from llmcompress.methods.layer import Layer, StepConfig, apply
+from llmcompress.weight.algebra import join_rows
 from llmcompress.weight.nodes import Dense, Weight
-from llmcompress.weight.stack import join_rows
 
 RUN = 7680  # rows: a multiple of those that a stream of a trellis goes down
 

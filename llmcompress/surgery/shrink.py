@@ -18,8 +18,8 @@ from llmcompress.models.files.identity import binding
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.report import pending_gates
 from llmcompress.runtime.json_values import JsonRecord
+from llmcompress.weight.algebra import truncate_low_rank
 from llmcompress.weight.expression import bits, describe
-from llmcompress.weight.leading import truncate_low_rank
 from llmcompress.weight.modules import CompressedLinear
 from llmcompress.weight.nodes import Weight
 

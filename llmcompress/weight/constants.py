@@ -1,4 +1,4 @@
-"""Tables of numbers that never change, made once, for real, also while a program is traced."""
+"""Constant tables, computed once as real tensors, also while a program is traced."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ T = TypeVar("T")
 
 
 def constant(make: Callable[[*Words], T]) -> Callable[[*Words], T]:
-    """Return `make`, a function of numbers and words to tensors, with its results kept.
+    """Return `make`, a function of numbers and words to tensors, with cached results.
 
-    `torch.compile` would trace it into every program, and `torch.export` leave its own placeholders as results that
-    are kept for all who come later. They find real tensors instead.
+    Otherwise `torch.compile` would trace it into every program, and `torch.export` leave placeholders in the cache.
     """
 
     @lru_cache(maxsize=16)

@@ -57,7 +57,7 @@ def encode(w: Weight) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def decode(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Weight:
     """Return the weight that `encode` wrote. Raises KeyError for a missing tensor.
 
-    Codes may also be whole numbers in a float dtype, one each, as when they train.
+    Codes may also be unpacked, whole numbers in a float dtype, as when they train.
     """
     return Reader(tensors).node(header)
 
@@ -82,7 +82,7 @@ def _flat(part: StoredTensor, shown: Tensor | None) -> Tensor:
 
 
 def _header(w: Weight) -> dict[str, Any]:
-    """Return all that `Reader` has to know of a node besides its tensors, its index and its children."""
+    """Return the header of a node without its index and its children."""
     size = {"shape": list(shape(w))}
     match w:
         case Zero():
@@ -126,9 +126,9 @@ def trellis_of(header: dict[str, Any]) -> Trellis:
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """Reads nodes back from what `encode` wrote.
+    """Decodes nodes from headers and stored tensors.
 
-    The tensors of a node have names that begin with `path`; `shown` is the part of it that is stored (None: all).
+    The names of a node's tensors begin with `path`; `shown`: the part of it that is stored (None: all).
     """
 
     tensors: Mapping[str, Tensor]
@@ -136,7 +136,7 @@ class Reader:
     shown: Tensor | None = None
 
     def node(self, header: dict[str, Any]) -> Weight:
-        """Return the node of a header. Raises TypeError for a node that is not known."""
+        """Return the node of a header. Raises TypeError for an unknown node."""
         match header["node"]:
             case "zero":
                 return Zero(self.size(header))
@@ -199,14 +199,14 @@ class Reader:
         return header["shape"][0], header["shape"][1]
 
     def elements(self, name: str, header: dict[str, Any], levels: int | None = None) -> Tensor:
-        """Return a tensor `[out, in]` of which only the elements that show are stored; zeros stand for the others."""
+        """Return a tensor `[out, in]` of which only shown elements are stored; the others are zero."""
         numbers, (rows, width) = self.own(name), self.size(header)
         if levels is not None and not numbers.is_floating_point():
             numbers = unpack(numbers, levels, self._count(numbers, levels, (rows, width)))
         return expand(numbers, (rows, width), self.shown)
 
     def _count(self, packed: Tensor, levels: int, size: tuple[int, int]) -> int:
-        """Return how many codes are stored; those that could be where a program is traced, which knows no values."""
+        """Return the number of stored codes; in a program that is traced, which knows no values, the most possible."""
         if self.shown is None:
             return math.prod(size)
         if torch.compiler.is_compiling():
@@ -214,7 +214,7 @@ class Reader:
         return shown_count(self.shown, size)
 
     def rows(self, name: str, size: Sequence[int], levels: int | None = None) -> Tensor:
-        """Return a tensor of that size that has a row for each row of the matrix, or one for all."""
+        """Return a tensor of that size, with a row for each row of the matrix, or one for all."""
         numbers = self.own(name)
         return (numbers if levels is None else unpack(numbers, levels, math.prod(size))).reshape(*size)
 
@@ -250,7 +250,7 @@ def decode_index(header: dict[str, Any], size: list[int], packed: Tensor) -> Ind
 
 @constant
 def pattern_tables(kept: int, group: int) -> tuple[Tensor, Tensor]:
-    """(rank of every `group`-bit number with `kept` ones, uint8 [2^group]; the patterns by rank, bool [C, group])."""
+    """Return (rank of every `group`-bit number with `kept` ones, uint8 [2^group]; patterns by rank, bool [C, group])"""
     if math.comb(group, kept) > 256:
         raise ValueError(f"{kept}:{group} has {math.comb(group, kept)} patterns; at most 256 fit in a byte")
     chosen = list(itertools.combinations(range(group), kept))

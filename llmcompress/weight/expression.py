@@ -47,7 +47,7 @@ from llmcompress.weight.trellis import matrix
 
 
 def device(w: Weight) -> torch.device | None:
-    """The device of the tensors of `w`; None if it has no tensors, as `Zero`."""
+    """Return the device of the tensors of `w`; None if it has no tensors, as `Zero`."""
     if isinstance(w, Where):
         return w.index.inside.device
     own = (part.tensor.device for part in stored_tensors(w))
@@ -56,8 +56,10 @@ def device(w: Weight) -> torch.device | None:
 
 
 def dense(w: Weight, where: torch.device | None = None) -> Tensor:
-    """The matrix, float32 `[out, in]`; the same bits on every call. What has no tensor goes to device `where`, by
-    default to that of the others."""
+    """Return the matrix, float32 `[out, in]`; the same bits on every call.
+
+    `where`: the device of parts without tensors, by default that of the others.
+    """
     where = device(w) if where is None else where
     match w:
         case Zero(size):
@@ -95,7 +97,7 @@ def dense(w: Weight, where: torch.device | None = None) -> Tensor:
 
 
 def float_steps(w: Minifloat) -> Tensor:
-    """Return what the numbers of each group are multiplied by, float32 `[out or 1, groups]`."""
+    """Return the factors of the numbers of each group, float32 `[out or 1, groups]`."""
     known = w.scale.float() if w.scales == "bfloat16" else float_values(w.scales).to(w.scale.device)[w.scale.long()]
     return known if w.tensor_scale is None else known * w.tensor_scale
 
@@ -123,15 +125,14 @@ def float_values(form: FloatFormat) -> Tensor:
 
 
 def by_dense(x: Tensor, w: Weight) -> Tensor:
-    """`x [..., in] @ dense(w).T`, in x's dtype, or in that of autocast, which turns both."""
+    """Return `x [..., in] @ dense(w).T`, in x's dtype, or in that of autocast."""
     weight, kind = w.values if isinstance(w, Dense) else dense(w, x.device), x.device.type
-    turned = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.nn.functional.linear(x, weight if turned else weight.to(x.dtype))
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.nn.functional.linear(x, weight if casts else weight.to(x.dtype))
 
 
 def matmul(x: Tensor, w: Weight, leaf: Callable[[Tensor, Weight], Tensor] = by_dense) -> Tensor:
-    """`x [..., in] @ dense(w).T`, in x's dtype, without building what can be applied in parts; `leaf` multiplies what
-    has none."""
+    """Return `x [..., in] @ dense(w).T`, in x's dtype, part by part; `leaf` multiplies nodes without parts."""
     match w:
         case LowRank(left, right):
             return matmul(matmul(x, right, leaf), left, leaf)
@@ -146,7 +147,7 @@ def matmul(x: Tensor, w: Weight, leaf: Callable[[Tensor, Weight], Tensor] = by_d
 
 
 def decoded(w: Weight, dtype: torch.dtype = torch.float32) -> Weight:
-    """The same matrix with packed leaves and rotations as `Dense`: more memory, faster, equal up to rounding."""
+    """Return the same matrix with packed leaves and rotations as `Dense`: more memory, faster, equal up to rounding."""
     match w:
         case Zero():
             return w
@@ -157,12 +158,12 @@ def decoded(w: Weight, dtype: torch.dtype = torch.float32) -> Weight:
 
 
 def bits(w: Weight, shown: Tensor | None = None) -> int:
-    """Every stored bit: codes, scales, zero points, index sets, factors, signs. `shown` limits leaves (see `Where`)."""
+    """Return the number of stored bits; `shown` limits leaves (see `children`)."""
     return sum(tensor_bits(w, shown))
 
 
 def tensor_bits(w: Weight, shown: Tensor | None = None) -> Iterator[int]:
-    """The bits of each stored tensor of `w`, before its last byte is padded."""
+    """Yield the bits of each stored tensor of `w`, before its last byte is padded."""
     if isinstance(w, Where):
         yield _index_bits(w.index)
     for part in stored_tensors(w):
@@ -172,7 +173,7 @@ def tensor_bits(w: Weight, shown: Tensor | None = None) -> Iterator[int]:
 
 
 def not_zero(w: Weight) -> int:
-    """Return the number of elements that the form of `w` lets differ from zero: all of them but those it prunes."""
+    """Return the number of elements of `w` that are not pruned."""
     match w:
         case Zero():
             return 0
@@ -185,7 +186,7 @@ def not_zero(w: Weight) -> int:
 
 
 def describe(w: Weight) -> str:
-    """One line for people, e.g. `rotated 64 (3-bit grid, row) + rank 16`."""
+    """Return one line for people, e.g. `rotated 64 (3-bit row) + rank 16 (8-bit row | 8-bit row)`."""
     match w:
         case Zero():
             return "zero"
@@ -230,5 +231,5 @@ def _index_bits(index: Index) -> int:
 
 
 def repeat_groups(groups: Tensor, group_size: int, width: int) -> Tensor:
-    """Per-group numbers `[rows, groups]` repeated to `[rows, width]`; broadcast where one group spans the row."""
+    """Return per-group numbers `[rows, groups]` repeated to `[rows, width]`; as they are for one group a row."""
     return groups if groups.shape[1] == 1 else groups.repeat_interleave(group_size, 1)[:, :width]

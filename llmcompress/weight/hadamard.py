@@ -7,11 +7,11 @@ ROWS = 8192  # of a matrix at a time: a transform needs three times what it turn
 
 
 def rotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
-    """`x [..., in] @ R`: random signs, then an orthonormal Hadamard transform over `block` columns at a time.
+    """Return `x [..., in] @ R`: random signs, then an orthonormal Hadamard transform over `block` columns at a time.
 
-    A transform takes columns `in / block` apart, so each one mixes across the whole width (and across attention
-    heads). R is orthogonal; `unrotate` undoes it, up to rounding. Products with small Hadamard matrices are several
-    times as fast as adding and subtracting, above all in bfloat16, where they also round less often.
+    A transform takes columns `in / block` apart, so each mixes across the whole width (and across attention heads).
+    `unrotate` inverts it, up to rounding. Products with small Hadamard matrices are several times as fast as adding and
+    subtracting, above all in bfloat16, where they also round less often.
     """
     columns = (x * _plus_minus(signs, x)).reshape(-1, block, x.shape[-1] // block).transpose(1, 2)
     matrix = SYLVESTER.to(x)
@@ -25,7 +25,7 @@ def rotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
 
 
 def unrotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
-    """`x [..., in] @ R.T`, by adding and subtracting: stored weights are the same numbers on every machine."""
+    """Return `x [..., in] @ R.T`, by adding and subtracting, which gives the same numbers on every machine."""
     is_long = not torch.compiler.is_compiling() and x.ndim == 2 and len(x) > ROWS  # a traced length has no value
     if is_long and not x.requires_grad:
         turned = torch.empty_like(x)

@@ -1,120 +1,50 @@
 """Linears and embeddings that hold a compressed weight, and putting them into a model.
 
-They subclass `nn.Linear` and `nn.Embedding`, so that whatever looks for those (PEFT, for one) finds them; their
-`weight` is the encoded payload.
+They subclass `nn.Linear` and `nn.Embedding`, so that PEFT and others find them; their `weight` is the encoded payload.
+Linears may share a matrix, their base. It is a child of the model, stored and moved once; a linear refers to it by an
+attribute that is no child (`base_of`), which `tie` sets again after either of the two was replaced.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError
 from llmcompress.weight import expression
-from llmcompress.weight.encoding import decode, encode
-from llmcompress.weight.nodes import Weight, shape
+from llmcompress.weight.algebra import add_to_base
+from llmcompress.weight.encoding import decode
+from llmcompress.weight.layout import Layout, PackedWeight, pack_weight
+from llmcompress.weight.nodes import Weight, Zero
 from llmcompress.weight.rows import rows
-from llmcompress.weight.schema import check
-from llmcompress.weight.sums import add_to_base
-from llmcompress.weight.tied import BASE, base_of
 
-DTYPES = {
-    "U8": torch.uint8,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-}
-LIKE = "like"  # an empty parameter of an embedding, stored too: the dtype that its rows are to have
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-ALIGNMENT = 8  # bytes: every tensor in a payload starts at a multiple, whatever its dtype
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Description of a compressed module in a checkpoint; the module is built from it before its payload is read."""
-
-    size: tuple[int, int]  # (out, in)
-    header: dict[str, Any]  # of `encoding.encode`
-    tensors: dict[str, tuple[str, int]]  # path in the expression -> (dtype, elements), as they lie in the payload
-
-    def to_json(self) -> dict[str, Any]:
-        """The entry for a checkpoint's config."""
-        tensors = [[path, dtype, count] for path, (dtype, count) in self.tensors.items()]  # in order, unlike an object
-        return {"size": list(self.size), "header": self.header, "tensors": tensors}
-
-    @staticmethod
-    def from_json(entry: Any) -> Layout:
-        """The inverse of `to_json`. Raises ValueError for an entry that describes no weight."""
-        check(entry)
-        out, width = entry["size"]
-        return Layout((out, width), entry["header"], {path: (dtype, count) for path, dtype, count in entry["tensors"]})
-
-    def check(self, payload: Tensor) -> None:
-        """Raise ValueError unless a payload can be decoded by this layout."""
-        if payload.dtype != torch.uint8 or list(payload.shape) != [self.bytes()]:
-            raise ValueError(f"{payload.dtype} {list(payload.shape)} is no payload of {self.bytes()} bytes")
-        check(self.to_json(), self.views(payload))
-
-    @cached_property
-    def text(self) -> str:
-        """The layout in one line, for the digest of its payload."""
-        return json.dumps(self.to_json(), sort_keys=True)
-
-    @property
-    def is_zero(self) -> bool:
-        """True if the weight is zero, so that nothing is stored."""
-        return bool(self.header["node"] == "zero")
-
-    def places(self) -> dict[str, tuple[torch.dtype, int, int]]:
-        """Return the place of each tensor in the payload: (dtype, first byte, the byte after its last)."""
-        places = {}
-        stop = 0
-        for path, (name, count) in self.tensors.items():
-            dtype = DTYPES[name]
-            start = _align(stop)
-            stop = start + count * dtype.itemsize
-            places[path] = (dtype, start, stop)
-        return places
-
-    def views(self, payload: Tensor) -> dict[str, Tensor]:
-        """The tensors in a payload, uint8 `[bytes]`, without copying."""
-        return {path: payload[start:stop].view(dtype) for path, (dtype, start, stop) in self.places().items()}
-
-    def bytes(self) -> int:
-        """Return the size of the payload in bytes."""
-        return _align(max((stop for _, _, stop in self.places().values()), default=0))
-
-
-def _align(count: int) -> int:
-    return -(-count // ALIGNMENT) * ALIGNMENT
+LIKE = "like"  # an empty parameter of an embedding, stored too: its dtype is that of the rows
+BASE = "base"  # the attribute by which a linear knows the matrix that it shares with others
 
 
 class CompressedModule(nn.Module):
     """A module whose weight `[out, in]` is a payload: all tensors of `encoding.encode` in one frozen uint8 parameter.
 
-    One, so that a checkpoint has no more tensors than the dense one; uint8, so that no cast of the model rounds scales;
-    under the dense weight's name, so that a loader that does not know this format stops at its shape.
+    A checkpoint then has no more tensors than the dense one, no cast of the model rounds scales, and a loader that does
+    not know this format stops at the shape of `weight`.
     """
 
     layout: Layout
 
     def hold(self, layout: Layout, payload: Tensor) -> None:
-        """Registers the payload of `layout`, uint8 `[bytes]`."""
+        """Register the payload of `layout`, uint8 `[bytes]`."""
         self.layout = layout
         self._is_hf_initialized = True  # or transformers draws random numbers for what it leaves on disk
         self.register_parameter("weight", nn.Parameter(payload, requires_grad=False))
 
     def payload(self) -> dict[str, Tensor]:
-        """The stored tensors by their paths in the expression: views of the weight.
+        """Return the stored tensors by their paths in the expression: views of the weight.
 
-        Raises InputError where something has put a matrix in the payload's place, as a merge of PEFT's layers would.
+        Raises InputError if a matrix has taken the payload's place, as by a merge of PEFT's layers.
         """
         stored = self.get_parameter("weight").detach()
         if stored.ndim != 1:
@@ -124,53 +54,41 @@ class CompressedModule(nn.Module):
             )
         return self.layout.views(stored)
 
+    def packed_weight(self) -> PackedWeight:
+        """Return the layout and the payload."""
+        return PackedWeight(self.layout, self.get_parameter("weight").detach())
+
     def expression(self) -> Weight:
-        """The compressed weight."""
+        """Return the compressed weight."""
         return decode(self.layout.header, self.payload())
 
 
-class PackedWeight(NamedTuple):
-    """A compressed weight as modules hold it and checkpoints store it: its layout, and the payload, uint8 `[bytes]`."""
-
-    layout: Layout
-    payload: Tensor
-
-    @staticmethod
-    def of(module: CompressedModule) -> PackedWeight:
-        """Return what a module holds."""
-        return PackedWeight(module.layout, module.get_parameter("weight").detach())
-
-    def views(self) -> dict[str, Tensor]:
-        """The tensors in the payload, by their paths in the expression."""
-        return self.layout.views(self.payload)
-
-
 class FastProduct(Protocol):
-    """A faster way to multiply by what a module stores: `x @ W.T`, or None where it has none for `x`."""
+    """A faster product with a module's weight: `x @ W.T`, or None where it has none for `x`."""
 
     def __call__(self, layer: Multiplying, x: Tensor) -> Tensor | None: ...
 
 
 class FastRows(Protocol):
-    """A faster way to the rows of a token table: float32 `[..., width]`, or None where it has none for these tokens."""
+    """A faster lookup in a token table: rows float32 `[..., width]`, or None where it has none for these tokens."""
 
     def __call__(self, table: CompressedEmbedding, ids: Tensor) -> Tensor | None: ...
 
 
 class Multiplying(CompressedModule):
-    """A compressed matrix that inputs are multiplied by: with a kernel where there is one (`kernels.accelerate`), else
+    """A compressed matrix that inputs are multiplied by, by a kernel where one fits (`kernels.accelerate`), else
     decoded at every call unless inside `decoded(model)`."""
 
     ready: Weight | None
     fast: FastProduct | None
 
     def hold(self, layout: Layout, payload: Tensor) -> None:
-        """Registers the payload of `layout`, uint8 `[bytes]`."""
+        """See `CompressedModule.hold`."""
         super().hold(layout, payload)
         self.ready = self.fast = None
 
     def product(self, input: Tensor) -> Tensor:
-        """`x @ W.T`, `input [..., in]` to `[..., out]`, for what this module stores; in the input's dtype."""
+        """Return `input [..., in] @ W.T`, `[..., out]`, for the stored matrix alone; in the input's dtype."""
         output = None if self.fast is None or self.ready is not None else self.fast(self, input)
         if output is not None:
             return output
@@ -178,7 +96,7 @@ class Multiplying(CompressedModule):
 
 
 class TiedMatrix(Multiplying):
-    """A matrix that several linears have in common, stored once; it is no linear of the model itself."""
+    """A matrix that several linears share, stored once; it is no linear of the model itself."""
 
     def __init__(self, layout: Layout, payload: Tensor) -> None:
         super().__init__()
@@ -186,7 +104,7 @@ class TiedMatrix(Multiplying):
 
     @staticmethod
     def of(w: Weight) -> TiedMatrix:
-        """The module for an expression."""
+        """Return the module for an expression."""
         return TiedMatrix(*pack_weight(w))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -199,10 +117,7 @@ class TiedMatrix(Multiplying):
 
 
 class CompressedLinear(Multiplying, nn.Linear):
-    """`x @ W.T + bias` for a compressed `W [out, in]`, or for the sum of W and a matrix that other linears have too.
-
-    That one, `base`, is a child of the model (`tie`), not of the linear, so that it is stored and moved once.
-    """
+    """`x @ W.T + bias` for a compressed `W [out, in]`, or for the sum of W and its base, if it has one."""
 
     def __init__(self, layout: Layout, payload: Tensor, bias: Tensor | None = None) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
@@ -212,25 +127,25 @@ class CompressedLinear(Multiplying, nn.Linear):
 
     @staticmethod
     def of(w: Weight, bias: Tensor | None = None) -> CompressedLinear:
-        """The layer for an expression."""
+        """Return the layer for an expression."""
         return CompressedLinear(*pack_weight(w), bias)
 
     def have_in_common(self, base: nn.Module) -> None:
-        """Add what `base` gives, which the model holds once for all linears that have it."""
+        """Make `base` the base of this linear; the model holds it."""
         self.__dict__[BASE] = base
 
     @property
     def W_q(self) -> Tensor:
-        """By this name PEFT knows a weight that `dequantize` decodes, as DoRA needs it."""
+        """The payload, by the name under which PEFT looks for a weight that `dequantize` decodes (for DoRA)."""
         return self.get_parameter("weight")
 
     def whole(self) -> Weight:
-        """The weight of the layer: its own, and that of its base."""
+        """Return the weight of the layer, its base included."""
         base: TiedMatrix | None = base_of(self)
         return self.expression() if base is None else add_to_base(base.expression(), self.expression())
 
     def dequantize(self) -> Tensor:
-        """The dense weight `[out, in]`."""
+        """Return the dense weight `[out, in]`, its base included."""
         return expression.dense(self.whole())
 
     def forward(self, input: Tensor) -> Tensor:
@@ -248,9 +163,9 @@ class CompressedLinear(Multiplying, nn.Linear):
 
 
 class CompressedEmbedding(CompressedModule, nn.Embedding):
-    """Rows of a compressed table `[vocabulary, width]`; those looked up are decoded, never the whole table."""
+    """Rows of a compressed table `[vocabulary, width]`; only those looked up are decoded."""
 
-    max_norm = None  # these four as adapters read them, which look up rows of their own
+    max_norm = None  # adapters read these four
     norm_type = 2.0
     scale_grad_by_freq = False
     sparse = False
@@ -273,92 +188,115 @@ class CompressedEmbedding(CompressedModule, nn.Embedding):
         self.fast: FastRows | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """Token ids `[...]` to rows `[..., width]`, in the dtype the model has.
+        """Return rows `[..., width]` for token ids `[...]`, in the model's dtype.
 
         Raises IndexError for tokens that the table does not have.
         """
         like = self.get_parameter(LIKE)
-        found = None if self.fast is None else self.fast(self, input)
-        found = (self._rows(input) if found is None else found).to(like.dtype)
-        return found if self.scale is None else found * self.embed_scale
+        rows = None if self.fast is None else self.fast(self, input)
+        rows = (self._rows(input) if rows is None else rows).to(like.dtype)
+        return rows if self.scale is None else rows * self.embed_scale
 
     @property
     def embed_scale(self) -> Tensor:
-        """By this name PEFT knows what rows are multiplied by. Raises AttributeError where they are not."""
+        """The factor of rows, by the name under which PEFT looks for it. Raises AttributeError where there is none."""
         if self.scale is None:
             raise AttributeError("rows are not scaled")
         return self.get_parameter(LIKE).new_tensor(self.scale)
 
     def _rows(self, ids: Tensor) -> Tensor:
-        """Return rows, float32 `[..., width]`, decoding each token once. A program that is traced decodes every place:
-        how many tokens differ, and so its shapes, would be known only when it runs."""
+        """Return rows, float32 `[..., width]`, decoding each token once; every place in a program that is traced, whose
+        shapes must not depend on how many tokens differ."""
         if torch.compiler.is_compiling():
             is_known = ((ids >= 0) & (ids < self.num_embeddings)).all()
             torch._assert_async(is_known, f"a token is not in a table of {self.num_embeddings}")
-            found = expression.dense(rows(self.layout.header, self.payload(), ids.flatten()))
-            return found.view(*ids.shape, self.embedding_dim)
-        chosen, places = ids.unique(return_inverse=True)
-        self._check(chosen)
-        return expression.dense(rows(self.layout.header, self.payload(), chosen))[places]
-
-    def _check(self, chosen: Tensor) -> None:
-        """Raise IndexError for tokens outside of the table; `chosen` is sorted."""
-        for token in chosen[[0, -1]].tolist() if len(chosen) else ():
+            values = expression.dense(rows(self.layout.header, self.payload(), ids.flatten()))
+            return values.view(*ids.shape, self.embedding_dim)
+        tokens, places = ids.unique(return_inverse=True)  # sorted
+        for token in tokens[[0, -1]].tolist() if len(tokens) else ():
             if not 0 <= token < self.num_embeddings:
                 raise IndexError(f"token {token} is not in a table of {self.num_embeddings}; pass tokens of this model")
+        return expression.dense(rows(self.layout.header, self.payload(), tokens))[places]
 
     def extra_repr(self) -> str:
         """For `print(model)`."""
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
 
-def payload_texts(layouts: Mapping[str, Layout]) -> dict[str, str]:
-    """Return the layouts of compressed modules by the names of their payloads, for the digests of a file."""
-    return {f"{name}.weight": layout.text for name, layout in layouts.items()}
-
-
-def pack_weight(w: Weight) -> PackedWeight:
-    """Encode an expression."""
-    header, tensors = encode(w)
-    listed = {path: (NAMES[tensor.dtype], tensor.numel()) for path, tensor in tensors.items()}
-    layout = Layout(shape(w), header, listed)
-    device = next(iter(tensors.values())).device if tensors else None
-    payload = torch.zeros(layout.bytes(), dtype=torch.uint8, device=device)
-    for path, (_, start, stop) in layout.places().items():
-        payload[start:stop] = tensors[path].view(torch.uint8)
-    return PackedWeight(layout, payload)
+# --- modules of a model ---------------------------------------------------------------------------------------------
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the submodule called `name`; what it had in common with others, the new one has too. Raises
-    AttributeError if there is none."""
+    """Replace the submodule called `name`; the new one has the same base. Raises AttributeError if there is none."""
     parent, _, leaf = name.rpartition(".")
     if (base := base_of(model.get_submodule(name))) is not None:
         module.__dict__[BASE] = base
     setattr(model.get_submodule(parent), leaf, module)
 
 
+def add_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module at a path that may be new, with plain modules on the way."""
+    parent, _, leaf = name.rpartition(".")
+    node = model
+    for part in parent.split(".") if parent else ():
+        if not hasattr(node, part):
+            node.add_module(part, nn.Module())
+        node = node.get_submodule(part)
+    node.add_module(leaf, module)
+
+
 def compressed_modules(model: nn.Module) -> dict[str, CompressedModule]:
-    """Every compressed linear and embedding of a model by name."""
+    """Return every compressed linear and embedding of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, CompressedModule)}
 
 
 def compressed_linears(model: nn.Module) -> dict[str, CompressedLinear]:
-    """Every compressed linear of a model by name."""
+    """Return every compressed linear of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, CompressedLinear)}
 
 
 def multiplying(model: nn.Module) -> dict[str, Multiplying]:
-    """Every compressed matrix of a model that multiplies inputs: its linears, and what several have in common."""
+    """Return every compressed matrix of a model that multiplies inputs by name: its linears and their bases."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Multiplying)}
+
+
+def base_of(linear: nn.Module) -> Any:
+    """Return the module of the matrix that a linear shares with others; None for a linear without one."""
+    return linear.__dict__.get(BASE)
+
+
+def describe_beside_base(own: Weight) -> str:
+    """Return in words what a linear stores besides its base, which is counted with another linear."""
+    return "tied" if isinstance(own, Zero) else f"tied + {expression.describe(own)}"
+
+
+def ties_of(model: nn.Module) -> dict[str, str]:
+    """Return the names of linears that have a base, each with the name of the base."""
+    names = {module: name for name, module in model.named_modules()}
+    return {name: names[base_of(module)] for name, module in model.named_modules() if base_of(module) is not None}
+
+
+def tie(model: nn.Module, ties: Mapping[str, str]) -> None:
+    """Give linears their bases, by name as `ties_of` returns them. Raises AttributeError for an unknown name."""
+    for name, base in ties.items():
+        model.get_submodule(name).__dict__[BASE] = model.get_submodule(base)
+
+
+def untie(model: nn.Module, ties: Mapping[str, str]) -> None:
+    """Remove bases from a model and from its linears, which have become dense."""
+    for name, base in ties.items():
+        model.get_submodule(name).__dict__.pop(BASE)
+        parent, _, leaf = base.rpartition(".")
+        if hasattr(model.get_submodule(parent), leaf):
+            delattr(model.get_submodule(parent), leaf)
 
 
 @contextmanager
 def decoded(model: nn.Module, dtype: torch.dtype | None = None, skip: Sequence[nn.Module] = ()) -> Iterator[None]:
     """Keep every compressed matrix of a model decoded while the context lasts.
 
-    Products are equal up to rounding; memory is that of the dense model. Embeddings decode the rows that they look up,
-    here as elsewhere.
+    Products are equal up to rounding; memory is that of the dense model. Embeddings still decode the rows that they
+    look up.
 
     Args:
         model: any module; those without compressed linears stay as they are.

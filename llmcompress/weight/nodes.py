@@ -1,12 +1,12 @@
 """The nodes of which a compressed weight is built: a small algebra, each node a matrix `[out, in]`.
 
-Methods build expressions of them; `expression` says what one is worth, `encoding` how it lies on disk. Every descent
-goes by `children` or `rebuild`, and every count of stored numbers by `stored`. So a new node takes a class and a rule
-in `shape` and `stored` here, one in `dense` and `describe` there, and two in `encoding`.
+Methods build expressions of them; `expression` computes their values, `encoding` their disk form. Recursions descend
+by `children` or `rebuild`, and count stored numbers by `stored_tensors`. So a new node takes a class and a rule in
+`shape` and `stored_tensors` here, one in `dense` and `describe` there, and two in `encoding`.
 
 `Where` selects element by element, so both its sides have the full shape. Elements that a side does not show are not
-stored: the selection (`shown`, true = stored) goes down to the leaves. Only the codes of a `Codebook`, of a
-`TrellisCodes` and of `Tiles` are all stored.
+stored: the selection (`shown`, true = stored) goes down to the leaves. Codes of a `Codebook`, of `TrellisCodes` and of
+`Tiles` are always all stored.
 """
 
 from __future__ import annotations
@@ -245,8 +245,8 @@ Child = tuple[str, Weight, Tensor | None]
 def children(w: Weight, shown: Tensor | None = None) -> tuple[Child, ...]:
     """Return the nodes right below `w`, each as (path, node, shown).
 
-    A path begins the names of all tensors that the child stores. `shown` is the part of the child that is stored, given
-    that of `w`: bool, broadcasts to its shape, None for all of it.
+    The names of all tensors of a child begin with its path. `shown`: the part of a node that is stored, bool,
+    broadcasts to its shape; None for all of it.
     """
     match w:
         case LowRank(left, right):
@@ -285,8 +285,8 @@ def with_fields(w: Weight, fields: Mapping[str, Any]) -> Weight:
 class StoredTensor:
     """A tensor that a node stores, the field `name`: packed codes in [0, levels), or numbers as they are (None).
 
-    `per`: "element" for `[out, in]`, of which only the elements that show are stored; "row" for `[out or 1, n]`;
-    "run" for codes of several rows each, which lie one after the other; "node" for what all rows share.
+    `per`: "element" for `[out, in]`, of which only shown elements are stored; "row" for `[out or 1, n]`; "run" for
+    codes of runs of rows, one after the other; "node" for numbers that all rows share.
     """
 
     name: str
@@ -295,14 +295,14 @@ class StoredTensor:
     per: Literal["element", "row", "run", "node"] = "row"
 
     def bits(self, shown: Tensor | None) -> int:
-        """Stored bits, before the last byte is padded."""
+        """Return the stored bits, before the last byte is padded."""
         count = self.tensor.numel()
         if shown is not None and self.per == "element":
             count = shown_count(shown, self.tensor.shape)
         return packed_bits(self.levels, count) if self.levels else count * self.tensor.element_size() * 8
 
     def numbers(self, shown: Tensor | None) -> Tensor:
-        """The numbers that are stored, flat."""
+        """Return the stored numbers, flat."""
         if shown is None or self.per != "element":
             return self.tensor.reshape(-1)
         return self.tensor[shown.expand(self.tensor.shape)]
@@ -342,12 +342,12 @@ def stored_tensors(w: Weight) -> tuple[StoredTensor, ...]:
 
 
 def shown_count(shown: Tensor, size: Sequence[int]) -> int:
-    """Return how many elements of a matrix `size` are stored; `shown` may be one row, for all of them."""
+    """Return the number of stored elements of a matrix `size`; `shown` may be one row, for all rows."""
     return int(torch.count_nonzero(shown.expand(size)))  # a sum over bool would first make a copy in int64
 
 
 def both(shown: Tensor | None, selected: Tensor) -> Tensor:
-    """Return the part of `shown` (None: everything) that is selected too."""
+    """Return the part of `shown` (None: everything) that is also selected."""
     return selected if shown is None else shown & selected
 
 

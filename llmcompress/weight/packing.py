@@ -12,12 +12,12 @@ RUNS = 1 << 17  # of whole bytes that are packed at a time: packing works in wor
 
 
 def stream_bits(levels: int) -> int:
-    """Bits a code takes in a bit stream."""
+    """Return the bits of a code in a bit stream."""
     return max(1, (levels - 1).bit_length())
 
 
 def digits_per_byte(levels: int) -> int:
-    """Return how many base-`levels` digits one byte holds; 0 where a bit stream is at least as small."""
+    """Return the number of base-`levels` digits in a byte; 0 if a bit stream is at least as small."""
     digits = 1
     while levels ** (digits + 1) <= 256:
         digits += 1
@@ -25,18 +25,18 @@ def digits_per_byte(levels: int) -> int:
 
 
 def packed_bits(levels: int, count: int) -> int:
-    """Stored bits of `count` codes, before the last byte is padded."""
+    """Return the stored bits of `count` codes, before the last byte is padded."""
     digits = digits_per_byte(levels)
     return 8 * -(-count // digits) if digits else count * stream_bits(levels)
 
 
 def packed_bytes(levels: int, count: int) -> int:
-    """Return the bytes that `count` codes are stored in."""
+    """Return the stored bytes of `count` codes."""
     return -(-packed_bits(levels, count) // 8)
 
 
 def codes_in_bytes(levels: int, octets: int) -> tuple[int, int]:
-    """Return the fewest and the most codes that are stored in so many bytes; the fewest are more if there are none."""
+    """Return the fewest and the most codes in so many bytes; for impossible numbers the fewest are more."""
     digits, bits = digits_per_byte(levels), stream_bits(levels)
     if digits:
         return (octets - 1) * digits + 1, octets * digits
@@ -44,7 +44,7 @@ def codes_in_bytes(levels: int, octets: int) -> tuple[int, int]:
 
 
 def pack(codes: Tensor, levels: int) -> Tensor:
-    """Codes of any shape, each in [0, levels), as a flat uint8 tensor. Raises ValueError for a code out of range."""
+    """Pack codes of any shape, each in [0, levels), to flat uint8. Raises ValueError for a code out of range."""
     flat = codes.reshape(-1)
     if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < levels:
         raise ValueError(f"codes {int(flat.min())}..{int(flat.max())} do not fit in {levels} levels")
@@ -66,12 +66,12 @@ def _pack(flat: Tensor, levels: int) -> Tensor:
 
 
 def unpack(packed: Tensor, levels: int, count: int) -> Tensor:
-    """The first `count` codes of what `pack` wrote, as a flat uint8 tensor."""
-    digits, found = digits_per_byte(levels), packed.new_empty(count)
+    """Unpack the first `count` codes to flat uint8."""
+    digits, codes = digits_per_byte(levels), packed.new_empty(count)
     runs = packed.split((1 if digits else stream_bits(levels)) * RUNS)
-    for run, place in zip(runs, found.split((digits or 8) * RUNS)):
+    for run, place in zip(runs, codes.split((digits or 8) * RUNS)):
         place.copy_(_unpack(run, levels)[: len(place)])
-    return found
+    return codes
 
 
 def _unpack(packed: Tensor, levels: int) -> Tensor:
@@ -90,7 +90,7 @@ def _unpack(packed: Tensor, levels: int) -> Tensor:
 
 
 def unpack_rows(packed: Tensor, levels: int, width: int, rows: Tensor) -> Tensor:
-    """Rows `rows [n]` of a packed matrix of `width` columns, as uint8 `[n, width]`; only their bytes are read."""
+    """Unpack rows `rows [n]` of a matrix of `width` columns to uint8 `[n, width]`; only their bytes are read."""
     if torch.compiler.is_compiling():  # what follows is for memory, and takes `n` for a number
         places = rows[:, None] * width + torch.arange(width, device=rows.device)
         return unpack_at(packed, levels, places.flatten()).view(-1, width)
@@ -99,13 +99,13 @@ def unpack_rows(packed: Tensor, levels: int, width: int, rows: Tensor) -> Tensor
     first, inside = rows * width // codes, rows * width % codes
     runs = first[:, None] + torch.arange(-(-(width + codes - 1) // codes), device=rows.device)
     places = runs[..., None] * octets + torch.arange(octets, device=rows.device)
-    found = packed[places.flatten().clamp_max(len(packed) - 1)]  # what lies beyond the end is not kept below
-    unpacked = unpack(found, levels, runs.numel() * codes).reshape(len(rows), -1)
+    own = packed[places.flatten().clamp_max(len(packed) - 1)]  # codes beyond the end are dropped below
+    unpacked = unpack(own, levels, runs.numel() * codes).reshape(len(rows), -1)
     return unpacked.gather(1, inside[:, None] + torch.arange(width, device=rows.device))
 
 
 def unpack_at(packed: Tensor, levels: int, places: Tensor) -> Tensor:
-    """The codes numbered `places` (int64, flat) of what `pack` wrote, as uint8; only their bytes are read."""
+    """Unpack the codes at `places` (int64, flat) to uint8; only their bytes are read."""
     digits = digits_per_byte(levels)
     if digits:
         powers = levels ** torch.arange(digits, device=packed.device)
@@ -118,7 +118,7 @@ def unpack_at(packed: Tensor, levels: int, places: Tensor) -> Tensor:
 
 
 def ones_before(packed: Tensor, places: Tensor) -> Tensor:
-    """Count the bits that are set before each of `places` (int64, flat) in a packed row of bits."""
+    """Return the number of set bits before each of `places` (int64, flat) in a packed row of bits."""
     before = torch.nn.functional.pad(ones(packed).cumsum(0), (1, 0))
     octet, rest = places // 8, places % 8
     mask = ((1 << rest) - 1).to(torch.uint8)
@@ -133,6 +133,6 @@ def ones(octets: Tensor) -> Tensor:
 
 
 def _rows(flat: Tensor, width: int) -> Tensor:
-    """`flat` as rows of `width`, the last row filled up with zeros."""
+    """Return `flat` as rows of `width`, the last row padded with zeros."""
     missing = -flat.numel() % width
     return torch.nn.functional.pad(flat, (0, missing)).reshape(-1, width)

@@ -1,8 +1,8 @@
 """Rows of a packed matrix, decoded without the others, as an embedding does for every token.
 
 Works on the disk form (`encoding.encode`), where leaves lie row after row. Behind a selection a row has as many
-elements as the index selects in it: column sets and n:m patterns select equally many everywhere, the bits of a bitmap
-before the row are counted. A selection within another has no such short way.
+elements as the index selects in it: column sets and n:m patterns select equally many in every row; of a bitmap the bits
+before the row are counted. A selection within another is not supported.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from llmcompress.weight.trellis import cuts, table
 
 
 def rows(header: dict[str, Any], tensors: Mapping[str, Tensor], chosen: Tensor) -> Weight:
-    """Return the expression for the rows `chosen [n]` of the matrix that `encoding.encode` wrote.
+    """Return the expression for the rows `chosen [n]` of an encoded matrix.
 
-    Raises KeyError for a missing tensor, TypeError for a node that has no rows of its own.
+    Raises KeyError for a missing tensor, TypeError for a node without rows of its own.
     """
     return _RowReader(tensors, chosen=chosen).node(header)
 
@@ -51,7 +51,7 @@ def check_rows(w: Weight, shown: Tensor | None = None) -> None:
 
 
 def has_rows(header: dict[str, Any], is_selected: bool = False) -> bool:
-    """True if `rows` reads a matrix with this header; `is_selected`: the matrix lies behind a selection."""
+    """True if `rows` can read a matrix with this header; `is_selected`: the matrix lies behind a selection."""
     match header["node"]:
         case "transposed" | "tiles":
             return False
@@ -70,7 +70,7 @@ def has_rows(header: dict[str, Any], is_selected: bool = False) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _RowReader(Reader):
-    """Reads the rows `chosen [n]` of nodes. Of a leaf behind a selection, `shown [n, in]` is stored."""
+    """Decodes the rows `chosen [n]` of nodes; of a leaf behind a selection, `shown [n, in]` is stored."""
 
     chosen: Tensor = field(kw_only=True)
     first: Tensor | None = None  # int64 [n]: the number of each row's first stored element, behind a selection
@@ -85,10 +85,10 @@ class _RowReader(Reader):
                 return LowRank(self.below("left_", header["left"]), right)
             case "where" if self.shown is None:
                 width = header["shape"][1]
-                here, before = _select_rows(header["index"], width, self.own("index"), self.chosen)
-                inside = replace(self, first=before).below("inside_", header["inside"], here)
+                selected, before = _select_rows(header["index"], width, self.own("index"), self.chosen)
+                inside = replace(self, first=before).below("inside_", header["inside"], selected)
                 rest = replace(self, first=self.chosen * width - before)
-                return Where(Bitmap(here), inside, rest.below("outside_", header["outside"], ~here))
+                return Where(Bitmap(selected), inside, rest.below("outside_", header["outside"], ~selected))
             case "where" | "transposed" | "tiles":
                 raise TypeError(f"a node called {header['node']!r} has no rows of its own")
         return super().node(header)
@@ -109,12 +109,12 @@ class _RowReader(Reader):
         return numbers.view(self.shown.shape).where(self.shown, 0)
 
     def rows(self, name: str, size: Sequence[int], levels: int | None = None) -> Tensor:
-        stored, mine = self.own(name), self.chosen.clamp_max(size[0] - 1)  # one row may serve all
-        return stored.reshape(*size)[mine] if levels is None else unpack_rows(stored, levels, size[1], mine)
+        stored, chosen = self.own(name), self.chosen.clamp_max(size[0] - 1)  # one row may serve all
+        return stored.reshape(*size)[chosen] if levels is None else unpack_rows(stored, levels, size[1], chosen)
 
 
 def _select_rows(index: dict[str, Any], width: int, packed: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the selection in rows, bool `[n, in]`, and how many elements are selected before each row, int64 `[n]`."""
+    """Return the selection in rows, bool `[n, in]`, and the number of selected elements before each, int64 `[n]`."""
     match index["kind"]:
         case "columns":
             inside = unpack(packed, 2, width).bool()
@@ -130,13 +130,13 @@ def _select_rows(index: dict[str, Any], width: int, packed: Tensor, chosen: Tens
 
 
 def _trellis_rows(header: dict[str, Any], stored: Tensor, chosen: Tensor) -> Tensor:
-    """Return numbers of a trellis `[n, in]`, float32, from the codes that fill the state at each place."""
+    """Return numbers of a trellis `[n, in]`, float32, from the codes in the state at each place."""
     trellis = trellis_of(header)
     rows, width = header["shape"]
     edges = torch.tensor(cuts(rows, header["run"], trellis), device=chosen.device)
     step = chosen // trellis.values
-    mine = torch.bucketize(step, edges, right=True) - 1
-    first, length = edges[mine], edges[mine + 1] - edges[mine]
+    run = torch.bucketize(step, edges, right=True) - 1
+    first, length = edges[run], edges[run + 1] - edges[run]
     stream = first * width  # where it begins, in codes
     place = (stream + step - first)[:, None] + length[:, None] * torch.arange(width, device=chosen.device)
     state = torch.zeros_like(place)

@@ -1,6 +1,6 @@
-"""Weights that engines hold and multiply: the form that a matrix has there, or the reason why it has none.
+"""Formats of other engines for a compressed weight: its name there, or the reason why the engine cannot hold it.
 
-Only the sizes and formats of an expression count, so one without values, as a plan has it, can be asked too.
+Only the sizes and formats of an expression count, so it may be one without values, as in a plan.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def float_format(w: Minifloat) -> str | None:
     """Return the name under which compressed-tensors has the floats: fp8, mxfp4 or nvfp4; None if it has not."""
     if w.scales == "bfloat16":
         return "fp8" if w.form == "e4m3" and w.group_size >= w.codes.shape[1] else None
-    found = PACKED_FLOATS.get((w.form, w.scales, w.group_size))
-    return found if (found == "nvfp4") == (w.tensor_scale is not None) else None
+    name = PACKED_FLOATS.get((w.form, w.scales, w.group_size))
+    return name if (name == "nvfp4") == (w.tensor_scale is not None) else None
 
 
 def compressed_tensors_obstacle(w: Weight) -> str | None:

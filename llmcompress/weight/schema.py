@@ -1,8 +1,7 @@
-"""The schema of layouts: the entries that the header of each node may have, and the tensors that it then stores.
+"""The schema of layouts: the entries of each node's header, and the tensors that the node then stores.
 
-`check` compares numbers alone, so nothing is built or allocated for a layout that is damaged. One that passes can be
-decoded, up to what only the payload says: how much a selection selects, and whether codes are below their limit.
-`check` tests these too where it is given the payload's tensors.
+`check` compares numbers alone, so nothing is built or allocated for a damaged layout. Two things depend on the payload:
+how much a selection selects, and whether codes are below their limit. `check` tests them if it is given the tensors.
 """
 
 from __future__ import annotations
@@ -152,9 +151,9 @@ Node = Annotated[
 ]
 
 
-def _row(found: Any) -> Any:
+def _row(value: Any) -> Any:
     """Return a list as a tuple, which JSON does not have."""
-    return tuple(found) if isinstance(found, list) else found
+    return tuple(value) if isinstance(value, list) else value
 
 
 class _Layout(_Entry):
@@ -171,7 +170,7 @@ _LAYOUT = TypeAdapter(_Layout)
 def check(entry: Any, payload: Mapping[str, Tensor] | None = None) -> None:
     """Raise ValueError, with a reason for people, unless `entry` is a layout of a weight that can be decoded.
 
-    `payload`: the tensors by their paths, to check those of their numbers that decide whether it can.
+    `payload`: the tensors by their paths, whose numbers are then checked too.
     """
     layout = _parse(entry)
     listed: dict[str, tuple[str, int]] = {path: (dtype, count) for path, dtype, count in layout.tensors}
@@ -197,27 +196,27 @@ def _demand(met: bool, path: str, otherwise: str) -> None:
 
 @dataclass
 class _Selection:
-    """The elements of a node that are stored: at least `low`, at most `high`; `mask` makes them, bool `[out, in]`."""
+    """The number of stored elements of a node, at least `low`, at most `high`; `mask()`: which, bool `[out, in]`."""
 
     low: int
     high: int
     mask: Callable[[], Tensor] | None = None
 
     def limit(self, path: str, low: int, high: int) -> None:
-        """Take into account that there are also at least `low` and at most `high`."""
+        """Narrow the bounds to at least `low` and at most `high`."""
         self.low, self.high = max(self.low, low), min(self.high, high)
         _demand(self.low <= self.high, path, "its tensors have other sizes than what is selected")
 
 
 @dataclass(frozen=True)
 class _Checker:
-    """Checks nodes against the tensors that a layout lists, and takes those that belong to them off the list."""
+    """Checks nodes against the tensors that a layout lists, and removes theirs from the list."""
 
     listed: dict[str, tuple[str, int]]
     payload: Mapping[str, Tensor] | None
 
     def node(self, node: Any, path: str, shown: _Selection | None) -> tuple[int, int]:
-        """Check a node of which `shown` is stored (None: all); return its size."""
+        """Check a node, of which `shown` is stored (None: all); return its size."""
         _demand(path.count("_") <= DEEPEST, "", f"its nodes lie more than {DEEPEST} deep")
         match node:
             case _LowRank():
@@ -285,7 +284,7 @@ class _Checker:
                     self._take(f"{path}tensor_scale", FLOATS, 1)
 
     def _where(self, node: _Where, path: str, shown: _Selection | None) -> None:
-        """Check a selection, in the elements `shown`, and both its sides."""
+        """Check a selection within the elements `shown`, and both its sides."""
         rows, width = node.shape
         size, index = (rows, width), node.index
         all_shown = _Selection(rows * width, rows * width) if shown is None else shown
@@ -318,19 +317,19 @@ class _Checker:
         _demand(fits, path, f"its scales {scale} do not fit groups of {group_size} in {list(size)}")
 
     def _elements(self, path: str, levels: int, shown: _Selection) -> None:
-        """Check codes of those elements that show."""
+        """Check codes of the shown elements."""
         count = self._take(f"{path}codes", CODES)
         shown.limit(path, *codes_in_bytes(levels, count))
 
     def _numbers(self, name: str, levels: int, count: int) -> None:
-        """Check codes that number the entries of a table."""
+        """Check codes that are places in a table."""
         self._take(name, CODES, packed_bytes(levels, count))
         if self.payload is not None and not digits_per_byte(levels) and levels < 1 << stream_bits(levels):
             highest = int(unpack(self.payload[name], levels, count).max())
             _demand(highest < levels, name, f"it has the code {highest} of {levels}")
 
     def _take(self, name: str, kinds: tuple[str, ...], wanted: int | None = None) -> int:
-        """Take a tensor of one of the dtypes `kinds` off the list; return its elements, which must be `wanted`."""
+        """Remove a tensor of one of the dtypes `kinds` from the list; return its elements, which must be `wanted`."""
         _demand(name in self.listed, name, "no such tensor is listed")
         kind, count = self.listed.pop(name)
         _demand(kind in kinds, name, f"{kind} is not {' or '.join(kinds)}")
@@ -343,14 +342,14 @@ def _transpose(mask: Callable[[], Tensor] | None) -> Callable[[], Tensor] | None
 
 
 def _mask_of(shown: _Selection) -> Tensor:
-    """Return the mask of what is shown, which there is wherever there is a payload."""
+    """Return the mask of a selection, which exists wherever there is a payload."""
     if shown.mask is None:
         raise TypeError("a selection has no mask without a payload")
     return shown.mask()
 
 
 def _count(index: _Bits | _Pattern, size: tuple[int, int], stored: Tensor) -> int:
-    """Return how many elements of a matrix an index selects, without making them."""
+    """Return the number of elements of a matrix that an index selects, without a mask."""
     rows, width = size
     if isinstance(index, _Pattern):
         return rows * width // index.group * index.keep

@@ -49,10 +49,10 @@ def order() -> Tensor:
 
 def states(codes: Tensor, bits: int) -> Tensor:
     """Return the state at each step of tiles, int32, for their codes, uint8 `[..., 256]`."""
-    found = torch.zeros(codes.shape, dtype=torch.int32, device=codes.device)
+    window = torch.zeros(codes.shape, dtype=torch.int32, device=codes.device)
     for back in range(-(-MEMORY // bits)):
-        found |= codes.roll(back, -1).int() << (bits * back)
-    return found & ((1 << MEMORY) - 1)
+        window |= codes.roll(back, -1).int() << (bits * back)
+    return window & ((1 << MEMORY) - 1)
 
 
 def from_tiles(steps: Tensor) -> Tensor:
@@ -79,6 +79,6 @@ def turn_blocks(x: Tensor) -> Tensor:
 
 def matrix(codes: Tensor, bits: int, inputs: Tensor, outputs: Tensor) -> Tensor:
     """Decode codes, uint8 `[in / 16, out / 16, 256]`, under factors `[in]` and `[out]`, to float32 `[out, in]`."""
-    found = from_tiles(numbers().to(codes.device)[states(codes, bits)])
-    found = turn_blocks(turn_blocks(found).T) * inputs.float()
-    return found * outputs.float()[:, None]
+    tiles = from_tiles(numbers().to(codes.device)[states(codes, bits)])
+    turned = turn_blocks(turn_blocks(tiles).T) * inputs.float()
+    return turned * outputs.float()[:, None]

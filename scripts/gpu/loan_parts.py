@@ -14,8 +14,8 @@ import llmcompress as lc
 from llmcompress.kernels.accelerate import accelerate, plain
 from llmcompress.kernels.column_block import ColumnBlock, Numbers, whole_weights
 from llmcompress.methods.moments import Moments, RunningMoments
+from llmcompress.methods.solvers.block_search import choose_columns
 from llmcompress.methods.solvers.hessian import inverse_factor
-from llmcompress.methods.solvers.stream_search import choose_columns
 from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
 from llmcompress.weight.trellis import Trellis, cuts, table
@@ -191,7 +191,7 @@ def around(loan: Loan) -> None:
 
 def tiles(loan: Loan) -> None:
     """Thousands of tiles of ExLlamaV3's a second."""
-    from llmcompress.methods.solvers.tile_search import nearest_tiles
+    from llmcompress.methods.trellises.exl3 import nearest_tiles
 
     for bits in (2, 3):
         wanted = torch.randn(2 if loan.small else 256, 256, device=loan.device)

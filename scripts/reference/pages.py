@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -174,16 +175,18 @@ def exit_codes_page() -> str:
 
 
 def methods_page() -> str:
-    """Return the page on the methods, read from the registry and the docstring of each method's file."""
+    """Return the page on the methods, read from the registry and each docstring: of the file, or of one in a family."""
     import llmcompress.methods  # noqa: F401 (registers them)
     from llmcompress.methods.layer import methods
 
     recipes, results = recipes_by_method(), rows_of_results()
+    in_file = Counter(method.run.__module__ for method in methods().values())
     parts = []
     for name, method in sorted(methods().items()):
         reads = ", ".join(sorted(method.needs)) or "nothing"
         without = "; works without calibration text too" if method.data_free and method.needs else ""
-        parts += [f"## {name}", prose(inspect.getdoc(importlib.import_module(method.run.__module__)) or "")]
+        own = importlib.import_module(method.run.__module__) if in_file[method.run.__module__] == 1 else method.run
+        parts += [f"## {name}", prose(inspect.getdoc(own) or "")]
         parts += [
             f"Statistics it reads: {reads}{without}.",
             keys(method.config, OF_EVERY_STEP) or "It has no arguments.",
@@ -191,7 +194,7 @@ def methods_page() -> str:
         if name in recipes:
             parts += [_recipes(recipes[name], results)]
     introduction = (
-        "A recipe's `steps` are a list of these. Each part is the docstring of the method's file: what it minimises, "
+        "A recipe's `steps` are a list of these. Each part is the docstring of the method: what it minimises, "
         "what it stores, and where it differs from the paper. E is the error W - W_approx, H the second moment of the "
         "layer's inputs."
     )

@@ -32,7 +32,7 @@ from llmcompress.models.dense.model import DenseModel, resolve
 from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.target import Target
 from llmcompress.weight.expression import bits
-from llmcompress.weight.modules import pack_weight
+from llmcompress.weight.layout import pack_weight
 from tests.builders import correlated, every_node, gaussian, layer, moments
 from tests.tiers import tiered
 from tests.tiny import save_tiny

@@ -18,7 +18,7 @@ from llmcompress.calibration.walk import Block, Execution, walk
 from llmcompress.compression.block import swap
 from llmcompress.models.dense.families import architecture
 from llmcompress.models.dense.model import resolve
-from llmcompress.weight.modules import pack_weight
+from llmcompress.weight.layout import pack_weight
 from llmcompress.weight.nodes import Dense
 from tests.zoo import COUNT, expert_slices, save_zoo, text_for_calibration, zoo
 

@@ -25,7 +25,8 @@ from llmcompress.methods.moments import capped_weights
 from llmcompress.models.dense.families import FAMILIES, Architecture, architecture
 from llmcompress.models.dense.model import DenseModel, resolve
 from llmcompress.weight.expression import dense
-from llmcompress.weight.modules import CompressedLinear, PackedWeight, pack_weight
+from llmcompress.weight.layout import PackedWeight, pack_weight
+from llmcompress.weight.modules import CompressedLinear
 from llmcompress.weight.nodes import Dense
 from tests.tiny import VOCABULARY, save_tiny, tiny
 

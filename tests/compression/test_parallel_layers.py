@@ -24,7 +24,7 @@ from llmcompress.models.dense.model import resolve
 from llmcompress.recipe.read import read_recipe
 from llmcompress.reporting.report import LayerReport
 from llmcompress.runtime.ranks import ALONE, Ranks
-from llmcompress.weight.modules import PackedWeight
+from llmcompress.weight.layout import PackedWeight
 from tests.lockstep import in_lockstep
 from tests.tiers import tiered
 from tests.tiny import save_tiny

@@ -22,8 +22,7 @@ from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.dense.model import resolve
 from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.sections import Tie
-from llmcompress.weight.modules import TiedMatrix, compressed_linears, multiplying
-from llmcompress.weight.tied import ties_of
+from llmcompress.weight.modules import TiedMatrix, compressed_linears, multiplying, ties_of
 from tests.tiers import tiered
 from tests.tiny import save_tiny, tiny
 
@@ -232,9 +231,8 @@ def held_out_kl(place: Path, folder: Path, done: Any) -> float:
 
 
 def test_the_gradient_is_the_sum_over_the_depths() -> None:
-    from llmcompress.weight.modules import CompressedLinear
+    from llmcompress.weight.modules import CompressedLinear, add_module, tie
     from llmcompress.weight.nodes import Dense, Zero
-    from llmcompress.weight.tied import add_module, tie
     from llmcompress.weight.trainable.relax import Relaxation, relaxed_module
 
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llmcompress.models.files.checkpoint import write_checkpoint
 from llmcompress.models.transformers.hf_quantizer import table_entry
-from llmcompress.weight.modules import Layout, pack_weight, payload_texts
+from llmcompress.weight.layout import Layout, pack_weight, payload_texts
 from llmcompress.weight.nodes import Grid
 
 WIDTH, DEPTH = 1536, 18

@@ -17,8 +17,8 @@ from llmcompress.formats.hub import push
 from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.reporting.report import PENDING
 from llmcompress.surgery.shrink import shrink
+from llmcompress.weight.algebra import truncate_low_rank
 from llmcompress.weight.expression import bits, dense
-from llmcompress.weight.leading import truncate_low_rank
 from llmcompress.weight.nodes import Dense, Grid, LowRank, RotatedInputs, Sum, Weight
 from tests.tiny import save_tiny
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Bitmap, Grid, LowRank, Sum, Transpose, Weight, Where, Zero, shape
+from llmcompress.weight.trainable.latents import Form, TensorForm, cells
 from llmcompress.weight.trainable.latents.flexround import DividedWeights
-from llmcompress.weight.trainable.latents.form import Form, TensorForm, cells
 from llmcompress.weight.trainable.latents.lora_rounding import Offsets
 from llmcompress.weight.trainable.masters import MARGIN
 from llmcompress.weight.trainable.relax import KINDS, Relaxation, RelaxedWeight, relax

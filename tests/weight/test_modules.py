@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import llmcompress as lc
 from llmcompress.kernels.accelerate import plain
 from llmcompress.weight.expression import dense, describe
-from llmcompress.weight.modules import CompressedLinear, Layout, compressed_linears, put
+from llmcompress.weight.layout import Layout
+from llmcompress.weight.modules import CompressedLinear, compressed_linears, put
 from llmcompress.weight.nodes import Weight, children
 from llmcompress.weight.trainable.relax import KINDS, Relaxation, RelaxedLinear
 from tests.builders import every_node

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.expression import describe
-from llmcompress.weight.modules import CompressedEmbedding, CompressedLinear, Layout, pack_weight
+from llmcompress.weight.layout import Layout, pack_weight
+from llmcompress.weight.modules import CompressedEmbedding, CompressedLinear
 from llmcompress.weight.nodes import Weight, shape
 from llmcompress.weight.rows import has_rows, rows
 from llmcompress.weight.schema import DEEPEST, check

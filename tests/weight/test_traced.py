@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from llmcompress.errors import RecipeError
 from llmcompress.weight.expression import dense
-from llmcompress.weight.modules import CompressedEmbedding, CompressedLinear, pack_weight
+from llmcompress.weight.layout import pack_weight
+from llmcompress.weight.modules import CompressedEmbedding, CompressedLinear
 from llmcompress.weight.nodes import Dense, TrellisCodes, Weight, shape
 from llmcompress.weight.rows import check_rows
 from llmcompress.weight.trellis import Trellis

@@ -31,8 +31,8 @@ from llmcompress.errors import InputError
 from llmcompress.recipe.reconstruction import Reconstruction
 from llmcompress.runtime.ranks import ALONE, Ranks
 from llmcompress.weight.modules import Multiplying
+from llmcompress.weight.trainable.latents import Form
 from llmcompress.weight.trainable.latents.flexround import DividedWeights
-from llmcompress.weight.trainable.latents.form import Form
 from llmcompress.weight.trainable.latents.lora_rounding import Offsets
 
 

@@ -21,7 +21,8 @@ from llmcompress.models.files.reading import read_json
 from llmcompress.models.files.tensor_files import shards
 from llmcompress.models.transformers.hf_quantizer import NAME, table_entry
 from llmcompress.runtime.facts import versions
-from llmcompress.weight.modules import Layout, Multiplying, payload_texts
+from llmcompress.weight.layout import Layout, payload_texts
+from llmcompress.weight.modules import Multiplying
 
 Linears = Mapping[str, Multiplying]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llmcompress.distillation.student.regrow import Masks, mask_like
 from llmcompress.weight.nodes import Bitmap, Pattern
-from llmcompress.weight.trainable.latents.form import TensorForm, ValuesForm
+from llmcompress.weight.trainable.latents import TensorForm, ValuesForm
 
 
 def learned_masks(masks: Masks, norms: Mapping[str, Tensor], rank: int) -> dict[str, ValuesForm]:

@@ -2,8 +2,8 @@
 
 `adapt` adds `B A` to the expression of every linear that the recipe names, `B [out, rank]` and `A [rank, in]` in
 bfloat16. They train like any low-rank factors, and the checkpoint holds them: it grows by the bits of the terms.
-Factors of fewer bits are rounded after training (`rounded`), to the grids of methods/solvers/low_rank.py. A is rounded
-per component, and B is then solved for the rounded A.
+Factors of fewer bits are rounded after training (`rounded`), to the grids of methods/solvers/low_rank.py. A is
+rounded per component, and B is then solved for the rounded A.
 
 A term starts at `zero`, as in LoRA, with A random and B zero, so that nothing changes before the first step; or at
 `residual`, the truncated SVD of the compressed weight's error (as in LoftQ, arXiv 2310.08659). The size of A's numbers
@@ -22,16 +22,16 @@ from torch import Tensor, nn
 
 from llmcompress.errors import RecipeError, list_names
 from llmcompress.methods.layer import Layer, base_and_term
-from llmcompress.methods.low_rank.svd import SVD, svd
+from llmcompress.methods.low_rank.factors import SVD, svd
 from llmcompress.methods.moments import Moments
 from llmcompress.models.dense.blocks import matched_blocks, original_name
 from llmcompress.recipe.rules import matches
 from llmcompress.recipe.sections import Adaptation
 from llmcompress.runtime.seeding import generator
+from llmcompress.weight.algebra import add_term
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import CompressedLinear, Multiplying, compressed_linears, put
 from llmcompress.weight.nodes import Dense, LowRank, Sum
-from llmcompress.weight.sums import add_term
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.methods.solvers.grid import repeat_groups
+from llmcompress.weight.expression import repeat_groups
 from llmcompress.weight.nodes import Grid, Weight
 from llmcompress.weight.trainable.masters import leaves
 from llmcompress.weight.trainable.relax import SMALLEST_SCALE, RelaxedWeight

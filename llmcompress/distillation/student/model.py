@@ -17,9 +17,8 @@ from llmcompress.distillation.student.median_scales import MedianScale, follows,
 from llmcompress.errors import RecipeError
 from llmcompress.models.dense.families import block_stack
 from llmcompress.recipe.distillation import Distillation, Kind, Scales
-from llmcompress.weight.modules import Multiplying, compressed_linears, multiplying, put
-from llmcompress.weight.tied import tie, ties_of
-from llmcompress.weight.trainable.latents.form import Form, ValuesForm
+from llmcompress.weight.modules import Multiplying, compressed_linears, multiplying, put, tie, ties_of
+from llmcompress.weight.trainable.latents import Form, ValuesForm
 from llmcompress.weight.trainable.masters import Outside
 from llmcompress.weight.trainable.relax import KINDS, Relaxation, RelaxedModule, relaxed_module
 

@@ -27,7 +27,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from llmcompress.errors import InputError
 from llmcompress.models.files.integrity import MENDING
 from llmcompress.models.transformers.hf_quantizer import NAME, LLMCompressConfig
-from llmcompress.weight.modules import LIKE, NAMES, CompressedEmbedding, CompressedLinear, Layout
+from llmcompress.weight.layout import NAMES, Layout
+from llmcompress.weight.modules import LIKE, CompressedEmbedding, CompressedLinear
 
 TABLES = ("embed_tokens", "wte", "embed_in")  # names of token tables, which some of vLLM's models do not pass on
 SHARDS: dict[str | None, int] = {None: 0, "q": 0, "k": 1, "v": 2}  # vLLM's names of fused parts; it numbers others

@@ -15,7 +15,7 @@ from math import gcd
 
 from llmcompress.kernels.cpu.calls import Argument, KernelFunction
 from llmcompress.kernels.cpu.emit import I8, I16, Value, vector
-from llmcompress.weight.linear_code import UNIT
+from llmcompress.weight.trellis import UNIT
 
 BYTES = vector(I8, 64)
 AHEAD = 2048  # bytes ahead at which codes are prefetched
@@ -102,7 +102,7 @@ class Streams:
     by column, behind those of the earlier units that windows reach into. So the same bits of all windows are loaded at
     once, and sums of bits need no shuffle; a tile is one phase and one value of its step.
 
-    `masks` and `numbers` are those of `weight.linear_code`, tables of whole vectors of 64 int8.
+    `masks` and `numbers` are those of `weight.trellis`, tables of whole vectors of 64 int8.
     """
 
     bits: int

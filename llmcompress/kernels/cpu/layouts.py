@@ -25,9 +25,8 @@ from llmcompress.kernels.cpu.tables import (
     TableStreams,
 )
 from llmcompress.weight.expression import float_steps, float_values
-from llmcompress.weight.linear_code import linear_code
 from llmcompress.weight.nodes import Codebook, Grid, Minifloat, TrellisCodes, Weight, shape
-from llmcompress.weight.trellis import cuts
+from llmcompress.weight.trellis import cuts, linear_code
 
 BEFORE = 2  # units before a block that windows may reach into
 AT_ONCE = 2048  # rows repacked at a time, since bytes of single bits take many times the memory

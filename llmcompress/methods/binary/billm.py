@@ -14,7 +14,7 @@ takes 2 bits a weight; the paper counts 1.1.
 `bitmap: all` splits salient columns by magnitude too, in place of binarizing them twice: four groups of weights a row,
 each with its own scale, in the same bits (the column-group bitmap of ARB-LLM; a second plane beside the bitmap would be
 a third bit for each salient weight, and is not there). `columns: true` stores a factor for every column as well
-(ARB-RC, see `column_scales`).
+(ARB-RC, see `ColumnScales`).
 
 Differs from the paper: the split is the best one for each row, found in sorted magnitudes, not one of 81 percentiles of
 a whole block. Scales belong to rows, or to `group_size` columns, not always to 128. No means are stored. Saliences only
@@ -28,14 +28,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from llmcompress.methods.layer import Layer, method
-from llmcompress.methods.solvers.bitplane_fit import PlaneFormat, fit_planes, squared_error
+from llmcompress.methods.layer import Layer, join, method, term_beside_dense
 from llmcompress.methods.solvers.bitplanes import (
     ColumnConfig,
+    PlaneFormat,
     Planes,
-    instead_of_dense,
+    fit_planes,
     planes_sketch,
     quantize_to_planes,
+    squared_error,
 )
 from llmcompress.methods.solvers.projection import Selection, columns
 from llmcompress.weight.nodes import Columns, Weight, Where, shape
@@ -73,7 +74,7 @@ class BiLLM(ColumnConfig):
         size = shape(approx)
         index = Columns(torch.zeros(size[1], dtype=torch.bool))  # all columns cost the same
         planes = planes_sketch(size, self.salient()), planes_sketch(size, self.others())
-        return instead_of_dense(approx, self.with_columns(Where(index, *planes)))
+        return join(self.with_columns(Where(index, *planes)), term_beside_dense(approx, "a sum of binary planes"))
 
 
 @method("billm", BiLLM, needs={"outer"})

@@ -23,13 +23,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.layer import Layer, StepConfig, base_and_term, base_target, join, method, with_base
-from llmcompress.methods.solvers.column_scales import rank_one
+from llmcompress.methods.layer import Layer, StepConfig, base_target, join, method, term_beside_dense, with_base
 from llmcompress.methods.solvers.grid import GridFormat, float16_scale, grid_sketch
 from llmcompress.methods.solvers.hessian import metric
+from llmcompress.methods.solvers.scales import rank_one
 from llmcompress.runtime.seeding import generator
-from llmcompress.weight.expression import describe
-from llmcompress.weight.nodes import Dense, Grid, LowRank, ScaledInputs, Weight, shape
+from llmcompress.weight.nodes import Grid, LowRank, ScaledInputs, Weight, shape
 
 PULL = (0.2, 1.0)  # towards signs, in shares of a factor's curvature: in the first iteration and in the last
 ROUNDS = 2  # of the rank-one fit to magnitudes, which starts again in every iteration
@@ -73,11 +72,7 @@ class BinaryLowRank(StepConfig):
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
-        old, term = base_and_term(approx)
-        if not isinstance(old, Dense):
-            raise RecipeError(
-                f"binary factors stand for the whole matrix, not for {describe(old)}; drop one of the two"
-            )
+        term = term_beside_dense(approx, "a product of binary factors")
         out, width = shape(approx)
         rank = self.rank_for((out, width))
         left, right = grid_sketch((out, rank), GridFormat(2)), grid_sketch((rank, width), GridFormat(2))

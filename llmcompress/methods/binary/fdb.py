@@ -15,12 +15,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmcompress.methods.layer import Layer, method
-from llmcompress.methods.solvers.bitplane_fit import PlaneFormat
+from llmcompress.methods.layer import Layer, join, method, term_beside_dense
 from llmcompress.methods.solvers.bitplanes import (
     PlaneConfig,
+    PlaneFormat,
     Planes,
-    instead_of_dense,
     planes_sketch,
     quantize_to_planes,
 )
@@ -39,21 +38,16 @@ class FDB(PlaneConfig):
         {"group_size": 16, "feedback": False},
     )
 
-    @property
-    def rowwise(self) -> bool:
-        """See `StepConfig.rowwise`."""
-        return True
-
     def form(self) -> PlaneFormat:
         """The planes asked for."""
         return PlaneFormat(2, "grid", self.group_size, self.rounds)
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
-        return instead_of_dense(approx, planes_sketch(shape(approx), self.form()))
+        return join(planes_sketch(shape(approx), self.form()), term_beside_dense(approx, "a sum of binary planes"))
 
 
-@method("fdb", FDB, needs={"outer"})
+@method("fdb", FDB, needs={"outer"}, rowwise=True)
 def fdb(layer: Layer, config: FDB) -> Layer:
     """Binarizes the base in two planes of {0, 1}."""
     return quantize_to_planes(layer, config, lambda energy, _: Planes(config.form(), len(energy), energy))

@@ -25,7 +25,6 @@ from llmcompress.methods.solvers.projection import (
     KeptValues,
     Selection,
     Side,
-    bitmap,
     columns,
     largest,
     largest_of_each,
@@ -143,7 +142,7 @@ def _selection(
     def by_element(current: Tensor, start: int) -> Tensor:
         return largest(current.square() * weights[start : start + len(current), None], round(current.numel() * share))
 
-    return by_element, config.span(width), bitmap
+    return by_element, config.span(width), Bitmap
 
 
 def _check_salient(config: PBLLM, width: int) -> None:

@@ -4,7 +4,7 @@ Minimises tr(E H E^T) in the feedback loop (or |E|^2, columns weighted by their 
 of binary grids: each plane a bit a weight, and a float16 scale a row or group. Scales, by least squares, and signs, to
 the nearest of the 2^planes sums, take turns (ARB of any order); at the end scales are fitted to outputs, group by
 group (ARB-X). `start: residual` binarizes what the planes before leave, as the paper does; `split` begins with the
-best two planes there are (see `bitplane_fit`), which matters for rows with outliers. `start: residual` and `rounds: 0`
+best two planes there are, which matters for rows with outliers. `start: residual` and `rounds: 0`
 together are plain residual binarization.
 
 Differs from the paper: the scales of a row are solved for at once, not one after the other. Signs are chosen column by
@@ -14,19 +14,18 @@ bitmap is stored, since the bitmap and the sign of a weight are two planes (see 
 `columns: true` stores a factor for every input column as well (ARB-RC), of any number of planes. The paper fits row and
 column scales to the magnitudes of weights alone, which may raise the error of outputs where inputs have loud channels;
 here a column's factor is fitted when the loop reaches it, and at the end rows and columns are fitted to outputs in turn
-(see `column_scales`).
+(see `ColumnScales`).
 """
 
 from typing import Literal
 
 from pydantic import Field
 
-from llmcompress.methods.layer import Layer, method
-from llmcompress.methods.solvers.bitplane_fit import PlaneFormat
+from llmcompress.methods.layer import Layer, join, method, term_beside_dense
 from llmcompress.methods.solvers.bitplanes import (
     ColumnConfig,
+    PlaneFormat,
     Planes,
-    instead_of_dense,
     planes_sketch,
     quantize_to_planes,
 )
@@ -61,7 +60,10 @@ class PlanesConfig(ColumnConfig):
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
-        return instead_of_dense(approx, self.with_columns(planes_sketch(shape(approx), self.form())))
+        return join(
+            self.with_columns(planes_sketch(shape(approx), self.form())),
+            term_beside_dense(approx, "a sum of binary planes"),
+        )
 
 
 @method("planes", PlanesConfig, needs={"outer"})

@@ -16,9 +16,8 @@ from pydantic import Field
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import Layer, StepConfig, base_and_term, base_target, method, with_base
 from llmcompress.methods.solvers.hessian import metric
-from llmcompress.methods.solvers.moves import change_vectors, move_codebooks
 from llmcompress.methods.solvers.scales import refit_scales
-from llmcompress.methods.solvers.vectors import books_of
+from llmcompress.methods.solvers.vectors import books_of, change_vectors, move_codebooks
 from llmcompress.weight.expression import describe
 from llmcompress.weight.nodes import Weight, Where
 

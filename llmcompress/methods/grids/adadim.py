@@ -18,14 +18,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from llmcompress.errors import RecipeError
-from llmcompress.methods.layer import Layer, base_and_term, base_target, join, method, relative_error, with_base
+from llmcompress.methods.layer import Layer, base_target, join, method, relative_error, term_beside_dense, with_base
 from llmcompress.methods.solvers.feedback import feedback
 from llmcompress.methods.solvers.grid import GridConfig, GridFormat, fit_grid, grid_of, grid_sketch, round_to
 from llmcompress.methods.solvers.hessian import channel_energy, inverse_factor
 from llmcompress.methods.solvers.projection import GridPoints
-from llmcompress.weight.expression import bits, describe
-from llmcompress.weight.nodes import Dense, Transpose, Weight, shape
+from llmcompress.weight.expression import bits
+from llmcompress.weight.nodes import Transpose, Weight, shape
 
 
 class AdaDim(GridConfig):
@@ -42,10 +41,8 @@ class AdaDim(GridConfig):
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
-        base, term = base_and_term(approx)
-        if not isinstance(base, Dense):
-            raise RecipeError(f"adadim stores every weight, so it does not go after {describe(base)}; drop one")
-        (rows, width), form = shape(base), self.grid_format()
+        term = term_beside_dense(approx, "adadim")
+        (rows, width), form = shape(approx), self.grid_format()
         if not takes_the_same((rows, width), form):
             return join(grid_sketch((rows, width), form), term)
         return join(Transpose(grid_sketch((width, rows), form)), term)

@@ -40,11 +40,6 @@ class HQQ(StepConfig):
     norm: float = Field(0.7, gt=0, le=2, description="p of |w - w_approx|^p; 2 is least squares")
     examples = ({"bits": 2, "group_size": 16}, {"bits": 3}, {"bits": 4, "group_size": None, "norm": 2})
 
-    @property
-    def rowwise(self) -> bool:
-        """See `StepConfig.rowwise`."""
-        return True
-
     def start(self) -> RTN:
         """The step whose grids it starts from, and which stores the same bits."""
         return RTN(bits=self.bits, group_size=self.group_size, symmetric=False)
@@ -70,7 +65,7 @@ class Proximal(GridPoints):
         self._add(scale, zero)
 
 
-@method("hqq", HQQ)
+@method("hqq", HQQ, rowwise=True)
 def hqq(layer: Layer, config: HQQ) -> Layer:
     """Rounds to nearest on grids for the norm asked for; a pruned base stays pruned."""
     target = base_target(layer)

@@ -27,17 +27,12 @@ class RTN(GridConfig):
         {"bits": 8, "clip": False},
     )
 
-    @property
-    def rowwise(self) -> bool:
-        """See `StepConfig.rowwise`."""
-        return True
-
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
         return base_sketch(approx, self.grid_format())
 
 
-@method("rtn", RTN)
+@method("rtn", RTN, rowwise=True)
 def rtn(layer: Layer, config: RTN) -> Layer:
     """Rounds to nearest, without feedback."""
     target = base_target(layer)

@@ -1,20 +1,71 @@
-"""Two factors instead of the matrix: truncated SVD in output space (as SVD-LLM, arXiv 2403.07378).
+"""Low-rank methods: `svd`, `lqer` and `eora` add a term to a base, by three metrics; `low_rank` replaces the matrix.
 
-Minimises tr((W - B A) H (W - B A)^T), the error on the layer's outputs, with H the input second moment. Stores LowRank
-alone, where `eora` adds one to a base; made for experts of a mixture that are rarely used. Differs from the paper: the
-factors come from the left singular vectors in the metric, so no Cholesky factor is inverted.
+The three take E = W - base and the truncated SVD of E S: S = I is plain SVD, a diagonal is LQER, a square root of the
+input second moment is EoRA. They store Sum(base, LowRank), and replace a term that was there.
 """
 
 from dataclasses import replace
 from typing import Literal
 
+import torch
 from pydantic import Field
 
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import Layer, method
-from llmcompress.methods.solvers.hessian import add_damping, second_moment
-from llmcompress.methods.solvers.low_rank import LowRankConfig, factors, leading_directions
+from llmcompress.methods.solvers.hessian import add_damping, channel_energy, second_moment
+from llmcompress.methods.solvers.low_rank import LowRankConfig, compensate, factors, leading_directions
 from llmcompress.weight.nodes import Dense, Weight
+
+
+class SVD(LowRankConfig):
+    """Arguments of `svd`."""
+
+    method: Literal["svd"] = "svd"
+    examples = ({"rank": 1}, {"share": 0.2, "factor_bits": 16})
+
+
+@method("svd", SVD)
+def svd(layer: Layer, config: SVD) -> Layer:
+    """Plain SVD of the error: the best low-rank term in weight space (as LoftQ's start, arXiv 2310.08659).
+
+    Minimises |E - B A|^2 and ignores activations; the baseline of low-rank compensation. Stores Sum(base, LowRank).
+    """
+    return compensate(layer, config, torch.eye(layer.weight.shape[1], dtype=torch.float64, device=layer.weight.device))
+
+
+class LQER(LowRankConfig):
+    """Arguments of `lqer`."""
+
+    method: Literal["lqer"] = "lqer"
+    examples = ({"rank": 1}, {"share": 0.2, "factor_bits": 16})
+
+
+@method("lqer", LQER, needs={"outer"})
+def lqer(layer: Layer, config: LQER) -> Layer:
+    """LQER (arXiv 2402.02446): SVD of the error with input channels weighted by their size.
+
+    Minimises |(E - B A) diag(s)|^2 with s the root mean square of each input channel, which is optimal for uncorrelated
+    channels (QERA, arXiv 2410.06040); the paper takes the mean |x|. Stores Sum(base, LowRank).
+    """
+    return compensate(layer, config, torch.diag(channel_energy(layer.inputs)))
+
+
+class EoRA(LowRankConfig):
+    """Arguments of `eora`."""
+
+    method: Literal["eora"] = "eora"
+    examples = ({"rank": 1}, {"share": 0.2, "factor_bits": 16}, {"rank": 1, "factor_bits": 4})
+
+
+@method("eora", EoRA, needs={"outer"})
+def eora(layer: Layer, config: EoRA) -> Layer:
+    """EoRA (arXiv 2410.21271), which is QERA-exact (arXiv 2410.06040): the best low-rank term in output space.
+
+    Minimises tr((E - B A) H (E - B A)^T), the error on the layer's outputs, with H the input second moment: SVD in its
+    eigenspace. Stores Sum(base, LowRank). Differs from the official code: no inverse of H is taken, and H is a plain
+    mean over tokens, not an exponential window over samples.
+    """
+    return compensate(layer, config, add_damping(second_moment(layer.inputs), config.damping))
 
 
 class Factors(LowRankConfig):
@@ -32,7 +83,12 @@ class Factors(LowRankConfig):
 
 @method("low_rank", Factors, needs={"outer"})
 def low_rank(layer: Layer, config: Factors) -> Layer:
-    """Replaces the matrix by two factors."""
+    """Two factors instead of the matrix: truncated SVD in output space (as SVD-LLM, arXiv 2403.07378).
+
+    Minimises tr((W - B A) H (W - B A)^T), the error on the layer's outputs, with H the input second moment. Stores
+    LowRank alone, where `eora` adds one to a base; made for experts of a mixture that are rarely used. Differs from the
+    paper: the factors come from the left singular vectors in the metric, so no Cholesky factor is inverted.
+    """
     _check_first(layer.approx)
     metric = add_damping(second_moment(layer.inputs), config.damping)
     target = layer.weight.double()

@@ -5,8 +5,8 @@ E = W - W_approx greedily. With `inverse(H) = U^T U` and `e = w_j - q_j`, each l
 `w_k -= e U_jk / U_jj`. A `Projection` decides what a column may become; all methods share this loop.
 
 Works on the transpose, `current [in, out]`, where a column of W is contiguous. Updates are applied at once within a
-lazy block and as one product beyond it; a projection that fits parameters sees up-to-date weights up to the end of
-its stride.
+lazy block and as one product beyond it; a projection that fits parameters sees up-to-date weights to the end of its
+stride.
 """
 
 from collections.abc import Iterator
@@ -24,43 +24,43 @@ PARALLEL_ROWS = 8192  # columns of at least this many rows are worth several thr
 
 
 class Projection(Protocol):
-    """The values that columns may become. The only state in a method: parameters fitted on the way."""
+    """The values that columns may become, with parameters fitted on the way."""
 
     strides: tuple[int, ...]  # runs of columns, each counted from 0, that must be up to date when the run starts
 
     def begin(self, column: int, current: Tensor) -> None:
-        """Called before each column; `current [in, out]` holds the weights as compensated so far."""
+        """Prepare for a column, such as by fitting a group; `current [in, out]`: the weights as compensated so far."""
 
     def project(self, column: int, values: Tensor) -> Tensor:
-        """The stored values `[out]` for a column that would like to be `values [out]`."""
+        """Return the stored values `[out]` nearest to `values [out]`."""
 
     def weight(self, values: Tensor) -> Weight:
-        """The expression for the projected matrix `values [out, in]`."""
+        """Return the expression for the projected matrix `values [out, in]`."""
 
 
 @runtime_checkable
 class BlockProjection(Protocol):
-    """Values that the columns of a lazy block become in one piece; `strides` as of `Projection`."""
+    """Values that the columns of a lazy block become in one call."""
 
-    strides: tuple[int, ...]
+    strides: tuple[int, ...]  # as of `Projection`
 
     def project_block(self, columns: slice, current: Tensor, shares: Tensor | None) -> Tensor:
-        """Put the stored values of some columns in the place of those wanted, `current [in, out]`.
+        """Overwrite some columns of `current [in, out]` with stored values; return the errors `[columns, out]`.
 
-        An error takes `shares [columns, columns]`, of a column (first), from the later ones of these columns. Returns
-        the errors `[columns, out]`, of no meaning without `shares`.
+        An error of a column (first) takes `shares [columns, columns]` from later ones. Errors have no meaning without
+        `shares`.
         """
 
     def weight(self, values: Tensor) -> Weight:
-        """The expression for the projected matrix `values [out, in]`."""
+        """Return the expression for the projected matrix `values [out, in]`."""
 
 
 def feedback(
     weight: Tensor, factor: Tensor | None, projection: Projection | BlockProjection, order: Tensor | None = None
 ) -> Weight:
-    """`weight [out, in]` projected column by column; without a `factor` (U, `[in, in]`) errors are not fed back.
+    """Return `weight [out, in]` projected column by column; without a `factor` (U, `[in, in]`) errors are not fed back.
 
-    `order [in]` is the sequence of columns that the factor was made for; the projection counts in that sequence.
+    `order [in]`: the sequence of columns of the factor, in which the projection counts too.
     """
     start_from = weight if order is None else weight[:, order]
     current = start_from.T.clone(memory_format=torch.contiguous_format)
@@ -96,9 +96,9 @@ def _project_columns(current: Tensor, block: slice, projection: Projection, shar
 
 @contextmanager
 def few_threads(rows: int) -> Iterator[None]:
-    """One thread for short columns: waking others costs more than they do, and on a busy machine very much more.
+    """Use one thread for columns of few `rows`, where waking others costs more than they save.
 
-    The number belongs to the whole process, so it stays where other layers are compressed beside this one.
+    The number belongs to the whole process, so it stays while other layers are compressed beside this one.
     """
     if not alone():
         yield
@@ -112,7 +112,7 @@ def few_threads(rows: int) -> Iterator[None]:
 
 
 def _lazy_blocks(width: int, strides: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Blocks of at most `LAZY` columns; a run of columns that starts inside a block also ends inside it."""
+    """Yield blocks of at most `LAZY` columns; a run of columns that starts inside a block also ends inside it."""
     start = 0
     while start < width:
         stop = min(start + LAZY, width)

@@ -68,10 +68,10 @@ def float_sketch(shape: tuple[int, int], layout: FloatLayout) -> Minifloat:
 
 
 def tensor_factor(largest: Tensor, layout: FloatLayout) -> Tensor | None:
-    """The factor of a matrix whose `largest` magnitude is a scalar, float32 `[1]`; None for a layout without one.
+    """Return the factor, float32 `[1]`, of a matrix with this `largest` magnitude; None for a layout without one.
 
-    A power of two, so that its reciprocal and its products with scales are exact. With it the largest scale is one that
-    the layout has, HEADROOM times over.
+    It is a power of two, so that its reciprocal and its products with scales are exact, and leaves HEADROOM above the
+    largest scale.
     """
     if not layout.has_factor:
         return None
@@ -83,10 +83,10 @@ def tensor_factor(largest: Tensor, layout: FloatLayout) -> Tensor | None:
 def fit_scales(
     weight: Tensor, layout: FloatLayout, factor: Tensor | None = None, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The scales for `weight [rows, columns]` as they are stored and in float32, both `[rows or 1, groups]`.
+    """Return the scales for `weight [rows, columns]` as stored, and in float32 times `factor`; `[rows or 1, groups]`.
 
-    The second is times the `factor` of the matrix. Least squared error of those tried, each column weighted by
-    `importance [columns]`; columns count from the start of a group.
+    They leave the least squared error of those tried, columns weighted by `importance [columns]`. The first column
+    starts a group.
     """
     rows, width = weight.shape
     if layout.of_all:  # one long row
@@ -117,7 +117,7 @@ def nearest_floats(weight: Tensor, layout: FloatLayout) -> Minifloat:
 
 
 def codes_of(weight: Tensor, form: FloatFormat, steps: Tensor, group_size: int) -> Tensor:
-    """The codes of the numbers nearest to `weight [out, in]`, uint8; groups of columns have `steps [out or 1, groups]`.
+    """Return the codes of the numbers nearest to `weight [out, in]`, uint8, under `steps [out or 1, groups]`.
 
     A tie goes to the smaller magnitude.
     """
@@ -128,14 +128,14 @@ def codes_of(weight: Tensor, form: FloatFormat, steps: Tensor, group_size: int) 
 
 
 def points_of(values: Tensor, form: FloatFormat, steps: Tensor) -> Tensor:
-    """The numbers nearest to `values`, which have one step each or all the same."""
+    """Return the numbers nearest to `values`; `steps`: one for each value, or for all."""
     numbers = magnitudes(form, values.device)
     return (numbers[_places(values, numbers, steps)] * steps).copysign_(values)
 
 
 @lru_cache(maxsize=16)
 def magnitudes(form: FloatFormat | ScaleFormat, device: torch.device) -> Tensor:
-    """The finite numbers of a format that are not negative, float32, in order, which is that of their codes."""
+    """Return the finite numbers of a format that are not negative, float32, in the order of their codes."""
     if form == "bfloat16":
         return torch.arange(0x7F80, dtype=torch.int16).view(torch.bfloat16).float().to(device)
     numbers = float_values(form)[: float_codes(form) if form == "e8m0" else float_codes(form) // 2]
@@ -148,6 +148,6 @@ def _in_groups(matrix: Tensor, size: int) -> Tensor:
 
 
 def _places(values: Tensor, numbers: Tensor, steps: Tensor) -> Tensor:
-    """The places of the `numbers` that come nearest to the magnitudes of `values`, divided by `steps`."""
+    """Return the places of the `numbers` nearest to the magnitudes of `values` divided by `steps`."""
     scaled = torch.where(steps > 0, values.abs() / steps, 0.0)
     return torch.bucketize(scaled, (numbers[1:] + numbers[:-1]) / 2)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmcompress.errors import NumericsError
 from llmcompress.methods.layer import StepConfig
+from llmcompress.weight.expression import repeat_groups
 from llmcompress.weight.nodes import Grid
 
 # Shares of the full range tried by the clip search; fewer levels want a tighter clip.
@@ -65,11 +66,11 @@ class GridConfig(StepConfig):
 def fit_grid(
     weight: Tensor, form: GridFormat, importance: Tensor | None = None, shown: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The scale float16 `[rows, 1]` and zero uint8 `[rows, 1]` (None if symmetric) for `weight [rows, columns]`.
+    """Return scale float16 `[rows, 1]` and zero uint8 `[rows, 1]` (None if symmetric) for `weight [rows, columns]`.
 
-    Least squared error, each column weighted by `importance [columns]`; only entries with `shown [rows, columns]`
-    count. Two levels have the closed form scale/2 = mean |w|; others search over `SHRINKS` of the range. Not so where
-    the form asks for the mean or median of |w|, all columns alike (BitNet b1.58, arXiv 2402.17764).
+    They leave the least squared error, columns weighted by `importance [columns]`; only entries with
+    `shown [rows, columns]` count. Two levels have the closed form scale/2 = mean |w|; others search over `SHRINKS` of
+    the range, unless the form takes the mean or median of |w| (BitNet b1.58, arXiv 2402.17764).
     Raises NumericsError for a scale outside float16.
     """
     counted = weight.new_ones(1, 1) if importance is None else importance.to(weight.dtype)[None, :]
@@ -111,29 +112,24 @@ def fit_grid(
 
 
 def reciprocal(scale: Tensor) -> Tensor:
-    """`1 / scale` in float32, 0 where the scale is 0."""
+    """Return `1 / scale` in float32, 0 where the scale is 0."""
     return torch.where(scale > 0, scale.float().reciprocal(), 0.0)
 
 
 def centre(zero: Tensor | None, levels: int) -> Tensor | float:
-    """The code that stands for 0."""
+    """Return the code that stands for 0."""
     return (levels - 1) / 2 if zero is None else zero.float()
 
 
 def round_to(weight: Tensor, scale: Tensor, zero: Tensor | None, levels: int) -> Tensor:
-    """The nearest grid points to `weight [rows, columns]`, float32."""
+    """Return the grid points nearest to `weight [rows, columns]`, float32."""
     middle = torch.as_tensor(centre(zero, levels), dtype=torch.float32, device=weight.device)
     codes = torch.addcmul(middle, weight, reciprocal(scale)).round_().clamp_(0, levels - 1)
     return codes.sub_(middle).mul_(scale.float())
 
 
-def repeat_groups(parameters: Tensor, group_size: int, width: int) -> Tensor:
-    """Parameters of groups `[rows, groups]` repeated for every column `[rows, width]`."""
-    return parameters.repeat_interleave(group_size, 1)[:, :width]
-
-
 def grid_of(values: Tensor, scale: Tensor, zero: Tensor | None, levels: int, group_size: int) -> Grid:
-    """The `Grid` that holds `values [out, in]`, which already lie on it (others go to the nearest point)."""
+    """Return the `Grid` that holds `values [out, in]`, each at the nearest point."""
     width = values.shape[1]
     middle = centre(None if zero is None else repeat_groups(zero, group_size, width), levels)
     codes = (values * repeat_groups(reciprocal(scale), group_size, width)).add_(middle).round_().clamp_(0, levels - 1)
@@ -151,7 +147,7 @@ def grid_sketch(shape: tuple[int, int], form: GridFormat) -> Grid:
 
 
 def float16_scale(scale: Tensor) -> Tensor:
-    """`scale` as it is stored. Raises NumericsError for one outside float16."""
+    """Return `scale` as it is stored. Raises NumericsError for one outside float16."""
     half = scale.to(torch.float16)
     if not bool(torch.isfinite(half).all()):
         raise NumericsError(f"a weight group needs the scale {float(scale.max()):g}, which float16 cannot hold")

@@ -1,8 +1,8 @@
-"""The second moment of a layer's inputs, made safe to invert.
+"""The second moment of a layer's inputs, H = X^T X / tokens `[in, in]`, made safe to invert.
 
-H = X^T X / tokens `[in, in]`. Damping adds a share of the mean diagonal: 0.1 beats the usual 0.01 on held-out tokens
-when calibration is small. Factors are memoised on the moments, so layers that share an input share them too.
-Moments of no tokens have no H: methods that do without (`Method.data_free`) take the identity in its place.
+Damping adds a share of the mean diagonal: 0.1 beats the usual 0.01 on held-out tokens when calibration is small.
+Factors are memoised on the moments, for all layers that share an input. Moments of no tokens have no H; methods that
+can do without (`Method.data_free`) take the identity.
 """
 
 import torch
@@ -18,14 +18,14 @@ DEAD = 1e-10  # an input channel with less than this share of the mean energy wa
 
 
 def channel_energy(moments: Moments) -> Tensor:
-    """The diagonal of H `[in]` float64; a dead channel gets the mean energy, which leaves its weights alone."""
+    """Return the diagonal of H `[in]`, float64; a dead channel gets the mean energy, which leaves its weights alone."""
     energy = outer_of(moments).diagonal().double() / max(moments.tokens, 1e-30)
     mean = energy.mean() if energy.mean() > 0 else energy.new_ones(())
     return energy + torch.where(energy <= DEAD * mean, mean, 0.0)
 
 
 def second_moment(moments: Moments, dtype: torch.dtype = torch.float64) -> Tensor:
-    """H `[in, in]`, the caller's own to change; dead channels as in `channel_energy`."""
+    """Return a new H `[in, in]`; dead channels as in `channel_energy`."""
     energy = channel_energy(moments)
     hessian = outer_of(moments).to(dtype, copy=True).div_(max(moments.tokens, 1e-30))
     hessian.diagonal().copy_(energy)
@@ -33,22 +33,22 @@ def second_moment(moments: Moments, dtype: torch.dtype = torch.float64) -> Tenso
 
 
 def outer_of(moments: Moments) -> Tensor:
-    """X^T X `[in, in]`. Raises ValueError where it was not asked for."""
+    """Return X^T X `[in, in]`. Raises ValueError where it was not collected."""
     if moments.outer is None:
         raise ValueError("this method needs the moment 'outer'; declare it in @method(needs=...)")
     return moments.outer
 
 
 def add_damping(hessian: Tensor, damping: float) -> Tensor:
-    """`hessian` plus `damping` times its mean diagonal, in place."""
+    """Add `damping` times its mean diagonal to `hessian`, in place, and return it."""
     hessian.diagonal().add_((damping * hessian.diagonal().double().mean()).to(hessian.dtype))
     return hessian
 
 
 def inverse_factor(moments: Moments, damping: float, order: Tensor | None = None) -> tuple[Tensor, tuple[str, ...]]:
-    """The upper U with `inverse(H) = U^T U`, float32 `[in, in]`, and a note if more damping was needed.
+    """Return the upper U with `inverse(H) = U^T U`, float32 `[in, in]`, and a note if more damping was needed.
 
-    `order` `[in]` permutes the channels first. Raises NumericsError where even 100 times the damping fails.
+    `order [in]` permutes the channels first. Raises NumericsError if even 100 times the damping fails.
     """
 
     def compute() -> tuple[Tensor, tuple[str, ...]]:
@@ -76,8 +76,8 @@ def invert_lower(lower: Tensor) -> Tensor:
 
 
 def _fill(inverse: Tensor, lower: Tensor, start: int, stop: int) -> None:
-    """Put the inverse of a square on the diagonal into its place. No closure: one that calls itself keeps both matrices
-    until the collector of cycles comes by."""
+    """Write the inverse of a square on the diagonal into its place."""
+    # no closure: one that calls itself keeps both matrices alive until the next garbage collection
     if stop - start <= TRIANGLE:
         eye = torch.eye(stop - start, dtype=lower.dtype, device=lower.device)
         inverse[start:stop, start:stop] = torch.linalg.solve_triangular(lower[start:stop, start:stop], eye, upper=False)
@@ -124,11 +124,5 @@ def metric(moments: Moments, target: Tensor, damping: float) -> Tensor:
 
 
 def feedback_factor(moments: Moments, damping: float) -> tuple[Tensor | None, tuple[str, ...]]:
-    """Return `inverse_factor`, or None without tokens: an error in one column then says nothing about the others."""
+    """Return `inverse_factor`, or None without tokens, when errors are not fed back."""
     return (None, ()) if moments.outer is None else inverse_factor(moments, damping)
-
-
-def square_root(moments: Moments, damping: float) -> Tensor:
-    """A square root S of the damped second moment, `H = S S^T`, float64 `[in, in]` (lower Cholesky factor)."""
-    key = ("root", damping)
-    return moments.memo(key, lambda: torch.linalg.cholesky(add_damping(second_moment(moments), damping)))

@@ -1,8 +1,7 @@
-"""Low-rank compensation: factors B [out, r] and A [r, in] that give back what the base lost.
+"""Factors of low rank: B `[out, r]` and A `[r, in]` for what a base lost, or for a whole matrix, in any metric S S^T.
 
-All variants take E = W - base and the truncated SVD of E S: S = I is plain SVD, a diagonal is LQER, a square root of
-the input second moment is EoRA / QERA-exact. With U the leading left singular vectors of E S, the product is
-`B A = U (U^T E)`: S needs no inverse. The loss left is exactly the tail of the squared singular values of E S.
+With E the matrix to approximate and U the leading left singular vectors of E S, the product is `B A = U (U^T E)`: S
+needs no inverse. The loss left is exactly the tail of the squared singular values of E S.
 """
 
 from dataclasses import replace
@@ -20,7 +19,7 @@ from llmcompress.weight.nodes import Dense, Grid, LowRank, Weight, shape
 
 
 class LowRankConfig(StepConfig):
-    """The arguments of every low-rank method."""
+    """Arguments of every low-rank method."""
 
     rank: int | None = Field(None, ge=1, description="columns of the left factor")
     share: float | None = Field(None, gt=0, le=1, description="rank from bits: this share of what the base stores")

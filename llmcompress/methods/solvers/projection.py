@@ -1,4 +1,4 @@
-"""Projections of the feedback loop: to kept values, zeros, grid points, or a selection of two of these."""
+"""Projections of the feedback loop: to kept values, zeros, grid points, floats, or a selection of two of these."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from llmcompress.kernels.column_block import GridBlock
-from llmcompress.methods.solvers.column_rounding import round_columns
+from llmcompress.methods.solvers.block_search import round_columns
+from llmcompress.methods.solvers.feedback import Projection
 from llmcompress.methods.solvers.floats import (
     FloatLayout,
     codes_of,
@@ -20,7 +21,7 @@ from llmcompress.methods.solvers.floats import (
 )
 from llmcompress.methods.solvers.grid import GridFormat, centre, fit_grid, grid_of, grid_sketch, reciprocal
 from llmcompress.weight.expression import float_steps
-from llmcompress.weight.nodes import Bitmap, Columns, Dense, Grid, Index, Minifloat, Pattern, Weight, Where, Zero
+from llmcompress.weight.nodes import Columns, Dense, Grid, Index, Minifloat, Pattern, Weight, Where, Zero
 
 
 class KeptValues:
@@ -62,8 +63,8 @@ class Zeros:
 class GridPoints:
     """Grid points; each group of columns is fitted when the loop reaches it.
 
-    `importance [in]` weights columns in the fit. With `order`, all groups are fitted at the start on the weights as
-    given (static groups), so that reordered columns keep the group of their place and no index is stored.
+    `importance [in]` weights columns in the fit. With `order`, all groups are fitted at the start (static groups), so
+    that reordered columns keep the group of their place and no index is stored.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class GridPoints:
         self.now: list[tuple[Tensor, Tensor, Tensor]] = []  # per group: 1 / scale, centre, scale; each [out]
 
     def begin(self, column: int, current: Tensor, shown: Tensor | None = None) -> None:
-        """Fits the group that starts at `column`, or all of them at the first."""
+        """Fit the group that starts at `column`, or all of them at the first."""
         if self.order is not None:
             if column == 0:
                 original = current[self.order.argsort()]
@@ -136,12 +137,12 @@ class GridPoints:
 
     @cached_property
     def fitted(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The parameters of all groups, once they are fitted: 1 / scale, centre, scale; `[groups, out]` each."""
+        """The parameters of all groups after the fits: 1 / scale, centre, scale; `[groups, out]` each."""
         inverse, middle, scale = (torch.stack(each) for each in zip(*self.now, strict=True))
         return inverse, middle, scale
 
     def choose(self, start: int, current: Tensor, shares: Tensor, before: Tensor) -> Tensor:
-        """Round columns from `start` on, under scales that are fitted already; see `TrellisStreams.choose`."""
+        """Round columns from `start` on, under fitted scales; see `TrellisStreams.choose`."""
         places = torch.arange(start, start + len(current), dtype=torch.int32, device=current.device)
         groups, errors = places // self.group_size, torch.empty_like(current)
         block = GridBlock(current, self.fitted, groups, self.form.levels, shares.contiguous(), before)
@@ -184,7 +185,7 @@ class FloatPoints:
         self.steps: list[Tensor] = []  # per group: its scale times the factor, float32 [out or 1]
 
     def begin(self, column: int, current: Tensor, shown: Tensor | None = None) -> None:
-        """Fits the group that starts at `column`, or all of them at the first."""
+        """Fit the group that starts at `column`, or all of them at the first."""
         if column == 0:
             self.factor = tensor_factor(current.abs().max(), self.layout)
             if self.order is not None:
@@ -235,26 +236,18 @@ def form_sketch(shape: tuple[int, int], form: GridFormat | FloatLayout) -> Weigh
     return grid_sketch(shape, form) if isinstance(form, GridFormat) else float_sketch(shape, form)
 
 
-class Side(Protocol):
-    """One side of a selection; `shown [in, out]` is true where this side is stored."""
-
-    strides: tuple[int, ...]
+class Side(Projection, Protocol):
+    """One side of a selection."""
 
     def begin(self, column: int, current: Tensor, shown: Tensor | None = None) -> None:
-        """As in `Projection`."""
-
-    def project(self, column: int, values: Tensor) -> Tensor:
-        """As in `Projection`."""
-
-    def weight(self, values: Tensor) -> Weight:
-        """As in `Projection`."""
+        """See `Projection.begin`; `shown [in, out]` is true where this side is stored."""
 
 
 class Selection:
     """`inside` where a selection is true, `outside` elsewhere.
 
-    The selection `[in, out]` is chosen by `choose(current columns [stride, out], first column)` every `span` columns,
-    on weights that already carry the feedback of earlier columns.
+    `choose(columns [span, out], first column)` returns the selection for every `span` columns, on weights that carry
+    the feedback of earlier ones. `index(selection [out, in])` stores it.
     """
 
     def __init__(
@@ -272,7 +265,7 @@ class Selection:
         self.chosen = self.others = torch.zeros(0, 0, dtype=torch.bool)
 
     def begin(self, column: int, current: Tensor) -> None:
-        """Chooses for the stride that starts at `column`, then lets both sides fit on what they are given."""
+        """Choose for the stride that starts at `column`, then let both sides fit to what they store."""
         if column == 0:
             self.chosen = torch.zeros(current.shape, dtype=torch.bool, device=current.device)
             self.others = torch.zeros_like(self.chosen)
@@ -292,18 +285,13 @@ class Selection:
 
     def project(self, column: int, values: Tensor) -> Tensor:
         """Each side's values where it is selected."""
-        here, there = self.inside.project(column, values), self.outside.project(column, values)
-        return torch.where(self.chosen[column], here, there)
+        inside, outside = self.inside.project(column, values), self.outside.project(column, values)
+        return torch.where(self.chosen[column], inside, outside)
 
     def weight(self, values: Tensor) -> Weight:
         """`Where`."""
         chosen = self.chosen.T.contiguous()
         return Where(self.index(chosen), self.inside.weight(values), self.outside.weight(values))
-
-
-def bitmap(chosen: Tensor) -> Index:
-    """An element-wise index from `chosen [out, in]`."""
-    return Bitmap(chosen)
 
 
 def columns(chosen: Tensor) -> Index:

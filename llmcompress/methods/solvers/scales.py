@@ -1,21 +1,32 @@
-"""Least squares for the scales of what is stored, and for the entries of codebooks."""
+"""Least squares for the scales of what is stored, and factors of input columns beside them.
 
+`W ~ inner * columns` has a factor for every column, as ARB-RC (arXiv 2410.03129): 16 bits a column, 16 / out a weight.
+In the feedback loop it is fitted to the column as it is when the loop reaches it, which carries all earlier feedback.
+Afterwards all factors together are a linear least-squares problem under H: with the stored values P `[out, in]`, the
+best ones solve (H o P^T P) c = diag(P^T W H).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from llmcompress.methods.solvers.centroids import refit_entries
-from llmcompress.methods.solvers.column_scales import divide_columns, refit_columns
+from llmcompress.methods.solvers.feedback import Projection
+from llmcompress.methods.solvers.vectors import refit_entries
 from llmcompress.weight.expression import dense
-from llmcompress.weight.nodes import Codebook, Grid, ScaledInputs, Sum, TrellisCodes, Weight, Where
+from llmcompress.weight.nodes import Codebook, Grid, ScaledInputs, Sum, TrellisCodes, Weight, Where, rebuild, unknown
+
+TURNS = 5  # of a column's factor and its nearest points, where these are more than a sign
 
 
 def refit_scales(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | None = None) -> Weight:
-    """`w` with least-squares scales, a row and group after the other; grids that are added up have theirs together, and
-    factors of columns come last. Entries of a codebook follow its scales; codebooks that are added up take turns.
+    """Return `w` with least-squares scales, one row and group after the other; only the `shown` part of `w` counts.
 
-    `shown` is what of `w` counts.
+    Grids that are added up are solved together, and factors of columns come last. Entries of a codebook follow its
+    scales; codebooks that are added up take turns.
     """
     match w:
         case Grid(scale=scale) if scale.shape[1] > 1:
@@ -57,7 +68,7 @@ def refit_scales(w: Weight, target: Tensor, hessian: Tensor, shown: Tensor | Non
 
 
 def added_grids(w: Weight) -> tuple[Grid, ...]:
-    """The grids of a sum of grids whose groups are alike; none of anything else."""
+    """Return the grids of a sum of grids with equal groups; none for anything else."""
     if not isinstance(w, Sum):
         return ()
     grids = tuple(part for part in w.parts if isinstance(part, Grid))
@@ -66,8 +77,10 @@ def added_grids(w: Weight) -> tuple[Grid, ...]:
 
 
 def _refit_together(grids: tuple[Grid, ...], target: Tensor, hessian: Tensor, shown: Tensor | None) -> tuple[Grid, ...]:
-    """Grids added up, with new scales: of each row and group one of every grid, solved for at once, group by group. A
-    group whose loss would not fall, by what float16 makes of its scales, keeps those it has."""
+    """Return added grids with new scales, those of a row and group solved for at once, group by group.
+
+    A group keeps its scales if rounding to float16 would leave no gain.
+    """
     stored = [dense(grid) if shown is None else dense(grid) * shown for grid in grids]
     pulled = (target - sum(stored)) @ hessian
     refit = []
@@ -88,3 +101,108 @@ def _refit_together(grids: tuple[Grid, ...], target: Tensor, hessian: Tensor, sh
         refit.append(torch.where(better[:, None], tried, scale))
     scales = torch.stack(refit, 2).unbind(1)
     return tuple(replace(grid, scale=scale.contiguous()) for grid, scale in zip(grids, scales, strict=True))
+
+
+# --- factors of columns -----------------------------------------------------------------------------------------------
+
+
+class ColumnScales:
+    """A `Projection` around an inner one: a factor for every column, times the values of the inner projection.
+
+    Where a run of columns starts, their factors are those of the best rank-one matrix to the magnitudes there
+    (`rank_one`); the inner projection is then fitted to the columns divided by them. An error in a column costs its
+    factor, squared, times as much there: `make(energy, pivots)` gets tensors `[in]` that follow the factors. All runs
+    of the inner projection, its groups and choices, have one length.
+    """
+
+    def __init__(
+        self, make: Callable[[Tensor, Tensor], Projection], energy: Tensor, pivots: Tensor, rounds: int
+    ) -> None:
+        self.given, self.rounds = (energy, pivots), rounds
+        self.energy, self.pivots = energy.clone(), pivots.clone()
+        self.inner = make(self.energy, self.pivots)
+        self.strides = self.inner.strides
+        self.columns = torch.ones(len(energy), dtype=torch.float16, device=energy.device)
+
+    def begin(self, column: int, current: Tensor) -> None:
+        """Start the factors of a run of columns, and fit the inner projection."""
+        run = max(self.strides)
+        if column % run:
+            return
+        part = slice(column, column + run)
+        energy, pivots = self.given
+        factors = rank_one(current[part].abs(), energy[part], self.rounds)
+        self.columns[part] = factors.to(torch.float16)
+        self.energy[part], self.pivots[part] = energy[part] * factors.square(), pivots[part] / factors.square()
+        bare = current.clone()
+        bare[part] /= factors[:, None]
+        self.inner.begin(column, bare)
+
+    def project(self, column: int, values: Tensor) -> Tensor:
+        """Return the nearest values, under the factor that fits them best."""
+        factor = self.columns[column].float()
+        points = self.inner.project(column, values / factor)
+        for _ in range(TURNS):
+            energy = points.square().sum()
+            refit = torch.where(energy > 0, (values * points).sum() / energy.clamp_min(1e-30), factor)
+            refit = refit.to(torch.float16)
+            if refit == self.columns[column] or not refit.isfinite():
+                break
+            self.columns[column] = refit
+            if refit == 0:
+                break
+            points = self.inner.project(column, values / refit.float())
+        return points * self.columns[column].float()
+
+    def weight(self, values: Tensor) -> Weight:
+        """Return `ScaledInputs` of the inner expression."""
+        return ScaledInputs(self.inner.weight(divide_columns(values, self.columns)), self.columns)
+
+
+def rank_one(magnitudes: Tensor, energy: Tensor, rounds: int) -> Tensor:
+    """Return factors c `[columns]`, of mean one, of the rank-one matrix c r^T nearest to `magnitudes [columns, out]`.
+
+    Columns are weighted by their `energy [columns]`; c and r take turns. A column of zeros has the factor 1.
+    """
+    columns = torch.ones_like(energy)
+    for _ in range(rounds):
+        rows = (energy * columns) @ magnitudes / (energy * columns.square()).sum().clamp_min(1e-30)
+        columns = magnitudes @ rows / rows.square().sum().clamp_min(1e-30)
+        columns = columns / columns.mean().clamp_min(1e-30)
+    smallest = torch.finfo(torch.float16).tiny
+    return torch.where(columns > smallest, columns.clamp_max(torch.finfo(torch.float16).max), 1.0)
+
+
+def refit_columns(w: ScaledInputs, target: Tensor, hessian: Tensor, shown: Tensor | None = None) -> ScaledInputs:
+    """Return `w` with the factors of columns that least squares gives for `target [out, in]` under `hessian [in, in]`.
+
+    Only the `shown` part of `w` counts. Factors stay positive: a negative one flips the signs of its column. If
+    rounding to float16 raises the loss, `w` stays as it is. Raises TypeError if signs cannot be flipped.
+    """
+    values = dense(w.inner) if shown is None else dense(w.inner) * shown
+    before = w.columns.double()
+    pull = (values * ((target - values * w.columns.float()) @ hessian)).sum(0).double()
+    gram = hessian.double() * (values.T @ values).double()
+    energy = gram.diagonal()
+    gram.diagonal().add_(torch.where(energy > 0, 1e-9 * energy, 1.0))
+    wanted = before + torch.linalg.solve(gram, pull)
+    after = wanted.clamp(-torch.finfo(torch.float16).max, torch.finfo(torch.float16).max).to(torch.float16)
+    change = after.double() - before
+    if not bool(change @ gram @ change < 2 * change @ pull):
+        return w
+    return ScaledInputs(flip_columns(w.inner, after < 0), after.abs())
+
+
+def flip_columns(w: Weight, turned: Tensor) -> Weight:
+    """Return `w` with the signs of the columns `turned`, bool `[in]`, flipped. Raises TypeError if they cannot be."""
+    match w:
+        case Grid(codes=codes, zero=None, levels=levels):
+            return replace(w, codes=torch.where(turned, levels - 1 - codes, codes))
+        case Sum() | Where():
+            return rebuild(w, lambda path, node, shown: flip_columns(node, turned))
+    raise unknown("mirrored", w)
+
+
+def divide_columns(values: Tensor, columns: Tensor) -> Tensor:
+    """Return values `[out, in]` divided by their columns' factors; 0 where a factor is 0."""
+    return torch.where(columns == 0, 0.0, values / columns.float())

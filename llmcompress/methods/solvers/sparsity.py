@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import StepConfig, base_and_term, join
-from llmcompress.methods.solvers.projection import bitmap, largest
+from llmcompress.methods.solvers.projection import largest
 from llmcompress.methods.solvers.projection import pattern as pattern_index
 from llmcompress.weight.nodes import Bitmap, Dense, Index, Pattern, Weight, Where, Zero, shape
 
@@ -53,11 +53,11 @@ class PruneConfig(StepConfig):
     def index(self, keep: Tensor) -> Index:
         """The index that stores `keep [out, in]` (true = not pruned)."""
         structure = self.structure()
-        return bitmap(keep) if structure is None else pattern_index(*structure)(keep)
+        return Bitmap(keep) if structure is None else pattern_index(*structure)(keep)
 
 
 def parse_pattern(text: str) -> tuple[int, int]:
-    """`(kept, group)` of "kept:group". Raises ValueError for another form or for more patterns than a byte can name."""
+    """Return `(kept, group)` of "kept:group". Raises ValueError for another form, or for more than 256 patterns."""
     found = re.fullmatch(r"(\d+):(\d+)", text)
     if not found:
         raise ValueError(f"pattern {text!r} is not of the form '2:4'")
@@ -68,20 +68,20 @@ def parse_pattern(text: str) -> tuple[int, int]:
 
 
 def check_pattern(kept: int, group: int, width: int) -> None:
-    """Raises RecipeError where a row of `width` does not divide into groups."""
+    """Raise RecipeError if a row of `width` does not divide into groups."""
     if width % group:
         raise RecipeError(f"pattern {kept}:{group} does not divide the width {width}; choose a group that does")
 
 
 def keep_largest(scores: Tensor, config: PruneConfig) -> Tensor:
-    """Keep bool `[out, in]`: the best `scores [out, in]` of the whole layer, or of every n:m group; exact counts."""
+    """Return a mask of the largest `scores [out, in]` of the layer, or of every n:m group; exact counts."""
     if config.sparsity is None:
         return keep_largest_of_rows(scores, config)
     return largest(scores, kept_count(scores.numel(), config.sparsity))
 
 
 def keep_largest_of_rows(scores: Tensor, config: PruneConfig) -> Tensor:
-    """Keep bool `[out, in]`: the best `scores [out, in]` of every row, or of every n:m group; exact counts."""
+    """Return a mask of the largest `scores [out, in]` of every row, or of every n:m group; exact counts."""
     width = scores.shape[1]
     structure = config.structure()
     if structure is not None:
@@ -100,12 +100,12 @@ def keep_largest_of_rows(scores: Tensor, config: PruneConfig) -> Tensor:
 
 
 def prune(values: Tensor, keep: Tensor, config: PruneConfig) -> Weight:
-    """`values [out, in]` in bfloat16 where `keep` is true, zero elsewhere."""
+    """Return `values [out, in]` in bfloat16 where `keep` is true, zero elsewhere."""
     return Where(config.index(keep), Dense(values.to(torch.bfloat16)), Zero((values.shape[0], values.shape[1])))
 
 
 def kept_count(count: int, sparsity: float) -> int:
-    """Return how many of `count` weights stay: exact for decimal fractions, so that 0.29 prunes 29 of 100."""
+    """Return the number of weights that stay of `count`; exact for decimal fractions: 0.29 prunes 29 of 100."""
     return count - int(count * sparsity + 1e-9)
 
 
@@ -114,8 +114,8 @@ def prune_sketch(
 ) -> Weight:
     """Return a pruned base without values, for `plan` to count its bits.
 
-    `sets(out, in)`: the sizes of the sets of weights that are each pruned to the same sparsity. `values`: the form
-    of the kept part (bfloat16).
+    `sets(out, in)`: the sizes of the sets of weights that are pruned to the sparsity one by one. `values`: the form of
+    the kept part, by default bfloat16.
     """
     base, term = base_and_term(approx)
     size = shape(base)

@@ -9,24 +9,23 @@ import torch
 from torch import Tensor
 
 from llmcompress.kernels.column_block import ColumnBlock, Numbers, whole_weights
-from llmcompress.methods.solvers.stream_search import choose_columns
+from llmcompress.methods.solvers.block_search import choose_columns
 from llmcompress.weight.nodes import TrellisCodes, shape
 from llmcompress.weight.trellis import Trellis, cuts, states, table
 
 
 class TrellisStreams:
-    """A `BlockProjection` of the columns of a matrix to streams, each the nearest to the values wanted.
+    """A `BlockProjection` of the columns of a matrix to the nearest streams.
 
-    A column starts in the state in which the one before it ended. If it was chosen before, it must also end as it did
-    then, since the next one goes on from there; then columns can be chosen again in any order. All of it stays on the
-    device of the weights, and no column waits for a GPU.
+    A column starts in the state in which the one before it ended. One that is chosen again must end as it did before,
+    where the next one starts; so columns can be chosen again in any order. Everything stays on the device of the
+    weights, and no column waits for a GPU.
     """
 
     strides: tuple[int, ...] = ()
 
     def __init__(self, scale: Tensor, width: int, trellis: Trellis, run: int, rows: Tensor | None = None) -> None:
-        """For `width` columns under a float16 scale `[out, 1]` a row; `rows [out]`: what the squared errors of each row
-        count, None: alike."""
+        """Take `width` columns under a float16 scale `[out, 1]` a row; `rows [out]`: importance of squared errors."""
         self.scale, self.trellis, self.run = scale, trellis, run
         self.edges = tuple(cuts(len(scale), run, trellis))
         device = scale.device
@@ -41,7 +40,7 @@ class TrellisStreams:
 
     @staticmethod
     def of(w: TrellisCodes, rows: Tensor | None = None) -> TrellisStreams:
-        """The columns that were chosen for `w`, to be chosen again."""
+        """Return the columns of `w`, to be chosen again."""
         width = shape(w)[1]
         found = TrellisStreams(w.scale, width, w.trellis, w.run, rows)
         for first, last in pairwise(found.edges):
@@ -56,9 +55,9 @@ class TrellisStreams:
         return self.choose(columns.start, current[columns], shares)
 
     def choose(self, start: int, current: Tensor, shares: Tensor | None = None, before: Tensor | None = None) -> Tensor:
-        """Store columns from `start` on in the place of those wanted, `current [columns, out]`; see `BlockProjection`.
+        """Overwrite columns from `start` on, `current [columns, out]`, with stored values; see `BlockProjection`.
 
-        `before`, like `current`: what was stored, and the errors are what is stored now less that.
+        With `before`, the values stored before, errors are the values stored now less those.
         """
         part = slice(start, start + len(current))
         ends = self.ends[start : part.stop + 1]
@@ -68,7 +67,7 @@ class TrellisStreams:
         return errors
 
     def weight(self, values: Tensor) -> TrellisCodes:
-        """The expression for the streams chosen, which are `values [out, in]`."""
+        """Return the expression for the chosen streams, which are `values [out, in]`."""
         streams = [self.states[:, first:last].reshape(-1) for first, last in pairwise(self.edges)]
         codes = torch.cat(streams).bitwise_and_((1 << self.trellis.bits) - 1).to(torch.uint8)
         return TrellisCodes(codes.to(values.device), self.scale, self.trellis, self.run)

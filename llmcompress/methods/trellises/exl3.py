@@ -9,6 +9,7 @@ Differs from ExLlamaV3: factors are the spread of each row, and of each block of
 by least squares at the end. A search has 65,536 states, so it takes 16 times as long as `trellis`.
 """
 
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -16,17 +17,20 @@ from pydantic import Field
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.layer import Layer, StepConfig, base_and_term, base_target, method, with_base
+from llmcompress.kernels.column_block import ColumnBlock, Numbers, whole_weights
+from llmcompress.methods.layer import Layer, StepConfig, base_target, method, term_beside_dense, with_base
 from llmcompress.methods.moments import Moments
+from llmcompress.methods.solvers.block_search import choose_columns
 from llmcompress.methods.solvers.hessian import feedback_factor, metric
-from llmcompress.methods.solvers.tile_search import MOST_BITS, nearest_tiles
 from llmcompress.runtime.seeding import generator
-from llmcompress.weight.expression import dense, describe
-from llmcompress.weight.nodes import Dense, Tiles, Weight, shape
-from llmcompress.weight.tiles import BLOCK, SIDE, STEPS, from_tiles, numbers, states, to_tiles, turn_blocks
+from llmcompress.weight.expression import dense
+from llmcompress.weight.nodes import Tiles, Weight, shape
+from llmcompress.weight.tiles import BLOCK, MEMORY, SIDE, STEPS, from_tiles, numbers, states, to_tiles, turn_blocks
+from llmcompress.weight.trellis import Trellis
 
 SPREAD = {1: 1.1, 2: 1.0}  # of what is searched, best on a Gaussian; that of the numbers is 1
 WIDE_SPREAD = 0.95  # from 3 bits on
+MOST_BITS = 6
 
 
 class EXL3(StepConfig):
@@ -39,9 +43,7 @@ class EXL3(StepConfig):
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
-        base = base_and_term(approx)[0]
-        if not isinstance(base, Dense):
-            raise RecipeError(f"tiles store every weight, so they do not go after {describe(base)}; drop one")
+        term_beside_dense(approx, "a matrix of tiles")
         rows, width = shape(approx)
         if rows % BLOCK or width % BLOCK:
             raise RecipeError(f"EXL3 needs sides that {BLOCK} divides, and it is {rows} x {width}; use trellis for it")
@@ -86,6 +88,36 @@ def tiles_with_feedback(weight: Tensor, factor: Tensor | None, bits: int) -> Ten
             shares = torch.linalg.solve_triangular(factor[part, part], factor[part, later], upper=True)
             current[later] -= shares.T @ error
     return torch.cat(chosen)
+
+
+def nearest_tiles(wanted: Tensor, bits: int) -> Tensor:
+    """Return the codes, uint8 `[..., 256]`, of the tiles nearest to `wanted`, float32 alike, step by step.
+
+    A tile's steps go round. A first search over its last and first quarter finds the state between them, where steps on
+    both sides count; a second one goes once around, from this state to this state. All tiles are searched at once, each
+    a stream of its own; with 2^16 states a tile takes a core some 5 ms.
+    """
+    tiles, quarter = wanted.reshape(-1, STEPS), STEPS // 4
+    seam = torch.cat([tiles[:, -quarter:], tiles[:, :quarter]], 1)
+    free = torch.tensor([0, -1], dtype=torch.int32, device=tiles.device).repeat(len(tiles), 1)
+    meeting = _search(seam, bits, free)[:, quarter - 1 : quarter]
+    codes = _search(tiles, bits, meeting.expand(-1, 2)) & ((1 << bits) - 1)
+    return codes.to(torch.uint8).reshape(wanted.shape)
+
+
+def _search(wanted: Tensor, bits: int, ends: Tensor) -> Tensor:
+    """Return the states of each row of `wanted [tiles, steps]`; `ends [tiles, 2]`: those before it and after it."""
+    (count, steps), table = wanted.shape, _numbers(bits, wanted.device)
+    ones = torch.ones(wanted.numel(), device=wanted.device)
+    edges = tuple(range(0, wanted.numel() + 1, steps))
+    weights = whole_weights(ones, table.trellis)
+    block = ColumnBlock(wanted.reshape(1, -1).clone(), weights, ones, edges, ends.T.contiguous())
+    return choose_columns(block, table)[0].reshape(count, steps)
+
+
+@lru_cache(maxsize=MOST_BITS)
+def _numbers(bits: int, device: torch.device) -> Numbers:
+    return Numbers.on(device, Trellis(bits, 1, MEMORY), numbers()[:, None])
 
 
 def _random_factors(energy: Tensor, random: torch.Generator) -> Tensor:

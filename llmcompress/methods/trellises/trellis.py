@@ -15,13 +15,12 @@ import torch
 from pydantic import Field
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.layer import Layer, StepConfig, base_and_term, base_target, method, with_base
+from llmcompress.methods.layer import Layer, StepConfig, base_target, method, term_beside_dense, with_base
 from llmcompress.methods.solvers.feedback import feedback
 from llmcompress.methods.solvers.hessian import feedback_factor, metric
 from llmcompress.methods.solvers.scales import refit_scales
 from llmcompress.methods.solvers.streams import TrellisStreams
-from llmcompress.weight.expression import describe
-from llmcompress.weight.nodes import Dense, TrellisCodes, Weight, shape
+from llmcompress.weight.nodes import TrellisCodes, Weight, shape
 from llmcompress.weight.trellis import Code, Trellis
 
 
@@ -46,11 +45,6 @@ class TrellisConfig(StepConfig):
         {"bits": 1.5, "memory": 8, "code": "linear"},
     )
 
-    @property
-    def rowwise(self) -> bool:
-        """See `StepConfig.rowwise`."""
-        return True
-
     def trellis(self) -> Trellis:
         """The trellis asked for. Raises RecipeError for a memory too short for its bits."""
         values = 1 if self.bits == int(self.bits) else 2
@@ -61,9 +55,7 @@ class TrellisConfig(StepConfig):
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
-        base = base_and_term(approx)[0]
-        if not isinstance(base, Dense):
-            raise RecipeError(f"a trellis stores every weight, so it does not go after {describe(base)}; drop one")
+        term_beside_dense(approx, "a trellis")
         (rows, width), trellis = shape(approx), self.trellis()
         if rows % trellis.values:
             raise RecipeError(f"{self.bits:g} bits go two rows at a time, and there are {rows}; ask for whole bits")
@@ -76,7 +68,7 @@ class TrellisConfig(StepConfig):
         return self.model_copy(update={"memory": min(self.memory, max(8, 2 * self.trellis().bits))})
 
 
-@method("trellis", TrellisConfig, needs={"outer"}, data_free=True)
+@method("trellis", TrellisConfig, needs={"outer"}, data_free=True, rowwise=True)
 def trellis(layer: Layer, config: TrellisConfig) -> Layer:
     """Quantizes the base to streams of a trellis, with error feedback, and fits its scales."""
     config.sketch(layer.approx)

@@ -27,11 +27,11 @@ from llmcompress.models.files.integrity import DIGESTS, MENDING, weight_files
 from llmcompress.models.files.reading import check_folder, open_tensors, read_json
 from llmcompress.models.files.tensor_files import shards
 from llmcompress.models.transformers.hf_quantizer import NAME, LLMCompressConfig, LLMCompressQuantizer, resize
+from llmcompress.weight.algebra import add_to_base
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import LIKE
 from llmcompress.weight.nodes import Weight
-from llmcompress.weight.sums import add_to_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

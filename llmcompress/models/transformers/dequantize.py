@@ -20,8 +20,9 @@ from llmcompress.weight.modules import (
     TiedMatrix,
     compressed_modules,
     put,
+    ties_of,
+    untie,
 )
-from llmcompress.weight.tied import ties_of, untie
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -29,20 +29,20 @@ from llmcompress.models.files.checkpoint import FORMAT_VERSION, check_config
 from llmcompress.models.files.identity import check_binding, saved_binding
 from llmcompress.models.files.integrity import MENDING, TensorSpec, check_tensors, digests
 from llmcompress.models.transformers.dequantize import dequantize, skeleton
-from llmcompress.weight.leading import truncate_low_rank
+from llmcompress.weight.algebra import truncate_low_rank
+from llmcompress.weight.layout import Layout, payload_texts
 from llmcompress.weight.modules import (
     CompressedEmbedding,
     CompressedLinear,
     CompressedModule,
-    Layout,
     TiedMatrix,
+    add_module,
     compressed_modules,
-    payload_texts,
     put,
+    tie,
 )
 from llmcompress.weight.rows import has_rows, row_scale
 from llmcompress.weight.schema import LARGEST
-from llmcompress.weight.tied import add_module, tie
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -264,7 +264,7 @@ def _expected(value: Tensor, layout: Layout | None) -> TensorSpec:
 def truncate_ranks(model: nn.Module, config: LLMCompressConfig) -> LLMCompressConfig:
     """Leave the first `config.rank` components of each low-rank term of a loaded model; return its config.
 
-    Raises InputError for weights that are not in memory, for matrices in common, and as `leading` does.
+    Raises InputError for weights that are not in memory, for matrices in common, and as `truncate_low_rank` does.
     """
     rank, modules = config.rank, compressed_modules(model)
     if config.ties or any(module.get_parameter("weight").is_meta for module in modules.values()):

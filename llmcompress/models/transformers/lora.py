@@ -20,17 +20,17 @@ from torch import Tensor, nn
 
 from llmcompress.errors import InputError, list_names
 from llmcompress.models.transformers.saving import describe_modules
+from llmcompress.weight.algebra import add_term
+from llmcompress.weight.layout import pack_weight
 from llmcompress.weight.modules import (
     LIKE,
     CompressedEmbedding,
     CompressedLinear,
     CompressedModule,
     compressed_modules,
-    pack_weight,
     put,
 )
 from llmcompress.weight.nodes import Dense, LowRank
-from llmcompress.weight.sums import add_term
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -31,8 +31,13 @@ from llmcompress.models.transformers.hf_quantizer import (
     table_entry,
     tensor_specs,
 )
-from llmcompress.weight.modules import CompressedEmbedding, CompressedLinear, CompressedModule, compressed_modules
-from llmcompress.weight.tied import ties_of
+from llmcompress.weight.modules import (
+    CompressedEmbedding,
+    CompressedLinear,
+    CompressedModule,
+    compressed_modules,
+    ties_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

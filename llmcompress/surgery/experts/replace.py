@@ -48,7 +48,7 @@ from llmcompress.surgery.experts.job import (
 )
 from llmcompress.surgery.experts.mixture import ExpertMixture, ExpertScore, measure_usage
 from llmcompress.surgery.judged_walk import Visit
-from llmcompress.weight.modules import pack_weight
+from llmcompress.weight.layout import pack_weight
 from llmcompress.weight.nodes import Dense
 
 SHARE = 0.25  # of its dense size that a replaced expert takes

@@ -46,7 +46,7 @@ class Leaf:
 def masters(
     w: Weight, trains: frozenset[str], target: Tensor | None, outside: Outside
 ) -> Iterator[tuple[str, str, Tensor, int]]:
-    """(name, kind, master, levels) of all that trains; masters flat float32, memory of their own."""
+    """Yield (name, kind, master, levels) of all tensors that train; masters are flat float32 copies."""
     for leaf in leaves(w, "", None, None if target is None else target.float(), False):
         kind = "factors" if leaf.factor else "values"
         match leaf.node:
@@ -69,7 +69,7 @@ def masters(
 
 
 def leaves(w: Weight, path: str, shown: Tensor | None, target: Tensor | None, factor: bool) -> Iterator[Leaf]:
-    """Yield the leaves below `w`, each with its own part of the target: in its basis, less what is added to it."""
+    """Yield the leaves below `w`, each with its part of the target: in its basis, less what is added to it."""
     if stored_tensors(w) and not isinstance(w, RotatedInputs):
         yield Leaf(w, path, shown, target, factor)
     for place, node, here in children(w, shown):
@@ -94,11 +94,11 @@ def _part_of(target: Tensor, w: Weight, child: Weight) -> Tensor | None:
 
 
 def _latents(grid: Grid, target: Tensor | None, shown: Tensor | None, outside: Outside) -> Tensor:
-    """Return the first latents of stored codes, flat float32: at the target where that is in its code's cell, or beyond
-    the range that the codes have, kept to its edge; elsewhere as `outside` says.
+    """Return the first latents of stored codes, flat float32.
 
-    Feedback from its neighbours put a code where its weight is not. Of latents at the edge of their cells, small steps
-    turn very many at once.
+    A latent starts at its target if that lies in the cell of its code; at the edge of the cell if the target lies
+    beyond the range of all codes; elsewhere, where error feedback chose another code, as `outside` says. Small steps
+    flip very many latents that start at edges.
     """
     codes, most = _take_stored(grid.codes, shown).float(), 0.5 - MARGIN
     if target is None:
@@ -112,5 +112,5 @@ def _latents(grid: Grid, target: Tensor | None, shown: Tensor | None, outside: O
 
 
 def _take_stored(leaf: Tensor, shown: Tensor | None) -> Tensor:
-    """The elements of a leaf that are stored, flat, as `encode` orders them."""
+    """Return the stored elements of a leaf, flat, in the order of `encode`."""
     return leaf.reshape(-1) if shown is None else leaf[shown.expand(leaf.shape)]

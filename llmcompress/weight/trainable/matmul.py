@@ -1,12 +1,12 @@
 """Product with a weight that trains: its frozen parts are decoded once, its trained numbers put in at every use.
 
-    ready = by_rows(centred(decode(...), "", codes), "", dtype)
-    product(x, filled(ready, "", None, numbers))
+    ready = by_rows(decode_frozen(decode(...), "", codes), "", dtype)
+    product(x, insert_numbers(ready, "", None, numbers))
 
-A grid whose codes stay and that has one scale a row is multiplied as (x codes^T) * scale: the gradient of the scale
-comes from the product, and no matrix is built. In a rotated basis its codes are turned back once, which scales of rows
-commute with, instead of `x` at every use. Of other nodes autograd keeps the float32 matrices of a forward until its
-backward; checkpoint activations to have those of one block. Paths are those of stored tensors (`encoding`).
+A grid with frozen codes and one scale a row is multiplied as (x codes^T) * scale: the gradient of the scale comes from
+the product, and no matrix is built. In a rotated basis its codes are turned back once, instead of `x` at every use. For
+other nodes autograd keeps the float32 matrices of a forward until its backward; checkpoint activations to limit these
+to one block. Paths are those of stored tensors (`encoding`).
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from llmcompress.weight.trellis import matrix, table
 
 @dataclass(frozen=True, eq=False)
 class _ScaledRows(Grid):
-    """Codes that do not train, in the basis and dtype of the inputs, and one scale a row, which is stored as `name`."""
+    """Frozen codes in the basis and dtype of the inputs, and one scale a row, which is stored as `name`."""
 
     name: str
 
 
 def decode_frozen(w: Weight, path: str, trained: frozenset[str]) -> Weight:
-    """`w` with the codes of frozen grids as bfloat16, less their zero points: whole and half numbers, held exactly."""
+    """Return `w` with the codes of frozen grids as bfloat16, less their zero points: whole and half numbers, exact."""
     match w:
         case Grid(scale=scale) if path + "codes" not in trained:
             whole = expression.dense(replace(w, scale=torch.ones_like(scale)))
@@ -54,7 +54,7 @@ def decode_frozen(w: Weight, path: str, trained: frozenset[str]) -> Weight:
 
 
 def by_rows(w: Weight, path: str, dtype: torch.dtype) -> Weight:
-    """`w`, which `centred` made, for products in `dtype`: with `_Rows` where they fit.
+    """Return `w`, a result of `decode_frozen`, for products in `dtype`: with `_ScaledRows` where they fit.
 
     Codes that are turned back are rounded to `dtype`, as a decoded weight would be.
     """
@@ -62,9 +62,9 @@ def by_rows(w: Weight, path: str, dtype: torch.dtype) -> Weight:
         case Grid(codes, scale, zero, levels, group_size) if codes.dtype == torch.bfloat16 and scale.shape[1] == 1:
             return _ScaledRows(codes.to(dtype), scale, zero, levels, group_size, path + "scale")
         case RotatedInputs(Grid() as grid, signs, block):
-            found = by_rows(grid, path + "inner_", torch.promote_types(dtype, torch.float32))
-            if isinstance(found, _ScaledRows):
-                return replace(found, codes=unrotate(found.codes, signs, block).to(dtype))
+            inner = by_rows(grid, path + "inner_", torch.promote_types(dtype, torch.float32))
+            if isinstance(inner, _ScaledRows):
+                return replace(inner, codes=unrotate(inner.codes, signs, block).to(dtype))
             return w
         case Where() | Transpose():  # multiplied as a matrix
             return w
@@ -72,7 +72,7 @@ def by_rows(w: Weight, path: str, dtype: torch.dtype) -> Weight:
 
 
 def insert_numbers(w: Weight, path: str, shown: Tensor | None, numbers: dict[str, Tensor]) -> Weight:
-    """`w` with the numbers that train, each flat under its path, in their places."""
+    """Return `w` with the numbers that train, each flat under its path, in their places."""
     if isinstance(w, _ScaledRows):
         return replace(w, scale=_insert(numbers.get(w.name), w.scale, None))
     own = {
@@ -86,7 +86,7 @@ def insert_numbers(w: Weight, path: str, shown: Tensor | None, numbers: dict[str
 
 
 def _insert(given: Tensor | None, leaf: Tensor, shown: Tensor | None) -> Tensor:
-    """A leaf with the elements `given`, flat; without them as it is."""
+    """Return a leaf with the stored elements `given`, flat; without them as it is."""
     if given is None:
         return leaf
     if shown is None:
@@ -95,21 +95,21 @@ def _insert(given: Tensor | None, leaf: Tensor, shown: Tensor | None) -> Tensor:
 
 
 def product(x: Tensor, w: Weight) -> Tensor:
-    """`expression.matmul` of what `by_rows` made."""
+    """Return `expression.matmul` with a result of `by_rows`."""
     return expression.matmul(x, w, _leaf_product)
 
 
 def _leaf_product(x: Tensor, w: Weight) -> Tensor:
     match w:
         case _ScaledRows(codes, scale):
-            found: Tensor = _ScaleColumns.apply(nn.functional.linear(x, codes), scale[:, 0].expand(len(codes)))
-            return found
+            output: Tensor = _ScaleColumns.apply(nn.functional.linear(x, codes), scale[:, 0].expand(len(codes)))
+            return output
     return expression.by_dense(x, w)
 
 
 class _ScaleColumns(torch.autograd.Function):
-    """Columns of a product `[..., out]` times scales `[out]`, in the product's dtype: the scales are not rounded to it
-    on the way forward; gradients are multiplied in it, and summed in float32."""
+    """Columns of a product `[..., out]` times float32 scales `[out]`, in the product's dtype; gradients in that dtype,
+    summed in float32."""
 
     @staticmethod
     def forward(ctx: Any, product: Tensor, scale: Tensor) -> Tensor:

@@ -27,14 +27,14 @@ FREQUENCY = math.pi / 4  # the sine keeps its sign over a cell, and its slope ov
 
 
 def nearest_codes(latent: Tensor, levels: int, estimator: Estimator = "plain") -> Tensor:
-    """The codes of latents of any shape, whole numbers in [0, levels) in the latents' own dtype."""
+    """Return the codes of latents of any shape, whole numbers in [0, levels) in the latents' own dtype."""
     if estimator == "biper" and levels == 2:
         return (torch.sin(FREQUENCY * (2 * latent - 1)) >= 0).to(latent.dtype)
     return (latent + 0.5).floor().clamp(0, levels - 1)
 
 
 def slope(latent: Tensor, levels: int, estimator: Estimator = "plain", power: float = 3.0) -> Tensor:
-    """d code / d latent as the estimator has it, shaped as the latents. `power`: of ReSTE, 1 is plain."""
+    """Return the estimator's d code / d latent, shaped as the latents. `power`: of ReSTE, 1 is plain."""
     x = 2 * latent - 1
     if estimator == "biper" and levels == 2:
         return FREQUENCY * torch.cos(FREQUENCY * x)
@@ -46,19 +46,19 @@ def slope(latent: Tensor, levels: int, estimator: Estimator = "plain", power: fl
 
 
 def straight_codes(latent: Tensor, levels: int, estimator: Estimator = "plain", power: float = 3.0) -> Tensor:
-    """`nearest_codes`, whose gradient is that of the codes times `slope`."""
-    found: Tensor = _Codes.apply(latent, levels, estimator, power)
-    return found
+    """Return `nearest_codes`, with the gradient of the codes times `slope`."""
+    codes: Tensor = _Codes.apply(latent, levels, estimator, power)
+    return codes
 
 
 def straight_cast(master: Tensor, dtype: torch.dtype, lowest: float | None = None) -> Tensor:
     """Round a master to `dtype`, and return it in the master's dtype; the gradient passes unchanged.
 
-    Values beyond the largest of `dtype`, or below `lowest`, become that; the gradient passes there too, so that an
-    optimizer can bring them back.
+    Values are clamped to the largest of `dtype` and to `lowest`; the gradient passes there too, so that an optimizer
+    can bring them back.
     """
-    found: Tensor = _Cast.apply(master, dtype, lowest)
-    return found
+    values: Tensor = _Cast.apply(master, dtype, lowest)
+    return values
 
 
 class _Codes(torch.autograd.Function):

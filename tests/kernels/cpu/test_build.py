@@ -24,7 +24,7 @@ from llmcompress.kernels.cpu.formats import IntegerPlanes, Streams
 from llmcompress.kernels.cpu.instruction_sets import TIERS, host_tier
 from llmcompress.kernels.cpu.product import Decoding, Product
 from llmcompress.kernels.cpu.quantize_inputs import Inputs
-from llmcompress.weight.linear_code import linear_code
+from llmcompress.weight.trellis import linear_code
 
 KEPT = build.cache_folder()  # with the kernels of all other tests
 

@@ -13,8 +13,8 @@ import torch
 from llmcompress.kernels.column_block import ColumnBlock, whole_weights
 from llmcompress.kernels.cpu import build, column_search
 from llmcompress.kernels.cpu.instruction_sets import Tier
-from llmcompress.methods.solvers import stream_search
-from llmcompress.methods.solvers.stream_search import choose_columns
+from llmcompress.methods.solvers import block_search
+from llmcompress.methods.solvers.block_search import choose_columns
 from llmcompress.weight.trellis import Trellis
 from tests.builders import TRELLISES, seeded
 from tests.kernels.cpu.test_products import every_tier
@@ -105,10 +105,10 @@ def test_chunks_of_streams_and_threads_change_nothing(monkeypatch: pytest.Monkey
     """Streams that do not fit the room together go one after the other."""
     trellis = TRELLISES[1]
     expected = choose_columns(block_of(trellis), numbers_of(trellis))[0]
-    monkeypatch.setattr(stream_search, "ROOM", 1)
+    monkeypatch.setattr(block_search, "ROOM", 1)
     assert torch.equal(choose_columns(block_of(trellis), numbers_of(trellis))[0], expected)
     elsewhere = block_of(trellis)
-    assert torch.equal(stream_search._choose_on_cpu(elsewhere, numbers_of(trellis))[0], expected)
+    assert torch.equal(block_search.choose_on_cpu(elsewhere, numbers_of(trellis))[0], expected)
 
 
 def test_whole_weights_are_bounded_by_the_median() -> None:

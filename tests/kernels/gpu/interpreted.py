@@ -27,7 +27,8 @@ from llmcompress.kernels.accelerate import plain
 from llmcompress.kernels.gpu.layouts import GpuWeight
 from llmcompress.kernels.gpu.prepare import multiply_few, multiply_many, prepare
 from llmcompress.weight.expression import dense
-from llmcompress.weight.modules import compressed_linears, pack_weight
+from llmcompress.weight.layout import pack_weight
+from llmcompress.weight.modules import compressed_linears
 from llmcompress.weight.nodes import (
     Bitmap,
     Columns,

@@ -23,7 +23,7 @@ from llmcompress.errors import InputError
 from llmcompress.kernels.gpu.layouts import PLANES, GridRows, StreamRows, pack_grid, pack_salient, pack_streams
 from llmcompress.kernels.gpu.prepare import multiply, prepare, runs_on
 from llmcompress.kernels.ops import call_operator
-from llmcompress.weight.modules import pack_weight
+from llmcompress.weight.layout import pack_weight
 from llmcompress.weight.nodes import (
     Bitmap,
     Dense,

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmcompress.kernels.column_block import ColumnBlock, Numbers, whole_weights
-from llmcompress.methods.solvers.stream_search import choose_columns
+from llmcompress.methods.solvers.block_search import choose_columns
 from llmcompress.weight.trellis import Trellis, table
 
 COST, CAP, WHOLE, WIDEST, EVERY = 12, 1 << 30, np.float32((1 << 23) + 1), np.float32(10), 16

@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmcompress.methods.codebooks.vq import fit_codebooks
 from llmcompress.methods.layer import relative_error
-from llmcompress.methods.solvers import centroids as engine
-from llmcompress.methods.solvers.centroids import k_means, refit_entries
-from llmcompress.methods.solvers.codebooks import fit_codebooks
+from llmcompress.methods.solvers import vectors as engine
 from llmcompress.methods.solvers.feedback import feedback
 from llmcompress.methods.solvers.hessian import inverse_factor
-from llmcompress.methods.solvers.vectors import Vectors, books_of
+from llmcompress.methods.solvers.vectors import Vectors, books_of, k_means, refit_entries
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.nodes import Codebook, Columns, Dense, Sum, Weight, Where
 from tests.builders import codebook, compressed, correlated, gaussian, moments, seeded

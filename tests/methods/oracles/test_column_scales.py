@@ -11,12 +11,10 @@ from torch import Tensor
 
 from llmcompress.methods.layer import relative_error
 from llmcompress.methods.refine import descend
-from llmcompress.methods.solvers.bitplane_fit import PlaneFormat
-from llmcompress.methods.solvers.bitplanes import Planes
-from llmcompress.methods.solvers.column_scales import ColumnScales, flip_columns, rank_one, refit_columns
+from llmcompress.methods.solvers.bitplanes import PlaneFormat, Planes
 from llmcompress.methods.solvers.feedback import feedback
 from llmcompress.methods.solvers.hessian import inverse_factor
-from llmcompress.methods.solvers.scales import refit_scales
+from llmcompress.methods.solvers.scales import ColumnScales, flip_columns, rank_one, refit_columns, refit_scales
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.nodes import Columns, Dense, Grid, LowRank, ScaledInputs, Sum, Weight, Where
 from tests.builders import compressed, correlated, gaussian, grid, moments, seeded

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.methods.layer import Layer, support
-from llmcompress.methods.pruning.dimap import shares_of_columns
+from llmcompress.methods.pruning.scores import shares_of_columns
 from tests.builders import compressed, correlated, gaussian, seeded
 
 

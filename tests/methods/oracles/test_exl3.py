@@ -8,8 +8,7 @@ import torch
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import relative_error
 from llmcompress.methods.solvers.hessian import inverse_factor, second_moment
-from llmcompress.methods.solvers.tile_search import nearest_tiles
-from llmcompress.methods.trellises.exl3 import SPREAD, WIDE_SPREAD, tiles_with_feedback
+from llmcompress.methods.trellises.exl3 import SPREAD, WIDE_SPREAD, nearest_tiles, tiles_with_feedback
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.nodes import Tiles
 from llmcompress.weight.tiles import STEPS, from_tiles, numbers, states, to_tiles

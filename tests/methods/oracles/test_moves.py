@@ -12,9 +12,8 @@ from torch import Tensor
 
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import apply, relative_error, step
-from llmcompress.methods.solvers import moves as engine
-from llmcompress.methods.solvers.moves import change_vectors, move_codebooks, visit_vectors
-from llmcompress.methods.solvers.vectors import books_of
+from llmcompress.methods.solvers import vectors as engine
+from llmcompress.methods.solvers.vectors import books_of, change_vectors, move_codebooks, visit_vectors
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.nodes import Codebook, Dense, Grid, Sum, Weight, Where
 from tests.builders import codebook, compressed, correlated, gaussian, layer, moments

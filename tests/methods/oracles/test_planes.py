@@ -13,8 +13,7 @@ from llmcompress.formats.peft import split_low_rank
 from llmcompress.methods.binary.billm import SHARES, BiLLM, salient_columns
 from llmcompress.methods.layer import apply, relative_error, step
 from llmcompress.methods.refine import descend
-from llmcompress.methods.solvers.bitplane_fit import PlaneFormat, fit_planes, point_table, squared_error
-from llmcompress.methods.solvers.bitplanes import Planes, planes_of
+from llmcompress.methods.solvers.bitplanes import PlaneFormat, Planes, fit_planes, planes_of, point_table, squared_error
 from llmcompress.methods.solvers.feedback import feedback
 from llmcompress.methods.solvers.hessian import inverse_factor
 from llmcompress.methods.solvers.scales import added_grids, refit_scales

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.methods.layer import apply, relative_error, step
-from llmcompress.methods.pruning.relevance import relevance_of
+from llmcompress.methods.pruning.scores import relevance_of
 from llmcompress.methods.solvers.projection import largest, largest_of_each
 from llmcompress.weight.encoding import decode, encode
 from llmcompress.weight.expression import dense

@@ -13,9 +13,8 @@ from llmcompress.methods.layer import relative_error
 from llmcompress.methods.solvers.streams import TrellisStreams
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.expression import dense
-from llmcompress.weight.linear_code import SEEDS, index, linear_code
 from llmcompress.weight.nodes import TrellisCodes, shape
-from llmcompress.weight.trellis import Trellis, cuts, states, table
+from llmcompress.weight.trellis import SEEDS, Trellis, cuts, index, linear_code, states, table
 from tests.builders import TRELLISES, compressed, correlated, gaussian, moments, seeded, streams
 from tests.methods.conformance.cases import ROTATE
 from tests.methods.oracles.columns import searched

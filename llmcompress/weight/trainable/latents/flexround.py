@@ -2,13 +2,12 @@
 
     code = round(weight / (scale * element * row) + zero)        element: one for each weight; row: one for each row
 
-all of them 1 at first. Divisors are held by their logarithms, which keeps them positive. A latent's derivative by the
-logarithm of its divisor is minus the quotient itself: large weights, which matter more, move more, and may cross
-several cells, while a weight of zero stays where it is.
+Divisors are 1 at first, and held by their logarithms, which keeps them positive. A latent's derivative by the logarithm
+of its divisor is minus the quotient itself: large weights, which matter more, move more, and may cross several cells,
+while a weight of zero stays where it is.
 
-Where this differs from FlexRound: latents are in units of the scale at first, so that a scale that learns is what codes
-are multiplied by, and no divisor; `row` has its part in the division. Weights start within the cells of their stored
-codes, which need not be the nearest ones.
+Differs from FlexRound: latents are in units of the first scale, so a scale that learns multiplies codes and is no
+divisor; `row` takes that part. Weights start within the cells of their stored codes, which need not be the nearest.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llmcompress.weight.trainable.latents.form import Cells, TensorForm
+from llmcompress.weight.trainable.latents import Cells, TensorForm
 from llmcompress.weight.trainable.masters import MARGIN
 
 
@@ -39,17 +38,17 @@ class DividedWeights(TensorForm):
         self.rows = nn.Parameter(torch.zeros(out, device=start.device))
 
     def forward(self) -> Tensor:
-        """The latents, flat float32."""
-        return self.zero + self.weights * torch.exp(-self.elements - self._of_rows())
+        """Return the latents, flat float32."""
+        return self.zero + self.weights * torch.exp(-self.elements - self._row_of_each())
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Lets no divisor of an element be so small that its latent leaves the range of the codes."""
+        """Limit the divisors of elements from below, so that no latent leaves the range of the codes."""
         room = torch.where(self.weights > 0, self.levels - 0.5 - self.zero, 0.5 + self.zero) - MARGIN
-        self.elements.clamp_(min=(self.weights.abs() / room).log() - self._of_rows())
+        self.elements.clamp_(min=(self.weights.abs() / room).log() - self._row_of_each())
 
-    def _of_rows(self) -> Tensor:
-        """The logarithm of its row's divisor for each weight, flat."""
+    def _row_of_each(self) -> Tensor:
+        """Return the logarithm of its row's divisor for each weight, flat."""
         if len(self.row):
             return self.rows[self.row]
         return self.rows[:, None].expand(self.size).reshape(-1)

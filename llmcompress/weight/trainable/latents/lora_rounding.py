@@ -2,17 +2,15 @@
 
     latent = start + left right        left [out, rank], right [rank, in], in units of a cell
 
-A rank of 4 has 4 (out + in) numbers that train where latents of their own have out x in, so codes change together, in
-patterns of rows and columns, and a short text cannot teach each code its own noise. `right` is zero at first, so that
-nothing changes; `left` is drawn, of the size 1 / sqrt(rank), so that a step moves latents as much at every rank.
+A rank of 4 trains 4 (out + in) numbers where latents of their own are out x in, so codes change together, in patterns
+of rows and columns, and a short text cannot teach each code its own noise. `right` is zero at first, so nothing
+changes; `left` is drawn with size 1 / sqrt(rank), so that a step moves latents as much at every rank.
 
-Where this differs from CBQ: its factors make the variable of AdaRound, which goes through a sigmoid and chooses between
-the two codes beside a weight, softly until a penalty has made it hard. Here latents are rounded in every step, with
-straight-through gradients, so an offset may carry a code further than to its neighbour. Offsets are not confined: what
-one latent has no use for, others of its row and column have.
+Differs from CBQ: its factors make the variable of AdaRound, whose sigmoid and penalty choose between the two codes
+beside a weight. Here latents are rounded in every step, with straight-through gradients, and may cross several cells.
 
-Made for plain rounding, where the code beside a weight's own is about as good. After error feedback it is not: codes
-were chosen one after the other to make up for each other, and a pattern that moves many at once undoes that.
+Made for plain rounding, where the code beside a weight's own is about as good. After error feedback codes make up for
+each other, and a pattern that moves many at once undoes that.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llmcompress.weight.trainable.latents.form import Cells, TensorForm
+from llmcompress.weight.trainable.latents import Cells, TensorForm
 
 
 class Offsets(TensorForm):
@@ -38,5 +36,5 @@ class Offsets(TensorForm):
         self.right = nn.Parameter(torch.zeros(rank, width, device=start.device))
 
     def forward(self) -> Tensor:
-        """The latents, flat float32."""
+        """Return the latents, flat float32."""
         return self.start + self.cells.take_stored(self.left @ self.right)

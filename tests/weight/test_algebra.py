@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llmcompress.weight.algebra import join_rows
 from llmcompress.weight.encoding import decode, encode
 from llmcompress.weight.expression import dense, describe
 from llmcompress.weight.nodes import (
@@ -19,7 +20,6 @@ from llmcompress.weight.nodes import (
     children,
     shape,
 )
-from llmcompress.weight.stack import join_rows
 from tests.builders import every_node, factors, random_nestings, seeded
 
 
@@ -38,7 +38,7 @@ CASES = [w for w in every_node() + random_nestings(seed=6, count=30) if of_whole
 @pytest.mark.parametrize("w", CASES, ids=lambda w: describe(w)[:50])
 def test_joined_is_one_below_the_other(w: Weight) -> None:
     if any(isinstance(node, LowRank | Tiles | Transpose) for node in nodes(w)):
-        with pytest.raises(TypeError, match="joined has no rule"):
+        with pytest.raises(TypeError, match="join_rows has no rule"):
             join_rows([w, w])
         return
     for parts in ([w], [w, w, w]):
