@@ -21,7 +21,7 @@ from llmcompress.allocation.baselines import predicted_baselines
 from llmcompress.allocation.choices import Choices, Steps, find_choices
 from llmcompress.allocation.cost import pricing_bytes
 from llmcompress.allocation.distortion import families
-from llmcompress.allocation.prices import MatrixPrices, Progress, damage, price_matrices
+from llmcompress.allocation.prices import MatrixPrices, Progress, damage, measure_matrices, prices_of
 from llmcompress.allocation.sensitivity import DensePredictions, Probe, logits_in_parts, probe_windows
 from llmcompress.allocation.solve import monotone, solve
 from llmcompress.compression.job import Job
@@ -180,8 +180,9 @@ def measure_prices(
     started = time.monotonic()
     with ranks.agree_on_errors():
         probe = make_probe(job, choices, tokens, device, ranks)
-    prices = price_matrices(job, choices, tokens, probe, device, progress, ranks)
-    dense = probe.dense
+    with ranks.agree_on_errors():
+        own = measure_matrices(job, choices, tokens, probe, device, progress, ranks)
+    prices, dense = prices_of(choices, ranks.gather(own)), probe.dense
     return PriceList(job, choices, prices, lambda: dense, time.monotonic() - started)
 
 

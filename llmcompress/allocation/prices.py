@@ -44,7 +44,7 @@ from llmcompress.methods.layer import Layer, methods, step
 from llmcompress.methods.moments import Moments
 from llmcompress.recipe.compression import Damage
 from llmcompress.runtime.precision import product_dtype
-from llmcompress.runtime.ranks import ALONE, Ranks
+from llmcompress.runtime.ranks import Ranks
 from llmcompress.weight.nodes import Dense
 
 TOKENS = 8192  # of calibration: enough for a ranking
@@ -144,26 +144,6 @@ class Measurements:
         return Measurements(matrices, [(dict(fast), list(own)) for fast, own in entries["reference"]])
 
 
-def price_matrices(
-    job: Job,
-    choices: Choices,
-    tokens: CalibrationTokens,
-    probe: Probe,
-    device: str,
-    progress: Progress | None = None,
-    ranks: Ranks = ALONE,
-) -> tuple[MatrixPrices, ...]:
-    """Return the price list of all matrices, in their order.
-
-    Statistics are taken from the dense model's inputs, so no price depends on how other layers are compressed, nor on
-    which of several processes measures it: each takes every so many-th block, and its changes to the end. Raises
-    InputError and NumericsError as the walk and methods do.
-    """
-    with ranks.agree_on_errors():
-        own = measure_matrices(job, choices, tokens, probe, device, progress, ranks)
-    return prices_of(choices, ranks.gather(own))
-
-
 def measure_matrices(
     job: Job,
     choices: Choices,
@@ -173,7 +153,12 @@ def measure_matrices(
     progress: Progress | None,
     ranks: Ranks,
 ) -> Measurements:
-    """Return the measurements of a process's share; other processes need not run at the same time."""
+    """Return the measurements of a process's share; other processes need not run at the same time.
+
+    Statistics are taken from the dense model's inputs, so no price depends on how other layers are compressed, nor on
+    which process measures it: each takes every so many-th block, and its changes to the end. Raises InputError and
+    NumericsError as the walk and methods do.
+    """
     smallest = smallest_matrix([matrix for matrix in choices.matrices if not matrix.is_table])
     wanted = {matrix.name: matrix for matrix in _own_matrices(job, choices.matrices, ranks)}
     errors: dict[str, dict[int, float]] = {}

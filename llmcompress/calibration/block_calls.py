@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from llmcompress.errors import InputError, is_out_of_memory
 from llmcompress.models.dense.blocks import body
 from llmcompress.models.dense.families import Architecture, name_of
 from llmcompress.models.dense.model import DenseModel
+from llmcompress.weight.modules import put
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -201,29 +202,17 @@ def head_inputs(
     """Yield the output head's inputs `[sequences, length, width]` of each batch, from the last block's outputs."""
     below = body(model)
     stack = model.get_submodule(arch.stack)
-    table = model.get_input_embeddings()
-    width = int(table.get_parameter("weight").shape[1])
-    load(below, name_of(model, below), source, hidden.device, skip=(stack, table))
+    aside, count = (stack, model.get_input_embeddings()), len(list(stack.children()))
+    load(below, name_of(model, below), source, hidden.device, skip=aside)
     try:
         for batch in batches:
-            replays = [_Replay(block, hidden=hidden[batch.rows], extra=extra) for block in stack.children()]
-            nothing = hidden.new_zeros(batch.size, hidden.shape[1], width)
-            ids = torch.zeros(nothing.shape[:2], dtype=torch.long, device=hidden.device)
-            with _stand_in(stack, replays), _look_up(table, nothing):
+            states = hidden[batch.rows]
+            ids = torch.zeros(states.shape[:2], dtype=torch.long, device=hidden.device)
+            with skip_blocks(model, arch.stack, count, states, extra), without_table(model, hidden.device):
                 output = below(input_ids=ids, use_cache=False)[0]  # some models refuse embeddings without tokens
             yield batch, output
     finally:
-        drop(below, skip=(stack, table))
-
-
-@contextmanager
-def _look_up(table: nn.Module, rows: Tensor) -> Iterator[None]:
-    """Make a token table return `rows` for any tokens while the context lasts."""
-    table.forward = lambda *_, **__: rows
-    try:
-        yield
-    finally:
-        del table.forward
+        drop(below, skip=aside)
 
 
 @contextmanager
@@ -233,6 +222,31 @@ def skip_blocks(model: PreTrainedModel, stack: str, count: int, hidden: Tensor, 
     blocks = list(module.children())[:count]
     with _stand_in(module, [_Replay(block, hidden=hidden, extra=extra) for block in blocks]):
         yield
+
+
+@contextmanager
+def without_table(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Embed every token as zeros while the context lasts, since the blocks' stand-ins ignore them."""
+    table = cast(nn.Embedding, model.get_input_embeddings())
+    place = name_of(model, table)
+    put(model, place, _ZeroTable(table.embedding_dim, device))
+    try:
+        yield
+    finally:
+        put(model, place, table)
+
+
+class _ZeroTable(nn.Module):
+    """A token table of zeros, which takes no memory."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(width, device=device), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return zeros `[..., width]` for token ids `[...]`."""
+        row: Tensor = self.get_buffer("weight")
+        return row.expand(*ids.shape, -1)
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llmcompress.calibration.blocks import TOKENS_PER_BATCH, drop, load
+from llmcompress.calibration.blocks import TOKENS_PER_BATCH
 from llmcompress.calibration.streaming import States, StreamedModel, from_disk, run_block
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.models.dense.experts import Experts, experts_of, holder
@@ -103,7 +103,7 @@ def measure_importance(
     with ranks.agree_on_errors():
         for first in range(0, len(sequences), at_once := max(1, TOKENS // sequences.shape[1])):
             chunk = slice(first, min(first + at_once, len(sequences)))
-            _add_gradients(model, source, arch, sequences[chunk], dtype, seed, sums.of(chunk))
+            _add_gradients(model, arch, sequences[chunk], dtype, seed, sums.of(chunk))
     return sums.relative(arch, ranks)
 
 
@@ -155,7 +155,6 @@ class _GradientSums:
 
 def _add_gradients(
     model: StreamedModel,
-    source: DenseModel,
     arch: Architecture,
     ids: Tensor,
     dtype: torch.dtype,
@@ -171,7 +170,7 @@ def _add_gradients(
             model.advance(states, index)
         gradients = _label_gradients(model, states, seed)
         for index in reversed(range(model.depth)):
-            _pass_block(model, source, arch, index, states, inputs.pop(), gradients, sums)
+            _pass_block(model, arch, index, states, inputs.pop(), gradients, sums)
 
 
 def _label_gradients(model: StreamedModel, states: States, seed: int) -> Tensor:
@@ -205,7 +204,6 @@ def draw_labels(shares: Tensor, draw: torch.Generator) -> Tensor:
 
 def _pass_block(
     model: StreamedModel,
-    source: DenseModel,
     arch: Architecture,
     index: int,
     states: States,
@@ -217,15 +215,12 @@ def _pass_block(
     layout = arch.blocks[index]
     block = model.model.get_submodule(layout.path)
     names = {linear.name.removeprefix(f"{layout.path}."): linear.name for group in layout.groups for linear in group}
-    load(block, layout.path, source, model.device)
-    try:
+    with model.hold(block, ()):
         for batch in states.batches:
             x = hidden[batch.rows].clone().requires_grad_()
             with torch.enable_grad(), _read_gradients(block, names, sums(batch.rows)):
                 output = run_block(block, index, states, x, batch.rows)
                 (gradients[batch.rows],) = torch.autograd.grad(output, x, gradients[batch.rows].to(output.dtype))
-    finally:
-        drop(block)
 
 
 @contextmanager

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from llmcompress.calibration.block_calls import record_calls, skip_blocks
+from llmcompress.calibration.block_calls import record_calls, skip_blocks, without_table
 from llmcompress.calibration.blocks import Calls, RowBatch, drop, hidden_of, in_batches, load
 from llmcompress.models.dense.blocks import body, depth
 from llmcompress.models.dense.families import block_stack, name_of
 from llmcompress.models.dense.model import DenseModel
-from llmcompress.weight.modules import decoded, put
+from llmcompress.weight.modules import decoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,20 +102,9 @@ class StreamedModel:
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(hidden.requires_grad))
             stack.enter_context(skip_blocks(self.model, self.stack, self.depth, hidden, states.extra))
-            stack.enter_context(self._without_table())
+            stack.enter_context(without_table(self.model, self.device))
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits
-
-    @contextmanager
-    def _without_table(self) -> Iterator[None]:
-        """Embed every token as zeros while the context lasts, since the blocks' stand-ins ignore them."""
-        table = cast(nn.Embedding, self.model.get_input_embeddings())
-        place = name_of(self.model, table)
-        put(self.model, place, _Zeros(table.embedding_dim, self.device))
-        try:
-            yield
-        finally:
-            put(self.model, place, table)
 
     def _blocks(self) -> nn.ModuleList:
         return cast(nn.ModuleList, self.model.get_submodule(self.stack))
@@ -127,19 +116,6 @@ class StreamedModel:
             return [(self.model, aside)]
         head = self.model.get_output_embeddings()  # images and sounds are not read
         return [(body(self.model), aside), *([(head, ())] if isinstance(head, nn.Module) else [])]
-
-
-class _Zeros(nn.Module):
-    """A token table of zeros, which takes no memory."""
-
-    def __init__(self, width: int, device: torch.device) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.zeros(width, device=device), persistent=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return zeros `[..., width]` for token ids `[...]`."""
-        row: Tensor = self.get_buffer("weight")
-        return row.expand(*ids.shape, -1)
 
 
 def run_block(block: nn.Module, index: int, states: States, hidden: Tensor, rows: slice) -> Tensor:

@@ -73,10 +73,8 @@ class BlockEntry:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, keys as in the fields."""
-        plain = {"rows": [asdict(row) for row in self.rows], "learned": self.learned}
-        plain |= {"fused": self.fused, "unweighed": self.unweighed}
         layouts = {name: layout.to_json() for name, layout in self.layouts.items()}
-        return plain | {"layouts": layouts, "seconds": self.seconds}
+        return {**vars(self), "rows": [asdict(row) for row in self.rows], "layouts": layouts}
 
     @staticmethod
     def from_json(entry: dict[str, Any]) -> BlockEntry:
