@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from llmcompress.errors import RecipeError
+from llmcompress.runtime.json_values import JsonRecord
 
 DTYPES = ("bfloat16", "float16", "float32")
 SEED = 0  # of the prompt's tokens
@@ -13,7 +14,7 @@ WARM_UP = 2  # tokens of the turn that does not count
 
 
 @dataclass(frozen=True)
-class SpeedProtocol:
+class SpeedProtocol(JsonRecord):
     """Work of one turn, and the number of turns. Raises RecipeError for numbers that cannot be measured."""
 
     threads: tuple[int, ...]
@@ -41,7 +42,7 @@ class SpeedProtocol:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, keys as in the fields."""
-        return asdict(self) | {"threads": list(self.threads), "batch_size": 1, "seed": SEED}
+        return super().to_json() | {"threads": list(self.threads), "batch_size": 1, "seed": SEED}
 
 
 def parse_threads(text: str | None, cores: int) -> tuple[int, ...]:

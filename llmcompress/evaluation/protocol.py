@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llmcompress.errors import InputError, RecipeError
+from llmcompress.runtime.json_values import JsonRecord
 
 STANDARD_TEXT = "Python's documentation"
 
 
 @dataclass(frozen=True)
-class Protocol:
+class Protocol(JsonRecord):
     """Two scores can be compared where their protocols are equal."""
 
     text: str | Path | None = None  # a text, a UTF-8 file, or None: documentation of Python that calibration never sees
@@ -44,7 +45,7 @@ class Protocol:
             case _:
                 source = f"a text of {len(self.text):,} characters"
         tasks = [Path(task).name if Path(task).expanduser().exists() else task for task in self.tasks]
-        values = asdict(self) | {"text": source, "tasks": tasks, "domains": list(self.by_domain())}
+        values = super().to_json() | {"text": source, "tasks": tasks, "domains": list(self.by_domain())}
         return {name: value for name, value in values.items() if name != "domains" or value}
 
     def by_domain(self) -> dict[str, Protocol]:
