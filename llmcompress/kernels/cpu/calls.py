@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from llvmlite import ir
+from torch import Tensor
 
 from llmcompress.kernels.cpu.emit import ADDRESS, I32, I64, Function, Value
 from llmcompress.kernels.cpu.instruction_sets import Instructions
@@ -44,6 +46,17 @@ class Argument(IntEnum):
 
 
 Values = ctypes.c_int64 * len(Argument)
+OWN = len(Argument)  # place of the first argument of a kernel with arguments of its own
+
+
+def own_values(numbers: Sequence[int]) -> Any:
+    """Return the arguments of a kernel that has its own ones from place `OWN` on."""
+    return (ctypes.c_int64 * (OWN + len(numbers)))(*[0] * OWN, *numbers)
+
+
+def address_of(tensor: Tensor | None) -> int:
+    """Return the address of a tensor, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 class KernelFunction(Function):
@@ -54,13 +67,17 @@ class KernelFunction(Function):
         self.target = target
         self.first, self.last = self.arguments[1:]
 
-    def size(self, argument: Argument) -> Value:
+    def size(self, argument: IntEnum) -> Value:
         """Read an argument as a number."""
         return self.load(self.arguments[0], I64, 8 * argument)
 
-    def pointer(self, argument: Argument) -> Value:
+    def pointer(self, argument: IntEnum) -> Value:
         """Read an argument as an address."""
         return self.address(self.size(argument))
+
+    def item(self, argument: IntEnum, kind: Any, place: Value) -> Value:
+        """Read a value of some `kind` from a tensor of 4-byte numbers, from a place on."""
+        return self.load(self.pointer(argument), kind, place * 4)
 
 
 def write_parallel(module: ir.Module) -> None:

@@ -7,13 +7,11 @@ many (`WIDE`), vectors run along the newest codes, in the order of states.
 
 from __future__ import annotations
 
-import ctypes
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, auto
 from functools import reduce
-from typing import Any
 
 import torch
 from llvmlite import ir
@@ -30,36 +28,33 @@ from llmcompress.kernels.column_block import (
     longest_stream,
 )
 from llmcompress.kernels.cpu.build import load_kernel
-from llmcompress.kernels.cpu.calls import Argument, KernelFunction, Values, launch
+from llmcompress.kernels.cpu.calls import OWN, KernelFunction, address_of, launch, own_values
 from llmcompress.kernels.cpu.emit import F32, I8, I32, I64, LANES, Value, vector
 
 WIDE = 4  # bits of a code from which on vectors run along the newest codes
 
 
-class SearchInput(IntEnum):
+class SearchArgument(IntEnum):
     """The place of an argument; tensors are float32 unless they say otherwise."""
 
-    CURRENT = 0  # [columns, rows]
-    BEFORE = 1  # alike
-    WEIGHTS = 2  # [rows]
-    FACTORS = 3  # [rows]
-    SHARES = 4  # [columns, columns]
-    NUMBERS = 5  # in the order of `order_numbers`
-    TABLE = 6  # [values, states]
-    OLDEST = 7  # int32 [rest]: the oldest code of the states before a step
-    EDGES = 8  # int32 [streams + 2], the last one the steps of the longest stream
-    ENDS = 9  # int32 [columns + 1, streams]
-    STATES = 10  # int32 [columns, steps]
-    ERRORS = 11  # [columns, rows]
-    ROOM = 12  # bytes [streams, `room` of the kernel]
-    COLUMNS = 13
-    STEPS = 14
-    STREAMS = 15
-    FIRST = 16  # the stream that the kernel's first block is
-    TOP = 17  # bits of a float32: the largest magnitude of a number
-
-
-Arguments = ctypes.c_int64 * len(SearchInput)
+    CURRENT = OWN  # [columns, rows]
+    BEFORE = auto()  # alike
+    WEIGHTS = auto()  # [rows]
+    FACTORS = auto()  # [rows]
+    SHARES = auto()  # [columns, columns]
+    NUMBERS = auto()  # in the order of `order_numbers`
+    TABLE = auto()  # [values, states]
+    OLDEST = auto()  # int32 [rest]: the oldest code of the states before a step
+    EDGES = auto()  # int32 [streams + 2], the last one the steps of the longest stream
+    ENDS = auto()  # int32 [columns + 1, streams]
+    STATES = auto()  # int32 [columns, steps]
+    ERRORS = auto()  # [columns, rows]
+    ROOM = auto()  # bytes [streams, `room` of the kernel]
+    COLUMNS = auto()
+    STEPS = auto()  # of a column
+    STREAMS = auto()
+    FIRST = auto()  # the stream that the kernel's first block is
+    TOP = auto()  # bits of a float32: the largest magnitude of a number
 
 
 @dataclass(frozen=True)
@@ -97,65 +92,60 @@ class ColumnSearch:
 
     def write(self, f: KernelFunction) -> None:
         """Write the kernel, for a range of streams."""
-        arguments = _Arguments(f, f.pointer(Argument.TABLE))
         with f.loop(f.first, f.last) as number:
-            stream = arguments.size(SearchInput.FIRST) + number
-            first, last = (arguments.load(SearchInput.EDGES, I32, stream + more).wider(I64) for more in (0, 1))
+            stream = f.size(SearchArgument.FIRST) + number
+            first, last = (f.item(SearchArgument.EDGES, I32, stream + more).wider(I64) for more in (0, 1))
             steps = last - first
-            most = arguments.load(SearchInput.EDGES, I32, arguments.size(SearchInput.STREAMS) + 1).wider(I64)
+            most = f.item(SearchArgument.EDGES, I32, f.size(SearchArgument.STREAMS) + 1).wider(I64)
             room = f.behind(
-                arguments.at(SearchInput.ROOM), number * (most * (8 * self.values + self.rest) + 8 * self.rest)
+                f.pointer(SearchArgument.ROOM), number * (most * (8 * self.values + self.rest) + 8 * self.rest)
             )
             slopes, shifts = room, f.behind(room, most * (4 * self.values))
             keys = f.behind(shifts, most * (4 * self.values))
             oldest = f.behind(keys, 8 * self.rest)
-            with f.loop(0, arguments.size(SearchInput.COLUMNS)) as column:
-                row = column * arguments.size(SearchInput.STEPS) * self.values + first * self.values
-                self._prepare(f, arguments, (row, first * self.values, steps * self.values), slopes, shifts)
-                ends = column * arguments.size(SearchInput.STREAMS) + stream
-                self._enter(f, arguments, keys, arguments.load(SearchInput.ENDS, I32, ends).wider(I64))
-                self._advance(f, arguments, (first, steps), (slopes, shifts, keys, oldest))
-                end = ends + arguments.size(SearchInput.STREAMS)
+            with f.loop(0, f.size(SearchArgument.COLUMNS)) as column:
+                row = column * f.size(SearchArgument.STEPS) * self.values + first * self.values
+                self._prepare(f, (row, first * self.values, steps * self.values), slopes, shifts)
+                ends = column * f.size(SearchArgument.STREAMS) + stream
+                self._enter(f, keys, f.item(SearchArgument.ENDS, I32, ends).wider(I64))
+                self._advance(f, (first, steps), (slopes, shifts, keys, oldest))
+                end = ends + f.size(SearchArgument.STREAMS)
                 last_keys = f.behind(keys, (steps & 1) * (4 * self.rest))
-                best = self._cheapest(f, last_keys, arguments.load(SearchInput.ENDS, I32, end))
-                state = self._trace(f, arguments, (column, first, steps), oldest, best)
-                f.store(state, arguments.at(SearchInput.ENDS), end * 4)
+                best = self._cheapest(f, last_keys, f.item(SearchArgument.ENDS, I32, end))
+                state = self._trace(f, (column, first, steps), oldest, best)
+                f.store(state, f.pointer(SearchArgument.ENDS), end * 4)
                 if self.feeds:
-                    self._feed(f, arguments, column, (first * self.values, steps * self.values))
+                    self._feed(f, column, (first * self.values, steps * self.values))
 
-    def _prepare(
-        self, f: KernelFunction, arguments: _Arguments, place: tuple[Value, Value, Value], slopes: Value, shifts: Value
-    ) -> None:
+    def _prepare(self, f: KernelFunction, place: tuple[Value, Value, Value], slopes: Value, shifts: Value) -> None:
         """Write the terms of costs of a number x, `weight x^2 + slope x + shift`."""
         row, first, count = place
-        top = f.load(arguments.address, F32, 8 * SearchInput.TOP)
+        top = f.size(SearchArgument.TOP).narrower(I32).as_type(F32)
 
         def write(at: Value, lanes: int) -> None:
             kind = vector(F32, lanes)
-            factor = arguments.load(SearchInput.FACTORS, kind, first + at)
-            wanted = arguments.load(SearchInput.CURRENT, kind, row + at)
+            factor = f.item(SearchArgument.FACTORS, kind, first + at)
+            wanted = f.item(SearchArgument.CURRENT, kind, row + at)
             some = f.builder.fcmp_ordered(">", factor.raw, f.constant(kind, 0.0).raw)
             scaled = f.builder.fdiv(wanted.raw, factor.raw)
             x = Value(f, f.builder.select(some, scaled, f.constant(kind, 0.0).raw))
             x = x.larger(f.constant(kind, -WIDEST)).smaller(f.constant(kind, WIDEST))
-            weight = arguments.load(SearchInput.WEIGHTS, kind, first + at)
+            weight = f.item(SearchArgument.WEIGHTS, kind, first + at)
             over = (x.magnitude() - top.splat(lanes)).larger(f.constant(kind, 0.0))
             f.store(x * weight * -2.0, slopes, at * 4)
             f.store((x * x - over * over) * weight, shifts, at * 4)
 
         f.each(count, write)
 
-    def _enter(self, f: KernelFunction, arguments: _Arguments, keys: Value, start: Value) -> None:
+    def _enter(self, f: KernelFunction, keys: Value, start: Value) -> None:
         """Write keys by which only the state `start` is reached."""
         lanes = min(LANES, self.rest)
         with f.loop(0, self.rest, lanes) as at:
-            f.store(arguments.load(SearchInput.OLDEST, vector(I32, lanes), at) | CAP, keys, at * 4)
+            f.store(f.item(SearchArgument.OLDEST, vector(I32, lanes), at) | CAP, keys, at * 4)
         start = start & (self.rest - 1)
-        f.store(arguments.load(SearchInput.OLDEST, I32, start), keys, start * 4)
+        f.store(f.item(SearchArgument.OLDEST, I32, start), keys, start * 4)
 
-    def _advance(
-        self, f: KernelFunction, arguments: _Arguments, where: tuple[Value, Value], room: tuple[Value, ...]
-    ) -> None:
+    def _advance(self, f: KernelFunction, where: tuple[Value, Value], room: tuple[Value, ...]) -> None:
         """Take all steps: keys lie in the first half of their room before an even step, else in the second."""
         first, steps = where
         slopes, shifts, keys, oldest = room
@@ -166,19 +156,17 @@ class ColumnSearch:
                 shift = f.constant(F32, 0.0)
                 for value in range(self.values):
                     at = step * self.values + value
-                    weight = arguments.load(SearchInput.WEIGHTS, F32, first * self.values + at)
+                    weight = f.item(SearchArgument.WEIGHTS, F32, first * self.values + at)
                     costs.append((f.load(slopes, F32, at * 4), weight))
                     part = f.load(shifts, F32, at * 4)
                     shift = part if value == 0 else shift + part
                 halves = [f.behind(keys, ((step + more) & 1) * (4 * self.rest)) for more in (0, 1)]
                 row = f.behind(oldest, step * self.rest)
                 move = self._move_wide if self.bits >= WIDE else self._move_narrow
-                move(f, arguments, (halves[0], halves[1], row), _Costs(costs, shift + WHOLE))
+                move(f, (halves[0], halves[1], row), _Costs(costs, shift + WHOLE))
             self._subtract_lowest(f, f.behind(keys, (stop & 1) * (4 * self.rest)))
 
-    def _move_narrow(
-        self, f: KernelFunction, arguments: _Arguments, rows: tuple[Value, Value, Value], costs: _Costs
-    ) -> None:
+    def _move_narrow(self, f: KernelFunction, rows: tuple[Value, Value, Value], costs: _Costs) -> None:
         """One step, vectors along butterflies."""
         before_step, after_step, oldest = rows
         lanes = min(LANES, self.inner)
@@ -190,15 +178,13 @@ class ColumnSearch:
                 keys = []
                 for old in range(self.parts):
                     place = (newest * self.parts + old) * self.inner
-                    keys.append(before[old] + self._cost(arguments, costs, middle + place, lanes))
+                    keys.append(before[old] + self._cost(f, costs, middle + place, lanes))
                 lows.append(reduce(_lower, keys))
                 f.store(lows[-1].narrower(I8), oldest, middle + newest * self.inner)
             for number, part in enumerate(_interleave(lows)):
-                self._keep(f, arguments, part, after_step, middle * self.parts + number * lanes)
+                self._keep(f, part, after_step, middle * self.parts + number * lanes)
 
-    def _move_wide(
-        self, f: KernelFunction, arguments: _Arguments, rows: tuple[Value, Value, Value], costs: _Costs
-    ) -> None:
+    def _move_wide(self, f: KernelFunction, rows: tuple[Value, Value, Value], costs: _Costs) -> None:
         """One step, vectors along the newest codes."""
         before_step, after_step, oldest = rows
         with f.loop(0, self.inner) as middle, f.loop(0, self.parts, LANES) as newest:
@@ -206,24 +192,24 @@ class ColumnSearch:
             keys = []
             for old in range(self.parts):
                 before = f.load(before_step, I32, (middle + old * self.inner) * 4).splat(LANES)
-                keys.append(before + self._cost(arguments, costs, place + old * self.rest, LANES))
+                keys.append(before + self._cost(f, costs, place + old * self.rest, LANES))
             low = reduce(_lower, keys)
             f.store(low.narrower(I8), oldest, place)
-            self._keep(f, arguments, low, after_step, place)
+            self._keep(f, low, after_step, place)
 
-    def _cost(self, arguments: _Arguments, costs: _Costs, place: Value, lanes: int) -> Value:
+    def _cost(self, f: KernelFunction, costs: _Costs, place: Value, lanes: int) -> Value:
         """Return the cost of the numbers from a place on, as part of keys."""
         kind = vector(F32, lanes)
         total = costs.shift.splat(lanes)
         for value, (slope, weight) in enumerate(costs.numbers):
-            number = arguments.load(SearchInput.NUMBERS, kind, place + (value << self.memory))
+            number = f.item(SearchArgument.NUMBERS, kind, place + (value << self.memory))
             total = _fma(number, _fma(number, weight.splat(lanes), slope.splat(lanes)), total)
         return total.as_type(vector(I32, lanes)) << COST
 
-    def _keep(self, f: KernelFunction, arguments: _Arguments, low: Value, keys: Value, place: Value) -> None:
+    def _keep(self, f: KernelFunction, low: Value, keys: Value, place: Value) -> None:
         """Write keys for the next step, from a place on."""
         capped = _lower(low & (-1 << COST), f.constant(low.type, CAP))
-        f.store(capped | arguments.load(SearchInput.OLDEST, low.type, place), keys, place * 4)
+        f.store(capped | f.item(SearchArgument.OLDEST, low.type, place), keys, place * 4)
 
     def _subtract_lowest(self, f: KernelFunction, keys: Value) -> None:
         """Subtract the lowest cost from all keys."""
@@ -251,13 +237,11 @@ class ColumnSearch:
         free = f.builder.icmp_signed("<", end.raw, f.constant(I32, 0).raw)
         return Value(f, f.builder.select(free, best.get().raw, (end.wider(I64) & (self.rest - 1)).raw))
 
-    def _trace(
-        self, f: KernelFunction, arguments: _Arguments, where: tuple[Value, Value, Value], oldest: Value, end: Value
-    ) -> Value:
+    def _trace(self, f: KernelFunction, where: tuple[Value, Value, Value], oldest: Value, end: Value) -> Value:
         """Write the states of a column, its numbers and its errors, last step first; return the last state."""
         column, first, steps = where
         place = f.variable(end)
-        line = column * arguments.size(SearchInput.STEPS)
+        line = column * f.size(SearchArgument.STEPS)
         with f.loop(0, steps) as back:
             step = steps - 1 - back
             rest = place.get()
@@ -266,32 +250,32 @@ class ColumnSearch:
             state = code * self.rest + rest
             place.set(state >> self.bits)
             at = line + first + step
-            f.store(state.narrower(I32), arguments.at(SearchInput.STATES), at * 4)
+            f.store(state.narrower(I32), f.pointer(SearchArgument.STATES), at * 4)
             for value in range(self.values):
-                number = arguments.load(SearchInput.TABLE, F32, state + (value << self.memory))
-                stored = number * arguments.load(SearchInput.FACTORS, F32, (first + step) * self.values + value)
+                number = f.item(SearchArgument.TABLE, F32, state + (value << self.memory))
+                stored = number * f.item(SearchArgument.FACTORS, F32, (first + step) * self.values + value)
                 spot = at * self.values + value
                 if self.feeds:
-                    wanted = arguments.load(SearchInput.CURRENT, F32, spot)
-                    error = stored - arguments.load(SearchInput.BEFORE, F32, spot) if self.again else wanted - stored
-                    f.store(error, arguments.at(SearchInput.ERRORS), spot * 4)
-                f.store(stored, arguments.at(SearchInput.CURRENT), spot * 4)
-        return arguments.load(SearchInput.STATES, I32, line + first + steps - 1)
+                    wanted = f.item(SearchArgument.CURRENT, F32, spot)
+                    error = stored - f.item(SearchArgument.BEFORE, F32, spot) if self.again else wanted - stored
+                    f.store(error, f.pointer(SearchArgument.ERRORS), spot * 4)
+                f.store(stored, f.pointer(SearchArgument.CURRENT), spot * 4)
+        return f.item(SearchArgument.STATES, I32, line + first + steps - 1)
 
-    def _feed(self, f: KernelFunction, arguments: _Arguments, column: Value, rows: tuple[Value, Value]) -> None:
+    def _feed(self, f: KernelFunction, column: Value, rows: tuple[Value, Value]) -> None:
         """Move the later columns of the block by a column's errors."""
         first, count = rows
-        columns, width = arguments.size(SearchInput.COLUMNS), arguments.size(SearchInput.STEPS) * self.values
+        columns, width = f.size(SearchArgument.COLUMNS), f.size(SearchArgument.STEPS) * self.values
         with f.loop(column + 1, columns) as later:
-            share = f.constant(F32, 0.0) - arguments.load(SearchInput.SHARES, F32, column * columns + later)
+            share = f.constant(F32, 0.0) - f.item(SearchArgument.SHARES, F32, column * columns + later)
 
             def move(at: Value, lanes: int) -> None:
                 kind = vector(F32, lanes)
-                error = arguments.load(SearchInput.ERRORS, kind, column * width + first + at)
+                error = f.item(SearchArgument.ERRORS, kind, column * width + first + at)
                 spot = later * width + first + at
                 f.store(
-                    _fma(error, share.splat(lanes), arguments.load(SearchInput.CURRENT, kind, spot)),
-                    arguments.at(SearchInput.CURRENT),
+                    _fma(error, share.splat(lanes), f.item(SearchArgument.CURRENT, kind, spot)),
+                    f.pointer(SearchArgument.CURRENT),
                     spot * 4,
                 )
 
@@ -310,10 +294,7 @@ def choose(block: ColumnBlock, numbers: Numbers, states: Tensor, errors: Tensor,
         *(table, numbers.table, oldest, edges, block.ends, states, errors, room),
     )
     top = struct.unpack("i", struct.pack("f", numbers.top))[0]
-    places = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    arguments = Arguments(*places, *states.shape, len(block.edges) - 1, streams.start, top)
-    values = Values()
-    values[Argument.TABLE] = ctypes.addressof(arguments)
+    values = own_values([*map(address_of, tensors), *states.shape, len(block.edges) - 1, streams.start, top])
     launch(load_kernel(kernel), values, len(streams), len(streams) * most * (1 << sizes.memory))
 
 
@@ -331,26 +312,6 @@ class _Costs:
 
     numbers: list[tuple[Value, Value]]
     shift: Value
-
-
-@dataclass(frozen=True, eq=False)
-class _Arguments:
-    """The kernel's own arguments, at `address`."""
-
-    f: KernelFunction
-    address: Value
-
-    def size(self, place: SearchInput) -> Value:
-        """A whole number."""
-        return self.f.load(self.address, I64, 8 * place)
-
-    def at(self, place: SearchInput) -> Value:
-        """An address."""
-        return self.f.address(self.size(place))
-
-    def load(self, place: SearchInput, kind: Any, number: Value) -> Value:
-        """Numbers of 4 bytes from a tensor, from `number` on."""
-        return self.f.load(self.at(place), kind, number * 4)
 
 
 def _fma(number: Value, factor: Value, addend: Value) -> Value:

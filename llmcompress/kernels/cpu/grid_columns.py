@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, auto
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from llmcompress.kernels.column_block import GridBlock
 from llmcompress.kernels.cpu.build import load_kernel
-from llmcompress.kernels.cpu.calls import Argument, KernelFunction, Values, launch
+from llmcompress.kernels.cpu.calls import OWN, KernelFunction, address_of, launch, own_values
 from llmcompress.kernels.cpu.emit import F32, I32, I64, Value, vector
 from llmcompress.kernels.cpu.quantize_inputs import ROUNDING
 
@@ -23,22 +22,19 @@ COST = 64  # weights that a weight of this kernel counts as in `launch`
 class GridArgument(IntEnum):
     """The place of an argument; tensors are float32 unless they say otherwise."""
 
-    CURRENT = 0  # [columns, out]
-    INVERSE = 1  # [groups, out]
-    MIDDLE = 2
-    SCALE = 3
-    GROUPS = 4  # int32 [columns]
-    SHARES = 5  # [columns, columns]
-    ERRORS = 6  # [columns, out]
-    ROUNDED = 7
-    COLUMNS = 8
-    OUT = 9
-    TOP = 10  # the highest code
-    ROOM = 11  # [blocks, columns, ROWS]
-    BEFORE = 12  # [columns, out]
-
-
-Arguments = ctypes.c_int64 * len(GridArgument)
+    CURRENT = OWN  # [columns, out]
+    INVERSE = auto()  # [groups, out]
+    MIDDLE = auto()
+    SCALE = auto()
+    GROUPS = auto()  # int32 [columns]
+    SHARES = auto()  # [columns, columns]
+    ERRORS = auto()  # [columns, out]
+    ROUNDED = auto()
+    COLUMNS = auto()
+    OUT = auto()
+    TOP = auto()  # the highest code
+    ROOM = auto()  # [blocks, columns, ROWS]
+    BEFORE = auto()  # [columns, out]
 
 
 @dataclass(frozen=True)
@@ -50,8 +46,7 @@ class GridColumns:
 
     def write(self, f: KernelFunction) -> None:
         """Write the kernel, for a range of blocks of rows."""
-        arguments = f.pointer(Argument.TABLE)
-        sizes = {place: f.load(arguments, I64, 8 * place) for place in GridArgument}
+        sizes = {place: f.size(place) for place in GridArgument}
         with f.loop(f.first, f.last) as block:
             first = block * ROWS
             tile = f.behind(f.address(sizes[GridArgument.ROOM]), first * sizes[GridArgument.COLUMNS] * 4)
@@ -113,12 +108,6 @@ def round_columns(block: GridBlock, errors: Tensor) -> None:
     room = torch.empty(blocks * columns * ROWS)
     tensors = (block.current, *block.parameters, block.groups, block.shares, errors)
     sizes = len(block.groups), columns, out, block.levels - 1
-    arguments = Arguments(*map(_address, tensors), *sizes, *map(_address, (room, block.before)))
-    values = Values()
-    values[Argument.TABLE] = ctypes.addressof(arguments)
+    values = own_values([*map(address_of, tensors), *sizes, *map(address_of, (room, block.before))])
     kernel = GridColumns(block.shares is not None, block.before is not None)
     launch(load_kernel(kernel), values, blocks, out * columns * COST)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
