@@ -1,4 +1,4 @@
-"""Givens of every stage: the device, what to work on, and how long; and where a stage writes what it finds."""
+"""The task of a stage: its device, model, text and time, and the file of its findings."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ LINE = "Line {} says {} things about {} geese and the {} sacks of corn.\n"
 
 
 class OutOfTimeError(Exception):
-    """The end of a stage that had more to do than time; what it found so far is kept."""
+    """A stage has used up its time; its findings so far are kept."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """One stage's task. `small`: true for tiny models, of which every part is tried within seconds; `work`: the folder
-    of this run; `seconds`: the stage's; `data`: a folder with the two WikiText-2 files, None for the text that comes
-    with the package; `tokens`, `forms`: of the timed products."""
+    """The task of a stage.
+
+    `small`: True for tiny models, which try every part within seconds; `work`: the folder of this run; `seconds`: for
+    the stage; `data`: a folder with the two WikiText-2 files, None for the text of the package; `tokens`, `forms`: of
+    the timed products.
+    """
 
     stage: str
     device: str
@@ -42,37 +45,37 @@ class Given:
     started: float = field(default_factory=time.monotonic)
 
     def to_json(self) -> str:
-        """Return it as text, for the stage's process."""
+        """Return the task as text, for the stage's process."""
         return json.dumps({name: value for name, value in asdict(self).items() if name != "started"}, default=str)
 
     @classmethod
     def of_json(cls, text: str) -> Self:
-        """Return what `to_json` wrote; the clock starts here."""
+        """Return the inverse of `to_json`; the clock starts here."""
         given = cls(**json.loads(text))
         return replace(given, work=Path(given.work), data=None if given.data is None else Path(given.data))
 
     @property
     def left(self) -> float:
-        """The seconds that the stage has left, less what it needs to end."""
+        """The seconds left, less the time to end."""
         return self.seconds * (1 - SPARE) - (time.monotonic() - self.started)
 
     @property
     def findings(self) -> Path:
-        """The file of what the stage finds, a JSON object a line."""
+        """The file of the stage's findings, a JSON object a line."""
         return self.work / f"{self.stage}.jsonl"
 
     def found(self, arm: str, numbers: dict[str, Any], **more: Any) -> None:
-        """Write a finding at once, so that it is kept whatever comes next."""
+        """Write a finding at once, so that a later failure cannot lose it."""
         with self.findings.open("a") as file:
             file.write(json.dumps({"arm": arm, **more, "numbers": numbers}) + "\n")
 
     def check_time(self, doing: str) -> None:
-        """Raise OutOfTimeError where no time is left."""
+        """Raise OutOfTimeError if no time is left."""
         if self.left <= 0:
             raise OutOfTimeError(f"{doing} had {self.seconds:.0f} seconds, which were not enough")
 
     def watching(self, arm: str, unit: str = "blocks") -> Callable[..., None]:
-        """Return a `progress` that ends the work when time is out, and then writes how far it came."""
+        """Return a `progress` that ends the work when time is out, and then writes its state."""
         started = time.monotonic()
 
         def watch(done: int, count: int, *_: float) -> None:
@@ -83,7 +86,7 @@ class Given:
         return watch
 
     def model(self) -> str:
-        """Return the model to work on: the embedded one, or a tiny random one."""
+        """Return the embedded model, or a tiny random one."""
         if not self.small:
             return "smollm2"
         from tests.tiny import save_tiny
@@ -99,7 +102,7 @@ class Given:
         return path
 
     def calibration(self) -> dict[str, Any] | None:
-        """Return the calibration in place of a recipe's; None to leave it."""
+        """Return the calibration that replaces the recipe's; None to keep the recipe's."""
         if self.small:
             return {"dataset": str(self.text()), "samples": 6, "length": 32, "held_out": 2}
         if self.data is None:
@@ -139,8 +142,8 @@ def peaks(device: str) -> dict[str, int]:
     return found
 
 
-def wait(device: str) -> float:
-    """Return the time when a device has done everything that it was asked for."""
+def wait(device: str | torch.device) -> float:
+    """Return the time when a device has finished its work."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -2,7 +2,7 @@
 
     scripts/gpu_check --loan FILE [--seconds 540] [--parts floors,search] [--small]
 
-Killed at any second, it has written what it knew. Nothing but random weights is needed. `--small` runs every part on a
+If it is killed, the records so far are on disk. It needs nothing but random weights. `--small` runs every part on a
 CPU, the kernels for GPUs by Triton's interpreter, to show that they run; its numbers mean nothing.
 """
 
@@ -24,11 +24,12 @@ import torch
 from records import Record
 
 from llmcompress.errors import LLMCompressError
+from scripts.gpu.given import wait
 
 
 @dataclass(frozen=True)
 class Loan:
-    """A device, sizes, and the file that takes records; `facts`: what every record says."""
+    """A device, sizes, and the file of the records; `facts`: the entries of every record."""
 
     file: Path
     device: torch.device
@@ -46,20 +47,14 @@ class Loan:
             os.fsync(file.fileno())
         print(f"{record['numbers']['at']:6.1f} s  {arm}: {numbers}", flush=True)
 
-    def wait(self) -> float:
-        """Return the time when the device has done everything that it was asked for."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
     def milliseconds(self, call: Callable[[], Any], times: int = 5) -> float:
         """Return the median time of a call, host and device together, after one that does not count."""
         call()
         taken = []
         for _ in range(1 if self.small else times):
-            started = self.wait()
+            started = wait(self.device)
             call()
-            taken.append(1e3 * (self.wait() - started))
+            taken.append(1e3 * (wait(self.device) - started))
         return statistics.median(taken)
 
     def model(self, width: int, blocks: int) -> Path:
@@ -82,7 +77,7 @@ class Loan:
 
 @dataclass(frozen=True)
 class Part:
-    """Something to find out, and the seconds that it may take."""
+    """A question, and the most seconds that its answer may take."""
 
     name: str
     seconds: int
@@ -94,7 +89,7 @@ FAILURES = (LLMCompressError, ArithmeticError, AssertionError, AttributeError, I
 
 
 class LateError(Exception):
-    """A part took longer than it may."""
+    """A part took too long."""
 
 
 @contextmanager
@@ -114,7 +109,7 @@ def limited(seconds: float) -> Iterator[None]:
 
 
 def run(file: Path, device: torch.device, facts: Record, seconds: float, parts: Sequence[Part], small: bool) -> int:
-    """Find out all parts within so many seconds; return the exit code: 1 where one failed."""
+    """Run all parts within so many seconds; return the exit code, 1 if a part failed."""
     failed = 0
     with tempfile.TemporaryDirectory(prefix="loan-") as folder:
         loan = Loan(file, device, small, facts, Path(folder))

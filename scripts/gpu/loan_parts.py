@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,8 @@ from llmcompress.methods.solvers.hessian import inverse_factor
 from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
 from llmcompress.weight.trellis import Trellis, cuts, table
-from scripts.gpu.kernels import products
+from scripts.gpu.given import wait
+from scripts.gpu.kernels import microseconds, products
 from scripts.gpu.loan import Loan, Part
 
 KINDS = (Trellis(2, 1, 12), Trellis(1, 1, 12), Trellis(3, 1, 12), Trellis(4, 1, 12), Trellis(3, 2, 12),
@@ -104,9 +104,9 @@ def compression(loan: Loan) -> None:
         "gptq-4-g64": {"rules": [{"match": "*", "steps": GPTQ}]},
     }
     for arm, more in arms.items():
-        started = loan.wait()
+        started = wait(loan.device)
         lc.compress(model, {"version": 1, "calibration": text, **more}, loan.work / arm, device=str(loan.device))
-        loan.say(f"a block of width 4096, {arm}: seconds", value=loan.wait() - started)
+        loan.say(f"a block of width 4096, {arm}: seconds", value=wait(loan.device) - started)
 
 
 def generation(loan: Loan) -> None:
@@ -159,21 +159,7 @@ def by_graph(loan: Loan, model: Any) -> float:
         ).logits
         return found
 
-    return replayed(loan, step)
-
-
-def replayed(loan: Loan, call: Callable[[], Any]) -> float:
-    """Return the milliseconds of a call that is replayed from a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return loan.milliseconds(graph.replay, 20)
+    return microseconds([step], device) / 1000
 
 
 def around(loan: Loan) -> None:
@@ -206,9 +192,9 @@ def to_a_size(loan: Loan) -> None:
     calibration = str(loan.calibration()).replace("'", '"')
     target = target_change(3.5 if loan.small else 2.05, None, None, None)
     recipe = build_recipe(None, [f"calibration={calibration}"], None, target, False)
-    started = loan.wait()
+    started = wait(loan.device)
     lc.compress(loan.model(2048, 2), recipe, loan.work / "to a size", device=str(loan.device))
-    loan.say("two blocks of width 2048 to a size: seconds", value=loan.wait() - started)
+    loan.say("two blocks of width 2048 to a size: seconds", value=wait(loan.device) - started)
 
 
 PARTS = (
