@@ -65,7 +65,10 @@ def compress(
     ] = True,
     price_part: Annotated[
         str | None,
-        typer.Option(metavar="K/N", help="Measure only part K of N of the prices that a target needs, and stop."),
+        typer.Option(
+            metavar="K/N",
+            help="For a target: measure only part K of N of the options, so that machines can share the work.",
+        ),
     ] = None,
     settings: Settings = None,
     revision: Revision = None,
