@@ -3,7 +3,7 @@
 Grids (`pack-quantized`) become symmetric integers of the format, centred on a code: odd numbers of levels as they are;
 our symmetric b bits, centred between two codes, as the odd integers of b + 1 bits at half the scale; asymmetric b bits
 less their zero point as b + 1 (packed zero points of compressed-tensors 0.20 are not loaded by transformers 5.23).
-FP8 (`float-quantized`), MXFP4 and NVFP4 have codes and scales as ours; inputs stay as they are. What is neither is
+FP8 (`float-quantized`), MXFP4 and NVFP4 have codes and scales as ours; inputs stay as they are. Other matrices are
 refused, or stored in bfloat16 where that is allowed, and listed.
 
 vLLM multiplies NVFP4 matrices that read the same input as one, by the factor of one of them. So those of one module

@@ -30,7 +30,7 @@ INERT = {  # entries of transformers' classes that change no prediction, or only
     *("initializer_range", "resid_pdrop", "residual_dropout", "router_aux_loss_coef", "router_jitter_noise"),
     # tokens and text, which a tokenizer tells
     *("bos_token_id", "eos_token_id", "pad_token_id"),
-    # how transformers runs a model, and what it returns
+    # of a run of transformers and its outputs
     *("chunk_size_feed_forward", "dtype", "is_decoder", "is_encoder_decoder", "output_attentions"),
     *("output_hidden_states", "output_router_logits", "pretraining_tp", "reorder_and_upcast_attn", "return_dict"),
     *("use_cache", "gradient_checkpointing"),
@@ -39,7 +39,7 @@ INERT = {  # entries of transformers' classes that change no prediction, or only
     *("summary_proj_to_labels", "summary_type", "summary_use_proj"),
     # the origin of a model
     *("_name_or_path", "architectures", "model_type", "transformers_version"),
-    # what transformers derives `layer_types`, `sliding_window` and `no_rope_layers` from
+    # from which transformers derives `layer_types`, `sliding_window` and `no_rope_layers`
     *("_sliding_window_pattern", "max_window_layers", "no_rope_layer_interval", "sliding_window_pattern"),
     *("use_sliding_window",),
 }
@@ -175,7 +175,7 @@ class RotaryPositions:
 
     @property
     def ratio(self) -> float:
-        """The length of texts over that of the first training."""
+        """The longest text over the longest one of the first training."""
         return float(self.config.max_position_embeddings / self.full["original_max_position_embeddings"])
 
     @property

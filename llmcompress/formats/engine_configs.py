@@ -1,6 +1,6 @@
 """Entries of config.json that MLX and ExLlamaV3 read: a row for each family, in the notation of the engine.
 
-Both read rotary positions as configs had them before transformers 5, and have other defaults than transformers. So an
+Both read rotary positions in the notation before transformers 5, and have other defaults than transformers. So an
 export writes every entry that the engine reads or takes for granted, and refuses a model with others that matter. Facts
 from mlx-lm 0.32 and ExLlamaV3 1.4.1.
 """
@@ -37,8 +37,8 @@ class EngineFamily:
 
     `read`: entries, beside `SIZES`. `fixed`: entries that it takes for granted, with a value or a tuple of several.
     `scaling`: types of rotary positions that it computes, beside the default. `every`: of so many layers the last has
-    no window, where that is not read. `window_theta`: base of rotary positions in layers with a window, where that is
-    not read.
+    no window, if the engine does not read that. `window_theta`: base of rotary positions in layers
+    with a window, if the engine does not read it.
     """
 
     read: str
@@ -77,7 +77,7 @@ class EngineConfig(ModelConfig):
 
     @property
     def period(self) -> int | None:
-        """Of so many layers the last has no window, the others have one; None where it is otherwise."""
+        """The number of layers of which the last has no window and the others have one; None for another pattern."""
         count = len(self.windows)
         return next((n for n in range(1, count + 2) if self.windows == window_pattern(n, count)), None)
 
@@ -118,7 +118,7 @@ class EngineConfig(ModelConfig):
         yield from self._rotary_obstacles()
 
     def _rotary_obstacles(self) -> Iterator[str]:
-        """Yield what is unusual in rotary positions."""
+        """Yield unusual rotary positions."""
         rotary, family = self.rotary, self.family
         if rotary.kind not in ("default", *family.scaling):
             yield f"rotary positions of type {rotary.kind!r}"
@@ -134,7 +134,7 @@ class EngineConfig(ModelConfig):
                 yield f"rotary positions of type {kind!r} and base {theta} in layers with a window"
 
     def _yarn_obstacles(self) -> Iterator[str]:
-        """Yield what is unusual in YaRN."""
+        """Yield unusual parameters of YaRN."""
         rotary = self.rotary
         if self.yarn_by_length:
             if rotary.factor != rotary.ratio:

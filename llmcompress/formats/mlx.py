@@ -49,7 +49,7 @@ class Quantization:
 
 
 def to_mlx(opened: CompressedCheckpoint, output: Path, allow_dense: bool = False) -> ExportReport:
-    """Write packed what MLX can hold so; other expressions raise InputError, or become float16 with `allow_dense`."""
+    """Write grids and MX floats packed; other expressions raise InputError, or become float16 with `allow_dense`."""
     read = readable_entries(opened.folder, opened.config, MLX)
     with write_checkpoint(output, opened.dense_bytes) as writer:
         files = write_layers(opened, writer, MLX.name, pack_matrix, torch.float16, allow_dense)

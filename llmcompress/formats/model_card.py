@@ -56,7 +56,7 @@ NO_CURVE = "\nThere is no plot of it: matplotlib was not installed where it ran.
 
 @dataclass(frozen=True)
 class DistillationRecord:
-    """A distillation as a card tells it: what `distill` reported, and its recipe as YAML text."""
+    """A distillation: the report of `distill`, and the recipe as YAML text."""
 
     report: Facts
     recipe: str
@@ -183,14 +183,14 @@ def _distillation(taught: DistillationRecord) -> Iterator[str]:
 
 
 def _adapters(passport: Facts) -> Iterator[str]:
-    """Yield the worth of LoRA adapters of the dense model on this one."""
+    """Yield the gains of LoRA adapters of the dense model on this one."""
     yield "## Adapters of the dense model\n"
     yield f"Gains in nats per token of {plain(passport['protocol']['text'])}.\n"
     yield f"{adapter_table(passport).markdown(plain_cell)}\n"
 
 
 def _evidence(proof: Evidence) -> Iterator[str]:
-    """Yield what stands beside the scores, and what was not measured."""
+    """Yield the evidence for the quality."""
     yield "## Evidence\n"
     yield from (f"- {plain(sentence)}." for sentence in proof.findings)
     yield from (f"- Not measured: {plain(name)}." for name in proof.missing)

@@ -77,7 +77,7 @@ def split_low_rank(w: Weight) -> tuple[Weight, tuple[Tensor, Tensor] | None]:
 
 
 def _write_adapter(folder: Path, base: str, factors: dict[str, tuple[Tensor, Tensor]]) -> int:
-    """Write the adapter for the model `base`; returns the bytes of its weights."""
+    """Write the adapter for the model `base`; return the bytes of its weights."""
     from peft import LoraConfig, TaskType
 
     ranks = {name: len(a) for name, (a, _) in factors.items()}

@@ -1,4 +1,4 @@
-"""The blocks to drop: those that the user numbers, those most alike before and after, or those least missed.
+"""The blocks to drop: named by the user, most alike before and after, or least missed.
 
 Alike: the score of n blocks in a row is the mean over tokens of cos(input of block l, input of block l + n); the
 largest score goes. ShortGPT (arXiv 2403.03853) does this for n = 1, "The Unreasonable Ineffectiveness of the Deeper

@@ -1,6 +1,6 @@
 """The same model in other shapes: its config, and tensors that are computed from the old ones when they are read.
 
-The walk, the damage of a change and the checkpoint read it like any dense model, so what is judged is what is written.
+The walk, the damage of a change and the checkpoint read it like any dense model, so the judged model is written.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class ChangedConfig:
     skeleton: PreTrainedModel
 
     def model(self, new: Mapping[str, NewTensor]) -> EditedModel:
-        """Return the model with `new` tensors, which may be those of some blocks only."""
+        """Return the model with `new` tensors, of all blocks or some."""
         source, tensors = self.source, {}
         for name, value in self.skeleton.state_dict().items():
             old = source.tensors.get(new[name].like if name in new else name)

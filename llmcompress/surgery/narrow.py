@@ -1,4 +1,4 @@
-"""Narrower blocks: neurons and heads that a layer needs least go, and what reads the others makes up for them.
+"""Narrower blocks: the neurons and heads that a layer needs least go, and its other weights make up for them.
 
 Blocks are narrowed in their order, each on the outputs of the narrower blocks before it. The result is a plain dense
 checkpoint of the same architecture, with fewer `intermediate_size` or heads in its config. Where every block has a

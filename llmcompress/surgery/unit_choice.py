@@ -1,6 +1,6 @@
 """Units of a layer's inputs, neurons or heads, that it needs least, and the weights that make up for the others.
 
-By energy, a unit is worth what it alone adds to the outputs. As a subset (column subset selection), it is worth the
+By energy, the worth of a unit is its own addition to the outputs. As a subset (column subset selection), it is the
 cost of its absence with all other weights of the layer free to make up for it: without the columns S of W that is
 `tr(W_S inverse(P_SS) W_S^T)`, where `P = inverse(H)`; this is the exact least-squares error, and the weights that reach
 it are `W - W_S inverse(P_SS) P_S` (Optimal Brain Surgeon for columns, as in ZipLM, arXiv 2302.04089). Units go in a few

@@ -58,7 +58,7 @@ def widths_to_try(total: int, mean: int, step: int) -> tuple[int, ...]:
 def measure_widths(
     judged: JudgedWalk, cuts: Sequence[Sequence[UnitCut]], widths: Mapping[Part, tuple[int, ...]], score: UnitScore
 ) -> WidthPrices:
-    """Measure the damage of every block at every one of `widths`, the first of which is that of the dense model.
+    """Measure the damage of every block at each of `widths`, the first being the dense model's.
 
     `cuts`: the parts of each block, for any width. Layers are refitted on the text to choose by, damage is measured on
     the text to judge on. Raises NumericsError for a damage that is not finite.

@@ -57,7 +57,7 @@ def as_group(w: Minifloat) -> Tensor:
 
 
 @pytest.mark.parametrize("name", HELD)
-def test_the_library_decompresses_every_value(name: str) -> None:
+def test_compressed_tensors_decompresses_every_value(name: str) -> None:
     layout = LAYOUTS[name]  # type: ignore[index]
     fed = compressed(gaussian(24, 96), correlated(900, 96), {"method": "gptq", "format": name}).approx
     drawn = [minifloat((6, 64), layout.form, layout.scales, layout.group(64), seed, layout.of_all) for seed in range(3)]
@@ -68,7 +68,7 @@ def test_the_library_decompresses_every_value(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", HELD)
-def test_packed_as_the_library_itself_packs(name: str) -> None:
+def test_pack_matrix_equals_the_library_compressor(name: str) -> None:
     """Its compressor, given our values and scales, stores the bytes that we store."""
     from compressed_tensors.quantization import QuantizationScheme
 
@@ -85,7 +85,7 @@ def test_packed_as_the_library_itself_packs(name: str) -> None:
         assert torch.equal(theirs[key].view(torch.uint8), ours[key].view(torch.uint8))
 
 
-def test_what_it_has_no_form_for_is_said() -> None:
+def test_pack_matrix_says_why_a_matrix_does_not_fit() -> None:
     for w, why in (
         (minifloat((4, 64), "e2m3", "e8m0", 32, 0), "it has no e2m3 floats g32, scales e8m0"),
         (minifloat((4, 40), "e2m1", "e8m0", 32, 0), "groups of 32 do not divide the width 40"),
@@ -99,7 +99,7 @@ def test_what_it_has_no_form_for_is_said() -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_eight_bits_are_told_how_to_fit(symmetric: bool, tmp_path: Path) -> None:
+def test_error_for_eight_bits_names_the_option(symmetric: bool, tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "dense")
     step = {"method": "rtn", "bits": 8, "symmetric": symmetric}
     rules = [{"match": "*", "steps": [step]}]
@@ -135,7 +135,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return lc.compress(source, {"version": 1, "rules": RULES, "calibration": data}, place / "out").folder
 
 
-def test_an_exported_model_has_every_value(folder: Path, tmp_path: Path) -> None:
+def test_exported_floats_equal_ours(folder: Path, tmp_path: Path) -> None:
     done = export(folder, tmp_path / "out", "compressed-tensors")
     assert sorted(done.kept) == ["12 matrices of floats, value for value", "2 grids, value for value"]
     assert done.changed == ()
@@ -152,7 +152,7 @@ def test_an_exported_model_has_every_value(folder: Path, tmp_path: Path) -> None
     assert checked == 12
 
 
-def test_matrices_that_read_the_same_input_have_one_factor(folder: Path, tmp_path: Path) -> None:
+def test_matrices_with_the_same_input_share_a_factor(folder: Path, tmp_path: Path) -> None:
     """As vLLM multiplies them as one, by the inverse of the largest number that is stored for them."""
     own = {float(w.tensor_scale) for part in "qkv" if (w := projection(folder, part)).tensor_scale is not None}
     assert len(own) > 1, "they had one factor before"
@@ -168,7 +168,7 @@ def projection(folder: Path, part: str) -> Minifloat:
     return w
 
 
-def test_factors_too_far_apart_are_refused_or_dense(folder: Path) -> None:
+def test_pack_matrix_refuses_a_factor_too_far_away(folder: Path) -> None:
     name = "model.layers.0.self_attn.q_proj"
     w, factor = projection(folder, "q"), shared_factors(CompressedCheckpoint(folder))[name]
     pack_matrix(w, factor)
@@ -176,7 +176,7 @@ def test_factors_too_far_apart_are_refused_or_dense(folder: Path) -> None:
         pack_matrix(w, factor * 2.0**14)
 
 
-def test_widths_that_no_group_divides_are_refused_or_dense(tmp_path: Path) -> None:
+def test_widths_that_groups_do_not_divide_are_refused_or_dense(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "dense", dtype=torch.bfloat16)
     steps = [{"method": "mxfp", "format": "mxfp4"}]
     folder = lc.compress(source, {"version": 1, "rules": [{"match": "*", "steps": steps}]}, tmp_path / "out").folder

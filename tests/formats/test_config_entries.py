@@ -54,7 +54,7 @@ def another(value: Any) -> Any:
 
 
 @EVERY_ROW
-def test_every_entry_has_a_class(row: Row) -> None:
+def test_every_entry_of_a_config_is_in_a_list(row: Row) -> None:
     """So a version of transformers that adds one fails here; until then it must have its default."""
     entries = entries_of(type(config_of(row.family)))
     assert entries - INERT - row.read - set(row.fixed) == set(), "put them into a list of the family's row"
@@ -62,7 +62,7 @@ def test_every_entry_has_a_class(row: Row) -> None:
 
 
 @EVERY_ROW
-def test_what_an_engine_does_not_read_is_found(row: Row) -> None:
+def test_overlooked_entries_finds_each_changed_entry(row: Row) -> None:
     config = config_of(row.family)
     plain = type(config)()
     for entry in entries_of(type(config)) - INERT:
@@ -100,7 +100,7 @@ def test_inert_entries_change_no_prediction(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", CASES)
-def test_what_no_code_reads_is_let_through(family: str) -> None:
+def test_overlooked_entries_ignores_entries_that_no_code_reads(family: str) -> None:
     """The names of what every family reads are found; entries of other programs, as on the Hub, change nothing."""
     config = config_of(family)
     read = entries_read(type(config))
@@ -145,7 +145,7 @@ REFUSED: list[tuple[EngineFamilies, str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize("engine, family, sizes, reason", REFUSED, ids=[f"{r[1]} {r[-1]}" for r in REFUSED])
-def test_what_an_engine_would_compute_otherwise_is_refused(
+def test_readable_entries_refuses_models_that_an_engine_misreads(
     engine: EngineFamilies, family: str, sizes: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     config = AutoConfig.for_model(family, **sizes).to_dict()
@@ -153,7 +153,7 @@ def test_what_an_engine_would_compute_otherwise_is_refused(
         readable_entries(tmp_path, config, engine)
 
 
-def test_entries_are_written_in_older_notation(tmp_path: Path) -> None:
+def test_readable_entries_has_the_older_notation(tmp_path: Path) -> None:
     """Both engines read `rope_theta` and `rope_scaling`, and have other defaults than transformers."""
     config = {"model_type": "llama", "rope_parameters": YARN | {"rope_theta": 5e5, "attention_factor": 1.5}}
     found = readable_entries(tmp_path, config | {"max_position_embeddings": 64}, EXL3)
@@ -165,7 +165,7 @@ def test_entries_are_written_in_older_notation(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", ["compressed-tensors", "dense"])
-def test_every_entry_of_a_config_survives(to: str, tmp_path: Path) -> None:
+def test_export_keeps_every_entry_of_config_json(to: str, tmp_path: Path) -> None:
     """Those that only the loader of transformers knows, and those that nobody does."""
     rotary = YARN | {"beta_fast": 4, "attention_factor": 2.0, "truncate": False}
     source = save_tiny("llama", tmp_path / "dense", rope_parameters=rotary, attention_bias=True, dtype=torch.bfloat16)
@@ -184,7 +184,7 @@ def test_every_entry_of_a_config_survives(to: str, tmp_path: Path) -> None:
     )
 
 
-def test_a_gguf_of_an_unknown_entry_is_refused(tmp_path: Path) -> None:
+def test_gguf_model_refuses_an_unknown_entry(tmp_path: Path) -> None:
     config = config_of("llama").to_dict() | {"is_causal": False}
     with pytest.raises(InputError, match="has is_causal False, which cannot go to GGUF here; export to dense instead"):
         gguf_model(tmp_path, config)

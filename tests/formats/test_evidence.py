@@ -29,7 +29,7 @@ DISTILLATION: dict[str, Any] = {
 }
 
 
-def test_all_of_it_is_told() -> None:
+def test_gather_evidence_lists_all_findings() -> None:
     found = gather_evidence(SCORES, ALLOCATION, DISTILLATION)
     assert found.missing == ()
     said = "\n".join(found.findings)
@@ -55,7 +55,7 @@ def test_all_of_it_is_told() -> None:
         ({**SCORES, "differences": None}, None, DISTILLATION, ["beyond noise"]),
     ],
 )
-def test_what_nobody_measured_is_missed_by_name(
+def test_gather_evidence_names_missing_measurements(
     scores: Any, allocation: Any, distillation: Any, missed: list[str]
 ) -> None:
     found = gather_evidence(scores, allocation, distillation).missing
@@ -63,14 +63,14 @@ def test_what_nobody_measured_is_missed_by_name(
     assert all(part in name for part, name in zip(missed, found, strict=True))
 
 
-def test_the_worst_kind_of_text_is_told() -> None:
+def test_gather_evidence_names_the_worst_domain() -> None:
     said = "\n".join(gather_evidence(SCORES | KINDS, None, DISTILLATION).findings)
     assert "Of 2 kinds of text it is worst on law: KL 0.7000" in said
     assert "Of 2 kinds of held-out text it is worst on docs: KL 0.4500" in said
 
 
 @pytest.mark.slow
-def test_a_push_says_what_is_missing_until_it_is_measured(tmp_path: Path) -> None:
+def test_push_reports_missing_evidence_until_it_is_measured(tmp_path: Path) -> None:
     dense = save_tiny("llama", tmp_path / "dense")
     steps = [{"method": "rtn", "bits": 3, "group_size": 16}]
     out = lc.compress(dense, {"version": 1, "rules": [{"match": "*", "steps": steps}]}, tmp_path / "out").folder

@@ -42,7 +42,7 @@ def codes_of(words: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_words_hold_codes_from_the_highest_bit_on(bits: int) -> None:
+def test_pack_words_starts_with_the_highest_bit(bits: int) -> None:
     codes = torch.randint(1 << bits, (2, 3, 256), generator=seeded(bits), dtype=torch.uint8)
     words = pack_words(codes, bits)
     assert words.dtype == torch.int16 and words.shape == (2, 3, 16 * bits)
@@ -50,7 +50,7 @@ def test_words_hold_codes_from_the_highest_bit_on(bits: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_file_decodes_to_our_weights_and_logits(tmp_path: Path) -> None:
+def test_exl3_file_decodes_to_our_weights_and_logits(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "dense", **SIZES)
     rules = [
         {"match": "*.q_proj", "steps": [GRID]},
@@ -83,7 +83,7 @@ def test_a_file_decodes_to_our_weights_and_logits(tmp_path: Path) -> None:
     assert (found - expected).norm() < 2e-3 * expected.norm()
 
 
-def test_a_checkpoint_without_tiles_is_refused(tmp_path: Path) -> None:
+def test_exl3_refuses_a_checkpoint_without_tiles(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "dense")
     folder = lc.compress(source, {"version": 1, "rules": [{"match": "*", "steps": [GRID]}]}, tmp_path / "out").folder
     with pytest.raises(InputError, match="has no matrix of the method exl3; choose another"):

@@ -45,7 +45,7 @@ def logits(folder: Path) -> torch.Tensor:
         pytest.param("gpt_neox", False, marks=pytest.mark.slow),
     ],
 )
-def test_dense_is_read_without_us(family: str, tied: bool, tmp_path: Path) -> None:
+def test_dense_export_loads_without_llmcompress(family: str, tied: bool, tmp_path: Path) -> None:
     source = save_tiny(family, tmp_path / "dense", tie_word_embeddings=tied, dtype=torch.bfloat16)
     folder = compressed(source, tmp_path / "out", [GRID], embeddings=[GRID])
     done = export(folder, tmp_path / "plain", "dense")
@@ -89,7 +89,7 @@ def test_compressed_tensors_holds_every_grid(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_compressed_tensors_cannot_hold_is_refused_or_dense(tmp_path: Path) -> None:
+def test_compressed_tensors_refuses_other_expressions_or_stores_them_dense(tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     source = save_tiny("llama", tmp_path / "dense", dtype=torch.bfloat16, tie_word_embeddings=True)
     rules = [{"match": "*.v_proj", "steps": [GRID, SVD]}, {"match": "*", "steps": [GRID]}]
@@ -106,7 +106,7 @@ def test_what_compressed_tensors_cannot_hold_is_refused_or_dense(tmp_path: Path)
     assert (found - expected).norm() < 0.01 * expected.norm()
 
 
-def test_what_save_pretrained_wrote_is_exported_too(tmp_path: Path) -> None:
+def test_checkpoint_of_save_pretrained_is_exported(tmp_path: Path) -> None:
     """It has no manifest; its weights are what counts."""
     source = save_tiny("llama", tmp_path / "dense", dtype=torch.bfloat16)
     folder = compressed(source, tmp_path / "out", [GRID])
@@ -137,7 +137,7 @@ def test_peft_reads_base_and_adapter(rotate: bool, tmp_path: Path) -> None:
     assert "14 low-rank terms" in done.changed[0]
 
 
-def test_what_cannot_be_exported_is_said(tmp_path: Path) -> None:
+def test_export_refuses_impossible_formats(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "dense")
     folder = compressed(source, tmp_path / "out", [GRID])
     with pytest.raises(InputError, match="has no low-rank terms"):

@@ -139,12 +139,12 @@ INEXACT: list[tuple[Weight, str]] = [
 
 
 @pytest.mark.parametrize("w, reason", INEXACT, ids=[reason for _, reason in INEXACT])
-def test_what_no_type_holds_is_said(w: Weight, reason: str) -> None:
+def test_exact_type_says_why_no_type_fits(w: Weight, reason: str) -> None:
     with pytest.raises(UnfitError, match=reason):
         exact_type(w)
 
 
-def test_low_rank_terms_add_up() -> None:
+def test_split_low_rank_adds_up() -> None:
     terms = [LowRank(Dense(torch.randn(5, rank)), Dense(torch.randn(rank, 32))) for rank in (2, 3)]
     base, factors = split_low_rank(Sum((grid((5, 32), 16, 32, 0, True), *terms)))
     assert isinstance(base, Grid) and factors is not None
@@ -211,7 +211,7 @@ def with_config(checkpoint: Path, place: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_the_file_holds_the_same_matrices(family: str, tmp_path: Path) -> None:
+def test_gguf_file_holds_our_matrices(family: str, tmp_path: Path) -> None:
     """Every matrix by gguf's own reader, rows of q and k back in transformers' order."""
     more = {"attention_bias": True} if family == "llama" else {"sliding_window": None}
     source = tiny_llama(tmp_path / "dense", family, dtype=torch.bfloat16, **more)
@@ -255,7 +255,7 @@ def test_the_file_holds_the_same_matrices(family: str, tmp_path: Path) -> None:
     assert told["general.name"] == "small" and told["llama.attention.head_count_kv"] == 2
 
 
-def test_the_file_says_whose_model_it_is(checkpoint: Path, tmp_path: Path) -> None:
+def test_gguf_file_names_its_base_model(checkpoint: Path, tmp_path: Path) -> None:
     folder = with_config(checkpoint, tmp_path / "changed")
     report = json.loads((folder / "report.json").read_text())
     (folder / "report.json").write_text(json.dumps(report | {"base_model": "me/Small-1", "license": "mit"}))
@@ -275,7 +275,7 @@ def test_the_file_says_whose_model_it_is(checkpoint: Path, tmp_path: Path) -> No
     }
 
 
-def test_unlike_ranks_share_one_alpha(tmp_path: Path) -> None:
+def test_adapter_pads_ranks_for_one_alpha(tmp_path: Path) -> None:
     source = tiny_llama(tmp_path / "dense")
     two = {"method": "svd", "rank": 2, "factor_bits": 16}
     folder = compressed(source, tmp_path / "small", ("*.q_proj", [GRID, two]), ("*", [GRID, SVD]))
@@ -286,7 +286,7 @@ def test_unlike_ranks_share_one_alpha(tmp_path: Path) -> None:
     assert (told["general.type"], told["adapter.type"], told["adapter.lora.alpha"]) == ("adapter", "lora", 3.0)
 
 
-def test_what_gguf_cannot_hold_is_refused_or_dense(tmp_path: Path) -> None:
+def test_gguf_refuses_other_expressions_or_rounds_them(tmp_path: Path) -> None:
     source = tiny_llama(tmp_path / "dense", tie_word_embeddings=True, dtype=torch.bfloat16)
     rules = (("*.v_proj", [GRID | {"bits": 8}]), ("*.o_proj", [GRID | {"group_size": 16}, SVD]), ("*", [GRID]))
     folder = compressed(source, tmp_path / "small", *rules, embeddings=[GRID, SVD])
@@ -329,13 +329,15 @@ def test_older_configs_are_understood(tmp_path: Path) -> None:
     assert (told["freq_base"], told["scaling.type"], told["scaling.factor"]) == (500.0, "linear", 2.0)
 
 
-def test_the_package_gguf_is_asked_for(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_without_the_package_gguf_names_it(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(RecipeError, match=r"needs gguf; run pip install \"llmcompress\[export\]\""):
         export(checkpoint, tmp_path / "out", "gguf")
 
 
-def test_a_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_no_gguf_file(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any) -> None:
         raise OSError("98304 requested and 4096 written")  # as numpy says it
 
@@ -371,7 +373,7 @@ def test_unknown_tokenizers_are_refused(changes: dict[str, Any], reason: str, ch
         export(folder, tmp_path / "out", "gguf")
 
 
-def test_tokenizers_that_cannot_be_said_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+def test_tokenizers_that_gguf_cannot_describe_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     def refused(tokenizer: PreTrainedTokenizerFast, name: str, reason: str) -> None:
         with pytest.raises(InputError, match=reason):
             export(with_tokenizer(checkpoint, tmp_path / name, tokenizer), tmp_path / "out", "gguf")
@@ -421,7 +423,7 @@ def padded(checkpoint: Path, place: Path) -> Path:
     return with_tokenizer(checkpoint, place, tokenizer)
 
 
-def test_every_id_has_a_name_of_its_own(checkpoint: Path, tmp_path: Path) -> None:
+def test_unused_ids_get_unique_names(checkpoint: Path, tmp_path: Path) -> None:
     folder = padded(checkpoint, tmp_path / "padded")
     tokens = read_vocabulary(folder, 640, {}).tokens
     assert len(set(tokens)) == 640 and tokens[637:] == ["[PAD637]", "[[PAD638]]", "[[[PAD639]]]"]
@@ -488,7 +490,7 @@ def test_llama_cpp_multiplies_by_every_type(tmp_path: Path) -> None:
 
 @engine
 @pytest.mark.parametrize("steps, whole_words", PRE_TOKENIZERS, ids=PRE_TOKENIZERS.values())
-def test_llama_cpp_cuts_text_the_same(steps: Steps, whole_words: bool, checkpoint: Path, tmp_path: Path) -> None:
+def test_llama_cpp_tokenizes_text_alike(steps: Steps, whole_words: bool, checkpoint: Path, tmp_path: Path) -> None:
     folder = with_tokenizer(checkpoint, tmp_path / "other", byte_level(steps, whole_words))
     export(folder, tmp_path / "out", "gguf")
     told = entries(tmp_path / "out" / "model.gguf")
@@ -497,7 +499,7 @@ def test_llama_cpp_cuts_text_the_same(steps: Steps, whole_words: bool, checkpoin
 
 
 @engine
-def test_the_file_counts_where_transformers_cuts_otherwise(checkpoint: Path, tmp_path: Path) -> None:
+def test_tokenizer_json_decides_where_transformers_differs(checkpoint: Path, tmp_path: Path) -> None:
     """Its GPT2Tokenizer cuts as GPT-2's did, whatever tokenizer.json says: SmolLM2's, on the Hub, is of that class."""
     folder = with_tokenizer(checkpoint, tmp_path / "other", byte_level(("digits", "words")))
     config = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": "GPT2Tokenizer"}
@@ -530,7 +532,7 @@ def test_scores_follow_the_merges_not_the_numbers(checkpoint: Path, tmp_path: Pa
     same_tokens(folder, tmp_path / "out", TEXTS)
 
 
-def test_what_a_vocabulary_loses_is_said(checkpoint: Path, tmp_path: Path) -> None:
+def test_vocabulary_notes_name_losses(checkpoint: Path, tmp_path: Path) -> None:
     def changed(tokenizer: PreTrainedTokenizerFast, name: str) -> str:
         folder = with_tokenizer(checkpoint, tmp_path / name, tokenizer)
         return "; ".join(export(folder, tmp_path / f"{name} out", "gguf").changed)

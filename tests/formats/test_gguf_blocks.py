@@ -74,7 +74,7 @@ def random_blocks(kind: TensorType) -> tuple[Blocks, Tensor]:
 
 
 @pytest.mark.parametrize("kind", READ, ids=lambda kind: kind.name)
-def test_blocks_lie_as_their_definition_says(kind: TensorType) -> None:
+def test_blocks_follow_the_definition_of_their_type(kind: TensorType) -> None:
     found, values = random_blocks(kind)
     assert kind.pack is not None
     written = kind.pack(found)
@@ -83,7 +83,7 @@ def test_blocks_lie_as_their_definition_says(kind: TensorType) -> None:
     assert torch.equal(read(kind.name, written.flatten(1)), values.flatten(1))
 
 
-def test_types_stand_in_the_order_of_their_size() -> None:
+def test_quantized_types_are_sorted_by_size() -> None:
     sizes = [kind.block_bytes / kind.block for kind in QUANTIZED]
     assert sizes == sorted(sizes)
 
@@ -219,7 +219,7 @@ def test_rounding_is_that_of_gguf(name: str) -> None:
     assert lost[0] == pytest.approx(lost[1], rel=0.03)
 
 
-def test_what_no_type_holds_is_rounded_where_that_is_asked_for(tmp_path: Any) -> None:
+def test_round_to_rounds_matrices_that_no_type_holds(tmp_path: Any) -> None:
     tiny("llama", hidden_size=64, intermediate_size=96, vocab_size=640).save_pretrained(tmp_path / "dense")
     byte_level(("words",)).save_pretrained(tmp_path / "dense")
     steps = [{"method": "rotate"}, {"method": "rtn", "bits": 4, "group_size": 32}]

@@ -112,7 +112,7 @@ def test_every_family_is_tested() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_table_speaks_of_what_gguf_knows(family: str) -> None:
+def test_families_use_architectures_and_facts_of_gguf(family: str) -> None:
     """Architectures, methods of the writer, and entries that the family's config has."""
     row, config = FAMILIES[family], tiny(family, **CASES[family][0]).config
     assert hasattr(gguf.MODEL_ARCH, row.architecture)
@@ -122,7 +122,7 @@ def test_the_table_speaks_of_what_gguf_knows(family: str) -> None:
 
 
 @EVERY
-def test_every_tensor_has_a_name_of_its_own(family: str, number: int, tmp_path: Path) -> None:
+def test_every_tensor_has_a_unique_gguf_name(family: str, number: int, tmp_path: Path) -> None:
     dense = tiny(family, **CASES[family][number])
     model = gguf_model(tmp_path, dense.config.to_dict())
     head = {"lm_head.weight"} if dense.config.tie_word_embeddings else set()
@@ -172,7 +172,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize("family, sizes, reason", REFUSED, ids=[reason for _, _, reason in REFUSED])
-def test_what_llama_cpp_would_run_otherwise_is_refused(
+def test_gguf_model_refuses_models_that_llama_cpp_misreads(
     family: str, sizes: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     config = tiny(family, **sizes).config.to_dict()

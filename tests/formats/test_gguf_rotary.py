@@ -83,7 +83,7 @@ def rotated(model: GGUFModel, folder: Path) -> tuple[Tensor, float]:
 
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_llama_cpp_rotates_by_the_same_or_the_model_is_refused(family: str, name: str, tmp_path: Path) -> None:
+def test_gguf_rotary_equals_transformers_or_is_refused(family: str, name: str, tmp_path: Path) -> None:
     rotary, change = CHANGES[name]
     config = AutoConfig.for_model(family, **(CASES[family][0] | {"rope_parameters": rotary | change}))
     if name.startswith(BY_DIVISORS) and not FAMILIES[family].divisors:
@@ -139,7 +139,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize("family, sizes, reason", REFUSED, ids=[reason for _, _, reason in REFUSED])
-def test_what_llama_cpp_would_rotate_otherwise_is_refused(
+def test_gguf_model_refuses_rotary_positions_that_llama_cpp_misreads(
     family: str, sizes: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     config = AutoConfig.for_model(family, **sizes).to_dict()
@@ -147,7 +147,7 @@ def test_what_llama_cpp_would_rotate_otherwise_is_refused(
         gguf_model(tmp_path, config)
 
 
-def test_phis_choice_of_factors_is_said(tmp_path: Path) -> None:
+def test_longrope_note_names_the_context_length(tmp_path: Path) -> None:
     [note] = gguf_model(tmp_path, AutoConfig.for_model("phi3", **CASES["phi3"][1]).to_dict()).rotary.notes()
     assert note == "llama.cpp takes the long factors of positions where its context, not a text, exceeds 16"
     assert not list(gguf_model(tmp_path, AutoConfig.for_model("llama", **SIZES).to_dict()).rotary.notes())

@@ -75,7 +75,7 @@ def python(hub: StandInHub, cache: Path, code: str, *words: str, token: str | No
 
 
 @pytest.mark.slow
-def test_what_is_pushed_comes_back(hub: StandInHub, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_pushed_checkpoint_loads_from_the_hub(hub: StandInHub, folders: dict[str, Path], tmp_path: Path) -> None:
     dry = json.loads(python(hub, tmp_path / "a", PUSH, str(folders["out"]), "me/small", "dry"))
     assert dry["commit"] is None and hub.commits == {}
     sent = json.loads(python(hub, tmp_path / "a", PUSH, str(folders["out"]), "me/small"))
@@ -152,6 +152,7 @@ def here(hub: StandInHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> St
     monkeypatch.setenv("HF_TOKEN", hub.token)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("llmcompress.formats.hub.verify", lambda folder, **_: None)  # tested elsewhere, and slow
+    monkeypatch.setattr("llmcompress.formats.hub.layers_png", lambda report: b"a plot")
     return hub
 
 
@@ -163,7 +164,7 @@ def here(hub: StandInHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> St
         {"/stored/", "/commit/"}.__contains__,
     ),
 )
-def test_a_failure_publishes_nothing_and_the_next_push_finishes(
+def test_failed_push_publishes_nothing_and_the_next_finishes(
     at: str, failure: int | str, here: StandInHub, folders: dict[str, Path]
 ) -> None:
     here.fail = lambda method, path: failure if at in path and method != "GET" else None
@@ -187,7 +188,7 @@ def test_a_failure_publishes_nothing_and_the_next_push_finishes(
         ("hf_test", 412, "somebody else is writing"),
     ],
 )
-def test_a_refusal_is_one_sentence(
+def test_hub_errors_become_one_sentence(
     token: str,
     status: int | None,
     sentence: str,
@@ -209,7 +210,7 @@ def test_another_model_is_not_overwritten(here: StandInHub, folders: dict[str, P
     assert here.files("me/small")["model.safetensors"] == b"precious"
 
 
-def test_nothing_damaged_or_misnamed_leaves_the_machine(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_push_refuses_damaged_checkpoints_and_wrong_names(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is not a Hub repository; give owner/name"):
         push(folders["out"], "small", dry_run=True)
     AutoModelForCausalLM.from_pretrained(folders["out"]).save_pretrained(tmp_path / "saved")
@@ -220,7 +221,7 @@ def test_nothing_damaged_or_misnamed_leaves_the_machine(folders: dict[str, Path]
         push(folders["dense"], "me/small", dry_run=True)
 
 
-def test_the_card_tells_scores_and_limits(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_card_has_scores_and_limits(folders: dict[str, Path], tmp_path: Path) -> None:
     report = read(folders["out"])
     plain = card(report, "me/small", "version: 1")
     assert (
@@ -251,7 +252,8 @@ def test_the_card_tells_scores_and_limits(folders: dict[str, Path], tmp_path: Pa
         score(folders["dense"], protocol, save=True)
 
 
-def test_the_card_shows_every_layer(here: StandInHub, folders: dict[str, Path]) -> None:
+def test_card_has_every_layer(here: StandInHub, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmcompress.formats.hub.layers_png", layers_png)  # the real one
     report = read(folders["out"])
     kinds = group_by_kind(report)
     assert {kind: [depth for depth, _ in rows] for kind, rows in kinds.items()} == {kind: [0, 1] for kind in kinds}

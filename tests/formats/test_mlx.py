@@ -97,7 +97,7 @@ def test_every_grid_is_read_by_the_documented_packing(tmp_path: Path) -> None:
     assert not [name for name, tensor in tensors.items() if tensor.dtype not in (np.float16, np.uint32, np.uint8)]
 
 
-def test_what_mlx_cannot_hold_is_refused_or_dense(tmp_path: Path) -> None:
+def test_mlx_refuses_other_expressions_or_stores_them_dense(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "dense", **SIZES)
     steps = [{"method": "rtn", "bits": 4, "group_size": 16}]
     folder = lc.compress(source, {"version": 1, "rules": [{"match": "*", "steps": steps}]}, tmp_path / "out").folder
@@ -175,7 +175,7 @@ READ = [(family, kind) for family, row in MLX.families.items() for kind in ("def
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family, kind", READ, ids=[f"{family} {kind}" for family, kind in READ])
-def test_mlx_reads_every_entry_that_it_is_said_to(family: str, kind: str, tmp_path: Path) -> None:
+def test_mlx_reads_every_listed_entry(family: str, kind: str, tmp_path: Path) -> None:
     """Each has another value than its default."""
     mx = pytest.importorskip("mlx.core")
     load_model = pytest.importorskip("mlx_lm.utils").load_model

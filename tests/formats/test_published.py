@@ -78,7 +78,7 @@ def made(place: Path) -> Path:
     return out
 
 
-def test_checkpoints_and_cards_tell_nothing(made: Path, place: Path, tmp_path: Path) -> None:
+def test_checkpoints_and_cards_have_no_private_entries(made: Path, place: Path, tmp_path: Path) -> None:
     for name in ("plain", "target", "distilled"):
         found = shutil.copytree(made / name, tmp_path / name)
         assert (found / "recipe.yaml").is_file() and "text.txt" in (found / "recipe.yaml").read_text()
@@ -89,13 +89,13 @@ def test_checkpoints_and_cards_tell_nothing(made: Path, place: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("to", ["dense", "compressed-tensors", "mlx", "peft"])
-def test_exports_tell_nothing(to: str, made: Path, place: Path, tmp_path: Path) -> None:
+def test_exports_have_no_private_entries(to: str, made: Path, place: Path, tmp_path: Path) -> None:
     export(made / ("ranks" if to == "peft" else "plain"), tmp_path / to, to, allow_dense=True)
     assert list(tmp_path.rglob("*.safetensors"))
     assert not list(markers(tmp_path, place))
 
 
-def test_a_push_says_first_what_it_sends(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_announces_all_files_before_it_sends_them(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The list comes before anything goes, and nothing goes that is not on it."""
     order: list[Any] = []
 
@@ -104,6 +104,7 @@ def test_a_push_says_first_what_it_sends(made: Path, monkeypatch: pytest.MonkeyP
         return "there"
 
     monkeypatch.setattr("llmcompress.formats.hub._upload", upload)
+    monkeypatch.setattr("llmcompress.formats.hub.verify", lambda folder, **_: None)  # tested elsewhere, and slow
     (made / "plain" / "left.txt").unlink(missing_ok=True)
     push(made / "plain", "me/small", announce=lambda files: order.append(set(files)))
     assert order[0] == order[1] and {"model.safetensors", "config.json", "README.md"} <= order[0]
@@ -111,7 +112,7 @@ def test_a_push_says_first_what_it_sends(made: Path, monkeypatch: pytest.MonkeyP
     assert ended.exit_code == 0 and " files go to me/small" in ended.stderr and "model.safetensors  " in ended.stderr
 
 
-def test_a_push_leaves_what_older_releases_copied(
+def test_push_leaves_out_files_of_older_releases(
     made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(made / "plain", tmp_path / "old")
@@ -124,6 +125,7 @@ def test_a_push_leaves_what_older_releases_copied(
         return "there"
 
     monkeypatch.setattr("llmcompress.formats.hub._upload", upload)
+    monkeypatch.setattr("llmcompress.formats.hub.verify", lambda folder, **_: None)  # tested elsewhere, and slow
     assert set(push(folder, "me/small").files) == set(sent) and "wandb_key.json" in caplog.text
     assert "LICENSE" in sent and not [name for name, content in sent.items() if b"markerkey" in content + name.encode()]
     assert b"wandb_key" not in sent["manifest.json"]
@@ -134,7 +136,7 @@ def test_a_push_leaves_what_older_releases_copied(
     assert check_manifest(pulled)
 
 
-def test_code_named_by_a_config_is_dropped_and_told(
+def test_code_names_in_configs_are_dropped_with_a_warning(
     place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dense = shutil.copytree(place / FOLDER / "dense", tmp_path / "dense", symlinks=True)
@@ -150,7 +152,7 @@ def test_code_named_by_a_config_is_dropped_and_told(
 HOSTILE = "x|](https://huggingface.co) <img src=x> ![a](b) `</code>`\n---\n# title\n```\n**bold** _it_ ~~no~~ &lt;"
 
 
-def test_nothing_in_a_card_is_read_as_more_than_text(made: Path) -> None:
+def test_card_escapes_markdown_in_names(made: Path) -> None:
     """Names, sentences and the recipe of others: no tag, link, picture, heading, end of a block or a cell."""
     report = reports.read(made / "plain")
     rows = tuple(
@@ -177,7 +179,7 @@ def test_nothing_in_a_card_is_read_as_more_than_text(made: Path) -> None:
 
 
 @pytest.mark.parametrize("quiet", [False, True])
-def test_what_stays_behind_is_a_warning_of_the_command(quiet: bool, place: Path, tmp_path: Path) -> None:
+def test_command_warns_of_files_that_stay_behind(quiet: bool, place: Path, tmp_path: Path) -> None:
     words = ["drop", str(place / FOLDER / "dense"), "--blocks", "1", "-o", str(tmp_path / "short")]
     ended = CliRunner().invoke(app, [*words, *(["--quiet"] if quiet else [])])
     assert ended.exit_code == 0 and "wandb_key.json" not in ended.stdout

@@ -85,7 +85,7 @@ def test_fused_linears_multiply_as_their_parts(folder: Path, config: Any) -> Non
         assert layer.get_parameter("weight").dtype == torch.uint8 and len(list(layer.parameters())) == 1
 
 
-def test_a_linear_that_is_not_compressed_is_left_to_vllm(config: Any) -> None:
+def test_plain_linears_are_left_to_vllm(config: Any) -> None:
     layer = vllm.LinearBase(32, [16], config, "model.layers.0.self_attn.k_proj")
     assert type(layer.quant_method) is vllm.UnquantizedLinearMethod
     assert config.get_quant_method(torch.nn.Identity(), "model.layers.0.self_attn.attn") is None
@@ -112,7 +112,7 @@ def test_tables_look_up_rows_and_serve_a_tied_head(folder: Path, config: Any, pr
     torch.testing.assert_close(head.quant_method.apply(head, x), x @ expected.T)
 
 
-def test_what_cannot_be_loaded_is_said(folder: Path, config: Any) -> None:
+def test_vllm_errors_say_what_cannot_be_loaded(folder: Path, config: Any) -> None:
     name = "model.layers.0.self_attn.o_proj"
     with pytest.raises(InputError, match="o_proj is one payload, which is not cut; set tensor_parallel_size to 1"):
         vllm.LinearBase(32, [32], config, name, ranks=2)

@@ -54,7 +54,7 @@ def written(folder: Path) -> Path:
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", tiered(sorted(FAMILY_CONFIGS), {"llama", "phi3", "gpt2"}.__contains__))
-def test_what_is_left_passes_the_dropped_blocks_over(family: str, tmp_path: Path) -> None:
+def test_dropping_a_block_equals_skipping_it(family: str, tmp_path: Path) -> None:
     save_tiny(family, tmp_path / "whole", **four(family))
     lc.drop_blocks(tmp_path / "whole", [1], tmp_path / "short")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
@@ -67,7 +67,7 @@ def test_what_is_left_passes_the_dropped_blocks_over(family: str, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_it_equals_a_checkpoint_built_by_hand(tmp_path: Path) -> None:
+def test_dropped_checkpoint_equals_one_built_without_llmcompress(tmp_path: Path) -> None:
     """By a program that knows nothing but transformers, and never llmcompress."""
     folder = save_tiny("llama", tmp_path / "whole", num_hidden_layers=4)
     done = lc.drop_blocks(folder, [2, 0], tmp_path / "short")
@@ -99,7 +99,7 @@ def test_it_equals_a_checkpoint_built_by_hand(tmp_path: Path) -> None:
         assert (tmp_path / "short" / name).read_text() == (folder / name).read_text()
 
 
-def test_kept_blocks_are_those_of_the_original(tmp_path: Path) -> None:
+def test_config_lists_kept_blocks_of_the_original_model(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "whole", num_hidden_layers=4)
     lc.drop_blocks(tmp_path / "whole", [1], tmp_path / "once")
     lc.drop_blocks(tmp_path / "once", [0], tmp_path / "twice")
@@ -109,7 +109,7 @@ def test_kept_blocks_are_those_of_the_original(tmp_path: Path) -> None:
     assert getattr(AutoModelForCausalLM.from_pretrained(tmp_path / "again").config, KEPT) == [2, 3]
 
 
-def test_patterns_are_written_out(tmp_path: Path) -> None:
+def test_layer_patterns_become_lists(tmp_path: Path) -> None:
     """A config that says "every fourth block" means other blocks once one is gone."""
     folder = save_tiny("smollm3", tmp_path / "whole", num_hidden_layers=4, no_rope_layers=None)
     config = json.loads((folder / "config.json").read_text())
@@ -129,14 +129,14 @@ def test_patterns_are_written_out(tmp_path: Path) -> None:
         ([], "0 of the 4 blocks"),
     ],
 )
-def test_impossible_blocks_are_refused(blocks: Any, sentence: str, tmp_path: Path) -> None:
+def test_drop_blocks_refuses_impossible_blocks(blocks: Any, sentence: str, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "whole", num_hidden_layers=4)
     with pytest.raises(RecipeError, match=sentence):
         lc.drop_blocks(tmp_path / "whole", blocks, tmp_path / "short")
     assert not (tmp_path / "short").exists()
 
 
-def test_models_whose_blocks_cannot_move_are_refused(tmp_path: Path) -> None:
+def test_drop_blocks_refuses_models_that_number_their_blocks(tmp_path: Path) -> None:
     save_tiny("olmo", tmp_path / "olmo", hidden_size=32, intermediate_size=48, num_hidden_layers=2, tokenizer=False)
     with pytest.raises(InputError, match="model type 'olmo' is not in the table of families"):
         lc.drop_blocks(tmp_path / "olmo", [0], tmp_path / "short")
@@ -151,7 +151,7 @@ def test_models_whose_blocks_cannot_move_are_refused(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_cosines_equal_those_of_hidden_states_one_by_one() -> None:
+def test_run_cosines_equal_those_of_single_hidden_states() -> None:
     model: Any = tiny("llama", num_hidden_layers=4)
     ids = torch.arange(60).reshape(3, 20)
     states = list(model.model(ids, output_hidden_states=True).hidden_states)
@@ -171,7 +171,7 @@ def test_cosines_equal_those_of_hidden_states_one_by_one() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", tiered(sorted(FAMILY_CONFIGS), {"llama", "gpt2", "gemma2"}.__contains__))
-def test_damage_is_the_kl_of_the_model_that_passes_blocks_over(family: str, tmp_path: Path) -> None:
+def test_path_damages_are_the_kl_of_skipping_blocks(family: str, tmp_path: Path) -> None:
     save_tiny(family, tmp_path / "model", **four(family))
     model = load_model(locate(tmp_path / "model"))
     ids = torch.randint(3, 250, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -198,7 +198,7 @@ def with_idle_blocks(folder: Path) -> Path:
     return folder
 
 
-def test_blocks_that_are_not_missed_go(tmp_path: Path) -> None:
+def test_least_damage_finds_idle_blocks(tmp_path: Path) -> None:
     tried: list[int] = []
     text = str(written(tmp_path))
     model = with_idle_blocks(tmp_path / "model")
@@ -214,7 +214,7 @@ def tried_by(damage: Callable[[frozenset[int]], float]) -> Callable[[list[frozen
     return lambda sets: [damage(gone) for gone in sets]
 
 
-def test_a_search_takes_runs_greedy_sets_and_what_swaps_make_of_them() -> None:
+def test_search_blocks_tries_runs_greedy_sets_and_swaps() -> None:
     """Blocks alone cost their number; those that do each other's work, a run or three apart, cost more or less."""
 
     def of_a_run(gone: frozenset[int]) -> float:
@@ -231,13 +231,13 @@ def test_a_search_takes_runs_greedy_sets_and_what_swaps_make_of_them() -> None:
 
 
 @pytest.mark.slow
-def test_a_search_is_never_worse_than_the_best_run(tmp_path: Path) -> None:
+def test_least_damage_is_never_worse_than_the_best_run(tmp_path: Path) -> None:
     found = lc.least_damage(with_idle_blocks(tmp_path / "model"), 3, text=str(written(tmp_path)))
     assert len(found.runs) == 3 and found.damage <= min(found.runs) and {1, 3} <= set(found.blocks)
 
 
 @pytest.mark.slow
-def test_the_command_measures_what_it_drops(tmp_path: Path) -> None:
+def test_drop_command_reports_the_damage(tmp_path: Path) -> None:
     model, text = with_idle_blocks(tmp_path / "model"), str(written(tmp_path))
     words = ["drop", str(model), "--count", "2", "--text", text, "--json", "-o"]
     done = CliRunner().invoke(app, [*words, str(tmp_path / "short"), "--by", "damage"])
@@ -250,7 +250,7 @@ def test_the_command_measures_what_it_drops(tmp_path: Path) -> None:
     assert done.exit_code == 2 and not (tmp_path / "other").exists()
 
 
-def test_blocks_that_do_nothing_are_chosen(tmp_path: Path) -> None:
+def test_alike_blocks_finds_idle_blocks(tmp_path: Path) -> None:
     model: Any = tiny("llama", num_hidden_layers=5)
     for number in (2, 3):
         model.model.layers[number].self_attn.o_proj.weight.data.zero_()
@@ -264,17 +264,17 @@ def test_blocks_that_do_nothing_are_chosen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words, numbers", [("2", (2,)), ("13-15", (13, 14, 15)), ("4, 7-8", (4, 7, 8))])
-def test_blocks_in_words(words: str, numbers: tuple[int, ...]) -> None:
+def test_choose_blocks_reads_numbers_and_ranges(words: str, numbers: tuple[int, ...]) -> None:
     assert choose_blocks("unread", words, None).blocks == numbers
 
 
 @pytest.mark.parametrize("words, count", [("", None), ("4-2", None), ("a", None), ("1-", None), (None, None), ("1", 1)])
-def test_other_words_are_refused(words: str | None, count: int | None) -> None:
+def test_choose_blocks_refuses_other_texts(words: str | None, count: int | None) -> None:
     with pytest.raises(RecipeError, match="such as 4,7-9|exactly one of them"):
         choose_blocks("unread", words, count)
 
 
-def test_the_command_drops_and_says_what(tmp_path: Path) -> None:
+def test_drop_command_names_the_dropped_blocks(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "whole", num_hidden_layers=4)
     words = ["drop", str(tmp_path / "whole"), "--blocks", "1-2", "-o", str(tmp_path / "short")]
     done = CliRunner().invoke(app, [*words, "--json"])

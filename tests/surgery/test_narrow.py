@@ -64,7 +64,7 @@ def with_idle(family: str, folder: Path, *parts: Part) -> Path:
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", tiered(sorted(FAMILY_CONFIGS), {"llama", "phi3", "gpt2"}.__contains__))
-def test_idle_neurons_go_without_a_trace(family: str, tmp_path: Path, text: str) -> None:
+def test_narrow_removes_idle_neurons_without_a_change(family: str, tmp_path: Path, text: str) -> None:
     whole = with_idle(family, tmp_path / "whole", "neurons")
     done = lc.narrow(whole, tmp_path / "slim", neurons=45, text=text, samples=8)
     stays = tuple(unit for unit in range(48) if unit not in IDLE["neurons"])
@@ -75,7 +75,7 @@ def test_idle_neurons_go_without_a_trace(family: str, tmp_path: Path, text: str)
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", tiered(WITH_HEADS, {"llama", "qwen3"}.__contains__))
-def test_idle_heads_go_without_a_trace(family: str, tmp_path: Path, text: str) -> None:
+def test_narrow_removes_idle_heads_without_a_change(family: str, tmp_path: Path, text: str) -> None:
     whole = with_idle(family, tmp_path / "whole", "kv_heads", "neurons")
     done = lc.narrow(whole, tmp_path / "slim", neurons=45, kv_heads=1, text=text, samples=8)
     assert [part.kept for part in done.blocks[0].parts if part.part == "kv_heads"] == [(1,)]
@@ -85,7 +85,7 @@ def test_idle_heads_go_without_a_trace(family: str, tmp_path: Path, text: str) -
 
 
 @torch.no_grad()
-def test_the_damage_is_that_of_the_written_block(tmp_path: Path, text: str) -> None:
+def test_damage_is_that_of_the_written_block(tmp_path: Path, text: str) -> None:
     """Of the first block, whose inputs are the dense model's: by its outputs in both checkpoints."""
     whole = save_tiny("llama", tmp_path / "whole")
     done = lc.narrow(whole, tmp_path / "slim", neurons=24, kv_heads=1, text=text, samples=9)
@@ -108,7 +108,7 @@ def tokens_held_out(folder: Path, text: str) -> Tensor:
     return found
 
 
-def test_a_plan_is_what_is_written(tmp_path: Path, text: str) -> None:
+def test_narrow_without_output_reports_the_same(tmp_path: Path, text: str) -> None:
     whole = save_tiny("llama", tmp_path / "whole")
     how: dict[str, Any] = {"neurons": 0.5, "kv_heads": 1, "text": text, "samples": 8}
     plan = lc.narrow(whole, **how)
@@ -134,7 +134,7 @@ def test_a_plan_is_what_is_written(tmp_path: Path, text: str) -> None:
         ("gpt2", {"kv_heads": 1}, InputError, "heads of model type 'gpt2' cannot go"),
     ],
 )
-def test_it_says_what_cannot_go(
+def test_narrow_refuses_impossible_numbers(
     family: str, asked: dict[str, Any], error: type[LLMCompressError], sentence: str, tmp_path: Path, text: str
 ) -> None:
     folder = save_tiny(family, tmp_path / "whole")
@@ -143,13 +143,13 @@ def test_it_says_what_cannot_go(
     assert not (tmp_path / "slim").exists()
 
 
-def test_a_family_without_a_row_is_refused(tmp_path: Path, text: str) -> None:
+def test_narrow_refuses_a_family_without_a_row(tmp_path: Path, text: str) -> None:
     folder = save_tiny("stablelm", tmp_path / "whole", **FAMILY_CONFIGS["llama"])
     with pytest.raises(InputError, match="not in the table of families"):
         lc.narrow(folder, tmp_path / "slim", neurons=24, text=text)
 
 
-def test_the_command_shows_the_damage_and_writes_the_model(tmp_path: Path, text: str) -> None:
+def test_narrow_command_shows_the_damage_and_writes_the_model(tmp_path: Path, text: str) -> None:
     folder = str(save_tiny("llama", tmp_path / "whole"))
     command = ["narrow", folder, "--neurons", "0.5", "--kv-heads", "1", "--text", text, "--samples", "8"]
     assert CliRunner().invoke(app, command).exit_code == 2

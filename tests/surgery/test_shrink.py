@@ -40,7 +40,7 @@ def factors(bits_: int) -> tuple[LowRank, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", [16, 4, 1], ids=["values", "groups", "one scale"])
 @pytest.mark.parametrize("rank", [1, 2, 5])
-def test_the_first_components_are_left(kind: int, rank: int) -> None:
+def test_truncate_low_rank_keeps_the_first_components(kind: int, rank: int) -> None:
     term, left, right = factors(kind)
     base = Dense(torch.arange(80.0).reshape(8, 10))
     found = truncate_low_rank(RotatedInputs(Sum((base, term)), torch.ones(10, dtype=torch.bool), 2), rank)
@@ -50,7 +50,7 @@ def test_the_first_components_are_left(kind: int, rank: int) -> None:
     assert bits(found.inner.parts[1]) < bits(term)
 
 
-def test_nothing_is_taken_where_there_is_no_more() -> None:
+def test_truncate_low_rank_leaves_terms_of_lower_rank() -> None:
     term, _, _ = factors(16)
     base: Weight = Dense(torch.zeros(8, 10))
     for whole in (term, Sum((base, term)), base):
@@ -77,7 +77,7 @@ def logits(folder: Path, config: Any = None) -> torch.Tensor:
     return found
 
 
-def test_a_smaller_size_loads_and_is_counted(large: Path, tmp_path: Path) -> None:
+def test_shrunken_checkpoint_loads_and_is_counted(large: Path, tmp_path: Path) -> None:
     done = shrink(large, 2, tmp_path / "small")
     opened, before = CompressedCheckpoint(tmp_path / "small"), CompressedCheckpoint(large)
     assert done.terms == len(opened.layouts) and done.bytes_after == opened.bytes < done.bytes_before
@@ -136,7 +136,7 @@ def test_first_components_are_nearly_the_best_term_of_their_rank(large: Path, tm
         assert cut < without and cut < 1.1 * best
 
 
-def test_what_cannot_be_shrunk_is_refused(large: Path, tmp_path: Path) -> None:
+def test_shrink_refuses_impossible_ranks_and_tied_blocks(large: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="has no low-rank term of more than rank 6, so there is nothing to take away"):
         shrink(large, 6, tmp_path / "out")
     rules = [{"match": "*", "steps": [{"method": "rtn", "bits": 4}]}]
@@ -147,6 +147,6 @@ def test_what_cannot_be_shrunk_is_refused(large: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_says_what_it_did(large: Path, tmp_path: Path) -> None:
+def test_shrink_command_reports_sizes(large: Path, tmp_path: Path) -> None:
     found = CliRunner().invoke(app, ["shrink", str(large), "--rank", "1", "-o", str(tmp_path / "out")])
     assert found.exit_code == 0 and "of more than rank 1 were cut to it" in found.stdout

@@ -29,7 +29,7 @@ def refitted(weight: Tensor, hessian: Tensor, columns: list[int]) -> tuple[Tenso
 
 @pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("size", [1, 3])
-def test_what_stays_is_refitted_by_least_squares(by: str, size: int) -> None:
+def test_choose_units_refits_by_least_squares(by: str, size: int) -> None:
     weight, hessian = problem(12)
     found = choose_units(weight, hessian, 12 // size - 2, size, UnitScore(by))
     columns = [unit * size + i for unit in found.numbers for i in range(size)]
@@ -40,7 +40,7 @@ def test_what_stays_is_refitted_by_least_squares(by: str, size: int) -> None:
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("seed", range(4))
-def test_units_go_greedily(size: int, seed: int) -> None:
+def test_subset_removes_the_cheapest_unit_each_time(size: int, seed: int) -> None:
     """Fewer than the portions, so one at a time: each the one whose absence costs least then."""
     weight, hessian = problem(10, seed=seed)
     stays = list(range(10 // size))
@@ -51,14 +51,14 @@ def test_units_go_greedily(size: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_no_subset_is_better_than_the_best(seed: int) -> None:
+def test_subset_is_among_the_better_half_of_all_subsets(seed: int) -> None:
     weight, hessian = problem(8, seed=seed)
     errors = [refitted(weight, hessian, list(kept))[1] for kept in combinations(range(8), 5)]
     found = choose_units(weight, hessian, 5, score=UnitScore("subset"))
     assert min(errors) * (1 - 1e-9) <= found.error <= sorted(errors)[len(errors) // 2]
 
 
-def test_a_copy_goes_first_however_loud() -> None:
+def test_subset_removes_a_redundant_unit_of_large_norm() -> None:
     """Norms keep a loud unit that another one can stand in for; a subset is of units that need each other least."""
     weight, hessian = problem(9)
     spread = torch.eye(9, dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_a_copy_goes_first_however_loud() -> None:
     assert {3, 8} <= set(loud.numbers) and loud.error > 100 * found.error
 
 
-def test_random_units_depend_on_the_seed_alone() -> None:
+def test_random_units_depend_on_the_seed_only() -> None:
     weight, hessian = problem(12)
     kept = [choose_units(weight, hessian, 6, score=UnitScore("random", seed)).numbers for seed in (0, 0, 1)]
     assert kept[0] == kept[1] != kept[2]

@@ -53,8 +53,8 @@ def with_idle(family: str, folder: Path) -> Path:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2"])
-def test_idle_neurons_of_one_block_go_without_a_trace(family: str, tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("family", tiered(["llama", "phi3", "qwen2"], {"llama", "phi3"}.__contains__))
+def test_per_block_removes_idle_neurons_of_one_block_without_a_change(family: str, tmp_path: Path, text: str) -> None:
     """And equal widths would have hurt the other block."""
     whole = with_idle(family, tmp_path / "whole")
     done = lc.narrow(whole, tmp_path / "slim", neurons=36, per_block=True, text=text, samples=8)
@@ -72,7 +72,7 @@ def test_idle_neurons_of_one_block_go_without_a_trace(family: str, tmp_path: Pat
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", tiered(["llama", "qwen2", "qwen3"], "qwen3".__eq__))
-def test_idle_heads_of_one_block_go_without_a_trace(family: str, tmp_path: Path, text: str) -> None:
+def test_per_block_removes_an_idle_head_of_one_block_without_a_change(family: str, tmp_path: Path, text: str) -> None:
     """The key-value head of one block that nobody reads; it generates with a cache, and zeros fill it up again."""
     model = tiny(family)
     source = open_source(locate(save_tiny(family, tmp_path / "whole")))
@@ -94,7 +94,7 @@ def test_idle_heads_of_one_block_go_without_a_trace(family: str, tmp_path: Path,
 
 
 @torch.no_grad()
-def test_damages_are_those_of_whole_forwards(tmp_path: Path, text: str) -> None:
+def test_measure_widths_equals_whole_forwards(tmp_path: Path, text: str) -> None:
     """The KL of a model that transformers runs with one block's layer refitted to fewer neurons."""
     folder = save_tiny("llama", tmp_path / "whole")
     source = open_source(locate(folder))
@@ -128,7 +128,7 @@ def test_damages_are_those_of_whole_forwards(tmp_path: Path, text: str) -> None:
         assert damage == pytest.approx(float(kl_divergence(before, after).mean()), rel=0.02)
 
 
-def test_widths_are_the_cheapest_of_all_choices() -> None:
+def test_choose_widths_equals_the_best_of_all_choices() -> None:
     """Beside every choice there is; a damage that falls with fewer neurons, which is noise, is not believed."""
     widths: dict[Part, tuple[int, ...]] = {"kv_heads": (3, 2, 1), "neurons": (48, 36, 30, 12)}
     weights: dict[Part, int] = {"kv_heads": 20, "neurons": 3}
@@ -151,7 +151,7 @@ def test_widths_are_the_cheapest_of_all_choices() -> None:
     assert sum(block["kv_heads"] for block in found) != 6  # weights moved between heads and neurons
 
 
-def test_widths_to_try_are_multiples_and_hold_the_mean() -> None:
+def test_widths_to_try_are_multiples_and_include_the_mean() -> None:
     assert widths_to_try(1536, 1120, 32) == (1536, 1408, 1280, 1152, 1120, 1024, 768, 512, 256)
     assert widths_to_try(6, 5, 1) == (6, 5, 4, 3, 2, 1)
 
@@ -166,7 +166,7 @@ def slim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_it_is_a_dense_model_everywhere(slim: Path) -> None:
+def test_model_with_widths_by_block_opens_as_dense(slim: Path) -> None:
     source = open_source(locate(slim / "slim"))
     assert source.tensors["model.layers.0.mlp.down_proj.weight"].shape == (32, 24)
     candidate = describe_folder(locate(slim / "slim"), "bfloat16")
@@ -177,14 +177,14 @@ def test_it_is_a_dense_model_everywhere(slim: Path) -> None:
 
 
 @torch.no_grad()
-def test_transformers_saves_it_as_it_is(slim: Path, tmp_path: Path) -> None:
+def test_model_with_widths_by_block_is_saved_by_transformers(slim: Path, tmp_path: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(slim / "slim", dtype=torch.float32)
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(tmp_path / "again"), logits(slim / "slim"))
 
 
 @torch.no_grad()
-def test_it_can_be_compressed(slim: Path, tmp_path: Path) -> None:
+def test_model_with_widths_by_block_is_compressed(slim: Path, tmp_path: Path) -> None:
     """Some of its matrices, so that dense ones with sizes of their own stay beside them."""
     data = {"dataset": str(slim / "text.txt"), "samples": 8, "length": 32, "held_out": 2}
     rules = [{"match": "*.down_proj", "steps": [{"method": "gptq", "bits": 8, "group_size": 8}]}]
@@ -203,7 +203,7 @@ def test_it_can_be_compressed(slim: Path, tmp_path: Path) -> None:
     assert "quantization_config" not in json.loads((tmp_path / "filled" / "config.json").read_text())
 
 
-def test_it_is_distilled_to_the_same_shapes(slim: Path, tmp_path: Path) -> None:
+def test_model_with_widths_by_block_is_distilled_in_its_shapes(slim: Path, tmp_path: Path) -> None:
     data = {"dataset": str(slim / "text.txt"), "samples": 12, "length": 32, "held_out": 2}
     asked = {"version": 1, "data": data, "rates": {"weights": 1e-3, "norms": 1e-3}, "batch": 2, "steps": 3}
     distill(slim / "slim", slim / "dense", asked, tmp_path / "mended")
@@ -212,7 +212,7 @@ def test_it_is_distilled_to_the_same_shapes(slim: Path, tmp_path: Path) -> None:
     assert logits(tmp_path / "mended").isfinite().all()
 
 
-def test_what_would_lose_its_widths_is_refused(slim: Path, tmp_path: Path, text: str) -> None:
+def test_commands_that_would_lose_widths_by_block_refuse(slim: Path, tmp_path: Path, text: str) -> None:
     with pytest.raises(InputError, match="widths of their own"):
         lc.narrow(slim / "slim", tmp_path / "out", neurons=12, text=text, samples=8)
     with pytest.raises(InputError, match="widths of their own"):
@@ -223,7 +223,7 @@ def test_what_would_lose_its_widths_is_refused(slim: Path, tmp_path: Path, text:
 
 
 @pytest.mark.parametrize("family", tiered(sorted(FAMILY_CONFIGS), {"llama", "phi3", "gpt2"}.__contains__))
-def test_a_family_can_or_says_that_it_cannot(
+def test_per_block_works_for_a_family_or_refuses_it_first(
     family: str, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some store matrices turned, some run on nothing but values; these are refused before anything is measured."""

@@ -123,7 +123,7 @@ class GGUFModel(ModelConfig):
             writer.add_sliding_window(config.sliding_window)
         self.rotary.describe(writer)
 
-    # --- what llama.cpp would run otherwise ---------------------------------------------------------------------------
+    # --- obstacles ----------------------------------------------------------------------------------------------------
 
     def obstacles(self) -> Iterator[str]:
         """Yield the properties of the model that a GGUF file cannot say, or not to llama.cpp."""
@@ -171,7 +171,7 @@ class GGUFRotary(RotaryPositions):
         return self.kind == "linear" or (self.kind == "yarn" and bool(plain_yarn))
 
     def attention_factor(self) -> float:
-        """Return the attention factor that llama.cpp has to be told: beside that of YaRN where it knows it by name."""
+        """Return the attention factor for the file, without YaRN's own where llama.cpp knows YaRN by name."""
         own = 1 + 0.1 * math.log(max(self.factor, 1)) if self.by_name and self.kind == "yarn" else 1.0
         return self.scaled_frequencies()[1] / own if self.kind in ("yarn", "longrope") else 1.0
 
@@ -205,13 +205,13 @@ class GGUFRotary(RotaryPositions):
             writer.add_rope_scaling_attn_factors(attention)
 
     def notes(self) -> Iterator[str]:
-        """Yield sentences on what llama.cpp does otherwise."""
+        """Yield sentences on differences in llama.cpp."""
         if self.kind == "longrope":
             first = self.full["original_max_position_embeddings"]
             yield f"llama.cpp takes the long factors of positions where its context, not a text, exceeds {first}"
 
     def obstacles(self) -> Iterator[str]:
-        """Yield what a GGUF file cannot say of them, or not to llama.cpp."""
+        """Yield the properties that a GGUF file cannot say, or not to llama.cpp."""
         full, family, kind = self.full, self.family, self.kind
         if not getattr(self.config, "rope_parameters", None):
             return
@@ -230,7 +230,7 @@ class GGUFRotary(RotaryPositions):
             yield from self._window_obstacles()
 
     def _window_obstacles(self) -> Iterator[str]:
-        """Yield what is unusual in the positions of layers with a window."""
+        """Yield unusual positions in layers with a window."""
         full, window = self.full, self.window
         if window.get("rope_type") != "default":
             yield f"rotary positions of type {window.get('rope_type')!r} in layers with a window"

@@ -1,7 +1,7 @@
 """GGUF tensor types that hold expressions value for value.
 
-A grid of ours fits a simple type where its own integers are in the type's range, its scale is a float16 number and no
-block lies across two of its groups. It fits a K type where also the scales of each superblock are small multiples of
+A grid of ours fits a simple type if its integers are in the type's range, its scale is a float16 number and no block
+lies across two of its groups. It fits a K type if, besides, the scales of each superblock are small multiples of
 one number d: their greatest common divisor is taken for it. Where a type has one more integer on one side of 0, a group
 that needs it on the other side has its signs and that of its scale turned. Symmetric grids of an even number of levels
 are centred between two codes: the odd integers, at half the scale.
@@ -31,10 +31,10 @@ SMALLEST = 2.0**-24  # of which all float16 numbers are multiples
 
 @dataclass(frozen=True)
 class TensorType:
-    """One type of GGUF. `integers`: what k may be, empty for floats; `pack`: blocks `[O, N, block]` to their bytes.
+    """One type of GGUF. `integers`: the values of k, empty for floats; `pack`: returns the bytes of blocks.
 
-    `multiples`: what n may be, empty for one scale a block. `offsets`: what j may be; empty for none, and None for a
-    float16 offset.
+    `multiples`: the values of n, empty for one scale a block. `offsets`: the values of j, empty for no offset, None for
+    a float16 offset.
     """
 
     name: str
@@ -162,7 +162,7 @@ class ScaledIntegers:
 
     @cached_property
     def ends(self) -> tuple[int, int, bool]:
-        """The least and the largest k, and true if all are odd."""
+        """The least and the largest k, and True if all are odd."""
         return int(self.k.min()), int(self.k.max()), bool((self.k % 2 != 0).all())
 
     def blocks(self, kind: TensorType) -> Blocks | None:
@@ -217,7 +217,7 @@ class ScaledIntegers:
         return numbers.unflatten(1, (count, groups))
 
     def obstacle(self) -> str:
-        """Return why no type holds the matrix, after its name."""
+        """Return the reason why no type holds the matrix, as the end of a sentence."""
         if not bool((self.scale.half().float() == self.scale).all()):
             return "has scales that float16 cannot hold once they are halved"
         low, high, odd = self.ends
@@ -259,17 +259,14 @@ def _tells_groups(right: Grid, grid: Grid) -> bool:
 
 
 def common_divisor(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return d float16 `[O, N, 1]` and n int64 `[O, N, G]` with `scale = n d`, d the largest there is.
-
-    It is a float16 number, as it divides one.
-    """
+    """Return the largest d, float16 `[O, N, 1]`, and n, int64 `[O, N, G]`, with `scale = n d`."""
     numbers = (scale.double() / SMALLEST).round().long()
     common = reduce(torch.gcd, numbers.abs().unbind(2))[..., None]
     return (common.double() * SMALLEST).half(), numbers // common.clamp_min(1)
 
 
 def _integers(w: Grid) -> tuple[Tensor, Tensor]:
-    """Return `dense(w)` as integers k, int16 `[O, I]`, and the numbers they are times, float32 `[O or 1, groups]`."""
+    """Return `dense(w)` as integers k, int16 `[O, I]`, and their scales, float32 `[O or 1, groups]`."""
     codes, scale = w.codes.to(torch.int16), w.scale.float()
     if w.zero is not None:
         zero = w.zero.to(torch.int16)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types
 FILE = "tokenizer.json"
 BYTES = tuple(f"<0x{value:02X}>" for value in range(256))  # tokens for what has no other, in SentencePiece
-SPACE = "▁"  # what SentencePiece writes for a space
+SPACE = "▁"  # in SentencePiece
 
 SPACE_NOTES = {  # on llama.cpp, by the place of a pre-tokenizer's space; "late": before special tokens are looked for
     "never": (),

@@ -1,6 +1,6 @@
-"""To GGUF, which llama.cpp runs: `model.gguf`, and `lora.gguf` for low-rank terms beside what is held exactly.
+"""To GGUF, which llama.cpp runs: `model.gguf`, and `lora.gguf` for low-rank terms beside exact tensors.
 
-Grids stay value for value, in the smallest tensor type that allows it; what no type holds is refused, or stored in
+Grids stay value for value, in the smallest tensor type that allows it; other matrices are refused, or stored in
 bfloat16 where that is allowed, and listed. The checkpoint is read twice: to find every tensor's type, which the head of
 the file must list, then to write them one at a time.
 """
@@ -167,7 +167,7 @@ def _changes(plan: FilePlan, output: Path) -> Iterator[str]:
         yield f"{len(plan.factors)} low-rank terms became float32 LoRA factors in {output / ADAPTER}"
 
 
-# --- what goes where ------------------------------------------------------------------------------------------------
+# --- the plan -------------------------------------------------------------------------------------------------------
 
 
 def plan_file(opened: CompressedCheckpoint, model: GGUFModel, plan: FilePlan) -> FilePlan:

@@ -115,7 +115,7 @@ class PayloadMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register the payload, and what vLLM needs to load it.
+        """Register the payload, with its loader.
 
         Raises InputError under tensor parallelism, and for sizes other than the checkpoint's.
         """
@@ -142,7 +142,7 @@ class PayloadMethod(LinearMethodBase):
         values = loaded
         if self.given[number] is None:
             [(dtype, _, length)] = self.layouts[number].places().values()
-            stop = start + length  # without what fills it up to the next payload
+            stop = start + length  # without the padding before the next payload
             values = loaded.to(dtype).contiguous().reshape(-1).view(torch.uint8)
         if values.dtype != torch.uint8 or values.shape != (stop - start,):
             raise InputError(

@@ -65,7 +65,7 @@ def condense_experts(
         model: a folder or a Hub id (`org/name` or `org/name@revision`).
         output: a new or empty folder; None to look at the plan and write nothing.
         blocks: numbers of the blocks to condense; or
-        count: number of blocks to condense, those that it changes least.
+        count: number of blocks to condense, the least damaged ones.
         experts: routed experts that stay in a condensed block, beside the shared ones; by default as many as a token is
             given.
         text: the text to read, as `dataset` of a recipe's calibration.
@@ -291,8 +291,8 @@ def check_storable(mixture: ExpertMixture) -> None:
 
 
 def candidate_blocks(mixture: ExpertMixture, blocks: Iterable[int] | None, count: int | None) -> tuple[int, ...]:
-    """Return the blocks that may be condensed: those of `blocks`, else all, or the first `count` where only the first
-    ones can be dense. Raises RecipeError for blocks that cannot."""
+    """Return the blocks that may be condensed: `blocks`, else all, or the first `count` where only first ones can be
+    dense. Raises RecipeError for others."""
     with_experts = sorted(mixture.layers)
     if (blocks is None) == (count is None):
         raise RecipeError("give either the blocks to condense or how many, exactly one of them")

@@ -100,7 +100,7 @@ class ExpertsOutcome:
 
 @dataclass(frozen=True, eq=False)
 class ExpertsJob:
-    """A mixture, the new folder or None for a plan alone, and what is read to judge the change."""
+    """A change of a mixture. `output`: the new folder, None to write nothing; `calibration`: the text to judge by."""
 
     mixture: ExpertMixture
     output: Path | None
@@ -187,8 +187,10 @@ def open_job(
     device: str,
     progress: Progress | None,
 ) -> ExpertsJob:
-    """Return the job on the mixture that `model` names. Raises what `prune_experts` raises, but for numbers of
-    experts."""
+    """Return the job on the mixture that `model` names.
+
+    Raises RecipeError for too few samples, InputError for another model, DiskError for an output that cannot be made.
+    """
     place, target = device_of(device), None if output is None else Path(output)
     if target is not None:
         check_writable(target, 0)

@@ -2,8 +2,8 @@
 
 Experts are clustered by their mean outputs over all tokens of the text, by average linkage of Euclidean distances, and
 averaged with the shares of tokens that each is given (HC-SMoE, arXiv 2410.08589). Before that, the neurons of each are
-put into the order in which they match those of the cluster's most used expert best (as MC-SMoE, arXiv 2310.01334):
-swapping neurons changes nothing in an expert, but an average of neurons that do not match is no neuron.
+permuted to match the neurons of the cluster's most used expert best (as MC-SMoE, arXiv 2310.01334). A permutation
+changes nothing in an expert, while averages of neurons that do not match are useless.
 
 The papers keep the router and let several of its rows lead to one expert. No config can say that, so a cluster keeps
 the row of its most used expert, and stock transformers loads the result.
@@ -133,7 +133,7 @@ def cluster_experts(features: Tensor, counts: Tensor, keep: int, groups: int) ->
 
 @torch.no_grad()
 def _orders(experts: Experts, members: tuple[int, ...]) -> dict[int, Tensor]:
-    """Return the neurons `[width]` of each member, in the order in which they match those of the first one best."""
+    """Return the permutation `[width]` by which each member's neurons match the first member's best."""
     from scipy.optimize import linear_sum_assignment
 
     first, orders = _neurons(experts[members[0]]), {}

@@ -1,4 +1,4 @@
-"""Experts pruned: every block keeps the same number, and routers choose among those that stay.
+"""Experts pruned: every block keeps the same number, and routers choose among the rest.
 
 An expert is worth the mean over its tokens of the router's weight times the norm of its output (REAP, arXiv
 2510.13999). Router rows and biases of the others go with them; nothing else changes, and experts that stay keep their

@@ -3,9 +3,9 @@
 After LightMoE (arXiv 2603.12645), which replaces experts of little use by a base that several share plus a low-rank
 part of their own. A weight of the checkpoint format stores all that it needs, so a base would be stored once for every
 expert that shares it, and nothing would be saved: an expert is stored as factors alone. There is no annealing, since
-the factors come from a truncated SVD on the expert's own inputs; `distill` mends what they lose.
+the factors come from a truncated SVD on the expert's own inputs; `distill` mends their losses.
 
-The result is what `compress` writes: a recipe with one rule for the experts that go, the step `low_rank`, and another
+The result is a compressed checkpoint: a recipe with one rule for the experts that go, the step `low_rank`, and another
 that leaves everything else dense.
 """
 

@@ -8,32 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.surgery.experts.condense import fit_weights
 from llmcompress.surgery.experts.job import BlockFate, open_job
+from tests.surgery.experts.checkpoints import load_complete, logits
 from tests.tiers import tiered
 from tests.zoo import COUNT, save_zoo, text_for_calibration
 
 STORABLE = ("qwen2_moe", "qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3", "glm4_moe", "dots1")
 FAMILIES = tiered(STORABLE, {"qwen3_moe", "deepseek_v3"}.__contains__)
-
-
-def loaded(folder: Path) -> Any:
-    """The model, and nothing missing in its files or left over there."""
-    found: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    model, info = found
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    return model
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    ids = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(1))
-    found: Tensor = model(input_ids=ids).logits
-    return found
 
 
 class Constant(nn.Module):
@@ -62,11 +47,11 @@ class Constant(nn.Module):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_dense_layer_is_the_sum_of_constant_experts(family: str, tmp_path: Path) -> None:
+def test_condensed_layer_is_the_weighted_sum_of_experts(family: str, tmp_path: Path) -> None:
     save_zoo(family, tmp_path / "dense")
     text = str(text_for_calibration(tmp_path))
     report = lc.condense_experts(tmp_path / "dense", tmp_path / "out", count=1, experts=3, text=text, samples=4)
-    dense, out = loaded(tmp_path / "dense"), loaded(tmp_path / "out")
+    dense, out = load_complete(tmp_path / "dense"), load_complete(tmp_path / "out")
     [fate] = [block for block in report.blocks if block.block in report.settings["blocks"]]
     assert len([row for row in fate.experts if row.fate == "folded"]) == 3
     layer, block = out.model.layers[fate.block].mlp, dense.model.layers[fate.block]
@@ -81,10 +66,10 @@ def test_the_dense_layer_is_the_sum_of_constant_experts(family: str, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
-def test_constant_routing_is_condensed_exactly(family: str, tmp_path: Path) -> None:
+def test_condense_is_exact_for_uniform_routing(family: str, tmp_path: Path) -> None:
     """Routers that weigh all experts alike, which every token is given, leave nothing to lose."""
     save_zoo(family, tmp_path / "dense", num_experts_per_tok=COUNT)
-    model = loaded(tmp_path / "dense")
+    model = load_complete(tmp_path / "dense")
     for name, value in model.named_parameters():
         if name.endswith("mlp.gate.weight"):
             value.data.zero_()
@@ -93,10 +78,10 @@ def test_constant_routing_is_condensed_exactly(family: str, tmp_path: Path) -> N
     report = lc.condense_experts(tmp_path / "dense", tmp_path / "out", count=1, text=text, samples=6)
     [fate] = [block for block in report.blocks if block.block in report.settings["blocks"]]
     assert fate.damage < 1e-9
-    torch.testing.assert_close(logits(loaded(tmp_path / "out")), logits(model), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits(load_complete(tmp_path / "out")), logits(model), rtol=1e-3, atol=1e-4)
 
 
-def test_weights_are_those_of_least_squares() -> None:
+def test_fit_weights_equals_least_squares() -> None:
     outputs = torch.randn(5, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     target = torch.randn(40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     together = torch.cat([outputs, target[None]])
@@ -107,13 +92,13 @@ def test_weights_are_those_of_least_squares() -> None:
 
 
 @torch.no_grad()
-def test_the_first_expert_is_the_best_of_all_single_ones(tmp_path: Path) -> None:
+def test_condense_chooses_the_best_single_expert(tmp_path: Path) -> None:
     """By trying each on all tokens, in float64; and its weight is the best one."""
     save_zoo("qwen3_moe", tmp_path / "dense")
     text = str(text_for_calibration(tmp_path))
     report = lc.condense_experts(tmp_path / "dense", blocks=[0], experts=1, text=text, samples=4)
     tokens = open_job(tmp_path / "dense", None, text, 4, None, "cpu", None).tokens
-    model = loaded(tmp_path / "dense")
+    model = load_complete(tmp_path / "dense")
     block, seen = model.model.layers[0], []
     block.mlp.register_forward_hook(lambda _module, args, output: seen.append((args[0][0], output[0])))
     sizes = []
@@ -132,14 +117,14 @@ def test_the_first_expert_is_the_best_of_all_single_ones(tmp_path: Path) -> None
     assert row.number == best and row.weight == pytest.approx(weights[best], rel=1e-4)
 
 
-def test_the_blocks_that_it_harms_least_are_condensed(tmp_path: Path) -> None:
+def test_condense_count_takes_the_least_damaged_blocks(tmp_path: Path) -> None:
     save_zoo("qwen3_moe", tmp_path / "dense", num_hidden_layers=4)
     text = str(text_for_calibration(tmp_path))
     report = lc.condense_experts(tmp_path / "dense", tmp_path / "out", count=2, text=text, samples=4)
     harm = {block.block: block.considered for block in report.blocks}
     assert None not in harm.values()
     assert report.settings["blocks"] == sorted(sorted(harm, key=lambda one: harm[one] or 0.0)[:2])
-    out = loaded(tmp_path / "out")
+    out = load_complete(tmp_path / "out")
     assert out.config.mlp_only_layers == report.settings["blocks"]
     for block in report.blocks:
         is_chosen = block.block in report.settings["blocks"]
@@ -149,7 +134,7 @@ def test_the_blocks_that_it_harms_least_are_condensed(tmp_path: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.slow
-def test_dense_blocks_that_were_there_compute_the_same(tmp_path: Path) -> None:
+def test_condense_widens_dense_blocks_without_a_change(tmp_path: Path) -> None:
     """They become as wide as the condensed ones, by neurons of zero; or these become as wide as they are."""
     text = str(text_for_calibration(tmp_path))
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(2))
@@ -158,7 +143,7 @@ def test_dense_blocks_that_were_there_compute_the_same(tmp_path: Path) -> None:
         more = {"num_hidden_layers": 3, "mlp_only_layers": [1], "intermediate_size": width}
         save_zoo("qwen3_moe", place / "dense", **more)
         lc.condense_experts(place / "dense", place / "out", blocks=[2], experts=3, text=text, samples=2)
-        dense, out = loaded(place / "dense"), loaded(place / "out")
+        dense, out = load_complete(place / "dense"), load_complete(place / "out")
         assert out.config.mlp_only_layers == [1, 2] and out.config.intermediate_size == wide
         torch.testing.assert_close(out.model.layers[1].mlp(x), dense.model.layers[1].mlp(x))
         assert out.model.layers[2].mlp.up_proj.weight[96:].eq(0).all()
@@ -168,7 +153,7 @@ def test_dense_blocks_that_were_there_compute_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "gpt_oss", "granitemoe"])
-def test_types_without_dense_blocks_are_refused(family: str, tmp_path: Path) -> None:
+def test_condense_refuses_types_without_dense_blocks(family: str, tmp_path: Path) -> None:
     save_zoo(family, tmp_path / "dense")
     with pytest.raises(InputError, match=f"model type '{family}' cannot say .*; prune or replace its experts instead"):
         lc.condense_experts(tmp_path / "dense", tmp_path / "out", count=1)
@@ -188,7 +173,7 @@ def test_types_without_dense_blocks_are_refused(family: str, tmp_path: Path) -> 
         ({"count": 1, "experts": 5}, "experts is 5, where a block has 4; give a number from 1 to 4"),
     ],
 )
-def test_impossible_blocks_are_refused(asked: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+def test_condense_refuses_impossible_blocks(asked: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     save_zoo("deepseek_v3", tmp_path / "dense", num_hidden_layers=4)
     with pytest.raises(RecipeError, match=sentence):
         lc.condense_experts(tmp_path / "dense", **asked)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from itertools import permutations
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.surgery.experts.merge import cluster_experts
+from tests.surgery.experts.checkpoints import load_complete, logits
 from tests.tiers import tiered
 from tests.tiny import save_tiny
 from tests.zoo import COUNT, MIXTURES, save_zoo, text_for_calibration
@@ -21,26 +19,11 @@ from tests.zoo import COUNT, MIXTURES, save_zoo, text_for_calibration
 FAMILIES = tiered(MIXTURES, {"mixtral", "gpt_oss"}.__contains__)
 
 
-def loaded(folder: Path) -> Any:
-    """The model, and nothing missing in its files or left over there."""
-    found: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    model, info = found
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    return model
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    ids = torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(1))
-    found: Tensor = model(input_ids=ids).logits
-    return found
-
-
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
-def test_a_copy_with_shuffled_neurons_merges_without_a_loss(family: str, tmp_path: Path) -> None:
+def test_merge_of_a_copy_with_permuted_neurons_is_exact(family: str, tmp_path: Path) -> None:
     """Whichever of the two a token is given: its router row is a copy too, so the one that is left takes its place."""
     save_zoo(family, tmp_path / "dense", num_experts_per_tok=1, norm_topk_prob=True)
-    model = loaded(tmp_path / "dense")
+    model = load_complete(tmp_path / "dense")
     for block in model.model.layers:
         if hasattr(block.mlp, "experts"):
             gates, down = block.mlp.experts.gate_up_proj.data, block.mlp.experts.down_proj.data
@@ -53,27 +36,27 @@ def test_a_copy_with_shuffled_neurons_merges_without_a_loss(family: str, tmp_pat
     report = lc.merge_experts(tmp_path / "dense", tmp_path / "out", keep=COUNT - 1, text=text, samples=4)
     for block in report.blocks:
         assert [row.number for row in block.experts if row.fate == "merged"] == [1, 2] and block.damage < 1e-9
-    torch.testing.assert_close(logits(loaded(tmp_path / "out")), logits(model), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(load_complete(tmp_path / "out")), logits(model), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_mixture_loads_with_fewer_experts(family: str, tmp_path: Path) -> None:
+def test_merged_mixtures_load_with_fewer_experts(family: str, tmp_path: Path) -> None:
     save_zoo(family, tmp_path / "dense")
     text = str(text_for_calibration(tmp_path))
     report = lc.merge_experts(tmp_path / "dense", tmp_path / "out", keep=3, text=text, samples=4)
-    assert logits(loaded(tmp_path / "out")).isfinite().all()
+    assert logits(load_complete(tmp_path / "out")).isfinite().all()
     for block in report.blocks:
         assert {row.becomes for row in block.experts} == {0, 1, 2}
         assert len([row for row in block.experts if row.fate == "merged"]) == 2
 
 
 @torch.no_grad()
-def test_the_average_is_that_of_the_best_of_all_orders(tmp_path: Path) -> None:
+def test_merged_expert_averages_the_best_matched_neurons(tmp_path: Path) -> None:
     """Of experts with five neurons, by trying every order; the router row is that of the most used one."""
     save_zoo("qwen3_moe", tmp_path / "dense", moe_intermediate_size=5)
     text = str(text_for_calibration(tmp_path))
     report = lc.merge_experts(tmp_path / "dense", tmp_path / "out", keep=3, text=text, samples=4)
-    dense, out = loaded(tmp_path / "dense"), loaded(tmp_path / "out")
+    dense, out = load_complete(tmp_path / "dense"), load_complete(tmp_path / "out")
     for block in report.blocks:
         old, new = dense.model.layers[block.block].mlp, out.model.layers[block.block].mlp
         pair = sorted((row for row in block.experts if row.fate == "merged"), key=lambda row: -row.tokens)
@@ -89,7 +72,7 @@ def test_the_average_is_that_of_the_best_of_all_orders(tmp_path: Path) -> None:
         assert torch.equal(new.gate.weight[place], old.gate.weight[first])
 
 
-def test_clusters_are_those_of_average_linkage_one_step_at_a_time() -> None:
+def test_cluster_experts_equals_stepwise_average_linkage() -> None:
     features = torch.randn(9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     distances = torch.cdist(features, features)
     for keep in range(1, 9):
@@ -103,13 +86,13 @@ def test_clusters_are_those_of_average_linkage_one_step_at_a_time() -> None:
         assert all(each[0] == max(each) for each in found)  # which has the most tokens
 
 
-def test_clusters_stay_within_a_group_of_the_router() -> None:
+def test_cluster_experts_stays_within_router_groups() -> None:
     features = torch.tensor([0.0, 9.0, 20.0, 40.0, 0.0, 9.0, 20.0, 40.0], dtype=torch.float64)[:, None]
     found = cluster_experts(features, torch.ones(8), 4, 2)
     assert found == ((0, 1, 2), (3,), (4, 5, 6), (7,))
 
 
-def test_impossible_asks_are_refused(tmp_path: Path) -> None:
+def test_merge_refuses_impossible_numbers_and_other_models(tmp_path: Path) -> None:
     save_zoo("mixtral", tmp_path / "dense")
     with pytest.raises(RecipeError, match="each token of .* goes to 2 experts, so 1 are too few"):
         lc.merge_experts(tmp_path / "dense", keep=1)

@@ -24,6 +24,7 @@ from llmcompress.surgery.experts.mixture import open_mixture
 from llmcompress.surgery.experts.prune import plan_fewer_experts
 from tests.compression.test_towers import saved
 from tests.models.test_experts import DAMAGES
+from tests.surgery.experts.checkpoints import load_complete, logits, random_ids
 from tests.tiers import tiered
 from tests.tiny import save_tiny
 from tests.zoo import COUNT, MIXTURES, save_zoo, text_for_calibration
@@ -33,23 +34,8 @@ KEEP = 3
 GROUPED = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "norm_topk_prob": True}
 
 
-def ids(count: int = 24) -> Tensor:
-    return torch.randint(3, 250, (2, count), generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel, tokens: Tensor | None = None) -> Tensor:
-    found: Tensor = model(input_ids=ids() if tokens is None else tokens).logits
-    return found
-
-
-def loaded(folder: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model
-
-
-def kept(report: ExpertsReport) -> dict[str, list[int]]:
-    """The experts that stay, by the path of a block's."""
+def kept_experts(report: ExpertsReport) -> dict[str, list[int]]:
+    """Return the numbers of the experts that stay, by the path of their list."""
     return {block.path: [row.number for row in block.experts if row.fate == "kept"] for block in report.blocks}
 
 
@@ -66,16 +52,14 @@ def cut_by_hand(dense: PreTrainedModel, small: PreTrainedModel, stay: dict[str, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_checkpoint_is_what_a_hand_cuts_out(family: str, tmp_path: Path) -> None:
+def test_pruned_checkpoint_equals_a_manual_selection(family: str, tmp_path: Path) -> None:
     save_zoo(family, tmp_path / "dense")
     text = str(text_for_calibration(tmp_path))
     report = lc.prune_experts(tmp_path / "dense", tmp_path / "out", keep=KEEP, text=text, samples=4)
-    loading: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
-    small, info = loading
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    stay = kept(report)
+    small = load_complete(tmp_path / "out")
+    stay = kept_experts(report)
     assert stay and all(len(numbers) == KEEP for numbers in stay.values())
-    by_hand = cut_by_hand(loaded(tmp_path / "dense"), small, stay)
+    by_hand = cut_by_hand(load_complete(tmp_path / "dense"), small, stay)
     assert by_hand.keys() == small.state_dict().keys()
     assert all(torch.equal(value, by_hand[name]) for name, value in small.state_dict().items())
     assert logits(small).isfinite().all()
@@ -93,14 +77,14 @@ COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exper
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3"])
-def test_a_fresh_process_loads_it_without_llmcompress(family: str, tmp_path: Path) -> None:
+def test_pruned_checkpoint_loads_without_llmcompress(family: str, tmp_path: Path) -> None:
     save_zoo(family, tmp_path / "dense")
     text = str(text_for_calibration(tmp_path))
     report = lc.prune_experts(tmp_path / "dense", tmp_path / "out", keep=0.75, text=text, samples=4)
-    dense, config = loaded(tmp_path / "dense"), AutoConfig.from_pretrained(tmp_path / "out")
+    dense, config = load_complete(tmp_path / "dense"), AutoConfig.from_pretrained(tmp_path / "out")
     by_hand: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    by_hand.load_state_dict(cut_by_hand(dense, by_hand, kept(report)))
-    torch.save(ids(), tmp_path / "ids")
+    by_hand.load_state_dict(cut_by_hand(dense, by_hand, kept_experts(report)))
+    torch.save(random_ids(), tmp_path / "ids")
     program = (
         "import sys, torch, transformers as t\n"
         f"model = t.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r}, dtype=torch.float32)\n"
@@ -137,11 +121,11 @@ def chosen_by(model: PreTrainedModel, tokens: Tensor, layers: dict[int, str]) ->
     ],
     ids=["mixtral", "qwen3_moe", "deepseek_v3", "deepseek_v3 in groups"],
 )
-def test_an_expert_that_no_token_reached_is_not_missed(family: str, more: dict[str, Any], tmp_path: Path) -> None:
+def test_removing_unused_experts_changes_no_logits(family: str, more: dict[str, Any], tmp_path: Path) -> None:
     """Routers that normalise the weights of the chosen do not notice its absence."""
     save_zoo(family, tmp_path / "dense", **more)
-    mixture, dense = open_mixture(tmp_path / "dense"), loaded(tmp_path / "dense")
-    tokens = ids(3)[:1]
+    mixture, dense = open_mixture(tmp_path / "dense"), load_complete(tmp_path / "dense")
+    tokens = random_ids(3)[:1]
     used = chosen_by(dense, tokens, mixture.layers)
     plan, new = plan_fewer_experts(mixture, 6), dict[str, NewTensor]()
     for path, numbers in used.items():
@@ -151,8 +135,10 @@ def test_an_expert_that_no_token_reached_is_not_missed(family: str, more: dict[s
         new |= plan.new_tensors(path, tuple(sorted(stay)))
     with writing_model(plan.change.complete(new), plan.change.skeleton, tmp_path / "out") as files:
         files.finish()
-    assert loaded(tmp_path / "out").config.num_experts_per_tok == dense.config.num_experts_per_tok
-    torch.testing.assert_close(logits(loaded(tmp_path / "out"), tokens), logits(dense, tokens), rtol=1e-5, atol=1e-5)
+    assert load_complete(tmp_path / "out").config.num_experts_per_tok == dense.config.num_experts_per_tok
+    torch.testing.assert_close(
+        logits(load_complete(tmp_path / "out"), tokens), logits(dense, tokens), rtol=1e-5, atol=1e-5
+    )
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
@@ -180,27 +166,27 @@ def by_one_token(model: Any, tokens: Tensor, path: str) -> tuple[Tensor, Tensor,
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
-def test_scores_are_those_of_one_token_at_a_time(family: str, tmp_path: Path) -> None:
+def test_expert_scores_equal_those_of_single_tokens(family: str, tmp_path: Path) -> None:
     save_zoo(family, tmp_path / "dense")
     text = str(text_for_calibration(tmp_path))
     report = lc.prune_experts(tmp_path / "dense", keep=KEEP, text=text, samples=3)
     tokens = open_job(tmp_path / "dense", None, text, 3, None, "cpu", None).tokens
     assert tokens.held_out == 1
-    model = loaded(tmp_path / "dense")
+    model = load_complete(tmp_path / "dense")
     for block in report.blocks:
         counts, weights, scores = by_one_token(model, tokens.sequences[:-1], block.path)
         assert [row.tokens for row in block.experts] == counts.tolist()
         for row, weight, score in zip(block.experts, weights.tolist(), scores.tolist(), strict=True):
             assert row.router_weight == pytest.approx(weight, rel=1e-4) and row.score == pytest.approx(score, rel=1e-4)
         best = sorted(range(COUNT), key=lambda number: -scores[number])[:KEEP]
-        assert kept(report)[block.path] == sorted(best)
+        assert kept_experts(report)[block.path] == sorted(best)
         often = lc.prune_experts(tmp_path / "dense", keep=KEEP, text=text, samples=3, by="frequency")
         most = sorted(range(COUNT), key=lambda number: -counts[number])[:KEEP]
-        assert kept(often)[block.path] == sorted(most)
+        assert kept_experts(often)[block.path] == sorted(most)
 
 
 @torch.no_grad()
-def test_the_predicted_damage_is_that_of_the_written_block(tmp_path: Path) -> None:
+def test_predicted_damage_is_that_of_the_written_block(tmp_path: Path) -> None:
     """Of the first one, which no other change reaches."""
     save_zoo("qwen3_moe", tmp_path / "dense")
     text = str(text_for_calibration(tmp_path))
@@ -208,17 +194,19 @@ def test_the_predicted_damage_is_that_of_the_written_block(tmp_path: Path) -> No
     tokens = open_job(tmp_path / "dense", None, text, 10, None, "cpu", None).tokens.sequences[-2:]
     states = []
     for place in ("dense", "out"):
-        states.append(loaded(tmp_path / place)(input_ids=tokens, output_hidden_states=True).hidden_states[1].double())
+        states.append(
+            load_complete(tmp_path / place)(input_ids=tokens, output_hidden_states=True).hidden_states[1].double()
+        )
     shares = (states[1] - states[0]).square().sum(-1) / states[0].square().sum(-1)
     assert report.blocks[0].damage == pytest.approx(float(shares.mean()), rel=1e-4)
 
 
 @pytest.mark.slow
-def test_random_is_a_control_that_a_seed_repeats(tmp_path: Path) -> None:
+def test_random_scores_repeat_with_the_seed(tmp_path: Path) -> None:
     save_zoo("olmoe", tmp_path / "dense", num_experts=8)
     text = str(text_for_calibration(tmp_path))
     found = [
-        kept(lc.prune_experts(tmp_path / "dense", keep=4, text=text, samples=2, by="random", seed=seed))
+        kept_experts(lc.prune_experts(tmp_path / "dense", keep=4, text=text, samples=2, by="random", seed=seed))
         for seed in (0, 0, 1)
     ]
     assert found[0] == found[1] != found[2]
@@ -227,18 +215,20 @@ def test_random_is_a_control_that_a_seed_repeats(tmp_path: Path) -> None:
 # --- forms of storage -------------------------------------------------------------------------------------------------
 
 
-def test_groups_keep_as_many(tmp_path: Path) -> None:
+def test_each_router_group_keeps_as_many_experts(tmp_path: Path) -> None:
     save_zoo("deepseek_v3", tmp_path / "dense", **GROUPED)
     text = str(text_for_calibration(tmp_path))
     report = lc.prune_experts(tmp_path / "dense", tmp_path / "out", keep=4, text=text, samples=2)
-    for numbers in kept(report).values():
+    for numbers in kept_experts(report).values():
         assert len([number for number in numbers if number < 4]) == 2 and len(numbers) == 4
-    assert loaded(tmp_path / "out").config.n_group == 2 and logits(loaded(tmp_path / "out")).isfinite().all()
+    assert (
+        load_complete(tmp_path / "out").config.n_group == 2 and logits(load_complete(tmp_path / "out")).isfinite().all()
+    )
 
 
-def test_stored_types_stay(tmp_path: Path) -> None:
+def test_pruned_tensors_keep_their_dtype(tmp_path: Path) -> None:
     save_zoo("qwen3_moe", tmp_path / "dense")
-    loaded(tmp_path / "dense").bfloat16().save_pretrained(tmp_path / "dense")
+    load_complete(tmp_path / "dense").bfloat16().save_pretrained(tmp_path / "dense")
     text = str(text_for_calibration(tmp_path))
     report = lc.prune_experts(tmp_path / "dense", tmp_path / "out", keep=KEEP, text=text, samples=2)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
@@ -252,7 +242,7 @@ def test_the_tower_of_a_model_with_images_is_pruned(tmp_path: Path) -> None:
     report = lc.prune_experts(tmp_path / "dense", tmp_path / "out", keep=3, text="builtin", samples=2)
     small = AutoModelForMultimodalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert type(small) is type(dense)
-    by_hand = cut_by_hand(dense, small, kept(report))
+    by_hand = cut_by_hand(dense, small, kept_experts(report))
     assert all(torch.equal(value, by_hand[name]) for name, value in small.state_dict().items())
 
 
@@ -271,7 +261,7 @@ def test_the_tower_of_a_model_with_images_is_pruned(tmp_path: Path) -> None:
         ({"keep": 3, "samples": 1}, "1 samples of text leave none to judge on; ask for at least 2"),
     ],
 )
-def test_impossible_numbers_are_refused(asked: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+def test_prune_refuses_impossible_numbers(asked: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     save_zoo("mixtral", tmp_path / "dense")
     with pytest.raises(RecipeError, match=sentence):
         lc.prune_experts(tmp_path / "dense", tmp_path / "out", **asked)
@@ -279,7 +269,7 @@ def test_impossible_numbers_are_refused(asked: dict[str, Any], sentence: str, tm
 
 
 @pytest.mark.parametrize("keep", [5, 2])
-def test_groups_that_would_be_unequal_or_too_small_are_refused(keep: int, tmp_path: Path) -> None:
+def test_prune_refuses_unequal_or_too_small_groups(keep: int, tmp_path: Path) -> None:
     save_zoo("deepseek_v3", tmp_path / "dense", **GROUPED)
     with pytest.raises(RecipeError, match="choose 1 of 2 groups .* keep a multiple of 2, at least 4"):
         lc.prune_experts(tmp_path / "dense", keep=keep)
@@ -288,7 +278,7 @@ def test_groups_that_would_be_unequal_or_too_small_are_refused(keep: int, tmp_pa
 @pytest.mark.parametrize(
     "damage", ["fewer experts announced", "more experts announced", "an expert of another width", "no router"]
 )
-def test_damaged_mixtures_are_refused(damage: str, tmp_path: Path) -> None:
+def test_prune_refuses_damaged_mixtures(damage: str, tmp_path: Path) -> None:
     folder = save_zoo("mixtral", tmp_path / "model")
     change, sentence = DAMAGES[damage]
     change(folder)
@@ -296,7 +286,7 @@ def test_damaged_mixtures_are_refused(damage: str, tmp_path: Path) -> None:
         lc.prune_experts(folder, tmp_path / "out", keep=3)
 
 
-def test_models_without_experts_and_full_folders_are_refused(tmp_path: Path) -> None:
+def test_prune_refuses_models_without_experts_and_full_folders(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "llama")
     with pytest.raises(InputError, match=r"is no mixture of experts \(model type 'llama'\).*; choose a mixture"):
         lc.prune_experts(tmp_path / "llama", keep=3)

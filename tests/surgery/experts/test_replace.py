@@ -38,7 +38,7 @@ def replaced(report: ExpertsReport) -> set[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_least_used_become_factors_and_nothing_else_moves(family: str, tmp_path: Path) -> None:
+def test_replace_stores_the_least_used_experts_as_factors_only(family: str, tmp_path: Path) -> None:
     save_zoo(family, tmp_path / "dense")
     text = str(text_for_calibration(tmp_path))
     plan = lc.replace_experts(tmp_path / "dense", count=2, rank=4, text=text, samples=4, by="frequency")
@@ -67,7 +67,7 @@ def test_the_least_used_become_factors_and_nothing_else_moves(family: str, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3"])
-def test_a_fresh_process_computes_the_same(family: str, tmp_path: Path) -> None:
+def test_replaced_checkpoint_computes_its_factors_in_a_new_process(family: str, tmp_path: Path) -> None:
     save_zoo(family, tmp_path / "dense")
     text = str(text_for_calibration(tmp_path))
     lc.replace_experts(tmp_path / "dense", tmp_path / "out", count=0.5, text=text, samples=4)
@@ -88,7 +88,7 @@ def test_a_fresh_process_computes_the_same(family: str, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.load(tmp_path / "logits"), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_a_share_of_the_bytes_is_kept_to(tmp_path: Path) -> None:
+def test_replaced_experts_take_their_share_of_bytes(tmp_path: Path) -> None:
     save_zoo("qwen3_moe", tmp_path / "dense")
     text = str(text_for_calibration(tmp_path))
     report = lc.replace_experts(tmp_path / "dense", count=2, share=0.3, text=text, samples=2)
@@ -102,7 +102,7 @@ def test_a_share_of_the_bytes_is_kept_to(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
-def test_distillation_brings_it_back(family: str, tmp_path: Path) -> None:
+def test_distillation_improves_replaced_experts(family: str, tmp_path: Path) -> None:
     save_zoo(family, tmp_path / "dense")
     text = str(text_for_calibration(tmp_path))
     lc.replace_experts(tmp_path / "dense", tmp_path / "out", count=3, rank=2, text=text, samples=4)
@@ -126,20 +126,20 @@ def test_distillation_brings_it_back(family: str, tmp_path: Path) -> None:
         ({"count": 2, "by": "luck"}, "by is 'luck'"),
     ],
 )
-def test_impossible_numbers_are_refused(asked: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+def test_replace_refuses_impossible_numbers(asked: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     save_zoo("qwen3_moe", tmp_path / "dense")
     with pytest.raises(RecipeError, match=sentence):
         lc.replace_experts(tmp_path / "dense", tmp_path / "out", **asked)
     assert not (tmp_path / "out").exists()
 
 
-def test_models_without_experts_are_refused(tmp_path: Path) -> None:
+def test_replace_refuses_models_without_experts(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is no mixture of experts"):
         lc.replace_experts(save_tiny("llama", tmp_path / "llama"), count=1)
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_is_resumed(tmp_path: Path) -> None:
+def test_replace_resumes_an_interrupted_run(tmp_path: Path) -> None:
     save_zoo("qwen3_moe", tmp_path / "dense")
     asked: dict[str, Any] = {"count": 2, "rank": 2, "text": str(text_for_calibration(tmp_path)), "samples": 2}
     calls = []
@@ -158,7 +158,7 @@ def test_an_interrupted_run_is_resumed(tmp_path: Path) -> None:
     assert whole.blocks == report.blocks and lc.verify(tmp_path / "out").layers == lc.verify(tmp_path / "whole").layers
 
 
-def test_experts_without_gates_are_replaced_too(tmp_path: Path) -> None:
+def test_replace_works_for_experts_without_gates(tmp_path: Path) -> None:
     [family] = NO_GATE
     save_zoo(family, tmp_path / "dense")
     text = str(text_for_calibration(tmp_path))
