@@ -14,8 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from llmcompress.losses.divergence import kl, log_probabilities, over_tokens, wide
-from llmcompress.losses.features import Features, feature_loss
-from llmcompress.losses.loss import LossConfig, LossState, Predictions, SumAndCount, loss
+from llmcompress.losses.loss import Features, LossConfig, LossState, Predictions, SumAndCount, feature_loss, loss
 
 
 class Reliable(LossConfig):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmcompress.errors import RecipeError
-from llmcompress.losses.features import reads_states
+from llmcompress.losses.loss import reads_states
 from llmcompress.models.files.file_names import RECIPE
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import read_recipe

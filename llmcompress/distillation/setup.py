@@ -26,7 +26,7 @@ from llmcompress.distillation.student.model import Student
 from llmcompress.distillation.teacher.cached import measured_bias, remembered, taught_from_cache
 from llmcompress.distillation.teacher.predictions import ReadsAlong, ReadsBeginning, Teaching, Unheard
 from llmcompress.distillation.teacher.quantized import taught_by_quantized
-from llmcompress.losses.features import reads_states
+from llmcompress.losses.loss import reads_states
 from llmcompress.models.dense.headers import stored_dtype
 from llmcompress.models.dense.load import check_fits, load_model
 from llmcompress.models.dense.locate import Place

@@ -1,4 +1,4 @@
-"""Balanced divergences after BD-KD (arXiv 2212.12965), not checked against its code: the weights are our reading.
+"""Balanced divergences after BD-KD (arXiv 2212.12965); the weights are our reading, not checked against its code.
 
 Forward and reverse KL are added, and one of them is raised at every token. Where the student is less certain than its
 teacher (by entropy), reverse KL is raised, which sharpens it; elsewhere forward KL is raised, which spreads it. The

@@ -1,9 +1,9 @@
 """Divergences between two distributions over the vocabulary, from log-probabilities.
 
-Everything is computed in float32 (float64 stays float64): in bfloat16 a divergence has an error floor near 0.01.
+Everything is float32, or float64 for float64 logits: in bfloat16 a divergence has an error floor near 0.01.
 
-A class that either model rules out is left out for both: it gets no probability, no loss and no gradient, and the rest
-is normalised without it. Such a class has a logit of -inf or nearly so (see FLOOR), as in heads padded to a round size.
+A class that either model rules out, by a logit of FLOOR or below, is left out for both: it gets no probability, no loss
+and no gradient, and the rest is normalised without it. Heads padded to a round size have such classes.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor
 
 from llmcompress.losses.loss import LossConfig, Predictions, Reads, SumAndCount
 
-# At or below it, a logit means "never". It takes the place of -inf: its exponential is 0 just the same, but the
-# difference of two of it is 0 and 0 times it is 0, where -inf would make NaN. float32 has room to add a few of it.
+# Takes the place of -inf: its exponential is 0 just the same, but the difference of two of it is 0 and 0 times it is 0,
+# where -inf would make NaN. float32 has room to add a few of it.
 FLOOR = -1e30
 
 
 class TemperedConfig(LossConfig):
-    """A loss between distributions softened by a temperature T, times T^2: gradients keep their size over T."""
+    """A loss between distributions softened by a temperature T, times T^2, so that gradients keep their size."""
 
     temperature: float = Field(1.0, ge=0.01, le=100, description="both models' logits are divided by it")
-    merges: ClassVar[bool] = False  # true: merging classes leaves it a divergence between the models, and a lower bound
+    merges: ClassVar[bool] = False  # True if merging classes leaves it a divergence between the models, a lower bound
 
     def reads(self) -> Reads:
         """See `LossConfig.reads`. With a temperature other than 1, merged classes do not suffice."""
@@ -34,7 +34,7 @@ class TemperedConfig(LossConfig):
 
 
 def wide(values: Tensor) -> Tensor:
-    """Return logits in the precision of the losses: float32, or float64 if they are float64 already."""
+    """Values in the precision of the losses: float32, or float64 if they are float64 already."""
     return values if values.dtype == torch.float64 else values.float()
 
 
@@ -71,7 +71,7 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
 
 
 def entropy(log_a: Tensor) -> Tensor:
-    """Return the entropy in nats, [tokens, classes] -> [tokens]."""
+    """The entropy in nats, [tokens, classes] -> [tokens]."""
     return -(log_a.exp() * log_a).sum(-1)
 
 

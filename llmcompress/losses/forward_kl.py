@@ -30,8 +30,8 @@ def forward_kl(predictions: Predictions, config: ForwardKL, state: LossState | N
 
 
 class _Divergence(torch.autograd.Function):
-    """KL of logits, [tokens, vocabulary] -> [tokens]. Its gradient is made on the way, in place: a loss is all passes
-    over memory, and differentiating it operation by operation takes twice as many."""
+    """KL of logits, [tokens, vocabulary] -> [tokens]. Computes its gradient on the way, in place, which takes half the
+    passes over memory."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:

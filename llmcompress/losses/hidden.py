@@ -11,11 +11,10 @@ from pydantic import Field
 
 from llmcompress.errors import InputError
 from llmcompress.losses.divergence import wide
-from llmcompress.losses.features import Features, feature_loss
-from llmcompress.losses.loss import LossConfig, SumAndCount
+from llmcompress.losses.loss import Features, LossConfig, SumAndCount, feature_loss
 
 
-class Hidden(LossConfig):
+class HiddenStates(LossConfig):
     """Arguments of `hidden`."""
 
     loss: Literal["hidden"] = "hidden"
@@ -33,12 +32,11 @@ class Hidden(LossConfig):
         return True
 
 
-@feature_loss("hidden", Hidden)
-def hidden(features: Features, config: Hidden) -> SumAndCount:
-    """Sum / count is the mean of tokens' relative errors, or for `layer` the relative error of all tokens together.
+@feature_loss("hidden", HiddenStates)
+def relative_error(features: Features, config: HiddenStates) -> SumAndCount:
+    """The relative errors of tokens and their number; per layer, the squared error and the teacher's energy.
 
-    The count is then the teacher's energy. A token whose teacher state is zero has no error per token. Raises
-    InputError for different widths.
+    A token whose teacher state is zero has no error per token. Raises InputError for different widths.
     """
     student, teacher = wide(features.student), wide(features.teacher.detach())
     if student.shape != teacher.shape:

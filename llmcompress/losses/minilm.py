@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llmcompress.errors import InputError
 from llmcompress.losses.divergence import FLOOR, kl, wide
-from llmcompress.losses.features import Features, feature_loss
-from llmcompress.losses.loss import LossConfig, SumAndCount
+from llmcompress.losses.loss import Features, LossConfig, SumAndCount, feature_loss
 
 
 class MiniLM(LossConfig):
@@ -31,10 +30,10 @@ class MiniLM(LossConfig):
 
 @feature_loss("minilm", MiniLM)
 def minilm(features: Features, config: MiniLM) -> SumAndCount:
-    """KL in nats over positions, of the mean over relation heads, and the number of positions.
+    """KL in nats over positions, the mean over relation heads, and the number of positions.
 
-    States are [sequences, length, width]; positions that do not count are not related to either. Relations are
-    computed again for the gradient, a chunk at a time. Raises InputError for a width that has no such heads.
+    States are [sequences, length, width]. Positions that do not count are related to none. The backward pass
+    recomputes relations, a chunk at a time. Raises InputError for a width that the heads do not divide.
     """
     keep = features.keep
     if keep is None:

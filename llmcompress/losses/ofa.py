@@ -31,10 +31,10 @@ class OFA(LossConfig):
 def ofa(predictions: Predictions, config: OFA, state: LossState | None) -> SumAndCount:
     """In nats. The gradient is mass q - target, mass being the sum of the target."""
     log_q, log_p = log_probabilities(predictions)
-    return over_tokens(-(enhanced(log_p.exp(), predictions.targets, config.gamma) * log_q).sum(-1))
+    return over_tokens(-(enhance_truth(log_p.exp(), predictions.targets, config.gamma) * log_q).sum(-1))
 
 
-def enhanced(probabilities: Tensor, targets: Tensor, gamma: float) -> Tensor:
+def enhance_truth(probabilities: Tensor, targets: Tensor, gamma: float) -> Tensor:
     """(p + e)^gamma - e of p [tokens, vocabulary] and the true tokens [tokens]."""
     true = targets[:, None]
     p_true = probabilities.gather(-1, true)

@@ -49,7 +49,7 @@ class TAID(LossConfig):
 
 
 class Interpolation:
-    """Progress of the target: the teacher's share `t`, the `momentum` of the loss's fall, the previous loss."""
+    """The teacher's share `t` in the target, the `momentum` of the loss's fall, the previous loss."""
 
     def __init__(self, config: TAID) -> None:
         self.config = config

@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 import llmcompress.losses  # noqa: F401 (registers them)
-from llmcompress.losses.features import any_loss_config, reads_states
-from llmcompress.losses.loss import LossConfig
+from llmcompress.losses.loss import LossConfig, loss_config, reads_states
 from llmcompress.recipe.data import Mixture, Texts, TextSource
 from llmcompress.recipe.sections import Adaptation, Estimator, Freezing, Kind, OnPolicy, Rate, Rates, Regrowth, Teacher
 
@@ -20,7 +19,7 @@ def _read_loss(value: Any) -> Any:
         return value
     if not isinstance(value, dict) or not isinstance(value.get("loss"), str):
         raise ValueError("a loss is a map such as {loss: forward_kl}")
-    return any_loss_config(value)
+    return loss_config(value)
 
 
 class Schedule(BaseModel):

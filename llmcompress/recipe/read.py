@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from llmcompress.errors import RecipeError
-from llmcompress.losses.features import feature_losses
-from llmcompress.losses.loss import LossConfig, losses
+from llmcompress.losses.loss import LossConfig, feature_losses, losses
 from llmcompress.methods.layer import StepConfig, methods
 from llmcompress.recipe.calibration import Calibration, file_sha256, hide_folder, is_file, last_part
 from llmcompress.recipe.compression import Origin, Recipe

@@ -15,8 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from llmcompress.errors import RecipeError
-from llmcompress.losses.features import feature_losses
-from llmcompress.losses.loss import LossConfig, losses
+from llmcompress.losses.loss import LossConfig, feature_losses, losses
 from llmcompress.methods.layer import StepConfig, methods
 from llmcompress.recipe.yaml import Path, Places, at, shorten
 

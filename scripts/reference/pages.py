@@ -211,8 +211,7 @@ def _recipes(names: list[str], results: dict[str, str]) -> str:
 def losses_page() -> str:
     """Return the page on the losses, read from their two registries."""
     import llmcompress.losses  # noqa: F401 (registers them)
-    from llmcompress.losses.features import feature_losses
-    from llmcompress.losses.loss import losses
+    from llmcompress.losses.loss import feature_losses, losses
 
     groups: list[tuple[str, Mapping[str, Any]]] = [
         ("Losses on predictions", losses()),

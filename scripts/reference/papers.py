@@ -136,8 +136,7 @@ def _place(path: Path) -> str:
 def _registered() -> set[str]:
     import llmcompress.losses
     import llmcompress.methods  # noqa: F401 (both register what they hold)
-    from llmcompress.losses.features import feature_losses
-    from llmcompress.losses.loss import losses
+    from llmcompress.losses.loss import feature_losses, losses
     from llmcompress.methods.layer import methods
 
     return {*methods(), *losses(), *feature_losses()}

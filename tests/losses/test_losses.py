@@ -167,6 +167,8 @@ def test_float32_is_near_float64(config: LossConfig) -> None:
 def test_an_unknown_loss_is_guessed() -> None:
     with pytest.raises(ValueError, match="unknown loss 'foward_kl'; did you mean 'forward_kl'"):
         loss_config({"loss": "foward_kl"})
+    with pytest.raises(ValueError, match="unknown loss 'minlm'; did you mean 'minilm'"):
+        loss_config({"loss": "minlm"})
     with pytest.raises(ValueError, match="unknown loss None; known: bdkd, cross_entropy, dad"):
         loss_config({})
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from llmcompress.losses.ofa import enhanced
+from llmcompress.losses.ofa import enhance_truth
 from tests.losses.cases import config, random_predictions, solved, value
 
 GIVEN = random_predictions()
@@ -106,9 +106,9 @@ def test_dad_prefers_tokens_on_which_the_teacher_hesitates() -> None:
 def test_enhancement_raises_the_truth_and_lowers_the_rest() -> None:
     p = GIVEN.teacher.detach().softmax(-1)
     true = torch.nn.functional.one_hot(GIVEN.targets, 11).bool()
-    assert_close(enhanced(p, GIVEN.targets, 1.0), p, **EXACT)
+    assert_close(enhance_truth(p, GIVEN.targets, 1.0), p, **EXACT)
     before = p
     for gamma in (1.2, 1.5, 2.0):
-        target = enhanced(p, GIVEN.targets, gamma)
+        target = enhance_truth(p, GIVEN.targets, gamma)
         assert (target[true] > before[true]).all() and (target[~true] < before[~true]).all()
         before = target

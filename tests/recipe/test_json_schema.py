@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 
 from llmcompress.cli.app import app
 from llmcompress.errors import RecipeError
-from llmcompress.losses.features import feature_losses
-from llmcompress.losses.loss import losses
+from llmcompress.losses.loss import feature_losses, losses
 from llmcompress.methods.layer import methods
 from llmcompress.recipe.read import dump, parse_recipe, read_recipe
 from llmcompress.recipe.yaml import parse

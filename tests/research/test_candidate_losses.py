@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmcompress.losses.features import Features
-from llmcompress.losses.loss import Predictions
+from llmcompress.losses.loss import Features, Predictions
 
 
 def predictions() -> Predictions:

@@ -10,7 +10,7 @@ import lessons
 import pytest
 import torch
 
-from llmcompress.losses import features, loss
+from llmcompress.losses import loss
 from llmcompress.recipe.distillation import Distillation
 from tests.tiny import tiny
 
@@ -30,7 +30,7 @@ RUNS = [
 def candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     """The losses that only the arena knows, until the test ends."""
     monkeypatch.setattr(loss, "_LOSSES", loss.losses())
-    monkeypatch.setattr(features, "_FEATURE_LOSSES", features.feature_losses())
+    monkeypatch.setattr(loss, "_FEATURE_LOSSES", loss.feature_losses())
     candidate_losses.register()
 
 

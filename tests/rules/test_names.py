@@ -67,7 +67,6 @@ UNMENDED = {
     "data",
     "distillation",
     "evaluation",
-    "losses",
     "models",
     "recipe",
 }

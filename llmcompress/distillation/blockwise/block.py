@@ -32,8 +32,8 @@ from llmcompress.data.schedule import rate, rows
 from llmcompress.distillation.student.model import Student
 from llmcompress.distillation.student.oscillation import Freezer
 from llmcompress.errors import NumericsError
-from llmcompress.losses.features import Features, measure_features
-from llmcompress.losses.hidden import Hidden
+from llmcompress.losses.hidden import HiddenStates
+from llmcompress.losses.loss import Features, measure_features
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.reconstruction import Reconstruction
 from llmcompress.runtime.json_values import JsonRecord
@@ -69,7 +69,7 @@ class Activations:
     def error(self, block: Block) -> Tensor:
         """Return the sum over tokens of a block's relative errors, a scalar with gradient."""
         features = Features(block(self.inputs.float()), self.wanted.float(), self.counted)
-        return measure_features(features, Hidden())[0]
+        return measure_features(features, HiddenStates())[0]
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from llmcompress.distillation.objective.projections import Pair, projection_name, projections
 from llmcompress.errors import RecipeError, list_names
 from llmcompress.losses.divergence import wide
-from llmcompress.losses.features import Features, measure_features, reads_states
-from llmcompress.losses.loss import SumAndCount
+from llmcompress.losses.loss import Features, SumAndCount, measure_features, reads_states
 from llmcompress.models.dense.blocks import body, depth, matched_blocks, states_between
 from llmcompress.recipe.distillation import Layers, Term
 
