@@ -21,8 +21,7 @@ from torch import Tensor
 
 from llmcompress.data.batch import Batch
 from llmcompress.distillation import setup
-from llmcompress.distillation.objective.chunked_loss import Online
-from llmcompress.distillation.teacher.predictions import ReadsAlong
+from llmcompress.distillation.teacher.predictions import Online, OnlineTeacher
 from llmcompress.losses.loss import Predictions, Reads
 from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
@@ -62,8 +61,8 @@ class BesideAnother:
     models: tuple[PreTrainedModel, PreTrainedModel]
 
     def predictions(self, batch: Batch) -> Both:
-        """See `Teaching.predictions`."""
-        return Both(*(ReadsAlong(model).predictions(batch) for model in self.models))
+        """See `TeacherSource.predictions`."""
+        return Both(*(OnlineTeacher(model).predictions(batch) for model in self.models))
 
 
 @dataclass(eq=False)
@@ -80,7 +79,7 @@ class BesideItsPast:
 
     @torch.no_grad()
     def predictions(self, batch: Batch) -> Both:
-        """See `Teaching.predictions`."""
+        """See `TeacherSource.predictions`."""
         if not self.past:
             self.past.append(deepcopy(self.student).requires_grad_(False))
         for then, now in zip(self.past[0].parameters(), self.student.parameters(), strict=True):
@@ -97,11 +96,10 @@ def beside(second: str | Path | None, device: str = "cpu") -> Iterator[None]:
         yield
         return
 
-    def teaching(pair: tuple[PreTrainedModel, PreTrainedModel], *_: Any) -> BesideAnother | BesideItsPast:
-        student, teacher = pair
+    def choose(_: Any, student: PreTrainedModel, teacher: PreTrainedModel) -> BesideAnother | BesideItsPast:
         if second == "past":
             return BesideItsPast(teacher, student)
         return BesideAnother((teacher, load_model(locate(second), device).requires_grad_(False)))
 
-    with mock.patch.object(setup, "_teaching", teaching):
+    with mock.patch.object(setup, "choose_source", choose):
         yield

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmcompress  # noqa: F401 (registers the format)
-from llmcompress.distillation.student.low_rank import teachers_weights
+from llmcompress.distillation.student.low_rank import teacher_weights
 from llmcompress.distillation.student.regrow import pruned_linears
 from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="smollm2")
     options = parser.parse_args()
     student = AutoModelForCausalLM.from_pretrained(options.student)
-    dense = teachers_weights(student, load_model(locate(options.teacher)))
+    dense = teacher_weights(student, load_model(locate(options.teacher)))
     layers, pruned = compressed_linears(student), pruned_linears(student)
     if not pruned:
         raise SystemExit(f"{options.student} has no matrix of values and zeros")

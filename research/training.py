@@ -40,9 +40,9 @@ def ours(student: str, teacher: str, steps: int) -> list[float]:
 
 def bare(student: str, teacher: str, steps: int) -> list[float]:
     """Seconds of each step but the first."""
-    learning = relaxed_student(load_model(locate(student), "cpu"), RATES, "plain")  # type: ignore[arg-type]
+    learning = relaxed_student(load_model(locate(student), "cpu"), RATES)  # type: ignore[arg-type]
     dense = load_model(locate(teacher), "cpu").to(torch.bfloat16)  # type: ignore[arg-type]
-    optimizer = torch.optim.AdamW(learning.named().values(), lr=1e-4, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(learning.named_parameters().values(), lr=1e-4, weight_decay=0.0)
     seconds = []
     with decoded(learning.model), decoded(dense):
         for _ in range(steps):
@@ -55,7 +55,7 @@ def bare(student: str, teacher: str, steps: int) -> list[float]:
                     given = learning.model(part, use_cache=False).logits[:, :-1].float().log_softmax(-1)
                 loss = functional.kl_div(given, wanted, reduction="sum", log_target=True)
                 (loss / (BATCH * (LENGTH - 1))).backward()
-            torch.nn.utils.clip_grad_norm_(learning.named().values(), 1.0)
+            torch.nn.utils.clip_grad_norm_(learning.named_parameters().values(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             seconds.append(time.perf_counter() - start)

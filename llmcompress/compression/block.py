@@ -18,7 +18,7 @@ from llmcompress.compression.awq import ScaledChannels, scale_channels
 from llmcompress.compression.job import Job
 from llmcompress.compression.layers import compress_layers, compress_tied_layers
 from llmcompress.compression.run_files import BlockEntry
-from llmcompress.distillation.blockwise.tune import Tune
+from llmcompress.distillation.reconstruct import BlockTuner
 from llmcompress.reporting.report import LayerReport
 from llmcompress.runtime.memory import trim_memory
 from llmcompress.runtime.ranks import ALONE, Ranks
@@ -68,7 +68,7 @@ class CompressionState:
 
     job: Job
     device: torch.device
-    tune: Tune | None
+    tune: BlockTuner | None
     held_out: int  # of the calibration sequences
     entries: list[BlockEntry] = field(default_factory=list)
     ranks: Ranks = ALONE
@@ -117,7 +117,7 @@ def compress_block(run: CompressionState, block: Block) -> BlockResult:
     entry = BlockEntry(fused=list(scaled.notes), unweighed=unweighed)
     batches, workers = _batch_groups(run, groups)
     for number, batch in enumerate(batches):
-        if number and tune is not None and tune.between and block.gather is not None:
+        if number and tune is not None and tune.recipe.between and block.gather is not None:
             batch = (block.gather(batch[0].names),)
         weights, rows = compress_layers(job, block, batch, run.ranks, workers)
         tied_weights, tied_rows = compress_tied_layers(job, block, batch, run.common)
@@ -127,7 +127,7 @@ def compress_block(run: CompressionState, block: Block) -> BlockResult:
         here.packed |= weights
         entry.rows += [*rows, *tied_rows]
         last = number + 1 == len(batches)
-        if tune is not None and (last or tune.between) and block.wanted is not None:
+        if tune is not None and (last or tune.recipe.between) and block.wanted is not None:
             errors = _learn(run, tune, block, last)
             left = entry.learned[block.path]["left"] if block.path in entry.learned else 1.0
             left *= float(errors["after"] / errors["before"]) if errors["before"] else 1.0
@@ -156,7 +156,7 @@ def _batch_groups(run: CompressionState, groups: Sequence[InputGroup]) -> tuple[
     Without learning between them, no group depends on another. Those of small experts fill a GPU together; their
     factors take memory, so no more are together than it takes.
     """
-    alone, between = run.ranks.count == 1, run.tune is not None and run.tune.between
+    alone, between = run.ranks.count == 1, run.tune is not None and run.tune.recipe.between
     workers = workers_on(run.device) if alone else 1
     if not alone and not between:
         return [tuple(groups)], workers
@@ -171,7 +171,7 @@ def _batch_groups(run: CompressionState, groups: Sequence[InputGroup]) -> tuple[
     return batches, workers
 
 
-def _learn(run: CompressionState, tune: Tune, block: Block, last: bool) -> dict[str, Any]:
+def _learn(run: CompressionState, tune: BlockTuner, block: Block, last: bool) -> dict[str, Any]:
     """Let the block learn; once its `last` layers are set, together with the block before if that is open.
 
     Returns the errors before and after.
@@ -186,7 +186,7 @@ def _learn(run: CompressionState, tune: Tune, block: Block, last: bool) -> dict[
         each.packed |= {name: linear.packed_weight() for name, linear in linears.items()}
         dense = {name: value for name, value in tuned.dense.items() if name.startswith(inside)}
         each.learned |= _store_learned(run.job, each.block, dense)
-    return tuned.found
+    return tuned.report
 
 
 @torch.no_grad()
@@ -202,7 +202,7 @@ def _store_learned(job: Job, block: Block, learned: Mapping[str, Tensor]) -> dic
 
 def _stays_open(run: CompressionState, block: Block) -> bool:
     """True if a block whose layers are set learns again together with the next one."""
-    return run.tune is not None and run.tune.window > 1 and block.index + 1 < len(run.job.arch.blocks)
+    return run.tune is not None and run.tune.recipe.window > 1 and block.index + 1 < len(run.job.arch.blocks)
 
 
 def _pending_tensors(run: CompressionState) -> dict[str, Tensor]:

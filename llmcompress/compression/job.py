@@ -15,7 +15,7 @@ from llmcompress.compression.awq import check_awq
 from llmcompress.compression.rotation import rotated_source
 from llmcompress.compression.ties import CommonMatrix, common_matrices
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, check_length
-from llmcompress.distillation.check_fused import check_fused
+from llmcompress.distillation.requirements import check_fused
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import StepConfig, methods
 from llmcompress.models.dense.config import context_length

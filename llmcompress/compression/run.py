@@ -25,7 +25,7 @@ from llmcompress.compression.plan import check_memory, plan_of
 from llmcompress.compression.result import Result
 from llmcompress.compression.run_files import RunFiles, identity_of
 from llmcompress.data.calibration import CalibrationTokens
-from llmcompress.distillation.blockwise.tune import tuner
+from llmcompress.distillation.reconstruct import BlockTuner
 from llmcompress.errors import NumericsError, RecipeError, list_names
 from llmcompress.methods.solvers.block_search import can_search
 from llmcompress.models.dense.skeleton import auto_name
@@ -75,7 +75,7 @@ def compress(
         identity = identity_of(job, tokens, kind)
         ranks.compare(identity)
         finished = ranks.first(partial(files.open, identity))
-        tune = None if job.recipe.reconstruct is None else tuner(job.recipe.reconstruct, ranks)
+        tune = None if job.recipe.reconstruct is None else BlockTuner(job.recipe.reconstruct, ranks)
         run = CompressionState(job, place, tune, 0 if tokens is None else tokens.held_out, list(finished), ranks)
         started -= finished[-1].seconds if finished else 0.0
         _compress_blocks(run, tokens, files, progress, started)
@@ -139,11 +139,11 @@ def _walk_blocks(
     execution = Execution(
         run.device,
         product_dtype(recipe.compute, run.device),
-        batch_size=None if tune is None else tune.batch_size,
+        batch_size=None if tune is None else tune.recipe.micro_batch,
         ranks=run.ranks,
         progress=progress,
     )
-    window = 0 if tune is None else tune.window
+    window = 0 if tune is None else tune.recipe.window
     stages = {"held_out": held_out, "window": window, "finished": finished}
     return walk(job.source, job.arch, sequences, statistics, execution, **stages)
 

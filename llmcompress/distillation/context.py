@@ -1,49 +1,86 @@
-"""The context of a training: everything it reads and changes, as one value that its parts take."""
+"""A distillation as values: the job, and the context of its training, which its parts take."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from accelerate import Accelerator
+from torch import nn
 
 from llmcompress.data.distillation import Data
 from llmcompress.distillation.metrics import Metrics
 from llmcompress.distillation.student.model import Student
-from llmcompress.distillation.teacher.predictions import ReadsAlong, Teaching
+from llmcompress.distillation.teacher.predictions import HeldOutTeacher, OnlineTeacher, TeacherSource
+from llmcompress.models.dense.load import load_model
+from llmcompress.models.dense.locate import Place
 from llmcompress.models.files.store import Store
 from llmcompress.recipe.distillation import Distillation
-from llmcompress.runtime.ranks import ALONE, Ranks
+from llmcompress.runtime.precision import product_dtype, products
+from llmcompress.runtime.ranks import Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
 
 Report = Callable[[int, int, float, float, float], None]  # (steps done, steps, loss, tokens per second, last KL)
 
 
 @dataclass(frozen=True, eq=False)
-class TrainContext:
-    """Everything a training reads and changes."""
+class DistillationJob:
+    """A distillation into the folder `output`. `store`: of its states; `tracked`: True if trackers get its metrics."""
 
+    student_place: Place
+    teacher_place: Place
     recipe: Distillation
-    student: Student
-    teacher: PreTrainedModel  # for a look at the held-out sequences
-    dense: Callable[[], PreTrainedModel]  # gives the teacher, where its weights are asked for
-    teaching: Teaching
+    output: Path
     data: Data
     store: Store
     accelerator: Accelerator
-    metrics: Metrics
-    autocast: Callable[[], AbstractContextManager[None]] = nullcontext
-    ranks: Ranks = ALONE
+    ranks: Ranks
+    tracked: bool = True
 
     @property
-    def reader(self) -> PreTrainedModel:
-        """The model that reads along; without one, the teacher for looks at the held-out sequences."""
-        return self.teaching.model if isinstance(self.teaching, ReadsAlong) else self.teacher
+    def dtype(self) -> torch.dtype:
+        """The dtype of matrix products."""
+        return product_dtype(self.recipe.compute, self.accelerator.device)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return the context of matrix products in that dtype."""
+        # recomputed activations must come from the same operations, and the second time torch's attention is there
+        return products(self.accelerator.device, self.dtype, attention=not self.recipe.checkpointing)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TrainContext(DistillationJob):
+    """A job with everything its training reads and changes.
+
+    `teacher`: the model to measure the distance to on the held-out sequences, a `HeldOutTeacher` if it is gone;
+    `source`: of its predictions; `quantization`: the cost of quantizing it, if the recipe does so.
+    """
+
+    student: Student
+    teacher: PreTrainedModel
+    source: TeacherSource
+    metrics: Metrics
+    quantization: dict[str, float] | None = None
+
+    def dense_teacher(self) -> PreTrainedModel:
+        """Return the teacher with its weights, loaded again if it is gone."""
+        if not isinstance(self.teacher, HeldOutTeacher):
+            return self.teacher
+        model = load_model(self.teacher_place, str(self.accelerator.device)).requires_grad_(False)
+        module: nn.Module = model
+        module.to(self.dtype)
+        return model
+
+    @property
+    def reading_teacher(self) -> PreTrainedModel:
+        """The model that reads what the student reads; without one, `teacher`."""
+        return self.source.model if isinstance(self.source, OnlineTeacher) else self.teacher
 
     @property
     def steps(self) -> int:

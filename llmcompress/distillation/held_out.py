@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llmcompress.data.batch import Batch
 from llmcompress.distillation.context import TrainContext
-from llmcompress.distillation.objective.heads import head_of, hidden_states
+from llmcompress.distillation.objective.forward import head_of, hidden_states
 from llmcompress.errors import NumericsError
 from llmcompress.evaluation.distance import kl_divergence
 from llmcompress.evaluation.perplexity import negative_log_likelihood
@@ -24,7 +24,7 @@ POSITIONS = 256  # that a head predicts for at once: 256 * 49152 * 4 bytes = 50 
 
 @dataclass(frozen=True)
 class Distances:
-    """Sums over the `tokens` that count, in nats: KL(teacher || student), negative log-likelihoods of both models."""
+    """Sums over `tokens` that count, in nats: KL(teacher || student), negative log-likelihoods of both models."""
 
     kl: float = 0.0
     student: float = 0.0
@@ -33,12 +33,7 @@ class Distances:
 
     def __add__(self, other: Distances) -> Distances:
         """Return the sums over both texts."""
-        return Distances(
-            self.kl + other.kl,
-            self.student + other.student,
-            self.teacher + other.teacher,
-            self.tokens + other.tokens,
-        )
+        return Distances(*map(add, astuple(self), astuple(other)))
 
     def means(self) -> dict[str, float]:
         """Return {kl, perplexity, teacher_perplexity}, per token. Raises NumericsError if one is not finite."""
@@ -51,17 +46,20 @@ class Distances:
         }
 
 
+def _exponential(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
+
+
 @torch.no_grad()
 def distances(teacher: PreTrainedModel, student: PreTrainedModel, sequences: Batch, device: torch.device) -> Distances:
     """Measure over all targets of `sequences`, one sequence at a time. Log-probabilities are float32, sums float64."""
     total, heads = Distances(), [head_of(model) for model in (teacher, student)]
-    for one in sequences.chunks(1):
-        batch = one.trim().to(device)
-        rows = batch.predicting
-        targets = batch.ids[batch.counted]
-        wanted, given = (hidden_states(model, batch)[rows] for model in (teacher, student))
-        for hidden, here, next_tokens in zip(*(_chunks([wanted, given, targets])), strict=True):
-            p, q = heads[0](hidden).float().log_softmax(-1), heads[1](here).float().log_softmax(-1)
+    for sequence in sequences.chunks(1):
+        batch = sequence.trim().to(device)
+        hidden = [hidden_states(model, batch)[batch.predicting].split(POSITIONS) for model in (teacher, student)]
+        targets = batch.ids[batch.counted].split(POSITIONS)
+        for of_teacher, of_student, next_tokens in zip(*hidden, targets, strict=True):
+            p, q = heads[0](of_teacher).float().log_softmax(-1), heads[1](of_student).float().log_softmax(-1)
             total += Distances(
                 float(kl_divergence(p, q).double().sum()),
                 negative_log_likelihood(q, next_tokens),
@@ -71,20 +69,12 @@ def distances(teacher: PreTrainedModel, student: PreTrainedModel, sequences: Bat
     return total
 
 
-def _chunks(values: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
-    return [value.split(POSITIONS) for value in values]
-
-
-def _exponential(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf
-
-
 def evaluate_held_out(run: TrainContext, step: int) -> dict[str, Any]:
     """Measure the student on the held-out sequences: {step, kl, perplexity, teacher_perplexity}; with several domains,
     also each of them, below `domains`."""
-    found = {name: held_out_distances(run, part) for name, part in zip(run.data.names, run.data.held_out, strict=True)}
-    domains = {"domains": {name: each.means() for name, each in found.items()}} if len(found) > 1 else {}
-    return {"step": step, **sum(found.values(), start=Distances()).means(), **domains}
+    parts = {name: held_out_distances(run, part) for name, part in zip(run.data.names, run.data.held_out, strict=True)}
+    domains = {"domains": {name: part.means() for name, part in parts.items()}} if len(parts) > 1 else {}
+    return {"step": step, **sum(parts.values(), start=Distances()).means(), **domains}
 
 
 def held_out_distances(run: TrainContext, sequences: Batch) -> Distances:

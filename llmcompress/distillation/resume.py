@@ -10,22 +10,23 @@ from typing import Any
 
 from torch import Tensor
 
-from llmcompress.models.files import file_names
 from llmcompress.models.files.store import Store
 from llmcompress.recipe.distillation import Distillation
 
 STATE = "state"  # the record
-METRICS = file_names.METRICS  # grows beside the state
-SHARE = 0.05  # of the time that states may take to write, where a recipe does not say how often
+SHARE = 0.05  # of the time that writing states may take, if a recipe does not say how often
 SOONEST = 10.0  # seconds between states then
 
 
 @dataclass
 class Progress:
-    """The part of a training that is done. `targets`: tokens predicted so far; `losses`: the state of each loss that
-    has one; `shares` and `cursors`: of each domain, its part of a step and how many of its sequences were read;
-    `history`: the measurements; `frozen`: the number of frozen codes, where those that oscillate are frozen; `factors`:
-    of the losses' weights, where these are balanced; `written`: sequences of the student's own, by name."""
+    """The progress of a training.
+
+    `targets`: tokens predicted so far; `losses`: the state of each loss, None without one; `shares`, `cursors`: of each
+    domain, its part of a step and how many of its sequences were read; `history`: looks at the held-out sequences;
+    `frozen`: how many codes are frozen; `factors`: of the losses' weights, if balanced; `written`: sequences that the
+    student wrote, by name.
+    """
 
     step: int = 0
     targets: int = 0
@@ -41,7 +42,7 @@ class Progress:
 
 @dataclass
 class Saving:
-    """The rhythm of states. `at`: the time of the last one, or of the start; `took`: the seconds to write it."""
+    """The times to save a state. `at`: the time of the last one, or of the start; `took`: the seconds to write it."""
 
     recipe: Distillation
     at: float = field(default_factory=time.monotonic)
@@ -59,7 +60,7 @@ class Saving:
         return time.monotonic() - self.at >= wait
 
     @contextmanager
-    def timed(self) -> Iterator[None]:
+    def measure_time(self) -> Iterator[None]:
         """Time the writing of a state in the context."""
         began = time.monotonic()
         yield
@@ -68,16 +69,16 @@ class Saving:
 
 
 def save_state(store: Store, progress: Progress, tensors: Mapping[str, Tensor]) -> None:
-    """Replace the last state. Raises DiskError where it cannot be written."""
+    """Replace the last state. Raises DiskError if it cannot be written."""
     store.put(STATE, vars(progress), tensors)
 
 
 def last_state(store: Store) -> tuple[Progress, dict[str, Tensor]]:
     """Return the last state and its tensors, or a new `Progress`. Raises InputError for another run's, or damage."""
-    found = store.get(STATE)
-    if found is None:
+    record = store.get(STATE)
+    if record is None:
         return Progress(), {}
     try:
-        return Progress(**found.entry), found.tensors
+        return Progress(**record.entry), record.tensors
     except TypeError as error:
         raise store.damage(error) from error

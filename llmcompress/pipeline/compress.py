@@ -275,10 +275,10 @@ def compress_job(
     with ranks.agree_on_errors():
         run.check_ranks(job, ranks, output)
     from llmcompress.data.distillation import read_data
-    from llmcompress.distillation.ready import check_ready
+    from llmcompress.distillation.requirements import check_requirements
     from llmcompress.distillation.run import TRAINING, distill
 
-    check_ready(wanted, device)
+    check_requirements(wanted, device)
     temporary = None
     if output is None:
         temporary = tempfile.TemporaryDirectory(prefix="llmcompress-")

@@ -126,7 +126,7 @@ def with_lora(model: PreTrainedModel, dense: PreTrainedModel, asked: Distillatio
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from llmcompress.distillation.student.low_rank import adapt
+    from llmcompress.distillation.student.low_rank import add_terms
     from llmcompress.weight.expression import dense as value_of
     from llmcompress.weight.modules import compressed_linears, put
     from llmcompress.weight.nodes import LowRank, Sum
@@ -134,7 +134,7 @@ def with_lora(model: PreTrainedModel, dense: PreTrainedModel, asked: Distillatio
     if asked.adapt is None:
         raise TypeError("there is no low-rank term to train")
     layers, starts = compressed_linears(model), {}
-    names = adapt(model, asked.adapt, dense, asked.seed)
+    names = add_terms(model, asked.adapt, dense, asked.seed)
     for name, grown in compressed_linears(model).items():
         if name not in names:
             continue

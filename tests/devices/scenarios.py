@@ -29,9 +29,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import llmcompress as lc
 from llmcompress.data.generate import AnswerSampling
 from llmcompress.data.self_data import Answering, answer
-from llmcompress.distillation import ready
+from llmcompress.distillation import requirements, setup
 from llmcompress.distillation.run import distill
-from llmcompress.distillation.teacher import quantized
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.verify import verify
 from llmcompress.losses.loss import loss_config, measure
@@ -295,8 +294,8 @@ def difference(expected: Any, found: Any, tolerance: float, least: float = LEAST
 
 def without_bitsandbytes() -> None:
     """Let teachers that it would quantize stay as they are, whether it is there or not."""
-    quantized.load_quantized = _loaded
-    ready.check_bitsandbytes = lambda asked: None
+    setup.load_quantized = _loaded
+    requirements.check_bitsandbytes = lambda option: None
 
 
 def wrong(scenario: Scenario, out: Path, tolerance: float, device: str = NAME) -> str | None:

@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor
 from llmcompress.distillation import train
 from llmcompress.distillation.context import TrainContext
 from llmcompress.distillation.objective import chunked_loss
-from llmcompress.distillation.parallel.strategy import Engine
+from llmcompress.distillation.parallel.strategy import Strategy
 from llmcompress.distillation.run import distill
 from llmcompress.distillation.student.model import Student
 from llmcompress.errors import LLMCompressError, Termination
@@ -117,15 +117,18 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     seen: list[int] = []
     memory = Memory()
     memory.start()
-    look, begin = train.evaluate_held_out, Engine.of
+    look, choose = train.evaluate_held_out, train.choose_strategy
 
-    def beginning(accelerator: Accelerator, student: Student, teacher: Any, *more: Any) -> Engine:
-        memory.ends.set()
-        parts = [*student.model.parameters(), *student.model.buffers(), *teacher.parameters()]
-        held["bytes"] = sum(value.numel() * value.element_size() for value in parts)
-        engine = begin(accelerator, student, teacher, *more)
-        held.setdefault("digest", digest(student.model, teacher))
-        return engine
+    def beginning(accelerator: Accelerator) -> Callable[..., Strategy]:
+        def begin(_: Accelerator, student: Student, teacher: Any, *more: Any) -> Strategy:
+            memory.ends.set()
+            parts = [*student.model.parameters(), *student.model.buffers(), *teacher.parameters()]
+            held["bytes"] = sum(value.numel() * value.element_size() for value in parts)
+            strategy = choose(accelerator)(accelerator, student, teacher, *more)
+            held.setdefault("digest", digest(student.model, teacher))
+            return strategy
+
+        return begin
 
     def remembering(given: TrainContext, step: int) -> dict[str, float]:
         runs.append(given)
@@ -156,7 +159,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             chunked,
             ONE_GROUP,
             mock.patch.object(train, "evaluate_held_out", remembering),
-            mock.patch.object(Engine, "of", beginning),
+            mock.patch.object(train, "choose_strategy", beginning),
             mock.patch.object(train, "time", CLOCK),
         ):
             student = job["student"] if isinstance(job["student"], str) else job["student"][RANK]

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import json
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +22,25 @@ TEXT = "Forty farms bring their corn to the mill by the river, and the miller co
 
 def make(place: Path, rules: list[dict[str, Any]]) -> Path:
     """Fills the folder `place`: `dense`, `small` made from it by `rules`, `text.txt`; returns it."""
+    return Path(shutil.copytree(_made(json.dumps(rules)), place, dirs_exist_ok=True))
+
+
+@cache
+def _made(rules: str) -> str:
+    """The folder that `make` copies, once for all tests of a process."""
+    place = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, place)
     save_tiny("llama", place / "dense", tie_word_embeddings=True)
     (place / "text.txt").write_text("".join(f"{i}. {TEXT}" for i in range(80)))
     data = {"dataset": str(place / "text.txt"), "samples": 8, "length": 32, "held_out": 2}
-    recipe = {"version": 1, "rules": rules, "calibration": data, "embeddings": [{"method": "rtn", "bits": 4}]}
+    recipe = {
+        "version": 1,
+        "rules": json.loads(rules),
+        "calibration": data,
+        "embeddings": [{"method": "rtn", "bits": 4}],
+    }
     lc.compress(place / "dense", recipe, place / "small")
-    return place
+    return str(place)
 
 
 def loaded(place: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -53,6 +71,11 @@ def cut_short(place: Path, settings: dict[str, Any], output: Path, calls: int) -
 
     with pytest.raises(Cut):
         distill(place / "small", place / "dense", settings, output, progress=cut)
+
+
+def weight_files(folder: Path) -> list[bytes]:
+    """The weight files of a checkpoint."""
+    return [path.read_bytes() for path in sorted(folder.glob("*.safetensors"))]
 
 
 def weights_bytes(folder: Path) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import llmcompress as lc
-from llmcompress.distillation.activation_checkpointing import recomputed
+from llmcompress.distillation.objective.forward import recompute_activations
 from llmcompress.distillation.run import distill
 from llmcompress.errors import RecipeError
 from tests.distillation.miniature import TEXT
@@ -78,7 +78,7 @@ def test_nothing_is_left_to_chance(family: str) -> None:
     given = next(value for name, value in model.named_parameters() if "layers." in name or ".h." in name)
     wanted = states(model)
     [slope] = torch.autograd.grad(wanted.square().sum(), given)
-    with recomputed(model):
+    with recompute_activations(model):
         found = states(model)
         torch.testing.assert_close(found, wanted, rtol=0, atol=0)
         [again] = torch.autograd.grad(found.square().sum(), given)
@@ -89,5 +89,5 @@ def test_nothing_is_left_to_chance(family: str) -> None:
 def test_blocks_that_drop_out_are_refused() -> None:
     model = tiny("falcon", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, parallel_attn=False)
     model.config.attention_dropout = 0.5
-    with pytest.raises(RecipeError, match="apply dropout in training"), recomputed(model):
+    with pytest.raises(RecipeError, match="apply dropout in training"), recompute_activations(model):
         pass

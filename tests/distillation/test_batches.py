@@ -11,11 +11,11 @@ from torch.testing import assert_close
 
 from llmcompress.data.batch import PADDING, Batch
 from llmcompress.distillation.held_out import Distances, distances
-from llmcompress.distillation.objective.chunked_loss import Online, chunked_loss
-from llmcompress.distillation.objective.heads import check_boundaries, hidden_states
+from llmcompress.distillation.objective.chunked_loss import chunked_loss
+from llmcompress.distillation.objective.forward import check_boundaries, hidden_states
 from llmcompress.distillation.objective.hidden_states import StateMatching
-from llmcompress.distillation.objective.module import Objective
-from llmcompress.distillation.teacher.predictions import ReadsAlong
+from llmcompress.distillation.objective.objective import Objective
+from llmcompress.distillation.teacher.predictions import Online, OnlineTeacher
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.evaluation.distance import distance
 from llmcompress.recipe.distillation import Term
@@ -88,7 +88,7 @@ def terms(*names: str) -> list[tuple[Term, Any]]:
 def objective_of(student: Any, teacher: Any, losses: list[tuple[Term, Any]]) -> Objective:
     """As a training has it, with a teacher that reads along."""
     return Objective(
-        student, ReadsAlong(teacher), StateMatching.of(student, teacher, [term for term, _ in losses]), losses
+        student, OnlineTeacher(teacher), StateMatching.of(student, teacher, [term for term, _ in losses]), losses
     )
 
 

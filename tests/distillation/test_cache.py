@@ -26,10 +26,8 @@ from llmcompress.distillation import setup
 from llmcompress.distillation.held_out import distances
 from llmcompress.distillation.run import distill
 from llmcompress.distillation.teacher import cache
-from llmcompress.distillation.teacher import cached as remembered
 from llmcompress.distillation.teacher.cache import Cache, CacheOrigin, open_cache, tokens_digest, write_cache
-from llmcompress.distillation.teacher.cached import RememberedTeacher
-from llmcompress.distillation.teacher.top_k import Likeliest
+from llmcompress.distillation.teacher.predictions import HeldOutTeacher, Likeliest
 from llmcompress.errors import (
     DiskError,
     InputError,
@@ -39,6 +37,7 @@ from llmcompress.errors import (
     RecipeError,
     Termination,
 )
+from tests.distillation import miniature
 from tests.tiny import save_tiny, tiny
 
 VOCABULARY = 300  # so that ids take two bytes
@@ -208,17 +207,15 @@ def test_a_remembered_teacher_is_the_teacher() -> None:
         parts = [Batch.of(torch.randint(256, (3, 20), generator=generator)) for _ in range(2)]
         parts[0].counted[1, 12:] = False  # padded behind its end
         parts[1] = replace(parts[1], documents=(torch.arange(20) // 7).expand(3, 20))
-        remembered, device = RememberedTeacher(teacher, parts), torch.device("cpu")
+        held_out, device = HeldOutTeacher(teacher, parts), torch.device("cpu")
         for part in parts:
-            assert distances(remembered, student, part, device) == distances(teacher, student, part, device)
-        assert set(dict(remembered.named_parameters())) <= {"linear.weight"}
+            assert distances(held_out, student, part, device) == distances(teacher, student, part, device)
+        assert set(dict(held_out.named_parameters())) <= {"linear.weight"}
         with pytest.raises(KeyError):
-            distances(remembered, student, Batch.of(parts[0].ids + 1), device)
+            distances(held_out, student, Batch.of(parts[0].ids + 1), device)
 
 
 # --- distillations ----------------------------------------------------------------------------------------------
-
-TEXT = "Forty farms bring their corn to the mill by the river, and the miller counts every sack of it. "
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +223,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `dense` model whose predictions are not flat, a `small` one made from it, and a text."""
     place = tmp_path_factory.mktemp("cached")
     save_tiny("llama", place / "dense", tie_word_embeddings=True, initializer_range=0.2)
-    (place / "text.txt").write_text("".join(f"{i}. {TEXT}" for i in range(80)))
+    (place / "text.txt").write_text("".join(f"{i}. {miniature.TEXT}" for i in range(80)))
     data = {"dataset": str(place / "text.txt"), "samples": 8, "length": 32, "held_out": 2}
     rules = [{"match": "*", "steps": [{"method": "rtn", "bits": 2, "group_size": 16}]}]
     lc.compress(place / "dense", {"version": 1, "rules": rules, "calibration": data}, place / "small")
@@ -234,9 +231,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(folders: Path, **more: Any) -> dict[str, Any]:
-    data = {"dataset": str(folders / "text.txt"), "samples": 28, "length": 32, "held_out": 4}
-    exact = {"batch": 4, "micro_batch": 2, "evaluate_every": 9, "compute": "float32", "steps": 9}
-    return {"version": 1, "data": data, "rates": {"scales": 5e-3, "norms": 5e-3}, **exact} | more
+    return miniature.recipe(
+        folders, **{"rates": {"scales": 5e-3, "norms": 5e-3}, "evaluate_every": 9, "steps": 9} | more
+    )
 
 
 @pytest.mark.slow
@@ -268,7 +265,7 @@ def test_the_teacher_is_gone_while_the_student_learns(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[weakref.ref[Any]] = []
-    load, forward = setup.load_model, remembered.write_cache
+    load = setup.load_model
 
     def counted(*given: Any) -> Any:
         model = load(*given)
@@ -287,10 +284,9 @@ def test_the_teacher_is_gone_while_the_student_learns(
     )
     assert len(loaded) == 2 and alive == [1] * 4
     read: list[Any] = []
-    monkeypatch.setattr(remembered._Logits, "__call__", lambda *given: read.append(given))
+    monkeypatch.setattr(cache.ModelLogits, "__call__", lambda *given: read.append(given))
     again = distill(folders / "small", folders / "dense", asked, tmp_path / "b")
     assert not read and again.steps == 4
-    assert forward is remembered.write_cache
 
 
 @pytest.mark.parametrize(

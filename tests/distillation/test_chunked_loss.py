@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from llmcompress.distillation.objective.chunked_loss import HeadLoss, Online, Term, chunked_loss
+from llmcompress.distillation.objective.chunked_loss import HeadLoss, Term, chunked_loss
+from llmcompress.distillation.teacher.predictions import Online
 from llmcompress.errors import InputError
 from llmcompress.losses.loss import LossConfig, Predictions, measure
 from llmcompress.losses.taid import TAID

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-import llmcompress.distillation.controls as controls
 from llmcompress.cli.distill import distilled_view
+from llmcompress.distillation import run
 from llmcompress.distillation.run import distill
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.formats.model_card import DistillationRecord, _distillation
@@ -49,7 +49,7 @@ def test_controls_are_runs_of_their_own_and_change_nothing(folders: Path, tmp_pa
     written = json.loads((tmp_path / "out" / "distillation.json").read_text())
     assert written["controls"] == done.controls
     card = "\n".join(_distillation(DistillationRecord(written, "version: 1")))
-    assert "| on text held out of it | before | after | without a teacher | by forward KL alone | teacher |" in card
+    assert "| on held-out text | before | after | without a teacher | by forward KL alone | teacher |" in card
     first, last, *beside = done.history[0], done.history[-1], *done.controls.values()
     kls = " | ".join(f"{one['kl']:.4f}" for one in (first, last, *beside))
     assert f"| KL to the teacher, nats/token | {kls} | 0 |" in card
@@ -77,14 +77,14 @@ def test_a_run_that_was_cut_anywhere_ends_as_a_whole_one(calls: int, folders: Pa
 def test_a_control_that_diverges_is_told_and_the_rest_stays(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learned_from = controls.learned_from
+    run_phases = run.run_phases
 
-    def diverging(run: Any, progress: Any) -> Any:
-        if run.recipe.losses[0].of.loss == "cross_entropy":
+    def diverging(context: Any, progress: Any) -> Any:
+        if context.recipe.losses[0].of.loss == "cross_entropy":
             raise NumericsError("step 2: the loss is nan")
-        return learned_from(run, progress)
+        return run_phases(context, progress)
 
-    monkeypatch.setattr(controls, "learned_from", diverging)
+    monkeypatch.setattr(run, "run_phases", diverging)
     done = distill(folders / "small", folders / "dense", settings(folders), tmp_path / "out")
     assert done.controls["no_teacher"] == {"failed": "step 2: the loss is nan"}
     assert done.controls["vanilla"]["kl"] > 0

@@ -15,11 +15,10 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataP
 from torch import Tensor, nn
 
 from llmcompress.distillation.parallel import launch
-from llmcompress.distillation.parallel.deepspeed import ZeroPartition
+from llmcompress.distillation.parallel.deepspeed import gather_piece, run_in_precision, take_piece
 from llmcompress.distillation.parallel.launch import check_partitioning, check_sharding
-from llmcompress.distillation.parallel.strategy import Engine
+from llmcompress.distillation.parallel.strategy import Strategy
 from llmcompress.distillation.run import distill
-from llmcompress.distillation.student.oscillation import Freezer
 from llmcompress.errors import RecipeError
 from llmcompress.recipe.distillation import Distillation
 from tests.distillation.test_processes import launch_environment, sharding
@@ -29,12 +28,11 @@ from tests.distillation.test_processes import launch_environment, sharding
 def test_pieces_of_all_processes_are_the_whole(shape: tuple[int, ...]) -> None:
     processes, size = 3, 6
     parameter, value = nn.Parameter(torch.zeros(shape)), torch.randn(shape)
-    pieces = {parameter: nn.Parameter(torch.zeros(size))}
-    each = [SimpleNamespace(num_processes=processes, process_index=number) for number in range(processes)]
-    found = [ZeroPartition(one, None, pieces).piece(value, parameter) for one in each]
+    each: list[Any] = [SimpleNamespace(num_processes=processes, process_index=number) for number in range(processes)]
+    found = [take_piece(one, value, size) for one in each]
     assert [piece.shape for piece in found] == [(size,)] * processes
     gathering: Any = SimpleNamespace(gather=lambda piece: torch.cat(found))
-    assert torch.equal(ZeroPartition(gathering, None, pieces).whole(found[0], parameter), value)
+    assert torch.equal(gather_piece(gathering, found[0], parameter), value)
 
 
 @pytest.mark.parametrize("enabled", [False, True])
@@ -44,21 +42,21 @@ def test_products_keep_the_precision_at_hand(enabled: bool) -> None:
         with torch.autocast("cpu", enabled=False):
             return run()
 
-    zero = ZeroPartition(SimpleNamespace(device=torch.device("cpu")), ending_autocast, {})
     with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-        found = zero.forward(lambda: torch.ones(2, 2) @ torch.ones(2, 2))
+        found = run_in_precision(ending_autocast, torch.device("cpu"), lambda: torch.ones(2, 2) @ torch.ones(2, 2))
     assert found.dtype == (torch.bfloat16 if enabled else torch.float32)
 
 
 def test_a_step_without_a_finite_gradient_moves_nothing() -> None:
     parameter = nn.Parameter(torch.ones(2))
-    student: Any = SimpleNamespace(named=lambda: {"weight": parameter})
-    engine = Engine(Any, student, torch.optim.AdamW([parameter], lr=0.1), nn.Identity(), Freezer(None, ()))
+    student: Any = SimpleNamespace(named_parameters=lambda: {"weight": parameter}, relaxed={})
+    alone: Any = SimpleNamespace(num_processes=1)
+    strategy = Strategy(alone, student, Any, nn.Identity(), torch.optim.AdamW([parameter], lr=0.1))
     parameter.grad = torch.tensor([1.0, math.inf])
-    assert engine.step(1.0) == math.inf
+    assert strategy.step(1.0) == math.inf
     assert torch.equal(parameter, torch.ones(2))
     parameter.grad = torch.tensor([3.0, 4.0])
-    assert engine.step(1.0) == 5
+    assert strategy.step(1.0) == 5
     assert bool((parameter < 1).all())
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from llmcompress.data.batch import Batch
-from llmcompress.distillation.activation_checkpointing import recomputed
-from llmcompress.distillation.objective.module import Objective
+from llmcompress.distillation.objective.forward import recompute_activations
+from llmcompress.distillation.objective.objective import Objective
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.dense.blocks import states_between
 from llmcompress.recipe.distillation import Distillation, Term
@@ -144,7 +144,7 @@ def test_activations_that_are_computed_again_change_nothing() -> None:
     wanted = flat(found(batch, [0.1, 0.1])[0], student)
     runs: list[int] = []
     student.model.layers[1].input_layernorm.register_forward_hook(lambda *_: runs.append(1))
-    with recomputed(student):
+    with recompute_activations(student):
         runs.clear()
         total, _ = found(batch, [0.1, 0.1])
         assert_close(flat(total, student), wanted, rtol=1e-12, atol=1e-15)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmcompress.data.batch import Batch
-from llmcompress.distillation.objective.heads import check_head, head_of, hidden_states
+from llmcompress.distillation.objective.forward import check_head, head_of, hidden_states
 from llmcompress.weight.modules import decoded
 from tests.distillation.miniature import make
 from tests.tiny import tiny

@@ -15,21 +15,20 @@ import llmcompress as lc
 from llmcompress.data.batch import Batch
 from llmcompress.distillation import setup
 from llmcompress.distillation.objective.hidden_states import StateMatching
-from llmcompress.distillation.objective.module import Objective
+from llmcompress.distillation.objective.objective import Objective
 from llmcompress.distillation.run import distill
-from llmcompress.distillation.student.low_rank import teachers_weights
+from llmcompress.distillation.student.low_rank import teacher_weights
 from llmcompress.distillation.student.model import relaxed_student
-from llmcompress.distillation.teacher.predictions import ReadsAlong
+from llmcompress.distillation.teacher.predictions import OnlineTeacher
 from llmcompress.errors import RecipeError
 from llmcompress.models.dense.blocks import KEPT, matched_blocks
 from llmcompress.recipe.distillation import Distillation, Schedule, Term
 from llmcompress.recipe.read import dump, read_as
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import compressed_linears
-from tests.distillation.miniature import TEXT
+from tests.distillation.miniature import TEXT, Cut
 from tests.distillation.test_batches import objective_of
 from tests.distillation.test_dense_students import asked, tensors
-from tests.distillation.test_training import Cut
 from tests.tiers import tiered
 from tests.tiny import save_tiny, tiny
 
@@ -122,17 +121,17 @@ def test_a_teacher_of_early_states_alone_runs_no_further(layers: Any, place: Pat
     """Not one of its blocks from the last compared state on, and the student learns what it learns otherwise."""
     early = {"of": {"loss": "hidden"}, "layers": layers}
     recipe = asked(place, losses=[{"of": {"loss": "cross_entropy"}}, early], steps=3)
-    chosen, found = setup._teaching, {}
-    for name, teaching in {"short": chosen, "whole": lambda pair, *_: ReadsAlong(pair[1])}.items():
+    chosen, found = setup.choose_source, {}
+    for name, source in {"short": chosen, "whole": lambda *models: OnlineTeacher(models[-1])}.items():
         ran: list[int] = []
 
-        def counted(pair: Any, *more: Any, teaching: Any = teaching, ran: list[int] = ran) -> Any:
-            for number, block in enumerate(pair[1].model.layers):
+        def counted(*models: Any, source: Any = source, ran: list[int] = ran) -> Any:
+            for number, block in enumerate(models[-1].model.layers):
                 block.register_forward_hook(lambda *_, number=number: ran.append(number))
-            return teaching(pair, *more)
+            return source(*models)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(setup, "_teaching", counted)
+            patch.setattr(setup, "choose_source", counted)
             done = distill(place / "short", place / "dense", recipe, tmp_path / name)
         found[name] = [row["kl"] for row in done.history], [ran.count(block) for block in range(4)]
     [kls, counts], [same, all_of_it] = found["short"], found["whole"]
@@ -265,7 +264,7 @@ def test_latents_start_at_the_blocks_that_the_student_kept(place: Path, tmp_path
     student = lc.compress(place / "short", {"version": 1, "rules": rules}, tmp_path / "small").model
     teacher = tiny("llama", num_hidden_layers=4, tie_word_embeddings=True)
     stored = {name: dense(layer.expression()) for name, layer in compressed_linears(student).items()}
-    found = relaxed_student(student, {"codes": 1e-3}, "plain", teachers_weights(student, teacher))
+    found = relaxed_student(student, {"codes": 1e-3}, teacher_weights(student, teacher))
     name = "model.layers.2.mlp.up_proj"
     grid = found.relaxed[name].relaxed
     [latents] = [value for key, value in grid.named_parameters() if "codes" in key]

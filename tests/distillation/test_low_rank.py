@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
 from llmcompress.distillation.run import distill
-from llmcompress.distillation.student.low_rank import adapt, dense_weight, rounded
+from llmcompress.distillation.student.low_rank import add_terms, dense_weight, round_terms
 from llmcompress.errors import RecipeError
 from llmcompress.evaluation.verify import verify
 from llmcompress.recipe.sections import Adaptation
@@ -20,7 +20,7 @@ from llmcompress.reporting.report import read
 from llmcompress.weight.expression import bits, dense, describe
 from llmcompress.weight.modules import CompressedLinear, compressed_linears
 from llmcompress.weight.nodes import LowRank, Sum, shape
-from tests.distillation.miniature import loaded, make, recipe, weights_bytes
+from tests.distillation.miniature import cut_short, loaded, make, recipe, weight_files, weights_bytes
 
 RULES = [
     {"match": "*.down_proj", "steps": [{"method": "rtn", "bits": 3}, {"method": "svd", "rank": 2}]},
@@ -49,7 +49,7 @@ def term_of(layer: CompressedLinear) -> LowRank:
 def test_a_term_that_starts_at_zero_changes_nothing(folders: Path) -> None:
     student, teacher = loaded(folders)
     before = student(IDS).logits
-    names = adapt(student, Adaptation(match=("*_proj",), rank=3), teacher, seed=5)
+    names = add_terms(student, Adaptation(match=("*_proj",), rank=3), teacher, seed=5)
     assert len(names) == 14
     torch.testing.assert_close(student(IDS).logits, before, rtol=1e-5, atol=1e-5)  # BLAS may sum in another order
     for layer in linears(student).values():
@@ -63,7 +63,7 @@ def test_terms_are_functions_of_the_seed(folders: Path) -> None:
     found = []
     for seed in (1, 1, 2):
         student, teacher = loaded(folders)
-        adapt(student, Adaptation(rank=2), teacher, seed)
+        add_terms(student, Adaptation(rank=2), teacher, seed)
         found.append(torch.cat([layer.get_parameter("weight") for layer in linears(student).values()]))
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
@@ -72,7 +72,7 @@ def test_a_term_can_start_at_what_was_lost(folders: Path) -> None:
     """Eckart and Young: what is left has the tail of the singular values, up to bfloat16."""
     student, teacher = loaded(folders)
     before = {name: layer.dequantize() for name, layer in linears(student).items()}
-    adapt(student, Adaptation(rank=4, start="residual"), teacher, seed=0)
+    add_terms(student, Adaptation(rank=4, start="residual"), teacher, seed=0)
     for name, layer in linears(student).items():
         wanted = dense_weight(teacher, name)
         tail = torch.linalg.svdvals(wanted - before[name])[4:].square().sum()
@@ -92,22 +92,22 @@ def test_a_teacher_may_be_compressed_itself(folders: Path) -> None:
 def test_factors_are_rounded_to_their_bits(factor_bits: Any, close: float, folders: Path) -> None:
     student, teacher = loaded(folders)
     asked = Adaptation(match=("*.q_proj",), rank=3, factor_bits=factor_bits, start="residual")
-    names = adapt(student, asked, teacher, seed=0)
+    names = add_terms(student, asked, teacher, seed=0)
     exact = linears(student)
-    found = rounded(exact, names, asked)
+    found = round_terms(exact, names, asked)
     assert sorted(found) == sorted(names) == ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
     for name, layer in found.items():
         term, was = term_of(layer), dense(term_of(exact[name]))
         assert bits(term) == factor_bits * 3 * (32 + 32) + 16 * (3 + 1)
         assert float((dense(term) - was).norm() / was.norm()) < close
-    assert rounded(exact, names, Adaptation(rank=3)) == {}
+    assert round_terms(exact, names, Adaptation(rank=3)) == {}
 
 
 def test_a_term_that_learned_nothing_is_rounded_to_nothing(folders: Path) -> None:
     student, teacher = loaded(folders)
     asked = Adaptation(rank=3, factor_bits=4)
-    names = adapt(student, asked, teacher, seed=0)
-    for layer in rounded(linears(student), names, asked).values():
+    names = add_terms(student, asked, teacher, seed=0)
+    for layer in round_terms(linears(student), names, asked).values():
         assert float(dense(term_of(layer)).abs().max()) < 1e-6
 
 
@@ -158,26 +158,15 @@ def test_terms_bring_the_student_nearer_at_equal_steps(start: str, folders: Path
     assert plain.bytes_before == plain.bytes_after == done.bytes_before < done.bytes_after
 
 
-class Cut(Exception):
-    """An interruption of a run."""
-
-
 @pytest.mark.slow
 def test_a_run_that_was_cut_ends_as_a_whole_one(folders: Path, tmp_path: Path) -> None:
     terms = {"match": ["*.q_proj", "re:.*down_proj"], "rank": 2, "factor_bits": 8}
     asked = recipe(folders, steps=4, save_every=2, rates={"factors": 1e-2}, adapt=terms)
     whole = distill(folders / "small", folders / "dense", asked, tmp_path / "whole")
-
-    def cut(done: int, *_: Any) -> None:
-        if done == 3:
-            raise Cut
-
-    with pytest.raises(Cut):
-        distill(folders / "small", folders / "dense", asked, tmp_path / "cut", progress=cut)
+    cut_short(folders, asked, tmp_path / "cut", calls=3)
     again = distill(folders / "small", folders / "dense", asked, tmp_path / "cut")
     assert [row["kl"] for row in again.history] == [row["kl"] for row in whole.history]
-    for path in sorted((tmp_path / "whole").glob("*.safetensors")):
-        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
+    assert weight_files(tmp_path / "whole") == weight_files(tmp_path / "cut")
 
 
 @pytest.mark.parametrize(

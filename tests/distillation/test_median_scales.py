@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from llmcompress.distillation.parallel.launch import check_sharding
 from llmcompress.distillation.run import distill
-from llmcompress.distillation.student.low_rank import teachers_weights
+from llmcompress.distillation.student.low_rank import teacher_weights
 from llmcompress.distillation.student.median_scales import median_scales
 from llmcompress.distillation.student.model import relaxed_student
 from llmcompress.errors import RecipeError
@@ -29,7 +29,7 @@ from llmcompress.weight.modules import compressed_linears
 from llmcompress.weight.nodes import Bitmap, Dense, Grid, LowRank, RotatedInputs, Sum, Weight, Where
 from llmcompress.weight.trainable.relax import Relaxation, RelaxedWeight, relax
 from tests.builders import grid, seeded
-from tests.distillation.miniature import loaded, make, recipe
+from tests.distillation.miniature import cut_short, loaded, make, recipe, weight_files
 
 RULES = [
     {"match": "*.q_proj", "steps": [{"method": "rtn", "bits": "ternary", "group_size": 16}]},
@@ -119,7 +119,7 @@ def test_scales_are_the_medians_and_the_weights_stay(name: str) -> None:
     moves = tuple(f"{path}{leaf}" for path in followed for leaf in ("codes", "scale"))
     others = {key: value.clone() for key, value in module.named_parameters() if key not in moves}
     for scale in scales:
-        scale.rebind_parameters()
+        scale.update()
     for path, (form, shown) in grids.items():
         after = weights(module, path, form, shown)
         found = module.get_parameter(path + "scale").detach().reshape(form.scale.shape)
@@ -133,7 +133,7 @@ def test_scales_are_the_medians_and_the_weights_stay(name: str) -> None:
     assert all(torch.equal(value, module.get_parameter(key)) for key, value in others.items())
     again = {key: value.clone() for key, value in module.named_parameters()}
     for scale in scales:
-        scale.rebind_parameters()
+        scale.update()
     assert all(torch.equal(value, module.get_parameter(key)) for key, value in again.items())
 
 
@@ -150,7 +150,7 @@ def test_neither_outliers_nor_confining_move_a_scale(levels: int) -> None:
         latent.copy_(torch.where(largest, middle + outliers * away, latent))
         [scale] = median_scales(w, module)
         for _ in range(3):
-            scale.rebind_parameters()
+            scale.update()
             module.settle()
             found.append(module.get_parameter("scale").clone())
     assert all(torch.equal(each, found[0]) for each in found)
@@ -171,7 +171,7 @@ def test_scales_that_follow_reach_weights_of_another_size() -> None:
             ((module.weight() - target) / size).square().sum().backward()
             optimizer.step()
             for scale in scales:
-                scale.rebind_parameters()
+                scale.update()
             module.settle()
         lost.append(float(((dense(module.freeze()) - target) / size).square().mean()))
     assert lost[0] >= 0.06 and lost[1] < 0.01
@@ -184,7 +184,7 @@ def test_a_group_of_zeros_stays() -> None:
     module = moved(w)
     module.get_parameter("codes").data.view(6, 10)[1, :5] = 1.0
     [scale] = median_scales(w, module)
-    scale.rebind_parameters()
+    scale.update()
     after = module.get_parameter("scale").reshape(6, 2)
     assert after[0, 0] == 0 and after[1, 0] == w.scale[1, 0] and bool((after[2:] != w.scale[2:]).all())
     assert all(torch.isfinite(value).all() for value in module.parameters())
@@ -194,7 +194,7 @@ def test_what_is_stored_has_three_levels_and_the_old_layout() -> None:
     w = plain(3, 4)
     module = moved(w)
     for scale in median_scales(w, module):
-        scale.rebind_parameters()
+        scale.update()
     module.settle()
     stored = module.freeze()
     assert torch.equal(dense(stored), module.weight()) and describe(stored) == describe(w)
@@ -236,17 +236,11 @@ def test_a_student_with_median_scales_learns(folders: Path, tmp_path: Path) -> N
 
 def test_other_scales_learn_at_their_rate(folders: Path, tmp_path: Path) -> None:
     student, teacher = loaded(folders)
-    found = relaxed_student(
-        student, {"codes": 0.1, "scales": 0.1}, "plain", teachers_weights(student, teacher), scales="median"
-    )
+    found = relaxed_student(student, {"codes": 0.1, "scales": 0.1}, teacher_weights(student, teacher), scales="median")
     grouped = [id(value) for group in found.groups() for value in group["params"]]
     for name, value in found.trained["scales"].items():
         assert (id(value) in grouped) == value.requires_grad == ("down_proj" in name)
     assert len(found.medians) == sum("down_proj" not in name for name in found.relaxed)
-
-
-class Cut(Exception):
-    """An interruption of a run."""
 
 
 @pytest.mark.slow
@@ -255,19 +249,12 @@ def test_a_run_that_was_cut_ends_as_a_whole_one(folders: Path, tmp_path: Path) -
     freezing = {"momentum": 0.4, "threshold": 0.3, "final_threshold": 0.3}
     more = {"rates": {"codes": 0.15}, "freezing": freezing, "save_every": 2}
     whole = run(folders, tmp_path / "whole", **more)
-
-    def cut(done: int, *_: Any) -> None:
-        if done == 4:
-            raise Cut
-
     asked = recipe(folders, **MEDIAN | more)
-    with pytest.raises(Cut):
-        distill(folders / "small", folders / "dense", asked, tmp_path / "cut", progress=cut)
+    cut_short(folders, asked, tmp_path / "cut", calls=4)
     again = distill(folders / "small", folders / "dense", asked, tmp_path / "cut")
     assert [row["kl"] for row in again.history] == [row["kl"] for row in whole.history]
     assert again.phases[0]["frozen"] == whole.phases[0]["frozen"] > 0
-    for path in sorted((tmp_path / "whole").glob("*.safetensors")):
-        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
+    assert weight_files(tmp_path / "whole") == weight_files(tmp_path / "cut")
 
 
 def test_blocks_have_median_scales_too(folders: Path, tmp_path: Path) -> None:

@@ -14,9 +14,8 @@ from transformers import PreTrainedModel
 from llmcompress.data.batch import Batch
 from llmcompress.data.generate import NOTHING, continue_sequences, end_tokens
 from llmcompress.distillation import on_policy
-from llmcompress.distillation.controls import control_recipe
-from llmcompress.distillation.on_policy import prompts, rewritten, window
-from llmcompress.distillation.run import distill
+from llmcompress.distillation.on_policy import prompt_lengths, replace_text, writing_window
+from llmcompress.distillation.run import control_recipe, distill
 from llmcompress.errors import RecipeError
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import read_as
@@ -87,7 +86,7 @@ def test_neighbours_change_nothing() -> None:
 def test_its_own_tokens_count_and_nothing_behind_the_end() -> None:
     batch = text(3, 8)
     texts = [[1, 2, 3, 9, 9, 9, 9, 9], [1, 2, 3, 7, 2, NOTHING, NOTHING, NOTHING]]
-    found = rewritten(batch, [0, 2], texts, torch.tensor([3, 3, 3]))
+    found = replace_text(batch, [0, 2], texts, torch.tensor([3, 3, 3]))
     assert found.ids[0].tolist() == texts[0] and found.ids[2].tolist() == [1, 2, 3, 7, 2, 0, 0, 0]
     assert found.counted[0].tolist() == [False] * 3 + [True] * 5
     assert found.counted[2].tolist() == [False] * 3 + [True] * 2 + [False] * 3
@@ -98,8 +97,8 @@ def test_prompts_are_as_long_as_asked_for_and_reach_to_the_answer() -> None:
     batch = text(3, 10)
     batch.counted[1, :7] = False  # a chat whose answer begins there
     batch.counted[2, :9] = False
-    assert prompts(batch, 4).tolist() == [4, 7, 9]
-    assert prompts(batch, 50).tolist() == [9, 9, 9]  # one token is left to write
+    assert prompt_lengths(batch, 4).tolist() == [4, 7, 9]
+    assert prompt_lengths(batch, 50).tolist() == [9, 9, 9]  # one token is left to write
 
 
 @pytest.mark.parametrize(("share", "rows"), [(0.5, [1, 3]), (0.25, [3]), (1.0, [0, 1, 2, 3]), (0.75, [1, 2, 3])])
@@ -109,7 +108,7 @@ def test_the_share_is_spread_evenly(share: float, rows: list[int]) -> None:
 
 def test_windows_meet_and_end_with_the_run() -> None:
     asked = OnPolicy(every=4)
-    assert [list(window(asked, step, 10)) for step in (0, 3, 4, 8)] == [[0, 1, 2, 3], [3], [4, 5, 6, 7], [8, 9]]
+    assert [list(writing_window(asked, step, 10)) for step in (0, 3, 4, 8)] == [[0, 1, 2, 3], [3], [4, 5, 6, 7], [8, 9]]
 
 
 def test_ends_are_those_of_the_generation_config() -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import llmcompress as lc
-from llmcompress.distillation import packages, train
+from llmcompress.distillation import requirements, train
 from llmcompress.distillation.optimizers import moments, optimizer_of, put_moments
-from llmcompress.distillation.ready import check_ready, memory_advice
+from llmcompress.distillation.requirements import advise_on_memory, check_requirements
 from llmcompress.distillation.run import distill
 from llmcompress.errors import InputError, MemoryLimitError, RecipeError
 from llmcompress.recipe.distillation import Distillation
@@ -95,19 +95,10 @@ def test_a_cut_run_with_eight_bits_ends_as_a_whole_one(folders: Path, tmp_path: 
     whole = distill(folders / "small", folders / "dense", asked, tmp_path / "whole")
     assert whole.history[-1]["kl"] < whole.history[0]["kl"]
 
-    class Cut(Exception):
-        pass
-
-    def cut(done: int, *_: Any) -> None:
-        if done == 4:
-            raise Cut
-
-    with pytest.raises(Cut):
-        distill(folders / "small", folders / "dense", asked, tmp_path / "cut", progress=cut)
+    miniature.cut_short(folders, asked, tmp_path / "cut", calls=4)
     again = distill(folders / "small", folders / "dense", asked, tmp_path / "cut")
     assert [row["kl"] for row in again.history] == [row["kl"] for row in whole.history]
-    for path in (tmp_path / "whole").glob("*.safetensors"):
-        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
+    assert miniature.weight_files(tmp_path / "whole") == miniature.weight_files(tmp_path / "cut")
 
 
 @needs_bitsandbytes
@@ -128,16 +119,16 @@ def test_paging_changes_no_number() -> None:
 
 
 def test_what_an_optimizer_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packages, "find_spec", lambda name: object())
+    monkeypatch.setattr(requirements, "find_spec", lambda name: object())
     with pytest.raises(RecipeError, match="paged_adamw_8bit requires a GPU to page memory from.*use adamw_8bit"):
-        check_ready(PAGED, "cpu")
-    check_ready(PAGED, "cuda:1")
-    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+        check_requirements(PAGED, "cpu")
+    check_requirements(PAGED, "cuda:1")
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None)
     with pytest.raises(
         RecipeError, match=r'adamw_8bit requires bitsandbytes; run pip install "llmcompress\[distill\]"'
     ):
-        check_ready(EIGHT_BIT, "cpu")
-    check_ready(Distillation(), "cpu")
+        check_requirements(EIGHT_BIT, "cpu")
+    check_requirements(Distillation(), "cpu")
 
 
 # --- memory, text, teachers -----------------------------------------------------------------------------------------
@@ -158,7 +149,7 @@ def test_running_out_of_memory_names_what_helps(
     def exhausted(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(train, "_step", exhausted)
+    monkeypatch.setattr(train, "take_step", exhausted)
     sentence = (
         "there is not enough memory for this training; set a micro_batch below 2 or checkpointing: true or a lower "
         "data.length, and rerun"
@@ -167,12 +158,12 @@ def test_running_out_of_memory_names_what_helps(
         distill(folders / "small", folders / "dense", recipe(folders), tmp_path / "out")
     assert str(found.value) == sentence and found.value.exit_code == 7
     tried = Distillation(checkpointing=True, micro_batch=1)
-    with pytest.raises(MemoryLimitError, match="training; set a lower data.length, and"), memory_advice(tried):
+    with pytest.raises(MemoryLimitError, match="training; set a lower data.length, and"), advise_on_memory(tried):
         raise error
 
 
 def test_other_errors_keep_their_names() -> None:
-    with pytest.raises(RuntimeError, match="sizes"), memory_advice(Distillation()):
+    with pytest.raises(RuntimeError, match="sizes"), advise_on_memory(Distillation()):
         raise RuntimeError("The sizes of tensors must match")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llmcompress.cli.distill import distilled_view
 from llmcompress.distillation.run import distill
-from llmcompress.distillation.student.oscillation import Freezer, Habits, after_step
+from llmcompress.distillation.student.oscillation import Freezer, History, after_step
 from llmcompress.errors import RecipeError
 from llmcompress.recipe.sections import Freezing
 from llmcompress.weight.encoding import encode
@@ -22,7 +22,7 @@ from llmcompress.weight.modules import CompressedLinear
 from llmcompress.weight.nodes import Grid, Sum
 from llmcompress.weight.trainable.relax import Relaxation, RelaxedLinear
 from tests.builders import grid, seeded
-from tests.distillation.miniature import make, recipe
+from tests.distillation.miniature import cut_short, make, recipe, weight_files
 from tests.tiers import tiered
 from tests.tiny import save_tiny
 
@@ -67,11 +67,11 @@ def test_codes_are_frozen_as_one_by_one(momentum: float) -> None:
     walks = torch.cat([torch.full((1, count), 1), nudges]).cumsum(0).clamp(0, levels - 1)
     asked = Freezing(momentum=momentum, threshold=0.4, final_threshold=0.15)
     thresholds = [asked.threshold_at((step + 1) / steps) for step in range(steps)]
-    habits = Habits.of(torch.zeros(count), walks[0])
+    history = History.of(torch.zeros(count), walks[0])
     seen = []
     for walk, threshold in zip(walks[1:], thresholds, strict=True):
-        habits, _ = after_step(habits, walk.float(), momentum, threshold)
-        seen.append(habits)
+        history, _ = after_step(history, walk.float(), momentum, threshold)
+        seen.append(history)
     wanted = [slowly(walks[:, i].tolist(), momentum, thresholds) for i in range(count)]
     assert 0 < int(seen[-1].frozen.sum()) < count
     for step, found in enumerate(seen):
@@ -116,7 +116,7 @@ def test_a_code_that_turns_is_frozen_at_its_mean() -> None:
         counts = freezer.watch(step / 6).tolist()
         assert counts[1:] == [[0, 0], [1, 0], [1, 1], [0, 1], [0, 1], [0, 1]][step]
         places.append(int(stored(student)[0][7]))
-    assert places == [2, 1, 2, 2, 2, 2] and float(latents(student)[7]) == 2 and freezer.frozen() == 1
+    assert places == [2, 1, 2, 2, 2, 2] and float(latents(student)[7]) == 2 and freezer.count_frozen() == 1
 
 
 def test_a_mean_may_be_another_code_than_the_last() -> None:
@@ -126,9 +126,9 @@ def test_a_mean_may_be_another_code_than_the_last() -> None:
     freezer = Freezer.of(Freezing(momentum=0.25, threshold=0.3, final_threshold=0.3), {"q": student})
     for done, code in enumerate([1.0, 0.0, 0.0, 1.0]):  # turned at the 2nd and 4th: 0.25 * 0.75^2 + 0.25 = 0.39
         latents(student)[0] = code
-        assert freezer.frozen() == 0
+        assert freezer.count_frozen() == 0
         freezer.watch(done / 4)
-    assert freezer.frozen() == 1 and float(latents(student)[0]) == 0
+    assert freezer.count_frozen() == 1 and float(latents(student)[0]) == 0
 
 
 def test_frozen_codes_never_change_and_their_gradients_do_not_count() -> None:
@@ -144,17 +144,17 @@ def test_frozen_codes_never_change_and_their_gradients_do_not_count() -> None:
         freezer.hold()
         for watched in freezer.watched:
             gradient = watched.relaxed.get_parameter(watched.key).grad
-            assert gradient is not None and not gradient[watched.habits.frozen].any()
-            assert gradient.any() or bool(watched.habits.frozen.all())
+            assert gradient is not None and not gradient[watched.history.frozen].any()
+            assert gradient.any() or bool(watched.history.frozen.all())
         optimizer.step()
         student.relaxed.settle()
         freezer.watch((step + 1) / 30)
-        codes, frozen = torch.cat(stored(student)), torch.cat([each.habits.frozen for each in freezer.watched])
+        codes, frozen = torch.cat(stored(student)), torch.cat([each.history.frozen for each in freezer.watched])
         for was, there in held:
             assert torch.equal(codes[there], was[there]) and bool(frozen[there].all())
         held.append((codes, frozen))
-        assert torch.equal(codes, torch.cat([each.habits.codes for each in freezer.watched]))
-    assert 5 < freezer.frozen() < 120
+        assert torch.equal(codes, torch.cat([each.history.codes for each in freezer.watched]))
+    assert 5 < freezer.count_frozen() < 120
     after = encode(student.freeze().expression())
     assert before[0] == after[0] and {k: v.shape for k, v in before[1].items()} == {
         k: v.shape for k, v in after[1].items()
@@ -205,10 +205,6 @@ def rows(output: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in {"seconds", "tokens_per_second"}} for row in found]
 
 
-def weights(output: Path) -> list[bytes]:
-    return [path.read_bytes() for path in sorted(output.glob("*.safetensors"))]
-
-
 def run(folders: Path, output: Path, **more: Any) -> Any:
     return distill(folders / "small", folders / "dense", recipe(folders, **CODES | more), output)
 
@@ -217,16 +213,12 @@ def run(folders: Path, output: Path, **more: Any) -> Any:
 def test_without_a_code_that_is_frozen_nothing_changes(folders: Path, tmp_path: Path) -> None:
     run(folders, tmp_path / "plain")
     done = run(folders, tmp_path / "watched", freezing=NEVER)
-    assert weights(tmp_path / "plain") == weights(tmp_path / "watched")
+    assert weight_files(tmp_path / "plain") == weight_files(tmp_path / "watched")
     plain, watched = rows(tmp_path / "plain"), rows(tmp_path / "watched")
     seen = [row.pop("codes") for row in watched if "loss" in row]
     assert plain == watched and all(row["frozen"] == 0 for row in seen)
     assert any(row["turned"] for row in seen) and any(row["changed"] > row["turned"] for row in seen)
     assert [phase["frozen"] for phase in done.phases] == [0]
-
-
-class Cut(Exception):
-    """An interruption of a run."""
 
 
 @pytest.fixture(scope="module")
@@ -245,16 +237,10 @@ def test_what_froze_is_told(whole: Any) -> None:
 @pytest.mark.parametrize("after", tiered([3, 6], lambda after: after == 6))
 def test_what_froze_survives_a_cut(after: int, whole: Any, folders: Path, tmp_path: Path) -> None:
     """Between two states, and after the last step."""
-
-    def cut(done: int, *_: Any) -> None:
-        if done == after:
-            raise Cut
-
     asked = recipe(folders, **CODES, freezing=SOON, save_every=2)
-    with pytest.raises(Cut):
-        distill(folders / "small", folders / "dense", asked, tmp_path / "cut", progress=cut)
+    cut_short(folders, asked, tmp_path / "cut", calls=after)
     again = distill(folders / "small", folders / "dense", asked, tmp_path / "cut")
-    assert weights(Path(whole.output)) == weights(tmp_path / "cut")
+    assert weight_files(Path(whole.output)) == weight_files(tmp_path / "cut")
     assert rows(Path(whole.output)) == rows(tmp_path / "cut")
     assert again.phases[0]["frozen"] == whole.phases[0]["frozen"] > 0
 

@@ -14,12 +14,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmcompress.distillation.blockwise import walk
-from llmcompress.distillation.blockwise.block import Activations, Block, mean_error, recover_block
-from llmcompress.distillation.blockwise.walk import Stream, recover_blocks
-from llmcompress.distillation.phases import learn
+from llmcompress.data.batch import Batch
+from llmcompress.distillation import blockwise
+from llmcompress.distillation.blockwise import (
+    Activations,
+    Block,
+    RecoveredBlocks,
+    Stream,
+    in_batches,
+    mean_error,
+    recover_block,
+    recover_blocks,
+)
+from llmcompress.distillation.phases import run_phases
 from llmcompress.distillation.run import distill
-from llmcompress.distillation.student.low_rank import teachers_weights
+from llmcompress.distillation.student.low_rank import teacher_weights
 from llmcompress.distillation.student.model import relaxed_student
 from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.evaluation.verify import verify
@@ -49,13 +58,16 @@ def tokens(count: int = 12, length: int = 16) -> Tensor:
     return torch.randint(0, 256, (count, length), generator=torch.Generator().manual_seed(3))
 
 
-def walk_of(folders: Path, settings: Distillation, kept: Path, **more: Any) -> tuple[PreTrainedModel, walk.Walked]:
+def walk_of(folders: Path, settings: Distillation, kept: Path, **more: Any) -> tuple[PreTrainedModel, RecoveredBlocks]:
     student, teacher = loaded(folders)
-    ids = tokens()
-    counted = torch.ones_like(ids, dtype=torch.bool)
-    plain = torch.enable_grad
-    walked = recover_blocks(student, teacher, ids, counted, 4, settings, Store(kept, {"recipe": 1}), plain, **more)
-    return student, walked
+    run: Any = SimpleNamespace(
+        recipe=settings,
+        student=SimpleNamespace(model=student),
+        dense_teacher=lambda: teacher,
+        store=Store(kept, {"recipe": 1}),
+        autocast=torch.enable_grad,
+    )
+    return student, recover_blocks(run, Batch.of(tokens()), 4, **more)
 
 
 def payloads(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -65,7 +77,7 @@ def payloads(model: PreTrainedModel) -> dict[str, Tensor]:
 def first_block(folders: Path) -> tuple[PreTrainedModel, Block, Activations, Activations]:
     """The student, its first block, and what that should learn from and be measured on."""
     student, teacher = loaded(folders)
-    batches = walk.in_batches(12, 4, 2)
+    batches = in_batches(12, 4, 2)
     streams = [Stream.of(model, tokens(), batches, torch.enable_grad) for model in (student, teacher)]
     streams[1].advance(0)
     data = Activations(streams[0].hidden, streams[1].hidden, torch.ones(12, 16, dtype=torch.bool))
@@ -76,7 +88,7 @@ def first_block(folders: Path) -> tuple[PreTrainedModel, Block, Activations, Act
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_streams_are_the_models_own_hidden_states(family: str) -> None:
     model = tiny(family)
-    stream = Stream.of(model, tokens(), walk.in_batches(12, 4, 3), torch.enable_grad)
+    stream = Stream.of(model, tokens(), in_batches(12, 4, 3), torch.enable_grad)
     wanted = model(tokens(), output_hidden_states=True).hidden_states
     assert stream.blocks == 2 and stream.hidden.dtype == torch.bfloat16
     for index, states in enumerate(wanted[:2]):  # after the last block, transformers gives them normalised
@@ -101,8 +113,8 @@ def test_the_error_is_the_mean_of_relative_errors_of_tokens_that_count() -> None
 def test_a_block_comes_nearer_on_text_it_has_not_seen(kind: Any, folders: Path) -> None:
     student, block, train, held_out = first_block(folders)
     settings = asked(folders, rates={kind: RATES[kind]})
-    part = relaxed_student(student, settings.rates, "plain", teachers_weights(student, loaded(folders)[1]), f"{PATH}.")
-    assert {name.rpartition(".")[0][: len(PATH)] for name in part.named()} == {PATH}
+    part = relaxed_student(student, settings.rates, teacher_weights(student, loaded(folders)[1]), f"{PATH}.")
+    assert {name.rpartition(".")[0][: len(PATH)] for name in part.named_parameters()} == {PATH}
     found = recover_block(block, part, train, held_out, settings, PATH)
     assert found.after < (0.99 if kind == "norms" else 0.97) * found.before and found.step in (5, 10, 15, 20)
     assert mean_error(block, held_out, 2) == found.after
@@ -114,10 +126,10 @@ def test_a_block_that_nothing_helps_stays_as_it_is(folders: Path) -> None:
     """Held-out targets that are what the block gives already."""
     student, block, train, held_out = first_block(folders)
     with torch.no_grad():
-        there = torch.cat([block(part.inputs.float()) for part in held_out.split(2)])
+        there = torch.cat([block(part.inputs.float()) for part in held_out.batches(2)])
     near = replace(held_out, wanted=there + 1e-3 * torch.randn_like(there))
     before, norms = payloads(student), {name: value.clone() for name, value in student.named_parameters()}
-    part = relaxed_student(student, RATES, "plain", None, f"{PATH}.")
+    part = relaxed_student(student, RATES, None, f"{PATH}.")
     found = recover_block(block, part, train, near, asked(folders), PATH)
     part.freeze_into_model()
     assert found.after == found.before > 0 and found.step == 0
@@ -129,8 +141,8 @@ def test_a_block_that_nothing_helps_stays_as_it_is(folders: Path) -> None:
 def test_the_walk_recovers_every_block(folders: Path, tmp_path: Path) -> None:
     before = payloads(loaded(folders)[0])
     student, walked = walk_of(folders, asked(folders), tmp_path / "kept")
-    assert list(walked.blocks) == ["model.layers.0", "model.layers.1"]
-    assert all(block.after < 0.97 * block.before for block in walked.blocks.values())
+    assert list(walked.errors) == ["model.layers.0", "model.layers.1"]
+    assert all(block.after < 0.97 * block.before for block in walked.errors.values())
     assert walked.trained["norms"] == 4 * 32 and walked.trained["codes"] == sum(
         layer.in_features * layer.out_features for layer in walked.linears.values()
     )
@@ -156,14 +168,14 @@ def test_blocks_that_are_done_are_not_done_again(
     with pytest.raises(Cut):
         walk_of(folders, asked(folders), tmp_path / "kept", report=cut)
     done: list[str] = []
-    recover = walk.recover_block
-    monkeypatch.setattr(walk, "recover_block", lambda *given: (done.append(given[-1]), recover(*given))[1])
+    recover = blockwise.recover_block
+    monkeypatch.setattr(blockwise, "recover_block", lambda *given: (done.append(given[-1]), recover(*given))[1])
     again, found = walk_of(folders, asked(folders), tmp_path / "kept")
-    assert done == ["model.layers.1"] and found.blocks == walked.blocks and found.trained == walked.trained
+    assert done == ["model.layers.1"] and found.errors == walked.errors and found.trained == walked.trained
     state = whole.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
     with pytest.raises(InputError, match="was left by a different run .recipe changed"):
-        Store(tmp_path / "kept", {"recipe": 2}).get(walk.record_name(0))
+        Store(tmp_path / "kept", {"recipe": 2}).get(blockwise.record_name(0))
 
 
 @pytest.mark.slow
@@ -237,9 +249,9 @@ def test_impossible_runs_are_refused(folders: Path, tmp_path: Path) -> None:
         distill(folders / "small", deep, settings, tmp_path / "out")
     two: Any = SimpleNamespace(recipe=read_as(Distillation, settings), accelerator=SimpleNamespace(num_processes=2))
     with pytest.raises(RecipeError, match="a blockwise phase runs in one process, and 2 were started"):
-        learn(two)
+        run_phases(two)
     student, block, train, held_out = first_block(folders)
-    part = relaxed_student(student, {"scales": 1e-3}, "plain", None, f"{PATH}.")
+    part = relaxed_student(student, {"scales": 1e-3}, None, f"{PATH}.")
     broken = replace(train, wanted=torch.full_like(train.wanted, float("nan")))
     with pytest.raises(NumericsError, match="model.layers.0, step 1: the gradient's norm is nan"):
         recover_block(block, part, broken, held_out, asked(folders, rates={"scales": 1e-3}), PATH)

@@ -28,10 +28,10 @@ from llmcompress.errors import RecipeError
 from llmcompress.models.files import file_names
 from llmcompress.recipe.distillation import Distillation
 from tests.distillation.launched import free_port, run
+from tests.distillation.miniature import TEXT
 from tests.rules.source_tree import ROOT
 from tests.tiny import save_tiny
 
-TEXT = "Forty farms bring their corn to the mill by the river, and the miller counts every sack of it. "
 RULES = [
     {"match": "*.q_proj", "steps": [{"method": "magnitude", "pattern": "2:4"}]},
     {

@@ -19,10 +19,9 @@ from llmcompress.distillation.student.model import relaxed_student
 from llmcompress.errors import RecipeError
 from llmcompress.recipe.distillation import Distillation, Term
 from llmcompress.recipe.read import dump, read_as
-from tests.distillation.miniature import TEXT
+from tests.distillation.miniature import TEXT, Cut
 from tests.distillation.test_batches import gradient, objective_of, ragged
 from tests.distillation.test_dense_students import asked, tensors
-from tests.distillation.test_training import Cut
 from tests.tiny import save_tiny, tiny
 
 FORWARD = {"of": {"loss": "forward_kl"}}
@@ -197,7 +196,7 @@ def test_a_projection_needs_a_rate(place: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"as in rates: {projections: 1.0e-3}, or use the loss minilm"):
         distill(place / "narrow", place / "dense", recipe, tmp_path / "out")
     with pytest.raises(RecipeError, match="the student has no projections to train"):
-        relaxed_student(tiny("llama"), {"projections": 1e-3}, "plain")
+        relaxed_student(tiny("llama"), {"projections": 1e-3})
 
 
 @pytest.mark.parametrize(

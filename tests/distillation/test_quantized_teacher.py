@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 import llmcompress as lc
 from llmcompress.cli.distill import distilled_view
-from llmcompress.distillation import packages, setup
+from llmcompress.distillation import requirements, setup
 from llmcompress.distillation.parallel.launch import check_sharding
-from llmcompress.distillation.ready import check_ready
+from llmcompress.distillation.requirements import check_requirements
 from llmcompress.distillation.run import distill
 from llmcompress.distillation.teacher import quantized
 from llmcompress.distillation.teacher.cache import CacheOrigin, open_cache, record_type
-from llmcompress.distillation.teacher.quantized import Bits, load_quantized, without_remarks
+from llmcompress.distillation.teacher.quantized import Bits, load_quantized, silence_bitsandbytes
 from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.evaluation.distance import kl_divergence
 from llmcompress.formats.model_card import DistillationRecord, _distillation
@@ -78,7 +78,7 @@ def test_fewer_bits_are_near_the_dense_model_whatever_its_shapes(family: str, tm
     for bits in (8, 4):
         for dtype in (torch.float32, torch.bfloat16):
             model = load_quantized(locate(str(tmp_path / "dense")), bits, CPU, dtype)
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16), without_remarks():
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16), silence_bitsandbytes():
                 distances[bits, dtype] = float(kl_divergence(exact, predictions(model)).mean())
             assert not model.training and not any(value.requires_grad for value in model.parameters())
             assert model.dtype == dtype and torch.equal(
@@ -258,11 +258,11 @@ def test_a_recipe_with_bits_survives_its_own_file() -> None:
 
 
 def test_a_missing_package_is_said_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None)
     sentence = r'teacher: {bits: 4} requires bitsandbytes; run pip install "llmcompress\[distill\]"'
     with pytest.raises(RecipeError, match=sentence):
-        check_ready(Distillation(teacher={"bits": 4}), "cpu")
-    check_ready(Distillation(), "cpu")
+        check_requirements(Distillation(teacher={"bits": 4}), "cpu")
+    check_requirements(Distillation(), "cpu")
 
 
 def test_it_is_not_shared_out() -> None:

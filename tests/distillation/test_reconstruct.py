@@ -17,7 +17,7 @@ import llmcompress as lc
 from llmcompress.cli.app import app
 from llmcompress.cli.compress import report_view
 from llmcompress.data.calibration import calibration_tokens
-from llmcompress.distillation.blockwise.block import Activations, Recovered, recover_block
+from llmcompress.distillation.blockwise import Activations, BlockErrors, recover_block
 from llmcompress.distillation.student.model import relaxed_student
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluation.verify import verify
@@ -150,8 +150,8 @@ def test_families(family: str, tmp_path: Path) -> None:
 def test_a_signed_step_is_the_rate_in_the_direction_of_the_gradient(tmp_path: Path) -> None:
     make(tmp_path, [{"match": "*", "steps": [{"method": "rtn", "bits": 2, "group_size": 16}]}])
     student, _ = loaded(tmp_path)
-    part = relaxed_student(student, {"scales": 0.1}, "plain", None, "model.layers.0.")
-    before = {name: value.detach().clone() for name, value in part.named().items()}
+    part = relaxed_student(student, {"scales": 0.1}, None, "model.layers.0.")
+    before = {name: value.detach().clone() for name, value in part.named_parameters().items()}
     inputs, wanted = (torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     data = Activations(inputs, wanted, torch.ones(2, 8, dtype=torch.bool))
     layer, rotary = student.get_submodule("model.layers.0"), student.model.rotary_emb(inputs, torch.arange(8)[None])
@@ -161,13 +161,13 @@ def test_a_signed_step_is_the_rate_in_the_direction_of_the_gradient(tmp_path: Pa
         return output
 
     data.error(block).backward()
-    gradients = {name: value.grad.clone() for name, value in part.named().items() if value.grad is not None}
-    for value in part.named().values():
+    gradients = {name: value.grad.clone() for name, value in part.named_parameters().items() if value.grad is not None}
+    for value in part.named_parameters().values():
         value.grad = None
     asked = Reconstruction(rates={"scales": 0.01}, optimizer="sign", steps=1, warmup=0, batch=2, micro_batch=2)
     found = recover_block(block, part, data, data, asked, "model.layers.0")
     assert found.step == 1 and gradients.keys() == before.keys()
-    for name, value in part.named().items():
+    for name, value in part.named_parameters().items():
         step = 0.01 * float(before[name].square().mean().sqrt())
         assert torch.allclose(value - before[name], -step * gradients[name].sign(), atol=1e-3 * step), name
 
@@ -180,9 +180,9 @@ def test_a_block_learns_in_processes_what_it_learns_in_one(batch: int, tmp_path:
     data = Activations(inputs, wanted, torch.ones(9, 8, dtype=torch.bool))
     asked = Reconstruction(rates={"scales": 1e-2}, steps=6, batch=batch, evaluate_every=2)
 
-    def learn(ranks: Ranks) -> tuple[Recovered, dict[str, Tensor]]:
+    def learn(ranks: Ranks) -> tuple[BlockErrors, dict[str, Tensor]]:
         student, _ = loaded(tmp_path)
-        part = relaxed_student(student, {"scales": 0.1}, "plain", None, "model.layers.0.")
+        part = relaxed_student(student, {"scales": 0.1}, None, "model.layers.0.")
         layer, rotary = student.get_submodule("model.layers.0"), student.model.rotary_emb(inputs, torch.arange(8)[None])
 
         def block(hidden: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ def test_a_block_learns_in_processes_what_it_learns_in_one(batch: int, tmp_path:
 
         mine, beside = ranks.share(torch.arange(7)), ranks.share(torch.arange(7, 9))
         found = recover_block(block, part, data[mine], data[beside], asked, "model.layers.0", ranks)
-        return found, {name: value.detach().clone() for name, value in part.named().items()}
+        return found, {name: value.detach().clone() for name, value in part.named_parameters().items()}
 
     [(alone, kept)], many = in_lockstep(1, learn), in_lockstep(3, learn)
     assert alone.step > 0 and alone.after < alone.before

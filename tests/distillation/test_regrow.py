@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from llmcompress.data.batch import Batch
-from llmcompress.distillation.phases import learn
+from llmcompress.distillation.phases import run_phases
 from llmcompress.distillation.run import distill
-from llmcompress.distillation.student.regrow import grow, input_norms, pruned_again, regrown
+from llmcompress.distillation.student.regrow import grow, input_norms, prune_again, regrown_share
 from llmcompress.errors import RecipeError
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import read_as
@@ -54,9 +54,9 @@ def test_what_grew_at_zero_and_did_not_train_is_pruned_to_the_same_bytes(by: Any
     grown = compressed_linears(student)
     assert all(isinstance(grown[name].expression(), Dense) for name in masks)
     norms = input_norms(student, masks, tokens(), torch.no_grad) if by == "input_norms" else None
-    after = pruned_again(grown, masks, norms)
+    after = prune_again(grown, masks, norms)
     assert all(torch.equal(layer.get_parameter("weight"), before[name]) for name, layer in after.items())
-    assert regrown(after, masks) == 0.0
+    assert regrown_share(after, masks) == 0.0
 
 
 def test_weights_that_come_back_may_start_at_the_teachers(folders: Path) -> None:
@@ -86,7 +86,7 @@ def test_the_weights_that_count_most_stay() -> None:
     layer = CompressedLinear.of(Dense(values))
     some = torch.zeros(12, 16, dtype=torch.bool).view(-1).index_fill(0, torch.arange(71), True).view(12, 16)
     first = torch.arange(16).remainder(4).lt(2).expand(12, 16)
-    found = pruned_again(
+    found = prune_again(
         {"a": layer, "b": layer}, {"a": Bitmap(some), "b": Pattern(first, 2, 4)}, dict.fromkeys("ab", norms)
     )
     by_size = sorted(range(12 * 16), key=lambda place: -float(scores.view(-1)[place]))
@@ -99,7 +99,7 @@ def test_the_weights_that_count_most_stay() -> None:
             best = sorted(range(start, start + 4), key=lambda column: -float(scores[row, column]))[:2]
             assert set((two.index.inside[row, start : start + 4].nonzero().view(-1) + start).tolist()) == set(best)
     new = (one.index.inside & ~some).sum() + (two.index.inside & ~first).sum()
-    assert regrown(found, {"a": Bitmap(some), "b": Pattern(first, 2, 4)}) == float(new) / (71 + 96)
+    assert regrown_share(found, {"a": Bitmap(some), "b": Pattern(first, 2, 4)}) == float(new) / (71 + 96)
 
 
 @torch.no_grad()
@@ -177,7 +177,7 @@ def test_several_processes_are_refused(folders: Path) -> None:
     settings = read_as(Distillation, recipe(folders, rates=RATES, regrow={}))
     two: Any = SimpleNamespace(recipe=settings, accelerator=SimpleNamespace(num_processes=2))
     with pytest.raises(RecipeError, match="regrow runs in one process, and 2 were started"):
-        learn(two)
+        run_phases(two)
 
 
 def tokens() -> Batch:

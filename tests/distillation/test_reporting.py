@@ -17,15 +17,15 @@ from llmcompress.cli.app import app
 from llmcompress.cli.distill import distilled_view
 from llmcompress.cli.terminal import Terminal
 from llmcompress.data.schedule import rate
-from llmcompress.distillation import metrics
-from llmcompress.distillation.run import Distilled, distill
+from llmcompress.distillation.result import DistillationResult
+from llmcompress.distillation.run import distill
 from llmcompress.errors import RecipeError
 from llmcompress.formats.hub import push
 from llmcompress.formats.model_card import DistillationRecord, _distillation
 from llmcompress.reporting.plots import distillation_png, running_count
+from tests.distillation import miniature
 from tests.tiny import save_tiny
 
-TEXT = "Forty farms bring their corn to the mill by the river, and the miller counts every sack of it. "
 STEPS = 7
 LOSSES = [
     {"of": {"loss": "forward_kl"}},
@@ -70,20 +70,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `dense` model, a `small` one made from it, and a text."""
     place = tmp_path_factory.mktemp("reporting")
     save_tiny("llama", place / "dense", num_hidden_layers=1)
-    (place / "text.txt").write_text("".join(f"{i}. {TEXT}" for i in range(80)))
+    (place / "text.txt").write_text("".join(f"{i}. {miniature.TEXT}" for i in range(80)))
     rules = [{"match": "*", "steps": [{"method": "rtn", "bits": 2, "group_size": 16}]}]
     lc.compress(place / "dense", {"version": 1, "rules": rules}, place / "small")
     return place
 
 
 def recipe(folders: Path, **more: Any) -> dict[str, Any]:
-    data = {"dataset": str(folders / "text.txt"), "samples": 28, "length": 32, "held_out": 4}
-    exact = {"batch": 4, "micro_batch": 2, "evaluate_every": 3, "compute": "float32", "steps": STEPS}
-    return {"version": 1, "data": data, "rates": {"scales": 5e-3, "norms": 2e-3}, "losses": LOSSES, **exact} | more
+    rates = {"scales": 5e-3, "norms": 2e-3}
+    return miniature.recipe(folders, **{"rates": rates, "losses": LOSSES, "evaluate_every": 3, "steps": STEPS} | more)
 
 
 @pytest.fixture(scope="module")
-def whole(folders: Path) -> Distilled:
+def whole(folders: Path) -> DistillationResult:
     """An uninterrupted distillation, in `whole`."""
     return distill(folders / "small", folders / "dense", recipe(folders, save_every=3), folders / "whole")
 
@@ -96,7 +95,7 @@ def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in TIMED} for row in rows]
 
 
-def test_every_step_and_every_look_is_a_line(whole: Distilled, folders: Path) -> None:
+def test_every_step_and_every_look_is_a_line(whole: DistillationResult, folders: Path) -> None:
     found = lines(folders / "whole" / "metrics.jsonl")
     steps, looks = [row for row in found if "loss" in row], [row for row in found if "kl" in row]
     assert [row["step"] for row in steps] == list(range(1, STEPS + 1)) and len(found) == len(steps) + len(looks)
@@ -116,18 +115,15 @@ def test_every_step_and_every_look_is_a_line(whole: Distilled, folders: Path) ->
 
 @pytest.mark.parametrize("at, kept", [(2, 0), (5, 3)], ids=["before a state", "after a state"])
 def test_a_resumed_run_measures_what_a_whole_one_does(
-    at: int, kept: int, whole: Distilled, folders: Path, tmp_path: Path
+    at: int, kept: int, whole: DistillationResult, folders: Path, tmp_path: Path
 ) -> None:
-    class Cut(Exception):
-        pass
-
     def cut(done: int, *_: Any) -> None:
         assert lines(running)[-1]["step"] == done, "on the disk while it runs"
         if done == at:
-            raise Cut
+            raise miniature.Cut
 
     running, asked = tmp_path / "out.training" / "metrics.jsonl", recipe(folders, save_every=3)
-    with pytest.raises(Cut):
+    with pytest.raises(miniature.Cut):
         distill(folders / "small", folders / "dense", asked, tmp_path / "out", progress=cut)
     with running.open("a") as file:
         file.write('{"step": 6, "lo')  # a line that a crash interrupted
@@ -138,7 +134,7 @@ def test_a_resumed_run_measures_what_a_whole_one_does(
 
 
 def test_trackers_get_the_same_numbers(
-    whole: Distilled, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: DistillationResult, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "remembering", Remembering)
     asked = recipe(folders, trackers=["remembering"], name="farms", steps=2)
@@ -165,7 +161,7 @@ def test_trackers_get_the_same_numbers(
 def test_a_tracker_that_cannot_be_used_is_refused_at_once(
     name: str, sentence: str, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics, "get_available_trackers", list)
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
     with pytest.raises(RecipeError) as refused:
         distill(folders / "small", folders / "dense", recipe(folders, trackers=[name]), tmp_path / "out")
     assert sentence in str(refused.value) and not list(tmp_path.iterdir())
@@ -194,7 +190,9 @@ def test_the_last_look_is_what_progress_says(folders: Path, tmp_path: Path) -> N
     assert seen == [(1, start), (2, start), (3, third), (4, last)]
 
 
-def test_the_card_tells_the_distillation(whole: Distilled, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_card_tells_the_distillation(
+    whole: DistillationResult, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sent: dict[str, bytes] = {}
     monkeypatch.setenv("HF_TOKEN", "hf_none")
     monkeypatch.setattr("llmcompress.formats.hub.verify", lambda folder, **_: None)
@@ -224,7 +222,7 @@ def test_without_matplotlib_there_is_no_plot_and_it_is_said(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find: Callable[..., Any] = lambda name: None if name == "matplotlib" else object()  # noqa: E731
-    monkeypatch.setattr("llmcompress.distillation.run.find_spec", find)
+    monkeypatch.setattr("llmcompress.distillation.result.find_spec", find)
     done = distill(folders / "small", folders / "dense", recipe(folders, steps=1), tmp_path / "out")
     assert not (tmp_path / "out" / "distillation.png").exists()
     assert done.plot is None
@@ -252,12 +250,9 @@ def test_json_of_distill_keeps_its_contract(folders: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_phases_share_one_file_and_one_curve(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Cut(Exception):
-        pass
-
     def cut(done: int, steps: int, *_: Any) -> None:
         if (done, steps) == (4, 5):
-            raise Cut
+            raise miniature.Cut
 
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "remembering", Remembering)
     phases = [{"kind": "blockwise", "steps": 2}, {"kind": "end_to_end", "steps": 3}, {"kind": "end_to_end", "steps": 5}]
@@ -266,7 +261,7 @@ def test_phases_share_one_file_and_one_curve(folders: Path, tmp_path: Path, monk
     whole = distill(folders / "small", folders / "dense", asked, tmp_path / "whole")
     logged = [name for name, _ in Remembering.seen[2:-1]]
     assert logged[-1] == "step 10", "steps of trackers go on from phase to phase"
-    with pytest.raises(Cut):
+    with pytest.raises(miniature.Cut):
         distill(folders / "small", folders / "dense", asked, tmp_path / "cut", progress=cut)
     distill(folders / "small", folders / "dense", asked, tmp_path / "cut")
     found, again = (untimed(lines(tmp_path / name / "metrics.jsonl")) for name in ("whole", "cut"))

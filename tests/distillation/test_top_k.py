@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from llmcompress.distillation.objective.chunked_loss import Online, TeacherLogits, chunked_loss
-from llmcompress.distillation.teacher.top_k import Likeliest
+from llmcompress.distillation.objective.chunked_loss import chunked_loss
+from llmcompress.distillation.teacher.predictions import Likeliest, Online, TeacherLogits
 from llmcompress.losses.loss import LossConfig, Predictions, measure
 from tests.losses.cases import CASES, config, every_loss, random_predictions, spelled, value
 from tests.losses.spy import largest_tensor

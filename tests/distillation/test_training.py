@@ -21,6 +21,7 @@ import llmcompress as lc
 from llmcompress.data import calibration
 from llmcompress.data.generate import TeacherText, teacher_sequences
 from llmcompress.data.schedule import rate, rows
+from llmcompress.distillation import step as steps
 from llmcompress.distillation import train
 from llmcompress.distillation.context import TrainContext
 from llmcompress.distillation.resume import Saving
@@ -32,7 +33,8 @@ from llmcompress.reporting.report import read
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.expression import describe
 from llmcompress.weight.modules import compressed_linears
-from tests.distillation.miniature import make
+from tests.distillation import miniature
+from tests.distillation.miniature import cut_short, make, weight_files
 from tests.tiers import tiered
 from tests.tiny import save_tiny
 
@@ -62,10 +64,8 @@ def kept_step(folder: Path) -> int | None:
 
 
 def recipe(folders: Path, **more: Any) -> dict[str, Any]:
-    data = {"dataset": str(folders / "text.txt"), "samples": 28, "length": 32, "held_out": 4}
-    exact = {"batch": 4, "micro_batch": 2, "evaluate_every": 3, "compute": "float32"}
     kinds = {"scales": 5e-3, "factors": 5e-3, "values": 2e-3, "norms": 2e-3}
-    return {"version": 1, "data": data, "rates": kinds, **exact} | more
+    return miniature.recipe(folders, **{"rates": kinds, "evaluate_every": 3} | more)
 
 
 def test_every_epoch_reads_every_sequence_once() -> None:
@@ -139,20 +139,10 @@ def test_latents_that_start_at_the_codes_take_time_to_change_them(folders: Path,
     assert distances[0] == distances[3] != distances[-1]
 
 
-class Cut(Exception):
-    """An interruption of a run."""
-
-
 def test_a_run_that_was_cut_ends_as_a_whole_one(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = recipe(folders, steps=7, save_every=3, losses=[{"of": {"loss": "taid"}}])
     whole = distill(folders / "small", folders / "dense", asked, tmp_path / "whole")
-
-    def cut(done: int, *_: Any) -> None:
-        if done == 5:
-            raise Cut
-
-    with pytest.raises(Cut):
-        distill(folders / "small", folders / "dense", asked, tmp_path / "cut", progress=cut)
+    cut_short(folders, asked, tmp_path / "cut", calls=5)
     assert kept_step(tmp_path / "cut.training") is not None and not (tmp_path / "cut").exists()
     seen: list[int] = []
     again = distill(
@@ -160,8 +150,7 @@ def test_a_run_that_was_cut_ends_as_a_whole_one(folders: Path, tmp_path: Path, m
     )
     assert seen == [4, 5, 6, 7]
     assert [{**row, "seconds": 0} for row in again.history] == [{**row, "seconds": 0} for row in whole.history]
-    for path in sorted((tmp_path / "whole").glob("*.safetensors")):
-        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
+    assert weight_files(tmp_path / "whole") == weight_files(tmp_path / "cut")
 
 
 @pytest.mark.parametrize("step", tiered([2, 6], lambda step: step == 2))
@@ -186,13 +175,7 @@ def test_sigterm_keeps_the_state_of_the_last_step(step: int, folders: Path, tmp_
 @pytest.mark.parametrize("minutes, kept", [(1e-9, 2), (60, None)])
 def test_states_are_kept_every_so_many_minutes(minutes: float, kept: int | None, folders: Path, tmp_path: Path) -> None:
     asked = recipe(folders, steps=4, save_every=1000, save_minutes=minutes)
-
-    def cut(done: int, *_: Any) -> None:
-        if done == 2:
-            raise Cut
-
-    with pytest.raises(Cut):
-        distill(folders / "small", folders / "dense", asked, tmp_path / "out", progress=cut)
+    cut_short(folders, asked, tmp_path / "out", calls=2)
     assert kept_step(tmp_path / "out.training") == kept
 
 
@@ -215,21 +198,12 @@ def test_the_gradient_does_not_depend_on_micro_batches(folders: Path, tmp_path: 
 
 
 def test_another_recipe_does_not_continue(folders: Path, tmp_path: Path) -> None:
-    def cut(done: int, *_: Any) -> None:
-        raise Cut
-
-    with pytest.raises(Cut):
-        distill(
-            folders / "small", folders / "dense", recipe(folders, steps=4, save_every=1), tmp_path / "out", progress=cut
-        )
+    cut_short(folders, recipe(folders, steps=4, save_every=1), tmp_path / "out", calls=1)
     with pytest.raises(InputError, match="was left by a different run .recipe changed"):
         distill(folders / "small", folders / "dense", recipe(folders, steps=5, save_every=1), tmp_path / "out")
 
 
 def test_another_student_of_the_same_size_does_not_continue(folders: Path, tmp_path: Path) -> None:
-    def cut(done: int, *_: Any) -> None:
-        raise Cut
-
     data = {"dataset": str(folders / "text.txt"), "samples": 8, "length": 32, "held_out": 2, "seed": 1}
     tables = [{"method": "rtn", "bits": 4}]
     other = {"version": 1, "rules": RULES, "calibration": data, "embeddings": tables, "seed": 1}
@@ -240,8 +214,7 @@ def test_another_student_of_the_same_size_does_not_continue(folders: Path, tmp_p
     ]
     assert sizes[0] == sizes[1]
     asked = recipe(folders, steps=4, save_every=1)
-    with pytest.raises(Cut):
-        distill(folders / "small", folders / "dense", asked, tmp_path / "out", progress=cut)
+    cut_short(folders, asked, tmp_path / "out", calls=1)
     with pytest.raises(InputError, match="was left by a different run .student changed"):
         distill(tmp_path / "other", folders / "dense", asked, tmp_path / "out")
 
@@ -274,11 +247,11 @@ def test_impossible_pairs_are_refused(folders: Path, tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_at_its_step(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = train.rate
+    step = steps.rate
 
     def broken(number: int, *given: Any) -> float:
         if number == 2:
-            for parameter in student[0].named().values():
+            for parameter in student[0].named_parameters().values():
                 parameter.data.fill_(float("nan"))
         return step(number, *given)
 
@@ -290,7 +263,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(
         return judge(run, number)
 
     monkeypatch.setattr(train, "evaluate_held_out", seen)
-    monkeypatch.setattr(train, "rate", broken)
+    monkeypatch.setattr(steps, "rate", broken)
     with pytest.raises(NumericsError, match="^step 3: the loss is nan"):
         distill(folders / "small", folders / "dense", recipe(folders, steps=6, save_every=1), tmp_path / "out")
     assert kept_step(tmp_path / "out.training") == 2

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from llmcompress.data.batch import Batch
-from llmcompress.distillation.objective.chunked_loss import Online
 from llmcompress.distillation.run import distill
+from llmcompress.distillation.teacher.predictions import Online
 from tests.distillation.miniature import make, recipe
 from tests.tiers import tiered
 from tests.tiny import tiny

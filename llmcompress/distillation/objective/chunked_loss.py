@@ -2,30 +2,29 @@
 
 Logits are [tokens, vocabulary]: for 4096 tokens and 128 k classes 2 GB a tensor, and a loss holds several. Here only
 the logits of a chunk of tokens exist at a time. The forward pass computes a chunk's loss and at once its gradient, with
-respect to the student's hidden states and to its head's parameters if they train. Only these gradients are kept,
-[tokens, width] and the parameters' own size; the backward pass multiplies them by the incoming number. Any separable
-loss works unchanged, and the heads run once, forward and backward, as they would unchunked. The teacher's predictions
-come from a `TeacherLogits`: a model's hidden states and its head (`Online`), or predictions kept on disk
-(`top_k.Likeliest`).
+respect to the student's hidden states and to its head's parameters if they train. It keeps these gradients alone,
+[tokens, width] and the parameters' own size, and the backward pass multiplies them by the incoming number. Any
+separable loss works unchanged, and the heads run once, forward and backward, as they would unchunked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from llmcompress.distillation.objective.forward import Head, as_function
+from llmcompress.distillation.teacher.predictions import TeacherLogits
 from llmcompress.errors import InputError
-from llmcompress.losses.loss import LossConfig, LossState, Predictions, Reads, SumAndCount, measure
+from llmcompress.losses.loss import LossConfig, LossState, SumAndCount, measure
 
 LOGITS = 2**24  # logits of each model in memory at once: 64 MiB a tensor in float32
 LOGITS_ON_CPU = 2**22  # from 32 MiB on, an allocator asks the system for new pages each time: a third slower
 
-Head = Tensor | Callable[[Tensor], Tensor]  # [vocabulary, width], or a function [tokens, width] -> [tokens, vocabulary]
 Term = tuple[LossConfig, LossState | None, float]  # a loss, its state, and its weight in the total
 
 
@@ -38,64 +37,27 @@ class HeadLoss:
     terms: tuple[SumAndCount, ...]
 
 
-class TeacherLogits(Protocol):
-    """The predictions of a teacher, a row for each token."""
-
-    def __len__(self) -> int:
-        """Return the number of tokens."""
-
-    def vocabulary(self) -> int:
-        """Return the number of classes of its whole predictions."""
-
-    def beside(self, student: Tensor, targets: Tensor, rows: slice) -> Mapping[Reads, Predictions]:
-        """Return its predictions of `rows` beside the student's logits [tokens, vocabulary] and the targets [tokens] of
-        these rows, for the kinds of losses that it can serve."""
-
-
-@dataclass(frozen=True, eq=False)
-class Online:
-    """A teacher that runs along. `hidden` [tokens, width]: the input of its head."""
-
-    hidden: Tensor
-    head: Head
-
-    def __len__(self) -> int:
-        return len(self.hidden)
-
-    @torch.no_grad()
-    def vocabulary(self) -> int:
-        """See `TeacherLogits.vocabulary`."""
-        return self._logits(slice(1)).shape[-1]
-
-    def beside(self, student: Tensor, targets: Tensor, rows: slice) -> Mapping[Reads, Predictions]:
-        """See `TeacherLogits.beside`: every kind."""
-        with torch.no_grad():
-            predictions = Predictions(student, self._logits(rows), targets)
-        return {"whole": predictions, "merged": predictions, "nothing": predictions}
-
-    def _logits(self, rows: slice) -> Tensor:
-        return _function(self.head)(self.hidden.detach()[rows])
-
-
 def chunked_loss(
     student_hidden: Tensor,
-    student_head: Head,
+    student_head: Tensor | Head,
     teacher: TeacherLogits,
     targets: Tensor,
     terms: Sequence[Term],
     chunk: int | None = None,
     parameters: Sequence[Tensor] | None = None,
 ) -> HeadLoss:
-    """Measure the losses of `terms` over all tokens, `chunk` of them at a time (by default, as many as LOGITS allows).
+    """Measure the losses of `terms` over all tokens, `chunk` of them at a time; by default, as many as LOGITS allows.
 
-    student_hidden [tokens, width]: the input of the head, so after the last norm, at the positions that count;
-    `teacher` has a row for each. targets int64 [tokens]. `parameters`: those of the student's head that may train; by
-    default a tensor itself, or all of a module; for any other head they must be given. A compressed head is decoded for
-    every chunk unless inside `modules.decoded`.
-
-    Sums are not divided by anything. Terms that count tokens share the count of the whole step, so divide `total` by
-    it; where the counts of a step differ, put 1 / count into each weight. A count that is a sum of weights
-    (`LossConfig.counts_tokens` false) is found beforehand by a call under `torch.no_grad()`.
+    Args:
+        student_hidden: [tokens, width], the input of the head, so after the last norm, at the positions that count.
+        student_head: a function, a module, or its matrix [vocabulary, width]. A compressed head is decoded for every
+            chunk unless inside `modules.decoded`.
+        teacher: has a row for each token.
+        targets: int64 [tokens].
+        terms: the losses. Their sums are not divided by anything: put 1 / count of the whole step into each weight. A
+            count that is a sum of weights (`LossConfig.counts_tokens` false) comes from a call under `torch.no_grad()`.
+        parameters: those of the student's head that may train; by default the matrix itself, or all of a module. Any
+            other head requires them.
 
     Raises InputError for vocabularies that differ, ValueError if there is no term, no token in a chunk or rows do not
     match, and KeyError for a loss that requires more than the teacher has.
@@ -108,10 +70,11 @@ def chunked_loss(
             f"{len(targets)} targets; give a loss, and equal numbers of rows and targets"
         )
     trained = _parameters(student_head) if parameters is None else list(parameters)
-    work = _Work(_function(student_head), teacher, teacher.vocabulary(), targets, tuple(terms))
+    head = as_function(student_head)
+    work = _Work(head, teacher, teacher.vocabulary(), targets, tuple(terms))
     logits = LOGITS_ON_CPU if student_hidden.device.type == "cpu" else LOGITS
     size = chunk or max(1, logits // work.vocabulary)
-    total, report = _Chunked.apply(work, size, torch.is_grad_enabled(), student_hidden, *trained)
+    total, report = _ChunkedLoss.apply(work, size, torch.is_grad_enabled(), student_hidden, *trained)
     return HeadLoss(total, tuple((each[0], each[1]) for each in report.unbind()))
 
 
@@ -119,15 +82,14 @@ def chunked_loss(
 class _Work:
     """The inputs of a chunk beside the student's hidden states."""
 
-    student_head: Callable[[Tensor], Tensor]
+    student_head: Head
     teacher: TeacherLogits
     vocabulary: int  # the teacher's number of classes
     targets: Tensor
     terms: tuple[Term, ...]
 
     def of_chunk(self, hidden: Tensor, rows: slice, wanted: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
-        """Return (sum, count) of each term, [terms, 2], and the gradients of the weighted sum with respect to
-        `wanted`."""
+        """Return (sum, count) of each term, [terms, 2], and the weighted sum's gradients with respect to `wanted`."""
         with torch.set_grad_enabled(bool(wanted)):
             student = self.student_head(hidden)
             if student.shape[-1] != self.vocabulary:
@@ -142,7 +104,7 @@ class _Work:
         return torch.stack([torch.stack(pair).detach() for pair in pairs]), gradients
 
 
-class _Chunked(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     """The function (work, chunk, differentiate, hidden, *parameters) -> (total, report [terms, 2])."""
 
     @staticmethod
@@ -152,7 +114,9 @@ class _Chunked(torch.autograd.Function):
         trained = [value for value, wanted in zip(parameters, ctx.wanted[1:]) if wanted]
         of_hidden = torch.empty_like(hidden) if ctx.wanted[0] else None
         # a sum of many small parts, which bfloat16 would round away
-        of_trained = [torch.zeros_like(value, dtype=_summing(value.dtype)) for value in trained]
+        of_trained = [
+            torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32)) for value in trained
+        ]
         reports = []
         for start in range(0, max(len(hidden), 1), chunk):
             rows = slice(start, start + chunk)
@@ -180,15 +144,7 @@ class _Chunked(torch.autograd.Function):
         return None, None, None, *scaled
 
 
-def _summing(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _function(head: Head) -> Callable[[Tensor], Tensor]:
-    return head if not isinstance(head, Tensor) else lambda hidden: nn.functional.linear(hidden, head)
-
-
-def _parameters(head: Head) -> list[Tensor]:
+def _parameters(head: Tensor | Head) -> list[Tensor]:
     match head:
         case Tensor():
             return [head]

@@ -1,13 +1,13 @@
-"""Losses on early predictions of a student: hidden states after some of its blocks, read as if they were the last (the
-logit exits of OFA-KD, arXiv 2310.19444).
+"""Losses on early predictions of a student: its hidden states after some of its blocks, read as if they were the last
+(the logit exits of OFA-KD, arXiv 2310.19444).
 
-The modules after the last block, a norm and the output head, turn such states into logits. Any loss on predictions
-compares these with the teacher's final predictions. No block of the teacher is matched, so layouts may differ in width
-and in depth. Norm and head are those of the student, and an exit's gradient reaches only what is before them, so that
-the end is not pulled to the middle. In the paper, every exit has a branch that trains; where a recipe asks for that, it
-is a square matrix between the states and the norm, which starts as the identity and is dropped after the run. Logits of
-an exit exist a chunk of tokens at a time, like those of the last states; both models' heads run once more for each
-exit.
+The student's last norm and output head turn such states into logits, and any loss on predictions compares these with
+the teacher's final ones. No block of the teacher is matched, so the models may differ in width and depth. An exit's
+gradient reaches the blocks before it alone, not the norm and the head.
+
+In the paper, every exit has a branch that trains. Here a recipe may ask for one: a square matrix between the states and
+the norm, which starts as the identity and is dropped after the run. An exit has logits for a chunk of tokens at a time.
+It costs one more run of both models' heads.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from llmcompress.distillation.objective.chunked_loss import TeacherLogits, chunked_loss
-from llmcompress.distillation.objective.heads import head_of
-from llmcompress.distillation.objective.projections import started_linear
+from llmcompress.distillation.objective.chunked_loss import chunked_loss
+from llmcompress.distillation.objective.forward import head_of
+from llmcompress.distillation.objective.hidden_states import started_linear
+from llmcompress.distillation.teacher.predictions import TeacherLogits
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.losses.divergence import wide
 from llmcompress.losses.loss import LossState, SumAndCount
@@ -33,14 +34,16 @@ from llmcompress.recipe.distillation import Term
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-States = Mapping[int, Tensor]  # by how many blocks have run: [sequences, length, width]
+States = Mapping[int, Tensor]  # [sequences, length, width], by the number of blocks before them
 
 
 @dataclass(frozen=True)
 class Exits:
-    """The losses of a recipe that are taken at exits. `numbers`: by the number of the loss in the recipe, its exits,
-    each as the number of blocks before it; `ending`: the student's modules between its last block and its head;
-    `branches`: linears of exits that have one, by `branch_name`."""
+    """The losses of a recipe that are taken at exits.
+
+    `numbers`: by the number of a loss in the recipe, its exits, each as the number of blocks before it; `ending`: the
+    student's modules between its last block and its head; `branches`: linears of exits, by `branch_name`.
+    """
 
     student: PreTrainedModel
     numbers: dict[int, tuple[int, ...]]
@@ -49,23 +52,27 @@ class Exits:
 
     @staticmethod
     def of(student: PreTrainedModel, losses: Sequence[Term]) -> Exits:
-        """Find the ending by letting the student read two tokens. Raises RecipeError for an exit that it does not have,
-        InputError for a model whose ending is unknown."""
+        """Let the student read two tokens to learn how it ends.
+
+        Raises RecipeError for an exit that it does not have, InputError for a model whose ending is unknown.
+        """
         numbers = {number: term.exits for number, term in enumerate(losses) if term.exits is not None}
-        blocks = depth(student) if numbers else 0
+        branches = nn.ModuleDict()
+        if not numbers:
+            return Exits(student, numbers, (), branches)
+        blocks = depth(student)
         for number in (each for exits in numbers.values() for each in exits):
             if number > blocks:
                 raise RecipeError(f"exits: there is none after block {number}; the student has {blocks} blocks")
-        branches = nn.ModuleDict()
-        width = student.config.get_text_config(decoder=True).hidden_size if numbers else 0
+        width = student.config.get_text_config(decoder=True).hidden_size
         shape = (width, width, next(student.parameters()))
         for number, exits in numbers.items():
             if losses[number].branch:
                 branches.update({branch_name(number, each): started_linear(*shape, nn.init.eye_) for each in exits})
-        return Exits(student, numbers, ending(student) if numbers else (), branches)
+        return Exits(student, numbers, ending_of(student), branches)
 
     @contextmanager
-    def watched(self) -> Iterator[States]:
+    def record_states(self) -> Iterator[States]:
         """Record the student's states at exits within the context."""
         if not self.numbers:
             yield {}
@@ -73,7 +80,7 @@ class Exits:
         with states_between(self.student, {each for exits in self.numbers.values() for each in exits}) as states:
             yield states
 
-    def measured(
+    def measure(
         self,
         number: int,
         loss: tuple[Term, LossState | None],
@@ -84,31 +91,30 @@ class Exits:
     ) -> SumAndCount:
         """Measure loss `number`, the mean over its exits, at the positions `rows`, bool `[sequences, length]`.
 
-        For each of them, `teacher` has a prediction and `targets` the next token.
+        For each position, `teacher` has a prediction and `targets` the next token.
         """
         exits, head = self.numbers[number], head_of(self.student)
         (term, state), weight = loss, 1 / len(exits)
 
         def logits(hidden: Tensor) -> Tensor:
-            return head(_through(self.ending, hidden))
+            return head(_run_modules(self.ending, hidden))
 
-        found = [
+        losses = [
             # no parameters: the modules after the exit stay as they are
-            chunked_loss(given, logits, teacher, targets, [(term.of, state, weight)], parameters=())
-            for given in (self._branched(number, each, states[each][rows]) for each in exits)
+            chunked_loss(hidden, logits, teacher, targets, [(term.of, state, weight)], parameters=())
+            for hidden in (self._run_branch(number, each, states[each][rows]) for each in exits)
         ]
-        return torch.stack([each.total for each in found]).sum(), torch.stack(
-            [each.terms[0][1] for each in found]
-        ).mean()
+        sums, counts = [each.total for each in losses], [each.terms[0][1] for each in losses]
+        return torch.stack(sums).sum(), torch.stack(counts).mean()
 
-    def _branched(self, number: int, each: int, states: Tensor) -> Tensor:
-        """Return the states of an exit `[tokens, width]` behind its branch, if it has one."""
+    def _run_branch(self, number: int, each: int, states: Tensor) -> Tensor:
+        """Return the states of an exit `[tokens, width]` after its branch, if it has one."""
         name = branch_name(number, each)
         if name not in self.branches:
             return states
         with torch.autocast(states.device.type, enabled=False):
-            found: Tensor = self.branches[name](wide(states))
-        return found.to(states.dtype)
+            output: Tensor = self.branches[name](wide(states))
+        return output.to(states.dtype)
 
 
 def branch_name(number: int, each: int) -> str:
@@ -117,9 +123,11 @@ def branch_name(number: int, each: int) -> str:
 
 
 @torch.no_grad()
-def ending(model: PreTrainedModel) -> tuple[nn.Module, ...]:
-    """Return the modules that lead, one after the other, from the last block's output to the head's input: a norm, in
-    some families also a projection. Raises InputError for a model that does anything else there."""
+def ending_of(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """Return the modules from the last block's output to the head's input: a norm, in some families also a projection.
+
+    Raises InputError for a model that does anything else there.
+    """
     stack = block_stack(model.config, model)
     holder, last = model.get_submodule(stack.rpartition(".")[0]), list(model.get_submodule(stack).children())[-1]
     called: list[nn.Module] = []
@@ -133,14 +141,14 @@ def ending(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     finally:
         for handle in handles:
             handle.remove()
-    found = _through(called, states[blocks])
-    if found.shape != read.shape or not torch.allclose(found, read):
+    output = _run_modules(called, states[blocks])
+    if output.shape != read.shape or not torch.allclose(output, read):
         kind = type(model).__name__
         raise InputError(f"the path of a {kind} from its last block to its head is unknown; leave exits out of losses")
     return tuple(called)
 
 
-def _through(modules: Sequence[nn.Module], states: Tensor) -> Tensor:
+def _run_modules(modules: Sequence[nn.Module], states: Tensor) -> Tensor:
     for module in modules:
         states = module(states)
     return states

@@ -1,8 +1,5 @@
-"""The processes that train together, as `accelerate launch` or torchrun started them according to an Accelerate config.
-
-Everything comes from the environment that a launcher sets. Settings that cannot work are refused here, before any model
-is read.
-"""
+"""The processes that train together, as `accelerate launch` or torchrun started them: their settings, which come from
+the environment alone, and the refusal of settings that cannot work, before any model is read."""
 
 from __future__ import annotations
 
@@ -22,8 +19,8 @@ from accelerate.utils import (
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from llmcompress.data.calibration import held_out_count
-from llmcompress.distillation.metrics import tracking
-from llmcompress.distillation.ready import check_ready
+from llmcompress.distillation.metrics import tracker_arguments
+from llmcompress.distillation.requirements import check_requirements
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.library import library_folder
@@ -36,7 +33,7 @@ FOREIGN = {
 SHARDING = "ACCELERATE_USE_FSDP"
 PARTITIONING = "ACCELERATE_USE_DEEPSPEED"
 ZERO_STAGES = (1, 2)
-WRITING = timedelta(days=7)  # how long processes wait for the one that caches the teacher; if it fails, they all end
+PATIENCE = timedelta(days=7)  # of the processes that wait for the one that caches the teacher; if it fails, all end
 
 
 def config_file(name: str) -> Path:
@@ -48,13 +45,13 @@ def launched_accelerator(device: str, recipe: Distillation, output: Path) -> Acc
     """Return the processes that a launcher started, or this one alone, on devices of the kind of `device`. Files of
     trackers go beside `output`.
 
-    The recipe sets the precision of every computation, so a `mixed_precision` of the launcher changes nothing. Raises
-    RecipeError as `check_ready` does, for a missing device, for an unsuitable engine and for a batch that cannot be
-    shared, and InputError for too little data.
+    The recipe sets the precision, so a `mixed_precision` of the launcher changes nothing. Raises RecipeError as
+    `check_requirements` does, for a missing device, for unsuitable settings and for a batch that the processes cannot
+    share, and InputError for too little data.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     place = kind_of(device, processes)
-    check_ready(recipe, device)
+    check_requirements(recipe, device)
     for variable, name in FOREIGN.items():
         if _is_on(variable):
             raise RecipeError(
@@ -67,7 +64,7 @@ def launched_accelerator(device: str, recipe: Distillation, output: Path) -> Acc
     # packed codes are equal from the start
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False)]
     if recipe.teacher.kind == "cached":
-        handlers.append(InitProcessGroupKwargs(timeout=WRITING))
+        handlers.append(InitProcessGroupKwargs(timeout=PATIENCE))
     # a launcher gives each process a device
     named = {"ACCELERATE_TORCH_DEVICE": device} if "LOCAL_RANK" not in os.environ else {}
     with patch_environment(**named):
@@ -75,9 +72,9 @@ def launched_accelerator(device: str, recipe: Distillation, output: Path) -> Acc
             cpu=place.type == "cpu",
             mixed_precision="no",
             kwargs_handlers=handlers,
-            **tracking(recipe, output),
+            **tracker_arguments(recipe, output),
         )
-    accelerator.wait_for_everyone()  # one that refuses at once would be gone before the others have found it
+    accelerator.wait_for_everyone()  # a process that refuses at once would be gone before the others meet it
     check_each(accelerator.num_processes, processes, device)
     if not is_at(accelerator.device, place):
         raise RecipeError(
@@ -91,24 +88,24 @@ def launched_accelerator(device: str, recipe: Distillation, output: Path) -> Acc
     return accelerator
 
 
-def partitioned(accelerator: Accelerator) -> bool:
+def is_partitioned(accelerator: Accelerator) -> bool:
     """True if every process holds whole models and a share of the optimizer's state."""
     return bool(accelerator.distributed_type == DistributedType.DEEPSPEED)
 
 
-def sharded(accelerator: Accelerator) -> bool:
+def is_sharded(accelerator: Accelerator) -> bool:
     """True if every process holds only a share of the models."""
     return bool(accelerator.is_fsdp2)
 
 
 def loading_device(accelerator: Accelerator) -> str:
-    """Return the device to load models on: the process's own, or the host's memory if they are sharded from there."""
-    return "cpu" if sharded(accelerator) else str(accelerator.device)
+    """Return the device to load models on: the process's own, or the host's if the models are sharded."""
+    return "cpu" if is_sharded(accelerator) else str(accelerator.device)
 
 
-def is_given(accelerator: Accelerator) -> bool:
-    """True if this process gets its shares of the models from the first one, so that it needs no whole model."""
-    return sharded(accelerator) and not accelerator.is_main_process
+def receives_shares(accelerator: Accelerator) -> bool:
+    """True if this process receives its shares of the models from the first one, and needs no whole model."""
+    return is_sharded(accelerator) and not accelerator.is_main_process
 
 
 def _is_on(variable: str) -> bool:
@@ -129,9 +126,9 @@ def _check_deepspeed() -> None:
 
 
 def _refuse(settings: dict[str, bool], instead: str) -> None:
-    """Raise RecipeError for the first of a launcher's settings that is there."""
-    for setting, there in settings.items():
-        if there:
+    """Raise RecipeError for the first of a launcher's settings that is on."""
+    for setting, on in settings.items():
+        if on:
             raise RecipeError(f"a distillation cannot run with {setting}; launch with {instead}")
 
 
@@ -161,14 +158,14 @@ def _check_shares(recipe: Distillation, processes: int) -> None:
 
 
 def check_enough(sequences: int, recipe: Distillation) -> None:
-    """Raise InputError if the training `sequences` do not fill a batch, so that a process could be left without."""
+    """Raise InputError if the training `sequences` do not fill a batch, which could leave a process without any."""
     batch = max(stage.batch for _, stage in recipe.stages())
     if sequences < batch:
         raise InputError(f"{sequences} sequences are too few for a batch of {batch}; use more data or a smaller batch")
 
 
 def check_sharding(accelerator: Accelerator, recipe: Distillation) -> None:
-    """Raise RecipeError unless it is FSDP2 in the form that is known to be right, for one phase of training."""
+    """Raise RecipeError unless the launcher's sharding is FSDP2 as tested, for one phase of training."""
     if accelerator.distributed_type != DistributedType.FSDP:
         raise RecipeError(
             "the launcher asks for FSDP, which Accelerate does on GPUs only; choose --device cuda, or launch with "
@@ -206,11 +203,9 @@ def check_sharding(accelerator: Accelerator, recipe: Distillation) -> None:
 
 
 def check_partitioning(accelerator: Accelerator, recipe: Distillation) -> None:
-    """Raise RecipeError unless it is DeepSpeed's ZeRO in a form that is known to be right.
-
-    Also sets the recipe's micro-batch in DeepSpeed's config, which would guess it otherwise.
-    """
-    if not partitioned(accelerator):
+    """Raise RecipeError unless the launcher's DeepSpeed is ZeRO as tested; set the recipe's micro-batch in its config,
+    which would guess it otherwise."""
+    if not is_partitioned(accelerator):
         raise RecipeError(
             "the launcher asks for DeepSpeed, which Accelerate does on GPUs only; choose --device cuda, or launch with "
             f"{config_file('cpu-ddp.yaml')}"

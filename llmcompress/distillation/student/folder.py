@@ -1,12 +1,10 @@
-"""A student's folder: its identity, and the same folder written with learned weights in place of its own."""
+"""A student's folder: what identifies it, and the same folder written with learned weights in place of its own."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
-from typing import Protocol
 
 from torch import Tensor
 
@@ -24,44 +22,6 @@ from llmcompress.runtime.facts import versions
 from llmcompress.weight.layout import Layout, payload_texts
 from llmcompress.weight.modules import Multiplying
 
-Linears = Mapping[str, Multiplying]
-
-
-class StudentFolder(Protocol):
-    """A student's folder as a run sees it. `bytes`: of its weights; `digests`: of its tensors, equal for equal
-    students."""
-
-    @property
-    def folder(self) -> Path:
-        """The path of the folder."""
-
-    @property
-    def bytes(self) -> int:
-        """The size of its weights on disk."""
-
-    @property
-    def digests(self) -> dict[str, str]:
-        """The digests by file or by tensor."""
-
-    @property
-    def layouts(self) -> dict[str, Layout]:
-        """The layouts of its compressed modules, by name."""
-
-    def store(self, linears: Linears, dense: Mapping[str, Tensor], writer: Writer) -> None:
-        """Write weights and config.json, with the learned `linears`, which are compressed, and `dense` tensors."""
-
-
-def open_folder(place: Place) -> StudentFolder:
-    """Open the folder of a compressed model of ours, or of a dense one. Raises InputError for any other."""
-    try:
-        entries = read_json(place.folder / "config.json")
-        kind = (entries.get("quantization_config") or {}).get("quant_method")
-    except (OSError, ValueError, AttributeError):  # `open_source` reports the fault
-        kind = None
-    if kind != NAME or own_sizes(entries):
-        return Plain(open_source(place))
-    return CompressedStudent(CompressedCheckpoint(place.folder, place.trust_remote_code))
-
 
 class CompressedStudent:
     """A checkpoint that `compress` wrote: `store` writes the same expressions at the same bytes."""
@@ -70,8 +30,8 @@ class CompressedStudent:
         self.opened, self.folder, self.bytes = opened, opened.folder, opened.bytes
         self.digests, self.layouts = opened.digests, opened.stored_layouts
 
-    def store(self, linears: Linears, dense: Mapping[str, Tensor], writer: Writer) -> None:
-        """Writes weights and config.json."""
+    def store(self, linears: Mapping[str, Multiplying], dense: Mapping[str, Tensor], writer: Writer) -> None:
+        """Write weights and config.json, with the learned `linears`, which are compressed, and `dense` tensors."""
         opened = self.opened
         layouts = self.layouts | {name: layer.layout for name, layer in linears.items()}
         in_common: list[tuple[list[str], list[str]]] = [(list(opened.tied), [])] if opened.tied else []
@@ -87,7 +47,7 @@ class CompressedStudent:
         writer.write("config.json", json.dumps(opened.config | entry, indent=1))
 
 
-class Plain:
+class DenseStudent:
     """A dense checkpoint: `store` writes the same tensors in their dtypes, under the names in the files."""
 
     def __init__(self, source: DenseModel) -> None:
@@ -99,8 +59,8 @@ class Plain:
         """The digests by tensor; reads all tensors."""
         return {name: digest(self.source.read(name)) for name in sorted(self.source.tensors)}
 
-    def store(self, linears: Linears, dense: Mapping[str, Tensor], writer: Writer) -> None:
-        """Writes weights and config.json."""
+    def store(self, linears: Mapping[str, Multiplying], dense: Mapping[str, Tensor], writer: Writer) -> None:
+        """Write weights and config.json, with the learned `linears`, which are compressed, and `dense` tensors."""
         for names in shards({name: header.bytes for name, header in self.source.tensors.items()}, PART):
             stored = {name: self.source.read(name) for name in names}
             learned = {name: dense[name].to(stored[name].dtype) for name in names if name in dense}
@@ -109,3 +69,18 @@ class Plain:
         entries = json.loads(text)
         published = public_entries(entries, needs_code(self.folder, MODEL))
         writer.write("config.json", text if published == entries else json.dumps(published, indent=1))
+
+
+StudentFolder = CompressedStudent | DenseStudent
+
+
+def open_folder(place: Place) -> StudentFolder:
+    """Open the folder of a compressed model of ours, or of a dense one. Raises InputError for any other."""
+    try:
+        entries = read_json(place.folder / "config.json")
+        kind = (entries.get("quantization_config") or {}).get("quant_method")
+    except (OSError, ValueError, AttributeError):  # `open_source` reports the fault
+        kind = None
+    if kind != NAME or own_sizes(entries):
+        return DenseStudent(open_source(place))
+    return CompressedStudent(CompressedCheckpoint(place.folder, place.trust_remote_code))

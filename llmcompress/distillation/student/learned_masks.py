@@ -1,8 +1,8 @@
 """Masks that learn while pruned matrices are dense (PST, arXiv 2205.11005).
 
 A weight's score is its size times the norm of its input, as in Wanda, plus a low-rank matrix and a number for each row
-and column, which learn. The best scores are the mask, in every step. The gradient of a score is what its weight would
-add to the loss, straight through the mask.
+and column, which learn. The best scores are the mask, in every step. The gradient of a score is that of its weight
+times the weight, straight through the mask.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ class LearnedMask(TensorForm):
         """The values that the mask lets through, flat float32, and zeros."""
         matrix = self.values.view(self.size)
         learned = self.left @ self.right + self.rows + self.columns
-        found: Tensor = _Gate.apply(matrix, learned, self.inside(learned))
-        return found.reshape(-1)
+        gated: Tensor = _Gate.apply(matrix, learned, self.inside(learned))
+        return gated.reshape(-1)
 
     @torch.no_grad()
     def inside(self, learned: Tensor) -> Tensor:
-        """Return the mask, bool `[out, in]`, given the part of the scores that learns; found once after each step."""
+        """Return the mask, bool `[out, in]`, given the part of the scores that learns; new after each step."""
         versions = tuple(parameter._version for parameter in self.parameters())
         if self._chosen is None or self._chosen[0] != versions:
             scores = self.values.view(self.size).abs() * (self.columns_norm / self.unit) + learned

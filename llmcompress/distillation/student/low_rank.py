@@ -1,9 +1,9 @@
 """Low-rank terms that are trained in: LoRA (arXiv 2106.09685) as a part of the compressed weight, not beside it.
 
-`adapt` adds `B A` to the expression of every linear that the recipe names, `B [out, rank]` and `A [rank, in]` in
-bfloat16. They train like any low-rank factors, and the checkpoint holds them: it grows by the bits of the terms.
-Factors of fewer bits are rounded after training (`rounded`), to the grids of methods/solvers/low_rank.py. A is
-rounded per component, and B is then solved for the rounded A.
+`add_terms` adds `B A` to the expression of every linear that the recipe names, `B [out, rank]` and `A [rank, in]` in
+bfloat16. They train like any low-rank factors, and the checkpoint grows by their bits. Factors of fewer bits are
+rounded after training (`round_terms`), to the grids of methods/solvers/low_rank.py: A per component, and B is then
+solved for the rounded A.
 
 A term starts at `zero`, as in LoRA, with A random and B zero, so that nothing changes before the first step; or at
 `residual`, the truncated SVD of the compressed weight's error (as in LoftQ, arXiv 2310.08659). The size of A's numbers
@@ -38,50 +38,49 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def adapt(model: PreTrainedModel, asked: Adaptation, teacher: PreTrainedModel, seed: int) -> tuple[str, ...]:
-    """Add a term to each compressed linear of `model` that `asked` matches, except the head; return their names.
+def add_terms(model: PreTrainedModel, options: Adaptation, teacher: PreTrainedModel, seed: int) -> tuple[str, ...]:
+    """Add a term to each compressed linear of `model` that `options` match, except the head; return their names.
 
     `teacher`: the dense model, for terms that start at the residual. Raises RecipeError for a pattern that matches
     nothing, and for a rank that is larger than a matrix.
     """
     head = model.get_output_embeddings()
     layers = {name: layer for name, layer in compressed_linears(model).items() if layer is not head}
-    for pattern in asked.match:
+    for pattern in options.match:
         if not any(matches(pattern, name) for name in layers):
             raise RecipeError(
                 f'adapt matches no compressed linear of the student ("{pattern}"); it has {list_names(layers)}'
             )
-    chosen = [name for name in layers if any(matches(pattern, name) for pattern in asked.match)]
-    targets = teachers_weights(model, teacher) if asked.start == "residual" else None
+    chosen = [name for name in layers if any(matches(pattern, name) for pattern in options.match)]
+    targets = teacher_weights(model, teacher) if options.start == "residual" else None
     for name in chosen:
         layer, target = layers[name], None if targets is None else targets(name)
-        term = _starting_term(name, layer.dequantize(), asked.rank, target, seed)
+        term = _starting_term(name, layer.dequantize(), options.rank, target, seed)
         put(model, name, CompressedLinear.of(add_term(layer.expression(), term), layer.bias))
     return tuple(chosen)
 
 
 @torch.no_grad()
-def rounded(
-    layers: Mapping[str, Multiplying], adapted: Iterable[str], asked: Adaptation
+def round_terms(
+    layers: Mapping[str, Multiplying], adapted: Iterable[str], options: Adaptation
 ) -> dict[str, CompressedLinear]:
-    """Return the layers named `adapted` with the factors of their last term rounded to the bits of `asked`; nothing
+    """Return the layers named `adapted` with the factors of their last term rounded to the bits of `options`; none
     for bfloat16."""
-    if asked.factor_bits == 16:
+    if options.factor_bits == 16:
         return {}
-    found = {}
+    linears = {}
     for name in adapted:
         layer = layers[name]
         match layer, layer.expression():
             case CompressedLinear(), Sum((*parts, LowRank() as term)):
-                stored = _best_term(name, dense(term), asked.rank, asked.factor_bits)
-                found[name] = CompressedLinear.of(Sum((*parts, stored)), layer.bias)
+                stored = _best_term(name, dense(term), options.rank, options.factor_bits)
+                linears[name] = CompressedLinear.of(Sum((*parts, stored)), layer.bias)
             case CompressedLinear(), LowRank() as term:  # beside a matrix in common with others
-                found[name] = CompressedLinear.of(
-                    _best_term(name, dense(term), asked.rank, asked.factor_bits), layer.bias
-                )
+                stored = _best_term(name, dense(term), options.rank, options.factor_bits)
+                linears[name] = CompressedLinear.of(stored, layer.bias)
             case _, other:
                 raise TypeError(f"{name} has no low-rank term to round, it is a {type(other).__name__}")
-    return found
+    return linears
 
 
 def dense_weight(model: PreTrainedModel, name: str) -> Tensor:
@@ -93,7 +92,7 @@ def dense_weight(model: PreTrainedModel, name: str) -> Tensor:
     return weight if isinstance(module, nn.Linear) else weight.T
 
 
-def teachers_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> Callable[[str], Tensor]:
+def teacher_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> Callable[[str], Tensor]:
     """Return a function from the name of a student's compressed linear to the teacher's matrix `[out, in]`, float32.
 
     Raises RecipeError if the models' blocks do not match; the function raises it for a matrix of another shape.
@@ -102,10 +101,10 @@ def teachers_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> Call
     layers = compressed_linears(student)
 
     def weight(name: str) -> Tensor:
-        found, layer = dense_weight(teacher, original_name(student, name, blocks)), layers[name]
-        if tuple(found.shape) != (layer.out_features, layer.in_features):
+        matrix, layer = dense_weight(teacher, original_name(student, name, blocks)), layers[name]
+        if tuple(matrix.shape) != (layer.out_features, layer.in_features):
             raise RecipeError(f"{name} is not as large as the teacher's; start its latents at codes, its terms at zero")
-        return found
+        return matrix
 
     return weight
 

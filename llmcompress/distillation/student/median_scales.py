@@ -1,10 +1,10 @@
 """Scales that follow the latents of their codes: the median of the absolute latents, for two and three levels.
 
 BitNet b1.58 (arXiv 2402.17764) recomputes the scale of a ternary matrix from its latent weights in every step, as the
-mean of their absolute values; the levels are -scale, 0 and +scale. The median instead (arXiv 2407.09527) does not
-depend on how large the largest are. Such a scale has no gradient of its own, so it cannot oscillate together with the
-codes, as a learned one does at two bits (arXiv 2302.02210). Here, unlike there, a scale belongs to a group of a row, as
-stored, and the median is the lower of the two in the middle.
+mean of their absolute values; the levels are -scale, 0 and +scale. The median (arXiv 2407.09527) does not depend on how
+large the largest are. Such a scale has no gradient of its own, so it cannot oscillate together with the codes, as a
+learned one does at two bits (arXiv 2302.02210). Unlike there, a scale here belongs to a group of a row, as stored, and
+the median is the lower of the two in the middle.
 
 Latents are held in units of their scale. So when a scale changes, after every step, its latents change in these units,
 and the weights that they stand for stay:
@@ -37,7 +37,8 @@ MOST_LEVELS = 3
 class MedianScale:
     """The scales of one grid of a layer under training, whose parameters' names start with `path`.
 
-    `stored` bool, broadcasts to the grid's `[out, in]`: which elements have a code; None: all. `form`: without values.
+    `stored`: bool, broadcasts to the grid's `[out, in]`, True if the element has a code; None: all have. `form`: the
+    grid without values.
     """
 
     relaxed: RelaxedWeight
@@ -47,14 +48,14 @@ class MedianScale:
 
     @property
     def scales(self) -> str:
-        """The parameter of the scales."""
+        """The name of the parameter of the scales."""
         return self.path + "scale"
 
     @torch.no_grad()
-    def rebind_parameters(self) -> None:
-        """Set the scales to the current medians of the latents, and convert the latents to the new scales' units.
+    def update(self) -> None:
+        """Set the scales to the current medians of the latents, and convert the latents to the new units.
 
-        A scale stays if no latent of its group differs from zero, or if it was not positive at first.
+        A scale stays if all latents of its group are zero, or if it was not positive at first.
         """
         latents, scales = (self.relaxed.get_parameter(self.path + leaf) for leaf in ("codes", "scale"))
         middle = (self.form.levels - 1) / 2
@@ -63,7 +64,7 @@ class MedianScale:
         wanted = before * self._medians(away.abs()) / middle
         after = straight_cast(wanted, torch.float16, SMALLEST_SCALE)
         moves = (before > 0) & (wanted > 0) & (after != before)
-        ratio = self._spread(torch.where(moves, before / after, 1.0))
+        ratio = self._repeat(torch.where(moves, before / after, 1.0))
         latents.copy_(torch.where(ratio == 1, latents, middle + away * ratio))
         scales.copy_(torch.where(moves, after, before).flatten())
 
@@ -80,7 +81,7 @@ class MedianScale:
             members = members.transpose(0, 1).reshape(1, groups, -1)
         return members.nanmedian(-1).values
 
-    def _spread(self, parameters: Tensor) -> Tensor:
+    def _repeat(self, parameters: Tensor) -> Tensor:
         """Repeat the number of each group for each of its latents, flat."""
         matrix = repeat_groups(parameters, self.form.group_size, self.form.codes.shape[1]).expand(self.form.codes.shape)
         return matrix.reshape(-1) if self.stored is None else matrix[self.stored.expand(matrix.shape).to(matrix.device)]
@@ -91,26 +92,26 @@ def median_scales(w: Weight, relaxed: RelaxedWeight) -> tuple[MedianScale, ...]:
 
     Factors are left out, since their latents start at their codes.
     """
-    found = []
+    scales = []
     for leaf in leaves(w, "", None, None, False):
         match leaf.node:
             case Grid(codes, scale, None, levels, group_size) as grid if levels <= MOST_LEVELS and not leaf.factor:
                 if leaf.path + "codes" in relaxed.levels:
                     empty = torch.empty_like(codes, device="meta"), torch.empty_like(scale, device="meta")
                     form = Grid(*empty, None, levels, min(group_size, grid.codes.shape[1]))
-                    found.append(MedianScale(relaxed, leaf.path, form, leaf.shown))
-    return tuple(found)
+                    scales.append(MedianScale(relaxed, leaf.path, form, leaf.shown))
+    return tuple(scales)
 
 
-def grids(header: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the headers of all grids outside low-rank terms in the header of an encoded weight."""
+def grid_headers(header: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the headers of all grids, except those in low-rank terms, in the header of an encoded weight."""
     if header["node"] == "grid":
         yield header
     inside = [header[key] for key in ("inside", "outside", "inner") if key in header]
     for part in [*inside, *header.get("parts", ())]:
-        yield from grids(part)
+        yield from grid_headers(part)
 
 
-def follows(header: dict[str, Any]) -> bool:
+def can_follow(header: dict[str, Any]) -> bool:
     """True if the scales of an encoded grid can follow their latents."""
     return not header["asymmetric"] and int(header["levels"]) <= MOST_LEVELS

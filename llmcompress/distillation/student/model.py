@@ -1,7 +1,7 @@
 """A model that can train, and back: every compressed linear relaxed, everything else unchanged.
 
 A dense model with fewer or narrower blocks than its teacher is a student too: its matrices train as float32 master
-weights, whatever its folder stores, so that small steps are not lost.
+weights, whatever its folder stores, so that no small step is lost.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from llmcompress.distillation.student.median_scales import MedianScale, follows, grids, median_scales
+from llmcompress.distillation.student.median_scales import MedianScale, can_follow, grid_headers, median_scales
 from llmcompress.errors import RecipeError
 from llmcompress.models.dense.families import block_stack
 from llmcompress.recipe.distillation import Distillation, Kind, Scales
 from llmcompress.weight.modules import Multiplying, compressed_linears, multiplying, put, tie, ties_of
-from llmcompress.weight.trainable.latents import Form, ValuesForm
-from llmcompress.weight.trainable.masters import Outside
+from llmcompress.weight.trainable.latents import ValuesForm
 from llmcompress.weight.trainable.relax import KINDS, Relaxation, RelaxedModule, relaxed_module
 
 if TYPE_CHECKING:
@@ -28,13 +27,16 @@ if TYPE_CHECKING:
 NORMS: Kind = "norms"  # vectors of the decoder: norms, and biases of what is not compressed
 WEIGHTS: Kind = "weights"  # matrices of the decoder blocks' linears that are not compressed
 PROJECTIONS: Kind = "projections"  # linears on hidden states for losses alone, which are no part of the model
+PLAIN = Relaxation(frozenset())
 
 
 @dataclass(frozen=True, eq=False)
 class Student:
-    """A model under distillation. `relaxed`: its matrices that train, by name; `trained`: all parameters that change,
-    by kind and name; `medians`: scales that follow their latents; `projections`: linears that train along with the
-    model but are not part of it."""
+    """A model under distillation.
+
+    `relaxed`: its matrices that train, by name; `trained`: all parameters that change, by kind and name; `medians`:
+    scales that follow their latents; `projections`: linears that train with the model but are no part of it.
+    """
 
     model: PreTrainedModel
     relaxed: dict[str, RelaxedModule]
@@ -42,7 +44,7 @@ class Student:
     medians: tuple[MedianScale, ...] = ()
     projections: nn.ModuleDict = field(default_factory=nn.ModuleDict)
 
-    def join(self, projections: nn.ModuleDict) -> None:
+    def add_projections(self, projections: nn.ModuleDict) -> None:
         """Let linears on hidden states train along. Raises RecipeError if they have no rate."""
         if len(projections) and PROJECTIONS not in self.trained:
             raise RecipeError(
@@ -54,36 +56,36 @@ class Student:
 
     def groups(self) -> list[dict[str, Any]]:
         """Return groups for an optimizer: every parameter with a gradient by itself, with its kind and the size of its
-        numbers (root mean square)."""
+        numbers (root mean square; 1 for zeros)."""
         trained = [(kind, value) for kind, values in self.trained.items() for value in values.values()]
-        named = [(kind, value) for kind, value in trained if value.requires_grad]
-        return [{"params": [value], "kind": kind, "size": _size(value)} for kind, value in named]
+        return [
+            {"params": [value], "kind": kind, "size": float(value.detach().square().mean().sqrt()) or 1.0}
+            for kind, value in trained
+            if value.requires_grad
+        ]
 
-    def named(self) -> dict[str, nn.Parameter]:
+    def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return every parameter that changes, by name."""
         return {name: value for values in self.trained.values() for name, value in values.items()}
 
     def settle(self) -> None:
-        """Set the scales that follow their latents, then do what each matrix asks for, such as clamping latents to the
-        range of their codes; for use after a step of the optimizer."""
+        """After a step of the optimizer, set the scales that follow their latents, then let each matrix settle, such as
+        clamp latents to the range of their codes."""
         for scale in self.medians:
-            scale.rebind_parameters()
+            scale.update()
         for module in self.relaxed.values():
             module.relaxed.settle()
 
     def rebind_parameters(self) -> None:
-        """Look the parameters up in the model again, after others have taken their places there."""
+        """Look the parameters up in the model again, after others have replaced them there."""
         for kind, values in self.trained.items():
             holder = self.projections if kind == PROJECTIONS else self.model
             values.update({name: holder.get_parameter(name) for name in values})
 
-    def frozen(self) -> dict[str, Multiplying]:
-        """Return the compressed matrices with their learned weights, by name; the model stays as it is."""
-        return {name: module.freeze() for name, module in self.relaxed.items()}
-
     def freeze_into_model(self) -> dict[str, Multiplying]:
         """Put the compressed matrices with their learned weights back into the model, and return them by name."""
-        layers, ties = self.frozen(), ties_of(self.model)
+        layers: dict[str, Multiplying] = {name: module.freeze() for name, module in self.relaxed.items()}
+        ties = ties_of(self.model)
         for name, layer in layers.items():
             put(self.model, name, layer)
         tie(self.model, ties)
@@ -99,10 +101,10 @@ def check_latents(model: PreTrainedModel, recipe: Distillation) -> None:
     """Raise RecipeError if an option for trained codes does not apply to the compressed linears of a student."""
     head = model.get_output_embeddings()
     layers = [layer for layer in compressed_linears(model).values() if layer is not head]
-    found = [grid for layer in layers for grid in grids(layer.layout.header)]
-    if recipe.freezing is not None and not found:
+    headers = [header for layer in layers for header in grid_headers(layer.layout.header)]
+    if recipe.freezing is not None and not headers:
         raise RecipeError("freezing: the student has no codes that could oscillate; leave it out")
-    if recipe.scales == "median" and not any(map(follows, found)):
+    if recipe.scales == "median" and not any(map(can_follow, headers)):
         raise RecipeError(
             "scales: median is of symmetric grids with two or three levels, and the student has none; use learned"
         )
@@ -111,31 +113,31 @@ def check_latents(model: PreTrainedModel, recipe: Distillation) -> None:
 def relaxed_student(
     model: PreTrainedModel,
     rates: Mapping[Kind, float],
-    estimator: str,
     target: Callable[[str], Tensor] | None = None,
     inside: str | tuple[str, ...] = "",
     scales: Scales = "learned",
-    form: Form | None = None,
+    relaxation: Relaxation = PLAIN,
     values: Mapping[str, ValuesForm] = MappingProxyType({}),
-    shrunk: Callable[[nn.Module], None] | None = None,
-    outside: Outside = "code",
+    drop_values: Callable[[nn.Module], None] | None = None,
 ) -> Student:
     """Replace the compressed linears of `model` (float32) by relaxed ones; head and token table stay as they are.
 
-    `rates` names the kinds that train, as far as the student has them. Latent codes start at the codes, or if `target`
-    gives the dense weights, `[out, in]` by name, at these where they are in the codes' cells. `inside`: starts of names
-    of the blocks that train; everything else stays as it is. `scales`: "median" for scales that follow their latents,
-    if they can; other scales train as `rates` says. `form`: of latents, `values`: of values, by the names of the
-    linears, and `outside`, as in `Relaxation`; latents that medians are taken of are weights, as near as they can be.
-    `shrunk`: takes the numbers out of a relaxed layer, in a process that another one gives them to.
+    Args:
+        rates: names the kinds that train, as far as the student has them.
+        target: gives dense weights, `[out, in]` by name, where latents start if these are in the codes' cells; None:
+            they start at the codes.
+        inside: starts of names of the blocks that train; everything else stays as it is.
+        scales: "median" for scales that follow their latents, if they can; others train as `rates` says.
+        relaxation: how they train; the kinds follow from `rates`.
+        values: forms of values, by the names of the linears.
+        drop_values: takes the numbers out of a relaxed layer, in a process that receives its shares.
 
-    Raises RecipeError, unless only some blocks train, if there is nothing to train, or if only norms of a dense model
-    would train although other kinds were asked for.
+    Raises RecipeError, without `inside`, if nothing trains, or of a dense model only norms although `rates` has more.
     """
     kinds = frozenset(rates) & frozenset(KINDS)
     masters = kinds | ({"scales"} if scales == "median" else set())
-    start: Outside = "edge" if scales == "median" else outside
-    relaxation = Relaxation(masters, estimator, form=form, outside=start)  # type: ignore[arg-type]  # of the recipe
+    outside = "edge" if scales == "median" else relaxation.outside
+    relaxation = replace(relaxation, trains=masters, outside=outside)
     model.requires_grad_(False)
     head = model.get_output_embeddings()
     relaxed: dict[str, RelaxedModule] = {}
@@ -145,13 +147,13 @@ def relaxed_student(
     for name, layer in multiplying(model).items():
         if layer is not head and name.startswith(inside):
             wanted = None if target is None or name in tied else target(name)
-            how = relaxation
+            of_layer = relaxation
             if name in values:  # the values have masters, which need not train
-                how = replace(relaxation, trains=relaxation.trains | {"values"}, values=values[name])
-            relaxed[name] = relaxed_module(layer, how, wanted)
+                of_layer = replace(relaxation, trains=relaxation.trains | {"values"}, values=values[name])
+            relaxed[name] = relaxed_module(layer, of_layer, wanted)
             put(model, name, relaxed[name])
-            if shrunk is not None:
-                shrunk(relaxed[name])
+            if drop_values is not None:
+                drop_values(relaxed[name])
             if scales == "median":
                 medians += median_scales(layer.expression(), relaxed[name].relaxed)
     tie(model, ties)
@@ -176,40 +178,36 @@ def _masters(
     """Return the parameters of relaxed linears that change, by kind and name: those with a rate, which get a gradient,
     and medians, which get none."""
     trained: dict[Kind, dict[str, nn.Parameter]] = {kind: {} for kind in rates}
-    following = {(scale.relaxed, scale.scales) for scale in medians}
+    of_medians = {(scale.relaxed, scale.scales) for scale in medians}
     for name, module in relaxed.items():
         for key, kind in module.relaxed.kinds().items():
-            parameter, follows = module.relaxed.get_parameter(key), (module.relaxed, key) in following
-            parameter.requires_grad_(kind in rates and not follows)
-            if kind in rates or follows:
+            parameter, is_median = module.relaxed.get_parameter(key), (module.relaxed, key) in of_medians
+            parameter.requires_grad_(kind in rates and not is_median)
+            if kind in rates or is_median:
                 trained.setdefault(cast(Kind, kind), {})[f"{name}.relaxed.{key}"] = parameter
     return trained
-
-
-def _size(value: nn.Parameter) -> float:
-    return float(value.detach().square().mean().sqrt()) or 1.0
 
 
 def _norms(
     model: PreTrainedModel, relaxed: Mapping[str, RelaxedModule], inside: str | tuple[str, ...]
 ) -> dict[str, nn.Parameter]:
-    theirs = tuple(f"{name}." for name in relaxed)
-    found = {}
+    in_linears = tuple(f"{name}." for name in relaxed)
+    norms = {}
     for name, value in model.named_parameters():
-        plain = value.ndim == 1 and value.numel() and value.is_floating_point()
-        if plain and name.startswith(inside) and not name.startswith(theirs):
+        is_vector = value.ndim == 1 and value.numel() and value.is_floating_point()
+        if is_vector and name.startswith(inside) and not name.startswith(in_linears):
             value.requires_grad_()
-            found[name] = value
-    return found
+            norms[name] = value
+    return norms
 
 
 def _weights(model: PreTrainedModel, inside: str | tuple[str, ...]) -> dict[str, nn.Parameter]:
     from transformers.pytorch_utils import Conv1D
 
     stack = block_stack(model.config, model)
-    found = {}
+    weights = {}
     for name, module in model.get_submodule(stack).named_modules(prefix=stack):
         if name.startswith(inside) and isinstance(module, (nn.Linear, Conv1D)):
-            found[f"{name}.weight"] = module.get_parameter("weight")
-            found[f"{name}.weight"].requires_grad_()
-    return found
+            weights[f"{name}.weight"] = module.get_parameter("weight")
+            weights[f"{name}.weight"].requires_grad_()
+    return weights

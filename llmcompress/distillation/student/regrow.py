@@ -1,10 +1,10 @@
 """Pruned matrices that train dense for a phase and are pruned again: grow-and-prune (GaP, arXiv 2106.09857).
 
-`grow` puts zeros, or the teacher's weights, where weights are missing, so that all of a matrix trains; `pruned_again`
-keeps as many as there were, in the pattern that there was. So a mask that was chosen once, one layer at a time, can
-still change. The paper starts at zero and keeps the largest weights. Language models have input channels of very unlike
+`grow` puts zeros, or the teacher's weights, where weights are missing, so that all of a matrix trains; `prune_again`
+keeps as many weights as before, in the same pattern. So a mask that was chosen once, one layer at a time, can still
+change. The paper starts at zero and keeps the largest weights. Language models have input channels of very unlike
 sizes, so the size of a weight counts times the norm of its inputs here, as in Wanda (arXiv 2306.11695), unless the
-recipe asks for the paper's way. `learned_masks` has those that change in every step.
+recipe asks for the paper's way. `learned_masks` has masks that change in every step.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.data.batch import Batch
-from llmcompress.distillation.objective.heads import hidden_states
-from llmcompress.distillation.student.low_rank import teachers_weights
+from llmcompress.distillation.objective.forward import hidden_states
+from llmcompress.distillation.student.low_rank import teacher_weights
 from llmcompress.errors import RecipeError, list_names
 from llmcompress.methods.solvers.projection import largest, largest_of_each
 from llmcompress.recipe.rules import matches
@@ -35,41 +35,41 @@ Masks = Mapping[str, Bitmap | Pattern]
 
 
 @torch.no_grad()
-def grow(model: PreTrainedModel, asked: Regrowth, teacher: PreTrainedModel) -> dict[str, Bitmap | Pattern]:
-    """Make each pruned linear of `model` that `asked` matches dense, in place; return the masks by name.
+def grow(model: PreTrainedModel, options: Regrowth, teacher: PreTrainedModel) -> dict[str, Bitmap | Pattern]:
+    """Make each pruned linear of `model` that `options` match dense, in place; return the masks by name.
 
-    `teacher`: the dense model, whose weights those that come back may start at; where masks learn, all weights do.
+    `teacher`: the dense model, at whose weights the new ones may start; if masks learn, all weights do.
     Raises RecipeError for a pattern that matches no matrix of values and zeros.
     """
     layers, pruned = compressed_linears(model), pruned_linears(model)
-    for each in asked.match:
+    for each in options.match:
         if not any(matches(each, name) for name in pruned):
-            there = f"it has {list_names(pruned)}" if pruned else "it has none"
-            raise RecipeError(f'regrow matches no matrix of values and zeros of the student ("{each}"); {there}')
-    chosen = [name for name in pruned if any(matches(each, name) for each in asked.match)]
-    targets = teachers_weights(model, teacher) if asked.start == "teacher" else None
+            choice = f"it has {list_names(pruned)}" if pruned else "it has none"
+            raise RecipeError(f'regrow matches no matrix of values and zeros of the student ("{each}"); {choice}')
+    chosen = [name for name in pruned if any(matches(each, name) for each in options.match)]
+    targets = teacher_weights(model, teacher) if options.start == "teacher" else None
     for name in chosen:
         index, values = pruned[name]
         back = torch.zeros_like(values) if targets is None else targets(name).to(values)
-        grown = back if asked.by == "learned" else values.where(index.inside, back)
+        grown = back if options.by == "learned" else values.where(index.inside, back)
         put(model, name, CompressedLinear.of(Dense(grown), layers[name].bias))
     return {name: pruned[name][0] for name in chosen}
 
 
 def pruned_linears(model: PreTrainedModel) -> dict[str, tuple[Bitmap | Pattern, Tensor]]:
     """Return the mask and the values `[out, in]` of each linear of a model that is nothing else, by name."""
-    return {name: found for name, layer in compressed_linears(model).items() if (found := _parts(layer))}
+    return {name: parts for name, layer in compressed_linears(model).items() if (parts := _parts(layer))}
 
 
 @torch.no_grad()
-def pruned_again(
+def prune_again(
     layers: Mapping[str, Multiplying], masks: Masks, norms: Mapping[str, Tensor] | None
 ) -> dict[str, CompressedLinear]:
     """Return the dense layers named in `masks` with as many weights as the masks have, in their patterns.
 
     `norms`: squared norms of inputs `[in]` by name; None if the size alone decides.
     """
-    found = {}
+    linears = {}
     for name, mask in masks.items():
         layer = layers[name]
         match layer, layer.expression():
@@ -77,14 +77,14 @@ def pruned_again(
                 scores = values.float().square()
                 scores = scores if norms is None else scores * norms[name].to(scores.device)
                 index = mask_like(mask, scores)
-                kept = Where(index, Dense(values), Zero(shape(grown)))
-                found[name] = CompressedLinear.of(kept, layer.bias)
+                pruned = Where(index, Dense(values), Zero(shape(grown)))
+                linears[name] = CompressedLinear.of(pruned, layer.bias)
             case _, other:
                 raise TypeError(f"{name} was grown, and is a {type(other).__name__}")
-    return found
+    return linears
 
 
-def regrown(layers: Mapping[str, Multiplying], masks: Masks) -> float:
+def regrown_share(layers: Mapping[str, Multiplying], masks: Masks) -> float:
     """Return the share of the stored weights of the layers in `masks` that these masks did not have."""
     now = {name: parts[0].inside for name in masks if (parts := _parts(layers[name]))}
     new = sum(int((inside & ~masks[name].inside).sum()) for name, inside in now.items())
@@ -98,7 +98,7 @@ def input_norms(
     """Return the squared norms `[in]` of the inputs of the linears `names`, float32, over the first sequences of
     `text`."""
     norms: dict[str, Tensor] = {}
-    with decoded(model), autocast(), _watched(model, names, norms):
+    with decoded(model), autocast(), _add_squares(model, names, norms):
         for part in text[:SEQUENCES].chunks(1):
             batch = part.trim().to(next(model.parameters()).device)
             hidden_states(model, batch)
@@ -106,8 +106,8 @@ def input_norms(
 
 
 @contextmanager
-def _watched(model: PreTrainedModel, names: Iterable[str], norms: dict[str, Tensor]) -> Iterator[None]:
-    """Add the squares of what the linears `names` read to `norms` while the context lasts."""
+def _add_squares(model: PreTrainedModel, names: Iterable[str], norms: dict[str, Tensor]) -> Iterator[None]:
+    """Add within the context the squares of the inputs of the linears `names` to `norms`."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def add(module: nn.Module, inputs: tuple[Any, ...]) -> None:

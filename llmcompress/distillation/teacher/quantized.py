@@ -1,13 +1,12 @@
 """A teacher that takes less memory while it teaches: the linears of its blocks in 8 or 4 bits, by bitsandbytes.
 
-8 bits are LLM.int8() (arXiv 2208.07339). Products are in integers: weights are rounded by rows, inputs by tokens,
+8 bits are LLM.int8() (arXiv 2208.07339): products are in integers, with weights rounded by rows and inputs by tokens,
 except input columns with values above 6. So predictions depend a little on which sequences are read together. 4 bits
 are NF4 in blocks of 64, with scales rounded again (arXiv 2305.14314), and decoded for every product. Token table, norms
 and output head stay as they are.
 
-The student learns from this model, so the cost of quantizing it is measured once. The dense model serves everything
-else: it reads the held-out sequences beforehand, in the host's memory, and every look measures the distance to it. If
-its weights are asked for, it is loaded again for a while.
+The student learns from this model, so the cost of quantizing it is measured once. Every look at the held-out sequences
+measures the distance to the dense model, which reads them beforehand, in the host's memory.
 """
 
 from __future__ import annotations
@@ -16,19 +15,16 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
-from llmcompress.distillation.context import TrainContext
+from llmcompress.distillation.context import DistillationJob
 from llmcompress.distillation.held_out import Distances, distances
-from llmcompress.distillation.teacher.predictions import ReadsAlong
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import Place
-from llmcompress.runtime.precision import product_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,30 +45,27 @@ def check_teacher(teacher: PreTrainedModel, bits: Bits | None) -> None:
         raise InputError(f"the teacher is compressed already, so it cannot be quantized to {bits} bits; leave bits out")
 
 
-def taught_by_quantized(run: TrainContext, bits: Bits, place: Place) -> tuple[TrainContext, dict[str, float]]:
-    """Return `run` with the model at `place` reading along in `bits` bits, and the cost on the held-out sequences.
-
-    The cost is {bits, kl, perplexity}, with KL(run.teacher || quantized) in nats per token. Raises NumericsError if the
-    quantized model's predictions are not finite, InputError as `load_model` does.
-    """
-    device = run.accelerator.device
-    model = load_quantized(place, bits, device, product_dtype(run.recipe.compute, device))
-    with run.autocast():
-        found = sum((distances(run.teacher, model, part, device) for part in run.data.held_out), start=Distances())
-    if not math.isfinite(found.kl):
+def measure_quantization(
+    job: DistillationJob, dense: PreTrainedModel, quantized: PreTrainedModel, bits: Bits
+) -> dict[str, float]:
+    """Return {bits, kl, perplexity} of `quantized` on the held-out sequences, with KL(dense || quantized) in nats per
+    token. Raises NumericsError if its predictions are not finite."""
+    device = job.accelerator.device
+    with job.autocast():
+        total = sum((distances(dense, quantized, part, device) for part in job.data.held_out), start=Distances())
+    if not math.isfinite(total.kl):
         other = 4 if bits == 8 else 8
         raise NumericsError(
             f"with {bits} bits the teacher's predictions are NaN or infinite; set bits to {other}, or leave them out"
         )
-    means = found.means()
-    cost = {"bits": bits, "kl": means["kl"], "perplexity": means["perplexity"]}
-    return replace(run, teaching=ReadsAlong(model)), cost
+    means = total.means()
+    return {"bits": bits, "kl": means["kl"], "perplexity": means["perplexity"]}
 
 
 def load_quantized(place: Place, bits: Bits, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Load the dense model at `place`, frozen, the linears of its blocks in `bits` bits, everything else in `dtype`.
 
-    Raises InputError when it cannot be loaded.
+    Raises InputError as `load_model` does.
     """
     from bitsandbytes.nn import Linear4bit
     from transformers import BitsAndBytesConfig
@@ -90,8 +83,8 @@ def load_quantized(place: Place, bits: Bits, device: torch.device, dtype: torch.
 
 
 @contextmanager
-def without_remarks() -> Iterator[None]:
-    """Silence the remark of bitsandbytes at every product in 8 bits that inputs are rounded, which is intended."""
+def silence_bitsandbytes() -> Iterator[None]:
+    """Silence within the context the warning of bitsandbytes, at every product in 8 bits, that inputs are rounded."""
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)

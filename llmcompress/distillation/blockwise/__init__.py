@@ -1,1 +1,0 @@
-"""Recovery of one decoder block after the other."""

@@ -1,0 +1,103 @@
+"""The requirements of a distillation: packages and devices before it starts, memory while it runs, and a student whose
+weights compare with its teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from llmcompress.errors import MemoryLimitError, RecipeError, is_out_of_memory
+from llmcompress.losses.loss import reads_states
+from llmcompress.models.files.file_names import RECIPE
+from llmcompress.recipe.distillation import Distillation
+from llmcompress.recipe.read import read_recipe
+from llmcompress.recipe.sections import Fuse
+from llmcompress.recipe.validation import hint
+
+
+def check_requirements(recipe: Distillation, device: str) -> None:
+    """Raise RecipeError if the recipe requires something that is not installed or that `device` cannot do."""
+    _check_trackers(recipe)
+    if recipe.optimizer != "adamw":
+        check_bitsandbytes(f"optimizer: {recipe.optimizer}")
+    kind = torch.device(device).type
+    if recipe.optimizer == "paged_adamw_8bit" and kind != "cuda":
+        raise RecipeError(
+            f"optimizer: paged_adamw_8bit requires a GPU to page memory from, and the device is {kind}; use adamw_8bit"
+        )
+    if recipe.teacher.bits is not None:
+        check_bitsandbytes(f"teacher: {{bits: {recipe.teacher.bits}}}")
+
+
+def check_bitsandbytes(option: str) -> None:
+    """Raise RecipeError if bitsandbytes is missing. `option`: the part of the recipe that requires it."""
+    if find_spec("bitsandbytes") is None:
+        raise RecipeError(f'{option} requires bitsandbytes; run pip install "llmcompress[distill]"')
+
+
+def _check_trackers(recipe: Distillation) -> None:
+    """Raise RecipeError for a tracker that accelerate does not know, or whose package is missing."""
+    from accelerate import tracking
+    from accelerate.utils import LoggerType
+
+    for name in recipe.trackers:
+        if name not in tracking.LOGGER_TYPE_TO_CLASS:
+            near = hint(name, sorted(tracking.LOGGER_TYPE_TO_CLASS))
+            raise RecipeError(f'trackers: accelerate knows no "{name}"; {near}')
+        builtin = name in {str(kind) for kind in LoggerType}
+        if builtin and LoggerType(name) not in tracking.get_available_trackers():
+            package = name.replace("_", "-")
+            raise RecipeError(f"trackers: {name} requires a package that is not installed; run pip install {package}")
+
+
+@contextmanager
+def advise_on_memory(recipe: Distillation) -> Iterator[None]:
+    """Turn an out-of-memory error within the context into a MemoryLimitError that names the settings that help."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        ways = [
+            f"a micro_batch below {recipe.micro_batch}" if recipe.micro_batch > 1 else "",
+            "" if recipe.checkpointing else "checkpointing: true",
+            "a lower data.length",
+        ]
+        raise MemoryLimitError(
+            f"there is not enough memory for this training; set {' or '.join(filter(None, ways))}, and rerun"
+        ) from error
+
+
+def check_student(folder: Path, recipe: Distillation) -> None:
+    """Raise RecipeError as `check_fused` does, by the recipe in a student's folder, or if that cannot be read."""
+    if (folder / RECIPE).is_file():
+        check_fused(read_recipe(folder / RECIPE).fuse, recipe)
+
+
+def check_fused(fuse: Fuse | None, recipe: Distillation) -> None:
+    """Raise RecipeError if the recipe compares weights or hidden states that `fuse:` changed before compression.
+
+    The teacher is the model as it was, in other bases.
+    """
+    if fuse is None:
+        return
+    stages = recipe.stages()
+    if any(stage.latents == "teacher" for _, stage in stages):
+        raise RecipeError(
+            "latents: teacher requires the teacher's weights, and this student's were changed by fuse: before "
+            "compression; set latents: codes"
+        )
+    if fuse.rotation and any(reads_states(term.of) for term in recipe.losses):
+        raise RecipeError(
+            "losses: fuse: rotated the hidden states of this student into another basis than its teacher's; leave "
+            "losses on hidden states out"
+        )
+    if fuse.rotation and any(kind == "blockwise" for kind, _ in stages):
+        raise RecipeError(
+            "a blockwise phase compares hidden states, and fuse: rotated this student's into another basis than its "
+            "teacher's; leave the phase out"
+        )
