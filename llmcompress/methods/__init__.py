@@ -1,6 +1,8 @@
 """Layer -> Layer, one file for a method or a close family, by what they store. Importing this package registers them.
 
-In: a layer with its dense weight and the moments of its inputs. Out: the layer with an expression in its place. Open
+In: a layer with its dense weight and the moments of its inputs. Out: the layer with an expression in its place. Methods
+store signs (`binary/`), entries of tables (`codebooks/`), integers or floats of few bits (`grids/`), factors
+(`low_rank/`), fewer weights (`pruning/`), or streams of bits (`trellises/`); `solvers/` has what they share. Open
 `layer.py` first, then `grids/gptq.py`.
 """
 

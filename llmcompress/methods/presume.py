@@ -40,7 +40,7 @@ class Presume(StepConfig):
 
 @method("presume", Presume)
 def presume(layer: Layer, config: Presume) -> Layer:
-    """The layer with presumed moments, if it has none."""
+    """Give the layer presumed moments, if it has none."""
     if layer.inputs.outer is not None:
         return replace(layer)
     energy = presumed_energy(layer.weight)
@@ -48,7 +48,7 @@ def presume(layer: Layer, config: Presume) -> Layer:
 
 
 def presumed_energy(weight: Tensor) -> Tensor:
-    """The energy of every input channel `[in]` of `weight [out, in]`, float32, of mean 1."""
+    """Return the presumed energy of every input channel `[in]` of `weight [out, in]`, float32, of mean 1."""
     size = weight.abs().mean(0)
     floor = FLOOR * size.mean()
     energy = torch.where(floor > 0, size.clamp_min(floor), 1.0).square().reciprocal()

@@ -28,12 +28,12 @@ class Rotate(StepConfig):
 
 @method("rotate", Rotate, needs={"outer"}, data_free=True, rowwise=True)
 def rotate(layer: Layer, config: Rotate) -> Layer:
-    """The layer in a seeded random basis."""
+    """Turn the layer into a seeded random basis."""
     width = layer.weight.shape[1]
     signs = torch.rand(width, generator=generator("rotate", layer.seed)) < 0.5
     return rotate_layer(layer, Rotation(signs.to(layer.weight.device), hadamard_size(width)))
 
 
 def hadamard_size(width: int) -> int:
-    """The largest power of two that divides `width`."""
+    """Return the largest power of two that divides `width`."""
     return width & -width

@@ -1,7 +1,6 @@
-"""Long matrices, such as token tables, compressed a run of rows at a time, so that memory follows the run.
+"""Long matrices, such as token tables, compressed in runs of rows, which limits memory; runs may go to other processes.
 
-For methods that compress rows independently (`StepConfig.rowwise`): the result is the same either way. Runs may be
-compressed in different places.
+For methods that compress rows independently (`StepConfig.rowwise`), with the same result.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from llmcompress.methods.layer import Layer, StepConfig, apply
 from llmcompress.weight.algebra import join_rows
 from llmcompress.weight.nodes import Dense, Weight
 
-RUN = 7680  # rows: a multiple of those that a stream of a trellis goes down
+RUN = 7680  # rows: a multiple of a trellis' runs
 
 
 class Outcome(NamedTuple):
@@ -27,19 +26,19 @@ class Outcome(NamedTuple):
 
 
 def apply_in_runs(layer: Layer, steps: Sequence[StepConfig]) -> Outcome:
-    """The layer's weight after every step, in order. Raises what `layer.apply` raises."""
+    """Return the layer's weight after every step, in order. Raises the errors of `layer.apply`."""
     return join_runs([apply_to_run(layer, steps, rows) for rows in runs(len(layer.weight), steps)])
 
 
 def runs(rows: int, steps: Sequence[StepConfig]) -> list[slice]:
-    """Return the runs in which a matrix of so many rows is compressed; one, of all rows, where that is so."""
+    """Return the runs in which a matrix of so many rows is compressed."""
     if rows <= RUN or not all(config.rowwise for config in steps):
         return [slice(0, rows)]
     return [slice(start, min(start + RUN, rows)) for start in range(0, rows, RUN)]
 
 
 def apply_to_run(layer: Layer, steps: Sequence[StepConfig], rows: slice) -> Outcome:
-    """One of the layer's `runs` after every step."""
+    """Return one of the layer's `runs` after every step."""
     if rows != slice(0, len(layer.weight)):
         weight = layer.weight[rows]
         importance = None if layer.rows is None else layer.rows[rows]
@@ -49,7 +48,7 @@ def apply_to_run(layer: Layer, steps: Sequence[StepConfig], rows: slice) -> Outc
 
 
 def join_runs(done: Sequence[Outcome]) -> Outcome:
-    """The runs of a layer below each other."""
+    """Return the runs of a layer, one below the other."""
     if len(done) == 1:
         return done[0]
     return Outcome(join_rows([run.weight for run in done]), done[-1].notes)

@@ -62,11 +62,11 @@ class BiLLM(ColumnConfig):
     )
 
     def salient(self) -> PlaneFormat:
-        """The planes of salient columns."""
+        """Return the form of salient columns."""
         return PlaneFormat(2, "residual" if self.bitmap == "others" else "split", self.group_size, self.rounds)
 
     def others(self) -> PlaneFormat:
-        """The planes of the others."""
+        """Return the form of the other columns."""
         return PlaneFormat(2, "split", self.group_size, self.rounds)
 
     def sketch(self, approx: Weight) -> Weight:
@@ -79,7 +79,7 @@ class BiLLM(ColumnConfig):
 
 @method("billm", BiLLM, needs={"outer"})
 def billm(layer: Layer, config: BiLLM) -> Layer:
-    """Binarizes the base, salient columns in another way than the rest."""
+    """Binarize the base, salient columns in another way than the rest."""
 
     def make(energy: Tensor, pivots: Tensor) -> Selection:
         inside, outside = (Planes(form, len(energy), energy) for form in (config.salient(), config.others()))
@@ -94,9 +94,9 @@ def billm(layer: Layer, config: BiLLM) -> Layer:
 
 
 def salient_columns(current: Tensor, pivots: Tensor, energy: Tensor, config: BiLLM) -> Tensor:
-    """Return the salient ones of `current [columns, out]`, bool `[columns]`: the share that loses least, best first.
+    """Return a mask of the salient columns of `current [columns, out]`: the best ones, of the share that loses least.
 
-    `pivots [columns]` are U_jj^2, `energy [columns]` weighs the columns' errors.
+    `pivots [columns]`: U_jj^2; `energy [columns]` weights the columns' errors.
     """
     ranked = (current.square().sum(1) / pivots).argsort(descending=True, stable=True)
     salient, least = torch.zeros_like(pivots, dtype=torch.bool), float("inf")

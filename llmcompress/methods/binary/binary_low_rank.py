@@ -31,9 +31,9 @@ from llmcompress.runtime.seeding import generator
 from llmcompress.weight.nodes import Grid, LowRank, ScaledInputs, Weight, shape
 
 PULL = (0.2, 1.0)  # towards signs, in shares of a factor's curvature: in the first iteration and in the last
-ROUNDS = 2  # of the rank-one fit to magnitudes, which starts again in every iteration
+ROUNDS = 2  # of the rank-one fit to magnitudes, in every iteration
 TURNS = 2  # of the three vectors of scales; more gain nothing
-ROUGH = 20  # iterations that rank layers as many do
+ROUGH = 20  # iterations that suffice to rank layers
 TINY = 1e-12  # of a problem whose weights are about one
 
 
@@ -56,7 +56,7 @@ class BinaryLowRank(StepConfig):
         return self
 
     def rank_for(self, size: tuple[int, int]) -> int:
-        """The rank for a matrix `[out, in]`. Raises RecipeError where the scales alone take all the bits."""
+        """Return the rank for a matrix `[out, in]`. Raises RecipeError if the scales alone take all the bits."""
         if self.rank is not None:
             return self.rank
         out, width = size
@@ -86,7 +86,7 @@ class BinaryLowRank(StepConfig):
 
 @method("binary_low_rank", BinaryLowRank, needs={"outer"}, data_free=True)
 def binary_low_rank(layer: Layer, config: BinaryLowRank) -> Layer:
-    """Replaces the base by two binary factors."""
+    """Replace the base by two binary factors."""
     config.sketch(layer.approx)
     target = base_target(layer)
     rank = config.rank_for((target.shape[0], target.shape[1]))
@@ -117,9 +117,9 @@ class BinaryFactors:
 
 
 def balance(target: Tensor, hessian: Tensor, importance: Tensor | None) -> tuple[Problem, Tensor, Tensor]:
-    """The problem with channels of one energy, rows that count alike (`importance [out]`), and weights of about one.
+    """Return the problem scaled to channels of equal energy, rows of equal `importance [out]`, weights of about 1.
 
-    Returns also the factors of rows `[out]` and of columns `[in]` that lead back; the scales absorb them.
+    Returns also the factors of rows `[out]` and of columns `[in]` that scale back.
     """
     energy = hessian.diagonal().sqrt()
     counted = torch.ones_like(target[:, 0])
@@ -134,10 +134,10 @@ def balance(target: Tensor, hessian: Tensor, importance: Tensor | None) -> tuple
 
 
 def fit_factors(problem: Problem, draws: Tensor, iterations: int) -> BinaryFactors:
-    """BinaryFactors by ADMM, from the signs of `draws [rank, in]`.
+    """Return factors by ADMM, from the signs of `draws [rank, in]`.
 
     Each half solves `min tr(E metric E^T) + pull |X - near + dual|^2` for a factor X, given the other factor's nearest
-    signs times scales, then moves `near`, the nearest such matrix to X, and `dual`, the sum of what X missed it by.
+    signs times scales; then it updates `near`, the nearest such matrix to X, and `dual`, the sum of X - near.
     """
     spectrum, basis = torch.linalg.eigh(problem.metric)
     turned = problem.pulled @ basis
@@ -165,14 +165,14 @@ def fit_factors(problem: Problem, draws: Tensor, iterations: int) -> BinaryFacto
 
 
 def magnitudes(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The rank-one fit to the magnitudes of `matrix [rank, in]`: scales `[rank]` and `[in]`, these of mean one."""
+    """Return the rank-one fit to the magnitudes of `matrix [rank, in]`: scales `[rank]`, and `[in]` of mean one."""
     sizes = matrix.abs()
     columns = rank_one(sizes.T, torch.ones_like(sizes[0]), ROUNDS)
     return sizes @ columns / columns.square().sum(), columns
 
 
 def fit_scales(problem: Problem, factors: BinaryFactors) -> BinaryFactors:
-    """The same signs with least-squares scales, each vector in turn, those of rows last; none is negative after."""
+    """Return the factors with least-squares scales, each vector in turn, those of rows last; none is negative."""
     rows, middle, columns = factors.rows, factors.middle, factors.columns
     for _ in range(TURNS):
         left, right = factors.left * rows[:, None], factors.right * columns
@@ -188,7 +188,7 @@ def fit_scales(problem: Problem, factors: BinaryFactors) -> BinaryFactors:
 
 
 def _least_squares(gram: Tensor, pull: Tensor) -> Tensor:
-    """The scales `[n]` of least squares for `gram [n, n]` and `pull [n]`; 0 for what adds nothing."""
+    """Return the scales `[n]` of least squares for `gram [n, n]` and `pull [n]`; 0 where the energy is 0."""
     energy = gram.diagonal().double()
     ridge = torch.where(energy > 0, 1e-6 * energy, 1.0)
     return torch.linalg.solve(gram.double() + ridge.diag(), pull.double()).to(pull.dtype)
@@ -200,7 +200,7 @@ def signs(matrix: Tensor) -> Tensor:
 
 
 def store_factors(factors: BinaryFactors) -> LowRank:
-    """The factors as they are stored: rows have the size, the other scales a mean of one. A grid is +-scale/2.
+    """Return the stored form: scales of rows hold the size, the others have a mean of one. A grid is +-scale/2.
 
     Raises NumericsError for a scale of a row outside float16.
     """

@@ -39,7 +39,7 @@ class FDB(PlaneConfig):
     )
 
     def form(self) -> PlaneFormat:
-        """The planes asked for."""
+        """Return the form of these arguments."""
         return PlaneFormat(2, "grid", self.group_size, self.rounds)
 
     def sketch(self, approx: Weight) -> Weight:
@@ -49,5 +49,5 @@ class FDB(PlaneConfig):
 
 @method("fdb", FDB, needs={"outer"}, rowwise=True)
 def fdb(layer: Layer, config: FDB) -> Layer:
-    """Binarizes the base in two planes of {0, 1}."""
+    """Binarize the base in two planes of {0, 1}."""
     return quantize_to_planes(layer, config, lambda energy, _: Planes(config.form(), len(energy), energy))

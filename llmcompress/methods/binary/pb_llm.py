@@ -90,18 +90,18 @@ class PBLLM(StepConfig):
         return join(Where(_index_sketch(self, size), precise, grid_sketch(size, self.binary())), term)
 
     def binary(self) -> GridFormat:
-        """The format of the binarized part."""
+        """Return the format of the binarized part."""
         return GridFormat(2, self.group_size)
 
     def span(self, width: int) -> int:
-        """Columns whose salient elements are chosen at once; a group of scales lies in one span."""
+        """Return the number of columns of one choice; a group of scales lies in one span."""
         group = self.binary().group(width)
         return min(group if group > SPAN else SPAN // group * group, width)
 
 
 @method("pb_llm", PBLLM, needs={"outer"})
 def pb_llm(layer: Layer, config: PBLLM) -> Layer:
-    """Keeps the salient part at `salient_bits`, binarizes the rest."""
+    """Keep the salient part at `salient_bits`, binarize the rest."""
     target = base_target(layer)
     width = target.shape[1]
     energy = channel_energy(layer.inputs).float()
@@ -119,10 +119,10 @@ def pb_llm(layer: Layer, config: PBLLM) -> Layer:
 def _selection(
     config: PBLLM, target: Tensor, weights: Tensor
 ) -> tuple[Callable[[Tensor, int], Tensor], int, Callable[[Tensor], Index]]:
-    """Return the choice of salient entries, the number of columns it is made over, and the index that stores it.
+    """Return the choice of salient entries, the number of columns of a choice, and the index that stores it.
 
-    A weight's score is w^2 times `weights [in]`, taken on compensated weights; a column's is the sum over its rows,
-    taken once on the weights as given.
+    A weight's score is w^2 times `weights [in]`, on compensated weights; a column's is the sum over the rows of the
+    original weights.
     """
     width = target.shape[1]
     _check_salient(config, width)
@@ -146,7 +146,7 @@ def _selection(
 
 
 def _check_salient(config: PBLLM, width: int) -> None:
-    """Raises RecipeError for a salient pattern that does not fit the width or the groups of scales."""
+    """Raise RecipeError for a salient pattern that does not fit the width or the groups of scales."""
     if isinstance(config.salient, str):
         kept, size = parse_pattern(config.salient)
         check_pattern(kept, size, width)

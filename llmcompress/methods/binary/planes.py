@@ -55,7 +55,7 @@ class PlanesConfig(ColumnConfig):
         return not self.columns
 
     def form(self) -> PlaneFormat:
-        """The planes asked for."""
+        """Return the form of these arguments."""
         return PlaneFormat(self.bits, self.start, self.group_size, self.rounds)
 
     def sketch(self, approx: Weight) -> Weight:
@@ -68,7 +68,7 @@ class PlanesConfig(ColumnConfig):
 
 @method("planes", PlanesConfig, needs={"outer"})
 def planes(layer: Layer, config: PlanesConfig) -> Layer:
-    """Binarizes the base in `bits` planes."""
+    """Binarize the base in `bits` planes."""
     return quantize_to_planes(
         layer, config, lambda energy, _: Planes(config.form(), len(energy), energy), config.columns
     )

@@ -49,7 +49,7 @@ class AdaDim(GridConfig):
 
 
 class DownColumns:
-    """A `Projection` to grid points whose groups go along the output; each column's are fitted when it is reached."""
+    """A `Projection` to grid points with groups along the output, fitted when the loop reaches their column."""
 
     strides: tuple[int, ...] = ()
 
@@ -59,10 +59,10 @@ class DownColumns:
         self.zeros: list[Tensor] = []
 
     def begin(self, column: int, current: Tensor) -> None:
-        """Nothing is fitted before a column is known."""
+        """Do nothing: groups are fitted in `project`."""
 
     def project(self, column: int, values: Tensor) -> Tensor:
-        """The nearest points of the grid that is best for `values [out]`."""
+        """Return the nearest points of the grid that is best for `values [out]`."""
         whole = len(values) // self.group_size * self.group_size
         parts = [part for part in (values[:whole].reshape(-1, self.group_size), values[whole:][None]) if part.numel()]
         fitted = [fit_grid(part, self.form) for part in parts]
@@ -74,7 +74,7 @@ class DownColumns:
         return torch.cat([part.flatten() for part in points])
 
     def weight(self, values: Tensor) -> Transpose:
-        """The grid of the transposed matrix."""
+        """Return the grid of the transposed matrix."""
         zero = torch.stack(self.zeros) if self.zeros else None
         lying = values.T.contiguous()
         return Transpose(grid_of(lying, torch.stack(self.scales), zero, self.form.levels, self.group_size))
@@ -82,7 +82,7 @@ class DownColumns:
 
 @method("adadim", AdaDim, needs={"outer"})
 def adadim(layer: Layer, config: AdaDim) -> Layer:
-    """Quantizes the base along the axis that leaves the smaller output error."""
+    """Quantize the base along the axis that leaves the smaller output error."""
     config.sketch(layer.approx)
     target, form = base_target(layer), config.grid_format()
     factor, notes = inverse_factor(layer.inputs, config.damping)

@@ -42,10 +42,10 @@ SMALLEST = 2.0**-24  # positive float16 number
 
 @dataclass(frozen=True)
 class BlockForm:
-    """A format. `integers`: what k may be, in order. `multiples`: the largest n, 0 for float16 scales.
+    """A format. `integers`: the allowed k, in order. `multiples`: the largest n, 0 for float16 scales.
 
-    `offsets`: the largest multiple of e that is taken away from a group, 0 for float16 offsets, None for none. Without
-    offsets a scale may be negative, as the integers reach further on one side.
+    `offsets`: the largest multiple of e that is subtracted from a group, 0 for float16 offsets, None for no offsets;
+    scales may then be negative, as the integers reach further on one side.
     """
 
     integers: tuple[int, ...]
@@ -55,16 +55,16 @@ class BlockForm:
 
     @property
     def span(self) -> int:
-        """Columns that are fitted together."""
+        """Number of columns that are fitted together."""
         return SUPERBLOCK if self.multiples else self.group
 
     @property
     def levels(self) -> int:
-        """Levels of a grid that has all these integers."""
+        """Number of levels of a grid that has all these integers."""
         return self.integers[-1] - self.integers[0] + 1
 
     def nearest(self, scaled: Tensor) -> Tensor:
-        """The allowed integers that are nearest."""
+        """Return the nearest allowed integers."""
         if self.levels == len(self.integers):
             return scaled.round().clamp_(self.integers[0], self.integers[-1])
         first, last = 2 * self.integers[0], 2 * self.integers[-1]  # what is nearest changes at multiples of 1/2
@@ -74,7 +74,7 @@ class BlockForm:
 
 @cache
 def _nearest_of_halves(integers: tuple[int, ...]) -> Tensor:
-    """The integer that is nearest to the numbers from h / 2 up to (h + 1) / 2, of every h in their range."""
+    """Return the integer nearest to the numbers from h / 2 up to (h + 1) / 2, for every h in their range."""
     middles = torch.arange(2 * integers[0], 2 * integers[-1] + 1) / 2 + 0.25
     table = torch.tensor(integers, dtype=torch.float32)
     return table[(middles[:, None] - table).abs().argmin(1)]
@@ -125,13 +125,13 @@ class GGUF(StepConfig):
 
 
 def fitting(kind: Type, width: int) -> Type:
-    """Return the type, or the one that stands for it in matrices of that width."""
+    """Return the type, or its substitute in matrices of that width."""
     return INSTEAD[kind] if kind in INSTEAD and width % SUPERBLOCK else kind
 
 
 @method("gguf", GGUF, needs={"outer"}, data_free=True)
 def gguf(layer: Layer, config: GGUF) -> Layer:
-    """Quantizes the base with error feedback; without calibration, each group for itself."""
+    """Quantize the base with error feedback; without calibration, without feedback."""
     target = base_target(layer)
     form = FORMS[fitting(config.type, target.shape[1])]
     factor, notes = feedback_factor(layer.inputs, config.damping)
@@ -141,7 +141,7 @@ def gguf(layer: Layer, config: GGUF) -> Layer:
 
 @dataclass
 class BlockScales:
-    """Scales and offsets of a matrix, a column for each group or superblock."""
+    """Scales and offsets of a matrix, one for each group or superblock."""
 
     scales: list[Tensor] = field(default_factory=list)  # float32 [O, 1], negative where the signs of k are turned
     offsets: list[Tensor] = field(default_factory=list)  # float32 [O, 1], not positive: taken away
@@ -149,7 +149,7 @@ class BlockScales:
 
 
 class InBlocks:
-    """Values of a format; see the module. `importance [in]` weights columns in the fit."""
+    """A `Projection` to the values of a format; `importance [in]` weights columns in the fit."""
 
     def __init__(self, form: BlockForm, importance: Tensor | None = None) -> None:
         self.form, self.importance = form, importance
@@ -158,7 +158,7 @@ class InBlocks:
         self.unit = self.step = torch.zeros(0, 1)  # d and e of the superblock
 
     def begin(self, column: int, current: Tensor) -> None:
-        """Fits the superblock or the group that starts at `column`."""
+        """Fit the superblock and the group that start at `column`."""
         form = self.form
         if form.multiples and column % SUPERBLOCK == 0:
             self._start(column, current)
@@ -168,7 +168,7 @@ class InBlocks:
             self.fitted.offsets.append(offset)
 
     def _start(self, column: int, current: Tensor) -> None:
-        """Choose d and e so that the largest scale and offset of the superblock's groups are about their largest."""
+        """Choose d and e whose largest multiples are the largest scale and offset of the superblock's groups."""
         stop = min(column + SUPERBLOCK, len(current))
         found = [self._fit(start, current, exact=False) for start in range(column, stop, self.form.group)]
         scales, offsets = (torch.cat(part, 1) for part in zip(*found, strict=True))
@@ -178,7 +178,7 @@ class InBlocks:
             self.fitted.steps.append(self.step)
 
     def _fit(self, start: int, current: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
-        """Scale and offset `[O, 1]` of the least squared error among those tried; `exact` as they are stored."""
+        """Return scale and offset `[O, 1]` of the least squared error among those tried; if `exact`, as stored."""
         columns = slice(start, start + self.form.group)
         values = current[columns].T
         weights = torch.ones_like(values[:1]) if self.importance is None else self.importance[columns][None]
@@ -195,7 +195,7 @@ class InBlocks:
         return scales.gather(0, best)[0], offsets.gather(0, best)[0]
 
     def _first_guesses(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales and offsets to begin with `[S, O, 1]` for `values [O, C]`."""
+        """Return the first scales and offsets `[S, O, 1]` for `values [O, C]`."""
         shares = values.new_tensor(SHARES)[:, None, None]
         first, last = self.form.integers[0], self.form.integers[-1]
         if self.form.offsets is None:
@@ -208,7 +208,7 @@ class InBlocks:
         return (high - low).clamp_min(0) * share / last, (low + high) / 2 - (high - low) / 2 * share
 
     def _least_squares(self, values: Tensor, weights: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """The best scales and offsets `[S, O, 1]` for given codes `[S, O, C]`, in closed form."""
+        """Return the best scales and offsets `[S, O, 1]` for codes `[S, O, C]`, in closed form."""
 
         def mean(numbers: Tensor) -> Tensor:
             return (numbers * weights).sum(-1, keepdim=True) / weights.sum(-1, keepdim=True)
@@ -222,7 +222,7 @@ class InBlocks:
         return scales, middle - scales * centre
 
     def _round(self, scales: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest scales and offsets that the format has."""
+        """Return the nearest scales and offsets of the format."""
         form = self.form
         if form.multiples:
             scales = (scales * inverse(self.unit)).round_().clamp_(-form.multiples, form.multiples) * self.unit
@@ -235,12 +235,12 @@ class InBlocks:
         return scales, offsets
 
     def project(self, column: int, values: Tensor) -> Tensor:
-        """The nearest values `[O]` of the group."""
+        """Return the nearest values `[O]` of the group."""
         scale, offset = self.fitted.scales[-1][:, 0], self.fitted.offsets[-1][:, 0]
         return self.form.nearest((values - offset) * inverse(scale)) * scale + offset
 
     def weight(self, values: Tensor) -> Weight:
-        """A `Grid`; with offsets, their low-rank term before it."""
+        """Return a `Grid`; with offsets, their low-rank term before it."""
         form, width = self.form, values.shape[1]
         scale, offset = torch.cat(self.fitted.scales, 1), torch.cat(self.fitted.offsets, 1)
         steps, shifts = (each.repeat_interleave(form.group, 1)[:, :width] for each in (scale, offset))
@@ -263,7 +263,7 @@ class InBlocks:
 
 
 def members(width: int, group: int, device: torch.device) -> Grid:
-    """The matrix `[groups, width]` that is 1 where a column is in a group, else 0."""
+    """Return the matrix `[groups, width]` that is 1 where a column is in a group, else 0."""
     groups = torch.arange(width, device=device) // group
     inside = groups == torch.arange(-(-width // group), device=device)[:, None]
     one = torch.ones(1, 1, device=device)
@@ -271,7 +271,7 @@ def members(width: int, group: int, device: torch.device) -> Grid:
 
 
 def in_blocks_sketch(size: tuple[int, int], form: BlockForm) -> Weight:
-    """Return what `InBlocks` leaves of a matrix of that size, without values."""
+    """Return the expression of `InBlocks` for a matrix of that size, without values."""
     rows, width = size
     groups = -(-width // form.group)
 
@@ -294,12 +294,12 @@ def in_blocks_sketch(size: tuple[int, int], form: BlockForm) -> Weight:
 
 
 def inverse(numbers: Tensor) -> Tensor:
-    """`1 / numbers`, 0 where they are 0."""
+    """Return `1 / numbers`, 0 where they are 0."""
     return torch.where(numbers == 0, 0.0, 1 / numbers)
 
 
 def few_bits(numbers: Tensor, largest: int) -> Tensor:
-    """The least numbers not below these whose multiples up to `largest` are float16 numbers too."""
+    """Return the least numbers, not below these, whose multiples up to `largest` are float16 numbers too."""
     bits = 11 - largest.bit_length()
     _, exponent = torch.frexp(numbers)
     unit = torch.ldexp(torch.ones_like(numbers), exponent - bits).clamp_min(SMALLEST)

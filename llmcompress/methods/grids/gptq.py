@@ -53,7 +53,7 @@ class GPTQ(GridConfig):
         return self
 
     def form(self) -> GridFormat | FloatLayout:
-        """The form these arguments ask for."""
+        """Return the form of these arguments."""
         return self.grid_format() if self.format is None else LAYOUTS[self.format]
 
     @property
@@ -75,7 +75,7 @@ class GPTQ(GridConfig):
 
 @method("gptq", GPTQ, needs={"outer"})
 def gptq(layer: Layer, config: GPTQ) -> Layer:
-    """Quantizes the base with error feedback; a pruned base stays pruned."""
+    """Quantize the base with error feedback; a pruned base stays pruned."""
     _check_act_order(layer.approx, config)
     target = base_target(layer)
     energy = channel_energy(layer.inputs).float()

@@ -41,7 +41,7 @@ class HQQ(StepConfig):
     examples = ({"bits": 2, "group_size": 16}, {"bits": 3}, {"bits": 4, "group_size": None, "norm": 2})
 
     def start(self) -> RTN:
-        """The step whose grids it starts from, and which stores the same bits."""
+        """Return the `rtn` step whose grids it starts from, which stores the same bits."""
         return RTN(bits=self.bits, group_size=self.group_size, symmetric=False)
 
     def sketch(self, approx: Weight) -> Weight:
@@ -67,7 +67,7 @@ class Proximal(GridPoints):
 
 @method("hqq", HQQ, rowwise=True)
 def hqq(layer: Layer, config: HQQ) -> Layer:
-    """Rounds to nearest on grids for the norm asked for; a pruned base stays pruned."""
+    """Round to nearest on grids fitted to the norm; a pruned base stays pruned."""
     target = base_target(layer)
     kept = Proximal(config.start().grid_format(), target.shape[1], config.norm)
     return with_base(layer, feedback(target, None, within_support(layer.approx, kept)))
@@ -76,8 +76,11 @@ def hqq(layer: Layer, config: HQQ) -> Layer:
 def fit_to_norm(
     weight: Tensor, scale: Tensor, zero: Tensor, levels: int, norm: float, shown: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A scale float16 `[rows, 1]` and zero uint8 `[rows, 1]` with a lower sum of |w - w_approx|^norm than those given,
-    or those, for `weight [rows, columns]`; only entries with `shown [rows, columns]` count."""
+    """Return the scale float16 and zero uint8, `[rows, 1]`, with the lowest sum of |w - w_approx|^norm met.
+
+    The rounds for `weight [rows, columns]` start from `scale` and `zero`; only entries with `shown [rows, columns]`
+    count.
+    """
     counted = torch.ones_like(weight) if shown is None else shown.to(weight.dtype)
     best = (scale, zero)
     least = torch.full_like(scale, torch.inf, dtype=torch.float32)
@@ -100,8 +103,10 @@ def fit_to_norm(
 
 
 def _fit_to_codes(target: Tensor, codes: Tensor, scale: Tensor, counted: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """The zero that brings `codes [rows, columns]` nearest to `target`, which is in steps of `scale`, on average, and
-    then the least-squares scale."""
+    """Return the least-squares scale, and the zero that brings `codes [rows, columns]` nearest to `target` on average.
+
+    `target` is in steps of `scale`.
+    """
     middle = ((codes - target) * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True).clamp_min(1)
     zero = middle.round_().clamp_(0, levels - 1)
     points = (codes - zero) * counted

@@ -51,7 +51,7 @@ class MXFP(StepConfig):
 
 @method("mxfp", MXFP)
 def mxfp(layer: Layer, config: MXFP) -> Layer:
-    """Rounds the base to floats of few bits."""
+    """Round the base to floats of few bits."""
     target, kept = base_target(layer), support(layer.approx)
     floats = nearest_floats(target if kept is None else target * kept, LAYOUTS[config.format])
     return with_base(layer, in_place_of_kept(base_and_term(layer.approx)[0], floats))

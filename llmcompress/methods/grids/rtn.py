@@ -34,14 +34,14 @@ class RTN(GridConfig):
 
 @method("rtn", RTN, rowwise=True)
 def rtn(layer: Layer, config: RTN) -> Layer:
-    """Rounds to nearest, without feedback."""
+    """Round to nearest, without feedback."""
     target = base_target(layer)
     kept = GridPoints(config.grid_format(), target.shape[1])
     return with_base(layer, feedback(target, None, within_support(layer.approx, kept)))
 
 
 def within_support(approx: Weight, points: GridPoints | FloatPoints) -> Projection:
-    """`points`, or zero where an earlier step pruned."""
+    """Return a projection to `points`, or to zero where an earlier step pruned."""
     base = base_and_term(approx)[0]
     keep = support(approx)
     if keep is None or not isinstance(base, Where):
@@ -53,7 +53,7 @@ def within_support(approx: Weight, points: GridPoints | FloatPoints) -> Projecti
 
 
 def base_sketch(approx: Weight, form: GridFormat | FloatLayout) -> Weight:
-    """The base in that form without values, where it is not pruned."""
+    """Return the base in that form without values; a pruned base stays pruned."""
     base, term = base_and_term(approx)
     kept = form_sketch(shape(base), form)
     return join(kept if support(approx) is None else Where(base.index, kept, base.outside), term)  # type: ignore[union-attr]

@@ -57,7 +57,7 @@ class Alternate(StepConfig):
 
 @method("alternate", Alternate, needs={"outer"})
 def alternate(layer: Layer, config: Alternate) -> Layer:
-    """The best of `rounds` rounds of base, then low rank."""
+    """Return the layer after the best of `rounds` rounds of base, then low rank."""
     best, best_error = layer, float("inf")
     for _ in range(config.rounds):
         for half in (config.base, config.low_rank):

@@ -32,7 +32,7 @@ class GridFormat:
 
 
 class GridConfig(StepConfig):
-    """The arguments of every method that stores integers."""
+    """Arguments of every method that stores integers."""
 
     bits: int | Literal["ternary"] = Field(3, description="1 to 8, or ternary (three levels in 1.6 bits)")
     group_size: int | None = Field(None, ge=1, description="columns per scale; null for one scale per row")
@@ -58,7 +58,7 @@ class GridConfig(StepConfig):
         return self
 
     def grid_format(self) -> GridFormat:
-        """The format these arguments ask for."""
+        """Return the format of these arguments."""
         levels = 3 if self.bits == "ternary" else 2 ** int(self.bits) - self.narrow_range
         return GridFormat(levels, self.group_size, self.symmetric, self.clip, self.scale)
 

@@ -17,7 +17,7 @@ from llmcompress.weight.nodes import Bitmap, Dense, Index, Pattern, Weight, Wher
 
 
 class PruneConfig(StepConfig):
-    """The arguments of every pruning method."""
+    """Arguments of every pruning method."""
 
     sparsity: float | None = Field(None, ge=0, le=1, description="fraction of zeros")
     pattern: str | None = Field(None, description="'2:4' keeps 2 of every 4 consecutive input columns")
@@ -43,7 +43,7 @@ class PruneConfig(StepConfig):
         return self
 
     def structure(self) -> tuple[int, int] | None:
-        """`(kept, group)` of the pattern, or None."""
+        """Return `(kept, group)` of the pattern, or None."""
         return None if self.pattern is None else parse_pattern(self.pattern)
 
     def sketch(self, approx: Weight) -> Weight:
@@ -51,7 +51,7 @@ class PruneConfig(StepConfig):
         return prune_sketch(approx, self, lambda out, width: [out * width])
 
     def index(self, keep: Tensor) -> Index:
-        """The index that stores `keep [out, in]` (true = not pruned)."""
+        """Return the index that stores `keep [out, in]` (true = not pruned)."""
         structure = self.structure()
         return Bitmap(keep) if structure is None else pattern_index(*structure)(keep)
 

@@ -54,7 +54,7 @@ class EXL3(StepConfig):
 
 @method("exl3", EXL3, needs={"outer"}, data_free=True)
 def exl3(layer: Layer, config: EXL3) -> Layer:
-    """Quantizes the base to tiles, with error feedback, and fits the factors of outputs."""
+    """Quantize the base to tiles, with error feedback, and fit the factors of outputs."""
     config.sketch(layer.approx)
     if layer.rotation is not None:
         raise RecipeError("EXL3 has a rotation of its own; drop the step that rotates")
@@ -73,7 +73,7 @@ def exl3(layer: Layer, config: EXL3) -> Layer:
 
 
 def tiles_with_feedback(weight: Tensor, factor: Tensor | None, bits: int) -> Tensor:
-    """Return codes for `weight [in, out]`, a row of tiles after the other, as `solvers.feedback` does with columns.
+    """Return codes for `weight [in, out]`, one row of tiles after the other, with feedback between them.
 
     `factor` is U with inverse(H) = U^T U: an error e of 16 inputs moves later ones by inverse(U_bb) U_b,later e.
     """
@@ -128,7 +128,7 @@ def _random_factors(energy: Tensor, random: torch.Generator) -> Tensor:
 
 
 def _turn_moments(moments: Moments, columns: Tensor) -> Moments:
-    """Return the moments of the inputs as tiles see them: under the factors, then turned."""
+    """Return the moments of the inputs of tiles: times the factors, then turned."""
     if moments.outer is None:
         return moments
     half = turn_blocks(moments.outer * columns.float())

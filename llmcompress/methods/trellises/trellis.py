@@ -46,7 +46,7 @@ class TrellisConfig(StepConfig):
     )
 
     def trellis(self) -> Trellis:
-        """The trellis asked for. Raises RecipeError for a memory too short for its bits."""
+        """Return the trellis. Raises RecipeError for a memory too short for its bits."""
         values = 1 if self.bits == int(self.bits) else 2
         code = int(self.bits * values)
         if self.memory < 2 * code:
@@ -70,7 +70,7 @@ class TrellisConfig(StepConfig):
 
 @method("trellis", TrellisConfig, needs={"outer"}, data_free=True, rowwise=True)
 def trellis(layer: Layer, config: TrellisConfig) -> Layer:
-    """Quantizes the base to streams of a trellis, with error feedback, and fits its scales."""
+    """Quantize the base to streams of a trellis, with error feedback, and fit its scales."""
     config.sketch(layer.approx)
     target = base_target(layer)
     factor, notes = feedback_factor(layer.inputs, config.damping)

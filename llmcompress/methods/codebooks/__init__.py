@@ -1,1 +1,0 @@
-"""Methods that store indices into tables of values."""

@@ -1,1 +1,0 @@
-"""Methods that store integers or floats of few bits."""

@@ -1,1 +1,0 @@
-"""Methods that store factors of low rank."""

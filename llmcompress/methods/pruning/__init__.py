@@ -1,1 +1,0 @@
-"""Methods that set weights to zero."""

@@ -1,1 +1,0 @@
-"""Parts that methods share: feedback, grids, Hessians, low-rank factors, searches."""

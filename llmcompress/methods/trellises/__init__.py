@@ -1,1 +1,0 @@
-"""Methods that store streams of bits, read through a sliding window."""

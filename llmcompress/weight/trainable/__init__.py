@@ -1,1 +1,0 @@
-"""A compressed weight that trains: master weights behind straight-through rounding."""
