@@ -36,50 +36,47 @@ class _Entry(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
-class _Zero(_Entry):
+class _Matrix(_Entry):
+    shape: Size
+
+
+class _Zero(_Matrix):
     node: Literal["zero"]
-    shape: Size
 
 
-class _Dense(_Entry):
+class _Dense(_Matrix):
     node: Literal["dense"]
-    shape: Size
 
 
-class _Grid(_Entry):
+class _Grid(_Matrix):
     node: Literal["grid"]
-    shape: Size
     levels: Levels
     group_size: Dimension
     scale: Size
     asymmetric: bool
 
 
-class _Trellis(_Entry):
+class _Trellis(_Matrix):
     node: Literal["trellis", "linear_trellis"]
-    shape: Size
     run: Dimension
     bits: int
     values: int
     memory: int
 
 
-class _Tiles(_Entry):
+class _Tiles(_Matrix):
     node: Literal["tiles"]
-    shape: Size
     bits: Annotated[int, Field(ge=1, le=8)]
 
 
-class _Codebook(_Entry):
+class _Codebook(_Matrix):
     node: Literal["codebook"]
-    shape: Size
     entries: Levels
     length: Dimension
 
 
-class _Minifloat(_Entry):
+class _Minifloat(_Matrix):
     node: Literal["minifloat"]
-    shape: Size
     form: FloatFormat
     scales: ScaleFormat
     group_size: Dimension
@@ -103,9 +100,8 @@ class _Pattern(_Entry):
     group: Annotated[int, Field(ge=1, le=GROUP)]
 
 
-class _Where(_Entry):
+class _Where(_Matrix):
     node: Literal["where"]
-    shape: Size
     index: Annotated[_Bits | _Pattern, Field(discriminator="kind")]
     inside: Node
     outside: Node
@@ -122,9 +118,8 @@ class _ScaledInputs(_Entry):
     inner: Node
 
 
-class _Transpose(_Entry):
+class _Transpose(_Matrix):
     node: Literal["transposed"]
-    shape: Size
     inner: Node
 
 
