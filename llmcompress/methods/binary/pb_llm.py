@@ -28,12 +28,9 @@ from llmcompress.methods.solvers.projection import (
     columns,
     largest,
     largest_of_each,
-    pattern,
 )
-from llmcompress.methods.solvers.sparsity import check_pattern, parse_pattern
+from llmcompress.methods.solvers.sparsity import check_pattern, parse_pattern, span_of_choices
 from llmcompress.weight.nodes import Bitmap, Columns, Dense, Index, Pattern, Weight, Where, shape
-
-SPAN = 128  # columns over which an element-wise salient share is even
 
 
 class PBLLM(StepConfig):
@@ -95,8 +92,7 @@ class PBLLM(StepConfig):
 
     def span(self, width: int) -> int:
         """Return the number of columns of one choice; a group of scales lies in one span."""
-        group = self.binary().group(width)
-        return min(group if group > SPAN else SPAN // group * group, width)
+        return span_of_choices(self.binary().group(width), width)
 
 
 @method("pb_llm", PBLLM, needs={"outer"})
@@ -132,7 +128,7 @@ def _selection(
         def by_pattern(current: Tensor, start: int) -> Tensor:
             return largest_of_each(current.square() * weights[start : start + len(current), None], kept, size)
 
-        return by_pattern, size, pattern(kept, size)
+        return by_pattern, size, lambda chosen: Pattern(chosen, kept, size)
     share = config.salient
     if config.structure == "columns":
         score = target.square().sum(0) * weights

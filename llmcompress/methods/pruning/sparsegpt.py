@@ -26,10 +26,8 @@ from llmcompress.methods.solvers.projection import (
     largest_of_each,
     points_of_form,
 )
-from llmcompress.methods.solvers.sparsity import PruneConfig, check_pattern, kept_count, prune_sketch
+from llmcompress.methods.solvers.sparsity import PruneConfig, check_pattern, kept_count, prune_sketch, span_of_choices
 from llmcompress.weight.nodes import Weight, shape
-
-SPAN = 128  # columns over which unstructured sparsity is even
 
 
 class SparseGPT(PruneConfig):
@@ -71,8 +69,7 @@ class SparseGPT(PruneConfig):
         structure, form = self.structure(), self.form()
         if structure is not None:
             return structure[1]
-        group = 1 if form is None else form.group(width)
-        return min(group if group > SPAN else SPAN // group * group, width)
+        return span_of_choices(1 if form is None else form.group(width), width)
 
     @property
     def rowwise(self) -> bool:

@@ -21,7 +21,7 @@ from llmcompress.methods.solvers.floats import (
 )
 from llmcompress.methods.solvers.grid import GridFormat, centre, fit_grid, grid_of, grid_sketch, reciprocal
 from llmcompress.weight.expression import float_steps
-from llmcompress.weight.nodes import Columns, Dense, Grid, Index, Minifloat, Pattern, Weight, Where, Zero
+from llmcompress.weight.nodes import Columns, Dense, Grid, Index, Minifloat, Weight, Where, Zero
 
 
 class KeptValues:
@@ -295,13 +295,8 @@ class Selection:
 
 
 def columns(chosen: Tensor) -> Index:
-    """A column set from `chosen [out, in]`, whose rows are all the same."""
+    """Return the column set of `chosen [out, in]`, whose rows are all the same."""
     return Columns(chosen[0].clone())
-
-
-def pattern(kept: int, group: int) -> Callable[[Tensor], Index]:
-    """An n:m index from `chosen [out, in]`."""
-    return lambda chosen: Pattern(chosen, kept, group)
 
 
 def largest(scores: Tensor, count: int) -> Tensor:

@@ -12,8 +12,9 @@ from torch import Tensor
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import StepConfig, base_and_term, join
 from llmcompress.methods.solvers.projection import largest
-from llmcompress.methods.solvers.projection import pattern as pattern_index
 from llmcompress.weight.nodes import Bitmap, Dense, Index, Pattern, Weight, Where, Zero, shape
+
+SPAN = 128  # columns over which the share of chosen elements is even, in the feedback loop
 
 
 class PruneConfig(StepConfig):
@@ -53,7 +54,7 @@ class PruneConfig(StepConfig):
     def index(self, keep: Tensor) -> Index:
         """Return the index that stores `keep [out, in]` (true = not pruned)."""
         structure = self.structure()
-        return Bitmap(keep) if structure is None else pattern_index(*structure)(keep)
+        return Bitmap(keep) if structure is None else Pattern(keep, *structure)
 
 
 def parse_pattern(text: str) -> tuple[int, int]:
@@ -71,6 +72,11 @@ def check_pattern(kept: int, group: int, width: int) -> None:
     """Raise RecipeError if a row of `width` does not divide into groups."""
     if width % group:
         raise RecipeError(f"pattern {kept}:{group} does not divide the width {width}; choose a group that does")
+
+
+def span_of_choices(group: int, width: int) -> int:
+    """Return the number of columns over which a choice of elements is made; a group of scales lies in one span."""
+    return min(group if group > SPAN else SPAN // group * group, width)
 
 
 def keep_largest(scores: Tensor, config: PruneConfig) -> Tensor:
