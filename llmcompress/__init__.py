@@ -27,9 +27,9 @@ if TYPE_CHECKING:  # for type checkers; tests/rules/test_import.py holds it agai
     from llmcompress.distillation.run import distill as distill
     from llmcompress.errors import LLMCompressError as LLMCompressError
     from llmcompress.evaluation.adapter_transfer import passport as passport
-    from llmcompress.evaluation.compare import compare as compare
     from llmcompress.evaluation.drift import drift as drift
     from llmcompress.evaluation.protocol import Protocol as Protocol
+    from llmcompress.evaluation.score import compare as compare
     from llmcompress.evaluation.score import score as score
     from llmcompress.evaluation.verify import verify as verify
     from llmcompress.formats.export import export as export
@@ -71,7 +71,7 @@ _HOMES = {
     "alike_blocks": "surgery.block_choice",
     "bench": "benchmark.measure",
     "cache": "models.transformers.kv_cache",
-    "compare": "evaluation.compare",
+    "compare": "evaluation.score",
     "compress": "pipeline.compress",
     "condense_experts": "surgery.experts.condense",
     "decoded": "weight.modules",

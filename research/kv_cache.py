@@ -19,8 +19,7 @@ from records import Record, append, provenance, read_records
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from llmcompress.evaluation.perplexity import Perplexity, negative_log_likelihood, text_windows
-from llmcompress.evaluation.reliability import reliability
+from llmcompress.evaluation.perplexity import Perplexity, negative_log_likelihood, reliability, text_windows
 from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.tokenizer import load_tokenizer

@@ -43,10 +43,10 @@ from tables import cell
 import llmcompress as lc
 from llmcompress.data.builtin import stdlib_text
 from llmcompress.distillation.run import distill
-from llmcompress.evaluation.logits import opened
+from llmcompress.evaluation.evaluate import evaluate
+from llmcompress.evaluation.logits import open_model
 from llmcompress.evaluation.protocol import Protocol
-from llmcompress.evaluation.scores import evaluate
-from llmcompress.evaluation.uncertainty import mean, paired
+from llmcompress.evaluation.uncertainty import mean, paired_difference
 from llmcompress.models.dense.load import is_dense, load_model
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.tokenizer import load_tokenizer
@@ -278,7 +278,7 @@ def recipe(arena: Arena, student: Path, changes: Row, steps: int, seed: int) -> 
 @fast_float32()
 def scores(model: Path, texts: tuple[Protocol, ...], device: str) -> Row:
     """Return of each text the KL of every window and the calibration error; and the share of right pairs."""
-    student, tokenizer = opened(locate(str(model)), device, whole=True), load_tokenizer(locate(TEACHER).folder)
+    student, tokenizer = open_model(locate(str(model)), device, whole=True), load_tokenizer(locate(TEACHER).folder)
     found = [evaluate(student, tokenizer, protocol, against=scoring_teacher(device)) for protocol in texts]
     [pairs] = found[0].tasks.scores.values()
     return {
@@ -353,7 +353,7 @@ def _numbers(rows: list[Row], controls: dict[int, Row] | None) -> Row:
     if controls is not None:
         pairs = [(list(chain(*controls[row["seed"]]["kl"])), list(chain(*row["kl"]))) for row in rows]
         known, given = ([mean(each) for each in zip(*side)] for side in zip(*pairs))
-        change = paired(given, known)
+        change = paired_difference(given, known)
         found |= {"less": change.value, "less_stderr": change.stderr or 0.0}
     found |= {
         "training_tokens": mean([row["tokens"] for row in rows]),

@@ -25,9 +25,9 @@ import llmcompress as lc
 from llmcompress.cli.stages import Stage
 from llmcompress.distillation.run import distill
 from llmcompress.errors import LLMCompressError, Termination
-from llmcompress.evaluation.lm_eval import PAIRS
+from llmcompress.evaluation.evaluate import Evaluation, evaluate_all
 from llmcompress.evaluation.score import save_scores
-from llmcompress.evaluation.scores import Evaluation, evaluate_all
+from llmcompress.evaluation.tasks import PAIRS
 from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.tokenizer import load_tokenizer

@@ -15,10 +15,9 @@ from torch import nn
 from llmcompress.benchmark.gguf_file import read_gguf
 from llmcompress.benchmark.protocol import SpeedProtocol
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.evaluation.score import size_of
+from llmcompress.evaluation.score import is_dense_folder, size_of
 from llmcompress.models.dense.config import context_length
 from llmcompress.models.dense.headers import FLOATS, Header, read_headers
-from llmcompress.models.dense.load import is_dense
 from llmcompress.models.dense.locate import Place, locate
 from llmcompress.models.dense.model import open_source
 from llmcompress.models.dense.skeleton import check_causal, folder_skeleton
@@ -94,11 +93,7 @@ def find_candidates(
 
 def describe_folder(place: Place, dtype: str) -> Candidate:
     """Return a model in a folder; `dtype`: to load a dense one in. Raises InputError for one that cannot be read."""
-    try:
-        entries = read_json(place.folder / "config.json")
-    except (OSError, ValueError):
-        entries = {}
-    if dense := is_dense(entries):
+    if dense := is_dense_folder(place.folder):
         source = open_source(place)  # which says what is wrong with a folder
         skeleton, stored = source.skeleton(), source.tensors
     else:

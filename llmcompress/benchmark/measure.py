@@ -20,7 +20,7 @@ from llmcompress.benchmark.protocol import SEED, WARM_UP, SpeedProtocol
 from llmcompress.benchmark.summary import speed_markdown, summary
 from llmcompress.benchmark.worker import Worker
 from llmcompress.errors import RecipeError
-from llmcompress.evaluation.scores import Scoring
+from llmcompress.evaluation.evaluate import Scoring
 from llmcompress.reporting.output_file import check_new_file, write_new_file
 from llmcompress.reporting.plots import check_matplotlib, speed_png
 from llmcompress.runtime.facts import versions

@@ -78,13 +78,13 @@ def evaluate(
 
     Example: llmcompress eval small --against smollm2 --tasks arc_easy --limit 100
     """
-    from llmcompress.evaluation.processes import launched
+    from llmcompress.evaluation.processes import join_processes
     from llmcompress.evaluation.score import score
 
     protocol = build_protocol(
         text, windows, length, tasks, limit, num_fewshot, batch_size, chat_template, seed, domains
     )
-    with launched(device) as processes:
+    with join_processes(device) as processes:
         scores = score(
             model,
             protocol,
@@ -130,13 +130,13 @@ def compare(
 
     Example: llmcompress compare smollm2 small smaller --tasks llmcompress_pairs -o table.md
     """
-    from llmcompress.evaluation.compare import compare as run
-    from llmcompress.evaluation.processes import launched
+    from llmcompress.evaluation.processes import join_processes
+    from llmcompress.evaluation.score import compare as run
 
     protocol = build_protocol(
         text, windows, length, tasks, limit, num_fewshot, batch_size, chat_template, seed, domains
     )
-    with launched(device) as processes:
+    with join_processes(device) as processes:
         comparison = run(
             models,
             protocol,

@@ -1,10 +1,9 @@
-"""The passport of a compressed model: what LoRA adapters that were trained on the dense model are still worth on it.
+"""The passport of a compressed model: the worth on it of LoRA adapters that were trained on the dense model.
 
-An adapter gains some nats per token on its kind of text. Of that gain the compressed model keeps a share: the gain on
-it by the gain on the dense one. Beside it stand the KL between both adapted models; whether the same tokens gain (the
-correlation of gains over tokens); and the diversity of what they write, as the share of pairs of tokens that are
-different (distinct-n, arXiv 1510.03055): the dense model, the compressed one, and the compressed one going on from the
-dense one's first tokens, which hand its style over (after arXiv 2503.10637).
+An adapter gains some nats per token on its kind of text, and the compressed model keeps a share of that gain. Beside
+the share stand the KL between both adapted models, the correlation of gains over tokens, and the diversity of what they
+write, as the share of distinct pairs of tokens (distinct-n, arXiv 1510.03055): of the dense model, the compressed one,
+and the compressed one after the dense one's first tokens, which hand its style over (after arXiv 2503.10637).
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,15 +24,14 @@ from llmcompress.data.generate import NOTHING, continue_sequences, end_tokens
 from llmcompress.errors import InputError, RecipeError, first_line
 from llmcompress.evaluation.distance import kl_divergence
 from llmcompress.evaluation.logits import Counting
-from llmcompress.evaluation.perplexity import evaluation_windows, position_chunks
+from llmcompress.evaluation.perplexity import evaluation_windows, log_probability_chunks
 from llmcompress.evaluation.protocol import Protocol
-from llmcompress.evaluation.uncertainty import mean, paired
+from llmcompress.evaluation.uncertainty import mean, paired_difference
 from llmcompress.models.dense.load import check_fits, load_model
 from llmcompress.models.dense.locate import locate, public_name
 from llmcompress.models.dense.tokenizer import check_vocabularies, load_tokenizer
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import add_file
-from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.weight.modules import decoded
 
@@ -43,20 +41,21 @@ if TYPE_CHECKING:
 
 BRIEF = Protocol(windows=8, length=256)
 PROMPT, OVER, LENGTH = 16, 8, 64  # tokens of a text that are given, that the dense model writes first, and in all
+KEYS = {"kept_share": "kept"}  # of a file, by field
 REFUSED = (KeyError, OSError, RuntimeError, TypeError, ValueError)  # by PEFT, of an adapter that does not fit
 
 
 @dataclass(frozen=True)
-class AdapterKept:
-    """The worth of an adapter. `gain_dense`, `gain`: nats per token that it takes off the text, on the dense model and
-    on the compressed one; `kept`: the share that is left with its standard error, None where the dense model gains
-    nothing beyond noise; `kl`: between both with it; `alike`: the correlation of gains over tokens; `distinct`: of word
-    pairs that each writes: {dense, compressed, handed_over}."""
+class AdapterTransfer:
+    """The worth of an adapter. `gain_dense`, `gain`: nats per token on the dense model and on the compressed one;
+    `kept_share`: of the gain, with its standard error, None if the dense model gains nothing beyond noise; `kl`:
+    between both models with the adapter; `alike`: the correlation of gains over tokens; `distinct`: shares of distinct
+    pairs of tokens in {dense, compressed, handed_over} texts."""
 
     adapter: str
     gain_dense: float
     gain: float
-    kept: float | None
+    kept_share: float | None
     kept_stderr: float | None
     kl: float
     alike: float
@@ -64,13 +63,18 @@ class AdapterKept:
 
 
 @dataclass(frozen=True)
-class Passport(JsonRecord):
+class Passport:
     """The adapters of a passport, and the text that they were judged on."""
 
     model: str
     against: str
     protocol: dict[str, Any]
-    adapters: tuple[AdapterKept, ...]
+    adapters: tuple[AdapterTransfer, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; keys are the names of the fields, but "kept" for `kept_share`."""
+        rows = [{KEYS.get(name, name): value for name, value in asdict(row).items()} for row in self.adapters]
+        return asdict(self) | {"adapters": rows}
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +101,7 @@ def passport(
     progress: Counting | None = None,
     trust_remote_code: bool = False,
 ) -> Passport:
-    """Measure what adapters that were trained on `against` are worth on `model`, which was compressed from it.
+    """Measure the worth on a compressed `model` of adapters that were trained on `against`, its dense original.
 
     Args:
         model: a folder that compress wrote, or a Hub id.
@@ -127,12 +131,12 @@ def passport(
     check_fits(device, "comparing", places, [])
     dense, small = (load_model(place, device) for place in places)
     ids = evaluation_windows(tokenizer, protocol, dense.config, small.config)
-    found = []
+    transfers = []
     for number, adapter in enumerate(adapters, start=1):
-        found.append(_kept(str(adapter), dense, small, tokenizer, ids))
+        transfers.append(_measure_adapter(str(adapter), dense, small, tokenizer, ids))
         if progress is not None:
             progress(number, len(adapters))
-    return Passport(places[1].public_name, places[0].public_name, protocol.to_json(), tuple(found))
+    return Passport(places[1].public_name, places[0].public_name, protocol.to_json(), tuple(transfers))
 
 
 def _check_peft() -> None:
@@ -140,42 +144,42 @@ def _check_peft() -> None:
         raise RecipeError("adapters need the package peft; install llmcompress[distill]")
 
 
-def _kept(
+def _measure_adapter(
     adapter: str, dense: PreTrainedModel, small: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: Tensor
-) -> AdapterKept:
-    """Return what one adapter is worth; both models are as they were afterwards."""
-    with decoded(small), _adapted(dense, adapter) as first, _adapted(small, adapter) as second:
+) -> AdapterTransfer:
+    """Return the worth of one adapter; both models are unchanged afterwards."""
+    with decoded(small), _with_adapter(dense, adapter) as first, _with_adapter(small, adapter) as second:
         reads, kls = _read(first, second, ids)
-        texts = _written(first, second, ids, end_tokens(dense, tokenizer))
-    before, after = ([float(gain.mean()) for gain in read.gains()] for read in reads)
-    kept, error = kept_share(before, after)
+        texts = _write_texts(first, second, ids, end_tokens(dense, tokenizer))
+    gains, small_gains = ([float(gain.mean()) for gain in read.gains()] for read in reads)
+    share, error = kept_share(gains, small_gains)
     tokens = [torch.cat(read.gains()) for read in reads]
-    return AdapterKept(
+    return AdapterTransfer(
         public_name(adapter, None if Path(adapter).is_dir() else adapter),
-        mean(before),
-        mean(after),
-        kept,
+        mean(gains),
+        mean(small_gains),
+        share,
         error,
         mean(kls),
         float(torch.corrcoef(torch.stack(tokens))[0, 1]),
-        {name: distinct(rows, 2) for name, rows in texts.items()},
+        {name: distinct_share(rows, 2) for name, rows in texts.items()},
     )
 
 
 def kept_share(dense: Sequence[float], small: Sequence[float]) -> tuple[float | None, float | None]:
-    """Return the share of a gain that is kept, from the gains of windows, and its standard error (that of a ratio of
-    means, by linearization); None where the dense model gains nothing beyond noise."""
-    if not paired([0.0] * len(dense), dense).beyond_noise or mean(dense) <= 0:
+    """Return the share of a gain that is kept, from the gains of windows, and its standard error, that of a ratio of
+    means by linearization. None if the dense model gains nothing beyond noise."""
+    if not paired_difference([0.0] * len(dense), dense).beyond_noise or mean(dense) <= 0:
         return None, None
     share = mean(small) / mean(dense)
-    left = [one - share * other for one, other in zip(small, dense, strict=True)]
-    count = len(left)
-    return share, math.sqrt(math.fsum(value**2 for value in left) / (count * (count - 1))) / mean(dense)
+    residuals = [gain - share * wanted for gain, wanted in zip(small, dense, strict=True)]
+    count = len(residuals)
+    return share, math.sqrt(math.fsum(value**2 for value in residuals) / (count * (count - 1))) / mean(dense)
 
 
 @contextmanager
-def _adapted(model: PreTrainedModel, adapter: str) -> Iterator[PeftModel]:
-    """Give a model with an adapter, which is taken off again. Raises InputError for one that does not fit."""
+def _with_adapter(model: PreTrainedModel, adapter: str) -> Iterator[PeftModel]:
+    """Yield a model with an adapter, which is taken off again. Raises InputError for one that does not fit."""
     from peft import PeftModel
 
     try:
@@ -189,17 +193,17 @@ def _adapted(model: PreTrainedModel, adapter: str) -> Iterator[PeftModel]:
 
 
 def _read(dense: PeftModel, small: PeftModel, ids: Tensor) -> tuple[tuple[_Read, _Read], list[float]]:
-    """Let both models read windows `ids` [n, length], with and without the adapter; also return the KL of each."""
+    """Return what both models predict in windows `ids` [n, length], and the KL with the adapter in each."""
     reads, kls = (_Read([], []), _Read([], [])), []
     for window in ids:
         with dense.disable_adapter(), small.disable_adapter():
             for model, read in zip((dense, small), reads, strict=True):
-                read.plain.append(_of_targets(_logits(model, window), window))
+                read.plain.append(_target_scores(_logits(model, window), window))
         first, second = _logits(dense, window), _logits(small, window)
         for logits, read in zip((first, second), reads, strict=True):
-            read.adapted.append(_of_targets(logits, window))
-        chunks = zip(position_chunks(first, window), position_chunks(second, window))
-        parts = [kl_divergence(p.log_softmax(-1), q.log_softmax(-1)) for (p, _), (q, _) in chunks]
+            read.adapted.append(_target_scores(logits, window))
+        chunks = zip(log_probability_chunks(first, window), log_probability_chunks(second, window))
+        parts = [kl_divergence(p, q) for (p, _), (q, _) in chunks]
         kls.append(float(torch.cat(parts).double().mean()))
     return reads, kls
 
@@ -209,33 +213,37 @@ def _logits(model: PeftModel, window: Tensor) -> Tensor:
     return logits
 
 
-def _of_targets(logits: Tensor, window: Tensor) -> Tensor:
+def _target_scores(logits: Tensor, window: Tensor) -> Tensor:
     """Return the log-probability of each next token, `[length - 1]`."""
-    found = [given.log_softmax(-1).gather(-1, next_[:, None])[:, 0] for given, next_ in position_chunks(logits, window)]
-    return torch.cat(found).double()
+    chunks = log_probability_chunks(logits, window)
+    return torch.cat([log_p.gather(-1, targets[:, None])[:, 0] for log_p, targets in chunks]).double()
 
 
-def _written(dense: PeftModel, small: PeftModel, ids: Tensor, ends: set[int]) -> dict[str, list[list[int]]]:
-    """Return what both models write with the adapter after the first tokens of each window, and what the compressed
-    one writes after the dense one's first tokens."""
+def _write_texts(dense: PeftModel, small: PeftModel, ids: Tensor, ends: set[int]) -> dict[str, list[list[int]]]:
+    """Return the texts that both models write with the adapter after the first tokens of each window, and those of the
+    compressed one after the dense one's first tokens."""
     width = min(LENGTH, ids.shape[1])
-    begun, kept = ids[:, :width], torch.full((len(ids),), min(PROMPT, width - 1))
-    how: dict[str, Any] = {"ends": ends, "temperature": 1.0, "seeds": [f"passport/{row}" for row in range(len(ids))]}
+    begun, prompts = ids[:, :width], torch.full((len(ids),), min(PROMPT, width - 1))
+    sampling: dict[str, Any] = {
+        "ends": ends,
+        "temperature": 1.0,
+        "seeds": [f"passport/{row}" for row in range(len(ids))],
+    }
     first, second = (cast("PreTrainedModel", model) for model in (dense, small))  # which they stand for
-    by_dense, by_small = (continue_sequences(model, begun, kept, **how) for model in (first, second))
-    over = (kept + OVER).clamp(max=width - 1)
-    handed = continue_sequences(second, by_dense.where(by_dense != NOTHING, begun), over, **how)
+    by_dense, by_small = (continue_sequences(model, begun, prompts, **sampling) for model in (first, second))
+    over = (prompts + OVER).clamp(max=width - 1)
+    handed = continue_sequences(second, by_dense.where(by_dense != NOTHING, begun), over, **sampling)
     texts = {"dense": by_dense, "compressed": by_small, "handed_over": handed}
-    return {name: [row[int(kept[0]) :].tolist() for row in rows] for name, rows in texts.items()}
+    return {name: [row[int(prompts[0]) :].tolist() for row in rows] for name, rows in texts.items()}
 
 
-def distinct(rows: Sequence[Sequence[int]], n: int) -> float:
-    """Return the share of different ones among all runs of `n` tokens in texts; 0 without any."""
+def distinct_share(rows: Sequence[Sequence[int]], n: int) -> float:
+    """Return the share of distinct runs among all runs of `n` tokens in texts; 0 without any."""
     texts = [[token for token in row if token != NOTHING] for row in rows]
     runs = [tuple(text[at : at + n]) for text in texts for at in range(len(text) - n + 1)]
     return len(set(runs)) / len(runs) if runs else 0.0
 
 
-def save_passport(folder: Path, found: Passport) -> None:
-    """Keep a passport in the compressed checkpoint, for its card. Raises DiskError where that cannot be."""
-    add_file(folder, file_names.PASSPORT, json.dumps(found.to_json(), indent=2))
+def save_passport(folder: Path, result: Passport) -> None:
+    """Add a passport to the compressed checkpoint, for its card. Raises DiskError."""
+    add_file(folder, file_names.PASSPORT, json.dumps(result.to_json(), indent=2))

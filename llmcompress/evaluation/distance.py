@@ -1,7 +1,7 @@
 """Distance of a compressed model from its teacher, token by token: KL divergence and agreement on the likeliest token.
 
-Perplexity can stay while answers change; these two cannot (arXiv 2407.09141). Both models read the same windows, and
-one pass of each also gives both perplexities.
+Perplexity can stay the same while answers change; these two cannot (arXiv 2407.09141). One pass of both models over
+the same windows also gives both perplexities.
 """
 
 from __future__ import annotations
@@ -13,25 +13,26 @@ from torch import Tensor, nn
 
 from llmcompress.evaluation.logits import Counting, Readable, window_logits
 from llmcompress.evaluation.perplexity import (
+    BINS,
     Perplexity,
+    log_probability_chunks,
     negative_log_likelihood,
-    position_chunks,
     predicted_tokens,
+    reliability,
 )
-from llmcompress.evaluation.reliability import BINS, reliability
 from llmcompress.evaluation.uncertainty import mean, stderr
 from llmcompress.runtime.ranks import ALONE, Ranks
 
-# Means over the predicted tokens of a window: KL, agreement, and of teacher and student each the negative
-# log-probability, with their predictions in bins of confidence (see `reliability`).
+# Means over the predicted tokens of a window: KL and agreement; then for teacher and student each the negative
+# log-probability, and predictions in bins of confidence.
 _Window = tuple[float, float, float, Tensor, float, Tensor]
 
 
 @dataclass(frozen=True)
 class Distance:
-    """kl: KL(teacher || student) in nats per token. top1_agreement: share of tokens with the same likeliest token.
+    """`kl`: KL(teacher || student) in nats per token. `top1_agreement`: share of tokens with the same likeliest token.
 
-    Standard errors take windows as independent; they are None for one window. kl_windows: the mean KL of each.
+    Standard errors take windows as independent, and are None for one window. `kl_windows`: the mean KL of each.
     """
 
     kl: float
@@ -62,15 +63,15 @@ def distance(
 
     Log-probabilities are float32, sums float64. `progress` and `blocks`: as for `perplexity`, `blocks` for each model.
     """
-    mine = processes.share(ids)
+    share = processes.share(ids)
     rows: list[_Window] = []
     with processes.agree_on_errors():
         for (batch, wanted), (_, given) in zip(
-            window_logits(teacher, mine, batch_size, blocks), window_logits(student, mine, batch_size, blocks)
+            window_logits(teacher, share, batch_size, blocks), window_logits(student, share, batch_size, blocks)
         ):
-            rows += [_in_window(*one) for one in zip(wanted, given.to(wanted.device), batch)]
+            rows += [_compare_window(*logits) for logits in zip(wanted, given.to(wanted.device), batch)]
             if progress is not None:
-                progress(len(rows), len(mine))
+                progress(len(rows), len(share))
     divergence, same, of_teacher, in_teacher, of_student, in_student = zip(*processes.gather_items(rows))
     return Distance(
         mean(divergence),
@@ -83,17 +84,17 @@ def distance(
     )
 
 
-def _in_window(wanted: Tensor, given: Tensor, window: Tensor) -> _Window:
-    """Return what is told of a window, from the teacher's and the student's logits [length, vocabulary]."""
+def _compare_window(teacher: Tensor, student: Tensor, window: Tensor) -> _Window:
+    """Return the means over a window, from both models' logits [length, vocabulary]."""
     divergence, same = 0.0, 0
     losses, bins = [0.0, 0.0], [torch.zeros(3, BINS, dtype=torch.float64) for _ in range(2)]
-    for (teacher, targets), (student, _) in zip(position_chunks(wanted, window), position_chunks(given, window)):
-        p, q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+    chunks = zip(log_probability_chunks(teacher, window), log_probability_chunks(student, window))
+    for (p, targets), (q, _) in chunks:
         divergence += float(kl_divergence(p, q).double().sum())
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
-        for at, one in enumerate((p, q)):
-            losses[at] += negative_log_likelihood(one, targets)
-            bins[at] += reliability(one, targets).cpu()
+        for side, log_probabilities in enumerate((p, q)):
+            losses[side] += negative_log_likelihood(log_probabilities, targets)
+            bins[side] += reliability(log_probabilities, targets).cpu()
     count = len(window) - 1
     return divergence / count, same / count, losses[0] / count, bins[0], losses[1] / count, bins[1]
 

@@ -1,12 +1,12 @@
-"""Hidden states of a model beside those of the one that it was made from, block by block: where the two part.
+"""Drift of hidden states of a model from those of its dense original, block by block, by two measures.
 
-Two measures. The relative error of a token is `|s - t|^2 / |t|^2`, and counts turns and changes of length alike.
-Centred kernel alignment (CKA, arXiv 1905.00414) asks whether the same tokens are near each other in both models,
-whatever the basis and the width; it is 1 if so and about 0 for unrelated states. It is estimated without bias window by
-window (arXiv 2010.15327), so few tokens and wide models do not make it look better. Tokens count as directions: the
-first ones of a window are a hundred times as long as others in many models, and would be the whole measure.
+The relative error of a token is `|s - t|^2 / |t|^2`. Centred kernel alignment (CKA, arXiv 1905.00414) asks whether the
+same tokens are near each other in both models, whatever the basis and the width: it is 1 if so, and about 0 for
+unrelated states. Its estimate is unbiased in each window (arXiv 2010.15327), so that few tokens and wide models do not
+raise it. Tokens count as directions, since the first ones of a window are a hundred times as long as others in many
+models and would dominate.
 
-Both models pass block by block, so that one block of each is in memory at a time.
+One block of each model is in memory at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llmcompress.calibration.streaming import StreamedModel
 from llmcompress.errors import InputError, NumericsError
-from llmcompress.evaluation.logits import Counting, by_blocks, opened
+from llmcompress.evaluation.logits import Counting, by_blocks, open_model
 from llmcompress.evaluation.perplexity import evaluation_windows
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.models.dense.blocks import matched_blocks
@@ -33,15 +33,15 @@ from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.runtime.precision import fast_float32
 
 BRIEF = Protocol(windows=8, length=512)
-FEWEST = 4  # tokens in a window, below which nothing is estimated
-ALIKE = 1e-10  # variance of cosines, below which it is that of rounding
+FEWEST = 4  # tokens in a window, for an estimate
+ALIKE = 1e-10  # variance of cosines that is rounding alone
 
 
 @dataclass(frozen=True)
 class BlockDrift:
-    """The states that enter a block. `block`: its number, or of blocks in all for what leaves the last one; `original`:
-    the same in the other model; `cka`: None if the states of either are all alike; `error`: the mean over tokens of the
-    relative error, None where widths differ."""
+    """The states that enter a block. `block`: its number, or the number of blocks for the output of the last one;
+    `original`: its counterpart in the other model; `cka`: None if all states of one model are alike; `error`: the mean
+    relative error over tokens, None if widths differ."""
 
     block: int
     original: int
@@ -99,60 +99,61 @@ def drift(
     tokenizer = load_tokenizer(places[0].folder, trust_remote_code)
     evaluation_windows(tokenizer, protocol)  # a text is missed before models are loaded
     check_fits(device, "reading it", [], places)
-    mine, theirs = (opened(place, device) for place in places)
-    ids = evaluation_windows(tokenizer, protocol, mine.config, theirs.config)
-    found = tuple(_drifts(by_blocks(mine), by_blocks(theirs), ids, progress))
+    small, dense = (open_model(place, device) for place in places)
+    ids = evaluation_windows(tokenizer, protocol, small.config, dense.config)
+    blocks = tuple(_block_drifts(by_blocks(small), by_blocks(dense), ids, progress))
     names = [place.public_name for place in places]
-    return Drift(names[0], names[1], protocol.to_json(), ids.numel(), found)
+    return Drift(names[0], names[1], protocol.to_json(), ids.numel(), blocks)
 
 
-def _drifts(mine: StreamedModel, theirs: StreamedModel, ids: Tensor, progress: Counting | None) -> Iterator[BlockDrift]:
-    """Let both models pass, and yield the drift at each block of `mine`, then behind its last."""
-    originals = matched_blocks(mine.model, theirs.model) | {mine.depth: theirs.depth}
-    given, wanted = (model.embed(ids, 1) for model in (mine, theirs))
+def _block_drifts(
+    small: StreamedModel, dense: StreamedModel, ids: Tensor, progress: Counting | None
+) -> Iterator[BlockDrift]:
+    """Run both models, and yield the drift at the input of each block of `small`, then behind its last."""
+    originals = matched_blocks(small.model, dense.model) | {small.depth: dense.depth}
+    given, wanted = (model.embed(ids, 1) for model in (small, dense))
     reached = 0
     for block, original in originals.items():
         for index in range(reached, original):
-            theirs.advance(wanted, index)
+            dense.advance(wanted, index)
         reached = original
-        found = BlockDrift(block, original, cka(given.hidden, wanted.hidden), _error(given.hidden, wanted.hidden))
-        if not all(value is None or value == value for value in (found.cka, found.error)):
+        alignment, error = cka(given.hidden, wanted.hidden), _relative_error(given.hidden, wanted.hidden)
+        if not all(value is None or value == value for value in (alignment, error)):
             raise NumericsError(f"hidden states at block {block} are NaN or infinite; use an undamaged checkpoint")
-        yield found
-        if block < mine.depth:
-            mine.advance(given, block)
+        yield BlockDrift(block, original, alignment, error)
+        if block < small.depth:
+            small.advance(given, block)
         if progress is not None:
-            progress(min(block + 1, mine.depth), mine.depth)
+            progress(min(block + 1, small.depth), small.depth)
 
 
 def cka(given: Tensor, wanted: Tensor) -> float | None:
-    """Return the alignment of states `[windows, length, width]`, whose widths may differ; None if those of one model
-    do not differ from each other at all."""
+    """Return the alignment of states `[windows, length, width]`; widths may differ. None if all states of one model
+    are alike."""
     sums = torch.zeros(3, dtype=torch.float64)
-    for mine, theirs in zip(given, wanted, strict=True):
-        one, other = _similarities(mine), _similarities(theirs)
-        pairs = ((one, other), (one, one), (other, other))
+    for windows in zip(given, wanted, strict=True):
+        kernel, other = map(_similarities, windows)
+        pairs = ((kernel, other), (kernel, kernel), (other, other))
         sums += torch.stack([_independence(*pair) for pair in pairs]).cpu()
     across, *own = (float(value) / len(given) for value in sums)
     return across / sqrt(own[0] * own[1]) if min(own) > ALIKE else None
 
 
 def _similarities(states: Tensor) -> Tensor:
-    """Return the cosines of all pairs of tokens, of `[length, width]`, float64 `[length, length]`, zero on the
-    diagonal."""
+    """Return the cosines of all pairs of tokens of `[length, width]`, float64 `[length, length]`, diagonal zero."""
     directions = torch.nn.functional.normalize(states.double(), dim=-1)
     return (directions @ directions.T).fill_diagonal_(0.0)
 
 
-def _independence(one: Tensor, other: Tensor) -> Tensor:
+def _independence(kernel: Tensor, other: Tensor) -> Tensor:
     """Return the unbiased estimate of the Hilbert-Schmidt independence criterion, of kernels with an empty diagonal."""
-    n = len(one)
-    together = (one * other).sum() + one.sum() * other.sum() / ((n - 1) * (n - 2))
-    return (together - 2 / (n - 2) * (one.sum(0) @ other.sum(0))) / (n * (n - 3))
+    n = len(kernel)
+    joint = (kernel * other).sum() + kernel.sum() * other.sum() / ((n - 1) * (n - 2))
+    return (joint - 2 / (n - 2) * (kernel.sum(0) @ other.sum(0))) / (n * (n - 3))
 
 
-def _error(given: Tensor, wanted: Tensor) -> float | None:
-    """Return the mean over tokens of the relative error; None for states of different widths."""
+def _relative_error(given: Tensor, wanted: Tensor) -> float | None:
+    """Return the mean relative error over tokens; None for states of different widths."""
     if given.shape != wanted.shape:
         return None
     energy = wanted.float().square().sum(-1)

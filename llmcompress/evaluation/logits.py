@@ -1,7 +1,7 @@
-"""Logits of windows of tokens, of a model in memory or of one on disk.
+"""Logits of windows of tokens, from a model in memory or on disk.
 
-A dense model on disk passes block by block, for all windows at once, so it is never in memory as a whole; so does a
-compressed one in memory, whose linears are decoded on the way. Numbers are those of the whole model.
+A dense model on disk runs block by block, for all windows at once, and is never in memory as a whole. A compressed one
+in memory runs likewise, and decodes its linears on the way. The logits equal those of the whole model.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Counting = Callable[[int, int], None]  # (done, in all)
 
 @dataclass(frozen=True)
 class OnDisk:
-    """A dense model that is read while it is scored, and the device that computes it."""
+    """A dense model that is read while it is scored, and the device that runs it."""
 
     source: DenseModel
     device: str
@@ -53,8 +53,8 @@ class OnDisk:
 Readable: TypeAlias = "PreTrainedModel | OnDisk"
 
 
-def opened(place: Place, device: str, whole: bool = False) -> Readable:
-    """Return the model of a place, to be scored: a dense one stays on disk, unless it is wanted as a `whole`.
+def open_model(place: Place, device: str, whole: bool = False) -> Readable:
+    """Return the model of a place, to be scored. A dense one stays on disk, unless `whole`.
 
     Raises InputError for a model that cannot be loaded.
     """
@@ -71,29 +71,28 @@ def opened(place: Place, device: str, whole: bool = False) -> Readable:
 def window_logits(
     model: Readable, ids: Tensor, batch_size: int = 1, blocks: Counting | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (windows [batch, length], logits [batch, length, vocabulary]), on the device of the model; none for no
-    window.
+    """Yield (windows [batch, length], logits [batch, length, vocabulary]), on the device of the model.
 
-    `blocks` receives (blocks, blocks in all) of a model that is read block by block. A model whose blocks cannot be run
+    `blocks` receives (blocks, blocks in all) of a model that runs block by block. A model whose blocks cannot be run
     one by one is read whole.
     """
-    found = _passed(model, ids, batch_size, blocks) if len(ids) else None
-    if found is not None:
-        streamed, states = found
+    passed = _run_blocks(model, ids, batch_size, blocks) if len(ids) else None
+    if passed is not None:
+        streamed, states = passed
         with closing(streamed.logits(states)) as logits:
-            for batch, given in zip(states.batches, logits):
-                yield ids[batch.rows].to(streamed.device), given
+            for batch, batch_logits in zip(states.batches, logits):
+                yield ids[batch.rows].to(streamed.device), batch_logits
     elif len(ids):
         whole = model.load() if isinstance(model, OnDisk) else model
         with decoded(whole):
-            for here in ids.to(whole.device).split(batch_size):
-                yield here, whole(input_ids=here, use_cache=False).logits
+            for batch in ids.to(whole.device).split(batch_size):
+                yield batch, whole(input_ids=batch, use_cache=False).logits
 
 
-def _passed(
+def _run_blocks(
     model: Readable, ids: Tensor, batch_size: int, blocks: Counting | None
 ) -> tuple[StreamedModel, States] | None:
-    """Let windows pass the blocks; None for a model that has to be, or already is, whole in memory."""
+    """Return the states after all blocks; None for a model that has to be, or already is, whole in memory."""
     if not isinstance(model, OnDisk) and not _streams(model):
         return None
     try:
@@ -104,12 +103,12 @@ def _passed(
             if blocks is not None:
                 blocks(index + 1, streamed.depth)
     except InputError:
-        return None  # what else is wrong is found again by whatever reads it whole
+        return None  # other faults are raised again when it is read whole
     return streamed, states
 
 
 def by_blocks(model: Readable) -> StreamedModel:
-    """Return a model as one whose blocks are held one at a time. Raises InputError if they cannot be told apart."""
+    """Return a model whose blocks are held one at a time. Raises InputError if they cannot be told apart."""
     return from_disk(model.source, device_of(model.device)) if isinstance(model, OnDisk) else in_memory(model)
 
 

@@ -1,4 +1,4 @@
-"""Several processes that score one model together, as `accelerate launch` starts them: each does its share."""
+"""The processes that score one model together, as `accelerate launch` starts them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Processes(Ranks):
-    """Ranks with the `accelerator` that lm-eval wants of them; None for a process that is alone."""
+    """Ranks, with the `accelerator` for lm-eval; None for a process that is alone."""
 
     accelerator: Accelerator | None = None
 
@@ -26,10 +26,10 @@ ALONE = Processes()
 
 
 @contextmanager
-def launched(device: str) -> Iterator[Processes]:
-    """The processes that a launcher started, each with a device of the kind of `device`; without one, this process.
+def join_processes(device: str) -> Iterator[Processes]:
+    """Yield the processes that a launcher started, each with a device of the kind of `device`; else this one alone.
 
-    Raises RecipeError where there is no such device, or not one for each of them.
+    Raises RecipeError if there are fewer such devices than processes.
     """
     count = process_count()
     if count == 1:

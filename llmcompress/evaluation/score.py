@@ -1,10 +1,11 @@
-"""A model by its name, scored: quality beside size, for `llmcompress eval`."""
+"""Scores of models by their names, beside their sizes: of one model, or of several side by side."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from typing import Any
 import torch
 
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.evaluation.lm_eval import find_tasks
-from llmcompress.evaluation.logits import opened
+from llmcompress.evaluation.evaluate import Evaluation, Scoring, evaluate, evaluate_all
+from llmcompress.evaluation.logits import open_model
 from llmcompress.evaluation.perplexity import windows_by_text
 from llmcompress.evaluation.processes import ALONE, Processes
 from llmcompress.evaluation.protocol import STANDARD, Protocol
-from llmcompress.evaluation.scores import Evaluation, Scoring, evaluate, evaluate_all
+from llmcompress.evaluation.tasks import find_tasks
 from llmcompress.models.dense.families import Linear, architecture
 from llmcompress.models.dense.headers import read_headers
 from llmcompress.models.dense.load import check_fits, is_dense
@@ -30,6 +31,8 @@ from llmcompress.models.files.checkpoint import add_file, write_checkpoint
 from llmcompress.models.files.output import check_writable
 from llmcompress.models.files.reading import read_json
 from llmcompress.reporting import report as reports
+from llmcompress.reporting.output_file import check_new_file, write_new_file
+from llmcompress.reporting.tables import comparison_markdown
 from llmcompress.runtime.facts import versions
 from llmcompress.runtime.notebook import progress_lines
 from llmcompress.runtime.precision import fast_float32
@@ -81,77 +84,135 @@ def score(
         RecipeError: for `save` without `against`, or for a folder that compress did not write.
         DiskError: for an output that cannot be written.
     """
-    progress = progress or progress_lines()
     place = locate(model, revision, trust_remote_code)
     if save and (against is None or not (place.folder / file_names.REPORT).is_file()):
         raise RecipeError("saving scores needs a folder that compress wrote, and the dense model to compare it with")
     if output is not None:
         check_writable(output, 0)
-    reference = None if against is None else locate(against, trust_remote_code=trust_remote_code)
-    places = [place] if reference is None else [place, reference]
+    references = [] if against is None else [locate(against, trust_remote_code=trust_remote_code)]
+    places = [place, *references]
     size, tokenizer = size_of(place), load_tokenizer(place.folder, trust_remote_code)
     check_vocabularies(places)
     windows_by_text(tokenizer, protocol)  # texts and tasks are missed before models are loaded
-    how: dict[str, Any] = {"processes": processes, "progress": progress, "tasks": find_tasks(tokenizer, protocol)}
+    tasks = find_tasks(tokenizer, protocol)
+    shared: dict[str, Any] = {"processes": processes, "progress": progress or progress_lines(), "tasks": tasks}
     whole = places[: 1 + save] if protocol.tasks else []  # tasks are not read block by block
-    check_fits(device, "scoring", whole, [one for one in places if one not in whole])
-    loaded, *teachers = [opened(one, device, one in whole) for one in places]
-    teacher = teachers[0] if teachers else None
-    if save and teacher is not None:
-        dense, found = evaluate_all(teacher, [lambda: loaded], tokenizer, protocol, **how)
+    check_fits(device, "scoring", whole, [each for each in places if each not in whole])
+    loaded, *dense_models = [open_model(each, device, each in whole) for each in places]
+    if save:
+        dense, evaluation = evaluate_all(dense_models[0], [lambda: loaded], tokenizer, protocol, **shared)
         if processes.rank == 0:
-            save_scores(place.folder, protocol, dense, found)
+            save_scores(place.folder, protocol, dense, evaluation)
     else:
-        found = evaluate(loaded, tokenizer, protocol, against=teacher, **how)
-    return _kept(found, size, protocol, place, output if processes.rank == 0 else None)
+        evaluation = evaluate(loaded, tokenizer, protocol, against=next(iter(dense_models), None), **shared)
+    scores = evaluation.to_json() | asdict(size) | {"protocol": protocol.to_json()}
+    _write_scores(output if processes.rank == 0 else None, place, evaluation, scores)
+    return scores
 
 
-def save_scores(folder: Path, protocol: Protocol, dense: Evaluation, found: Evaluation) -> None:
-    """Keep the scores of a compressed checkpoint and of its dense model in the checkpoint, for its card and its page.
+def save_scores(folder: Path, protocol: Protocol, dense: Evaluation, compressed: Evaluation) -> None:
+    """Add the scores of a compressed checkpoint and of its dense model to the checkpoint, for its card and its page.
 
-    Raises DiskError where that cannot be.
+    Raises DiskError.
     """
-    both = {"dense": dense.to_json(), "compressed": found.to_json(), "differences": found.differences(dense)}
+    both = {"dense": dense.to_json(), "compressed": compressed.to_json(), "differences": compressed.differences(dense)}
     entries = protocol.to_json() | {"versions": versions()} | both
     add_file(folder, file_names.SCORES, json.dumps(entries, indent=2))
 
 
-def _kept(found: Evaluation, size: Size, protocol: Protocol, place: Place, output: Path | None) -> dict[str, Any]:
-    """Return what `score` returns, and write it to a folder if one is given."""
-    values = found.to_json() | asdict(size) | {"protocol": protocol.to_json()}
-    if output is not None:
-        _write(output, place, found, values)
-    return values
-
-
-def _write(output: Path, place: Place, found: Evaluation, values: dict[str, Any]) -> None:
+def _write_scores(output: Path | None, place: Place, evaluation: Evaluation, scores: dict[str, Any]) -> None:
+    """Write scores, and lm-eval's own files, to a new folder if one is given. Raises DiskError."""
+    if output is None:
+        return
     with write_checkpoint(output) as writer:
-        writer.write(file_names.SCORES, json.dumps(values, indent=2))
-        if found.tasks.scores:
-            found.tasks.save(writer.folder, place.name if place.name.strip("./") else str(place.folder.resolve()))
+        writer.write(file_names.SCORES, json.dumps(scores, indent=2))
+        if evaluation.tasks.scores:
+            evaluation.tasks.save(writer.folder, place.name if place.name.strip("./") else str(place.folder.resolve()))
+
+
+@fast_float32()
+def compare(
+    models: Sequence[str | Path],
+    protocol: Protocol = STANDARD,
+    *,
+    output: Path | None = None,
+    device: str = "cpu",
+    processes: Processes = ALONE,
+    progress: Scoring | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Score two or more models side by side; KL and top-1 agreement are measured from the first.
+
+    Two models are in memory at a time.
+
+    Args:
+        models: folders, Hub ids or `smollm2`; the first is the reference.
+        protocol: the texts and the tasks.
+        output: a new file for the table (.md) or for all numbers (.json); None for neither.
+        device: where to compute: `cpu`, `cuda` or `cuda:1`.
+        processes: which share the work; the first of them writes and knows the scores of tasks.
+        progress: receives what is being scored, how much is done, and how much there is; None for a line in a notebook.
+        trust_remote_code: True to run the Python code that models bring along, if transformers lacks their class.
+
+    Returns:
+        {"protocol", "versions", "models"}: for each model what `score` returns, with its name as "model" and as
+        "differences" its item-by-item differences from the first, None for the first itself.
+
+    Raises:
+        RecipeError: for fewer than two models.
+        InputError: for models that cannot be loaded, or that have different vocabularies.
+        MemoryLimitError: for models that do not fit into this machine, two at a time.
+        DiskError: for an output that cannot be written.
+    """
+    if isinstance(models, str) or len(models) < 2:
+        raise RecipeError("a comparison needs two models or more; give the one that the others are compared with first")
+    if output is not None:
+        check_new_file(output, (".md", ".json"), "a comparison")
+    places = [locate(model, trust_remote_code=trust_remote_code) for model in models]
+    sizes = [size_of(place) for place in places]
+    check_vocabularies(places)
+    tokenizer = load_tokenizer(places[0].folder, trust_remote_code)
+    windows_by_text(tokenizer, protocol)  # texts and tasks are missed before models are loaded
+    tasks = find_tasks(tokenizer, protocol)
+    whole = bool(protocol.tasks)
+    for pair in ([places[0], place] for place in places[1:]):
+        check_fits(device, "comparing", pair if whole else [], [] if whole else pair)
+    first, *others = (partial(open_model, place, device, whole) for place in places)
+    shared: dict[str, Any] = {"processes": processes, "progress": progress or progress_lines(), "tasks": tasks}
+    evaluations = evaluate_all(first(), others, tokenizer, protocol, **shared)
+    rows = [
+        {"model": place.name, **asdict(size), **evaluation.to_json()}
+        | {"differences": None if evaluation is evaluations[0] else evaluation.differences(evaluations[0])}
+        for place, size, evaluation in zip(places, sizes, evaluations)
+    ]
+    result = {"protocol": protocol.to_json(), "versions": versions(), "models": rows}
+    if output is not None and processes.rank == 0:
+        text = comparison_markdown(result) if output.suffix == ".md" else json.dumps(result, indent=2) + "\n"
+        write_new_file(output, text)
+    return result
 
 
 def size_of(place: Place) -> Size:
-    """Return the size of a model: from our report, from another tool's headers, or from dense headers, checked here."""
+    """Return the size of a model, from our report, another tool's headers, or dense headers, which are checked."""
     if (place.folder / file_names.REPORT).is_file():
         report = reports.read(place.folder)
         return Size(report.bytes, report.bpw, report.model_bpw)
-    if not is_dense(_config(place.folder)):
+    if not is_dense_folder(place.folder):
         return _quantized_size(place)
     source = open_source(place)
     return Size(source.bytes, _dense_bpw(source), source.bytes * 8 / source.parameters)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """Return the content of config.json; nothing if it cannot be read, which `open_source` reports."""
+def is_dense_folder(folder: Path) -> bool:
+    """True for a dense model, and where config.json cannot be read, which `open_source` reports."""
     try:
-        return read_json(folder / "config.json")
+        return is_dense(read_json(folder / "config.json"))
     except (OSError, ValueError):
-        return {}
+        return True
 
 
 def _quantized_size(place: Place) -> Size:
-    """Return the size of a model of another tool: all that is stored under a linear's name counts as its bits."""
+    """Return the size of a model of another tool; everything stored under a linear's name counts as its bits."""
     dense = folder_skeleton(place.folder, trust_remote_code=place.trust_remote_code)
     stored = read_headers(place.folder)
     total = sum(path.stat().st_size for path in {header.file for header in stored.values()})
@@ -163,7 +224,7 @@ def _quantized_size(place: Place) -> Size:
 
 
 def _owner(name: str, linears: Mapping[str, Linear]) -> str | None:
-    """The linear that the stored tensor `name` belongs to: `a.b` for `a.b.weight.absmax`."""
+    """Return the linear that the stored tensor `name` belongs to: `a.b` for `a.b.weight.absmax`."""
     parts = name.split(".")
     return next((path for stop in range(len(parts)) if (path := ".".join(parts[:stop])) in linears), None)
 

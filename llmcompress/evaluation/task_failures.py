@@ -1,20 +1,20 @@
-"""Faults of tasks and their places: tasks are other people's files, templates, code and data.
+"""Failures of tasks in a sentence. Tasks are other people's files, templates, code and data.
 
-lm-eval passes on what a template or a library raised, as bare as "string index out of range". Which task it was about,
-which item, and which line of the task's own code is in the traceback.
+lm-eval passes on bare errors of templates and libraries, such as "string index out of range". The traceback tells the
+task, the item, and the line of the task's own code.
 """
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import TemplateError
 
-from llmcompress.errors import RecipeError, first_line
+from llmcompress.errors import first_line
 from llmcompress.recipe.yaml import fault
 
 FAILURES = (
@@ -30,11 +30,10 @@ FAILURES = (
     TemplateError,
 )
 INLINE = "inline"  # lm-eval's word for a task without a file
-IGNORED = {"__pycache__", ".ipynb_checkpoints"}  # folders that lm-eval does not look into
 
 
-def failure(error: BaseException, tasks: Sequence[str], what: str) -> str:
-    """Return the sentence on the one of `tasks` that failed; `what`: what became of it, as in "cannot be loaded"."""
+def describe_failure(error: BaseException, tasks: Sequence[str], what: str) -> str:
+    """Return a sentence on the task that failed; `what`: what happened to it, as in "cannot be loaded"."""
     known = _variables(error)
     spec, task, item = known.get(("_load_spec", "spec")), _task(known), _item(known)
     source = None if task is None else (task.config.metadata or {}).get("config_source")
@@ -49,7 +48,7 @@ def failure(error: BaseException, tasks: Sequence[str], what: str) -> str:
 
 
 def _variables(error: BaseException) -> dict[tuple[str, str], Any]:
-    """Return what the variables of lm-eval's functions were, by the names of both."""
+    """Return the variables of lm-eval's functions in a traceback, by (function, variable)."""
     known: dict[tuple[str, str], Any] = {}
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_globals.get("__name__", "").startswith("lm_eval."):
@@ -58,12 +57,11 @@ def _variables(error: BaseException) -> dict[tuple[str, str], Any]:
 
 
 def _task(known: Mapping[tuple[str, str], Any]) -> Any:
-    """Return the task that lm-eval was at; None where it was at none, as while a model reads all prompts, or before it
-    has read what it is."""
+    """Return the task that lm-eval was at; None where it was at none, or had not read its config yet."""
     from lm_eval.api.task import Task
 
-    there = (one for (_, name), one in known.items() if name == "self" and isinstance(one, Task))
-    return next((task for task in there if getattr(task, "config", None) is not None), None)
+    tasks = (value for (_, name), value in known.items() if name == "self" and isinstance(value, Task))
+    return next((task for task in tasks if getattr(task, "config", None) is not None), None)
 
 
 def _item(known: Mapping[tuple[str, str], Any]) -> int | None:
@@ -77,12 +75,11 @@ def _item(known: Mapping[tuple[str, str], Any]) -> int | None:
 
 
 def _request(error: BaseException, known: Mapping[tuple[str, str], Any]) -> Any:
-    """Return the prompt and answer that lm-eval was tokenizing, or whose length it checked; None where it did
-    something else."""
+    """Return the request that lm-eval was tokenizing, or whose length it checked; None where it did neither."""
     texts: Any = tuple(known.get(("loglikelihood", name)) for name in ("context", "continuation"))
     if ("_loglikelihood_tokens", "self") in known:
         texts = known.get(("_loglikelihood_tokens", "_")) if isinstance(error, AssertionError) else None
-    return next((one for one in known.get(("loglikelihood", "requests"), ()) if one.args == texts), None)
+    return next((request for request in known.get(("loglikelihood", "requests"), ()) if request.args == texts), None)
 
 
 def _own_line(error: BaseException, source: str | None) -> str:
@@ -97,36 +94,8 @@ def _own_line(error: BaseException, source: str | None) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """Return what a library said; where it said nothing, the code that raised the error."""
+    """Return a library's message, or the code that raised the error if there is none."""
     if isinstance(error, yaml.YAMLError):
         return fault(error)
     said = first_line(error) if str(error).strip() else traceback.extract_tb(error.__traceback__)[-1].line
     return f"{type(error).__name__}: {said}"
-
-
-def yaml_faults(folder: Path) -> Iterator[str]:
-    """Yield a sentence for each file of a folder that is no YAML: lm-eval would leave it out without a word."""
-    for path in sorted(folder.rglob("*.yaml")):
-        if not IGNORED.intersection(path.parts):
-            try:
-                with path.open("rb") as file:
-                    for _ in yaml.parse(file, yaml.SafeLoader):
-                        pass
-            except yaml.YAMLError as error:
-                yield fault(error)
-
-
-def check_examples(tasks: Iterable[Any], asked: int | None) -> None:
-    """Raise RecipeError for a task that has fewer examples than its prompts need; `asked`: None for its own number."""
-    for task in tasks:
-        own = task.config.num_fewshot
-        number = own if asked is None or own == 0 else asked  # lm-eval leaves a 0 in a task's file alone
-        sampler = getattr(task, "sampler", None)
-        if not number or sampler is None:
-            continue
-        there = len(sampler.fewshot_docs()) - (task.fewshot_cfg.split == task.config.test_split)  # without the item
-        if number > there:
-            raise RecipeError(
-                f"the task {task.config.task} has {there} examples for a prompt, and num_fewshot asks for {number}; "
-                f"give at most {there}"
-            )

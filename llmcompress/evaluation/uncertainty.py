@@ -37,12 +37,12 @@ class Difference:
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean of at least one value."""
+    """Return the mean of one value or more."""
     return math.fsum(values) / len(values)
 
 
 def stderr(values: Sequence[float]) -> float | None:
-    """The standard error of the mean of independent values; None for fewer than two."""
+    """Return the standard error of the mean of independent values; None for fewer than two."""
     count = len(values)
     if count < 2:
         return None
@@ -50,8 +50,8 @@ def stderr(values: Sequence[float]) -> float | None:
     return math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (count - 1) / count)
 
 
-def paired(reference: Sequence[float], model: Sequence[float]) -> Difference:
-    """Return `model` minus `reference`, which hold the values of the same items in the same order."""
+def paired_difference(reference: Sequence[float], model: Sequence[float]) -> Difference:
+    """Return `model` minus `reference`; both hold the values of the same items in the same order."""
     changes = [one - other for one, other in zip(model, reference, strict=True)]
     count, value, error = len(changes), mean(changes), stderr(changes)
     if error is None:

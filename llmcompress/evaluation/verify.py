@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from llmcompress.errors import NumericsError
-from llmcompress.evaluation.logits import opened
+from llmcompress.evaluation.evaluate import Evaluation, Scoring, evaluate
+from llmcompress.evaluation.logits import open_model
 from llmcompress.evaluation.perplexity import evaluation_windows
 from llmcompress.evaluation.protocol import Protocol
-from llmcompress.evaluation.scores import Scoring, evaluate
 from llmcompress.models.dense.config import context_length
 from llmcompress.models.dense.load import check_fits, load_model
 from llmcompress.models.dense.locate import Place, locate
@@ -34,7 +34,7 @@ UNCHECKED = f"there is no {MANIFEST}, so only the weights could be checked, not 
 
 
 @dataclass(frozen=True)
-class Verified(JsonRecord):
+class Verification(JsonRecord):
     """Findings on a valid checkpoint. `kl`, `top1_agreement`: None where no dense model was given."""
 
     files: int
@@ -57,15 +57,15 @@ def verify(
     device: str = "cpu",
     progress: Scoring | None = None,
     trust_remote_code: bool = False,
-) -> Verified:
+) -> Verification:
     """Check a compressed checkpoint from its files to its logits.
 
     Args:
-        folder: what compress or `save_pretrained` wrote.
+        folder: a checkpoint of compress or `save_pretrained`.
         against: the dense model that KL and top-1 agreement are measured from; None for neither.
         text: UTF-8 text to read; documentation of Python by default.
         windows: how many windows of it.
-        length: tokens of a window; less where the model reads less.
+        length: tokens of a window, at most the context of the model.
         device: where to compute: `cpu`, `cuda` or `cuda:1`.
         progress: receives what is being read, how much is done, and how much there is; None for a line in a notebook.
         trust_remote_code: True to run the Python code that models bring along, if transformers lacks their class.
@@ -74,9 +74,9 @@ def verify(
         Counts of files and layers, bytes, perplexity, and the distance to `against`.
 
     Raises:
-        InputError: for whatever is damaged, missing or too much, and for an `against` with another vocabulary.
+        InputError: for damaged, missing or unexpected files, and for an `against` with another vocabulary.
         MemoryLimitError: for models that do not fit into this machine together.
-        NumericsError: for a model that computes NaN.
+        NumericsError: for NaN in what the model computes.
     """
     progress = progress or progress_lines()
     folder = Path(folder)
@@ -91,30 +91,40 @@ def verify(
     model = load_model(places[0], device)
     if references:
         check_causal(model.config, "measuring a distance to another model")
-    teacher = opened(references[0], device) if references else None
-    length = min(length, context_length(model.config) or length)
-    protocol, files, found = Protocol(text, windows, length), weight_files(folder), None
+    teacher = open_model(references[0], device) if references else None
+    protocol = Protocol(text, windows, min(length, context_length(model.config) or length))
+    files, scores = weight_files(folder), None
     if is_causal(model.config):
-        found = evaluate(model, tokenizer, protocol, against=teacher, progress=progress)
-    distance = None if found is None else found.distance
-    tokens = _run(model, evaluation_windows(tokenizer, protocol)) if found is None else found.perplexity.tokens
-    return Verified(
+        scores = evaluate(model, tokenizer, protocol, against=teacher, progress=progress)
+    if scores is None:
+        tokens = _read_windows(model, evaluation_windows(tokenizer, protocol))
+    else:
+        tokens = scores.perplexity.tokens
+    return Verification(
         files=len(manifest(folder) or files),
         layers=len(compressed_modules(model)),
         bytes=sum(path.stat().st_size for path in files),
-        perplexity=None if found is None else found.perplexity.value,
         tokens=tokens,
-        kl=None if distance is None else distance.kl,
-        top1_agreement=None if distance is None else distance.top1_agreement,
         notes=notes,
+        **_score_fields(scores),
     )
 
 
-@torch.no_grad()
-def _run(model: PreTrainedModel, windows: Tensor) -> int:
-    """Let a model that does not predict the next token read `windows [n, length]`, and return the count of tokens.
+def _score_fields(scores: Evaluation | None) -> dict[str, Any]:
+    """Return the fields of a `Verification` on scores."""
+    distance = None if scores is None else scores.distance
+    return {
+        "perplexity": None if scores is None else scores.perplexity.value,
+        "kl": None if distance is None else distance.kl,
+        "top1_agreement": None if distance is None else distance.top1_agreement,
+    }
 
-    Raises NumericsError if what it gives is not finite.
+
+@torch.no_grad()
+def _read_windows(model: PreTrainedModel, windows: Tensor) -> int:
+    """Run a model that does not predict the next token on `windows [n, length]`; return the number of tokens.
+
+    Raises NumericsError if its outputs are not finite.
     """
     with decoded(model):
         for ids in windows.to(model.device).split(1):

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from llmcompress.errors import InputError
 from llmcompress.evaluation.distance import Distance
-from llmcompress.evaluation.lm_eval import find_tasks
+from llmcompress.evaluation.evaluate import Evaluation, TextScores, evaluate
 from llmcompress.evaluation.logits import OnDisk
 from llmcompress.evaluation.perplexity import evaluation_windows
 from llmcompress.evaluation.protocol import Protocol
-from llmcompress.evaluation.scores import Evaluation, OnText, evaluate
+from llmcompress.evaluation.tasks import find_tasks
 from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import DenseModel
@@ -68,7 +68,7 @@ class Judge:
                 scores: dict[str, Any] = entries["dense"]
                 return scores
         measured = _check_complete(evaluate(OnDisk(self.dense, self.device), self.dense.tokenizer(), self.protocol))
-        own = {name: OnText.of(Distance.to_itself(scores.perplexity)) for name, scores in measured.texts.items()}
+        own = {name: TextScores.of(Distance.to_itself(scores.perplexity)) for name, scores in measured.texts.items()}
         return Evaluation(measured.tasks, own).to_json()
 
     def scores(self, folder: Path, dense: dict[str, Any]) -> dict[str, Any]:

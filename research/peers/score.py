@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
+from llmcompress.evaluation.evaluate import evaluate
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.score import size_of
-from llmcompress.evaluation.scores import evaluate
 from llmcompress.models.dense.families import architecture
 from llmcompress.models.dense.headers import Header
 from llmcompress.models.dense.load import load_model

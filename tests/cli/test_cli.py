@@ -20,7 +20,6 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-import llmcompress.evaluation.compare
 import llmcompress.evaluation.score
 import llmcompress.pipeline.compress
 from llmcompress import errors
@@ -145,7 +144,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     monkeypatch.setattr(llmcompress.pipeline.compress, "compress", returning(result))
     monkeypatch.setattr(llmcompress.pipeline.compress, "plan", returning(PLAN))
     monkeypatch.setattr(llmcompress.evaluation.score, "score", returning(SCORES))
-    monkeypatch.setattr(llmcompress.evaluation.compare, "compare", returning(COMPARED))
+    monkeypatch.setattr(llmcompress.evaluation.score, "compare", returning(COMPARED))
     return made
 
 

@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 import llmcompress as lc
 from llmcompress.distillation.parallel.launch import launched_accelerator
 from llmcompress.errors import RecipeError
-from llmcompress.evaluation.processes import launched
+from llmcompress.evaluation.processes import join_processes
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.verify import verify
 from llmcompress.recipe.distillation import Distillation
@@ -78,7 +78,7 @@ def test_processes_have_a_device_each(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kind_of("cpu:0", 1) == torch.device("cpu:0") and kind_of("cpu", 4) == torch.device("cpu")
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(RecipeError, match="device cpu:0 is one, and there are 4 processes; use cpu, one for each"):
-        launched("cpu:0").__enter__()
+        join_processes("cpu:0").__enter__()
 
 
 @pytest.mark.parametrize(

@@ -23,14 +23,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from typer.testing import CliRunner
 
 import llmcompress as lc
-import llmcompress.evaluation.compare
+import llmcompress.evaluation.score
 from llmcompress.cli.app import app
 from llmcompress.errors import DiskError, InputError, RecipeError
-from llmcompress.evaluation.lm_eval import PAIRS, TaskScores, _items, run_tasks
+from llmcompress.evaluation.evaluate import evaluate_all
+from llmcompress.evaluation.lm_eval import TaskScores, _items, run_tasks
 from llmcompress.evaluation.processes import Processes
 from llmcompress.evaluation.protocol import Protocol
-from llmcompress.evaluation.scores import evaluate_all
-from llmcompress.evaluation.uncertainty import paired, stderr
+from llmcompress.evaluation.tasks import PAIRS
+from llmcompress.evaluation.uncertainty import paired_difference, stderr
 from llmcompress.reporting.tables import comparison_markdown
 from tests.rules.source_tree import ROOT
 from tests.tiny import save_tiny, tiny, tiny_tokenizer
@@ -50,7 +51,7 @@ def test_differences_are_marked_from_the_quantile_of_students_t_on(degrees: int,
     assert error is not None
     for share, beyond in ((0.9995, False), (1.0005, True)):
         shifted = list(items + share * quantile * error)
-        assert paired([0.0] * len(shifted), shifted).beyond_noise is beyond
+        assert paired_difference([0.0] * len(shifted), shifted).beyond_noise is beyond
 
 
 @pytest.mark.parametrize("count", [2, 3, 40])
@@ -65,7 +66,7 @@ def test_a_paired_difference_counts_what_the_items_share_once() -> None:
     generator = np.random.default_rng(0)
     shared = generator.normal(0, 5, 30)  # how hard an item is, for both
     one, other = shared + generator.normal(0, 0.1, 30), shared + 0.2 + generator.normal(0, 0.1, 30)
-    found = paired(list(one), list(other))
+    found = paired_difference(list(one), list(other))
     covariance = np.cov(one, other)
     assert math.isclose(found.value, other.mean() - one.mean(), rel_tol=1e-12)
     expected = math.sqrt((covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]) / 30)
@@ -78,16 +79,16 @@ def test_a_paired_difference_counts_what_the_items_share_once() -> None:
 def test_one_difference_in_twenty_is_marked_where_there_is_none(count: int) -> None:
     draw, trials = random.Random(count), 4000
     values = [[draw.gauss(0, 1) for _ in range(count)] for _ in range(2 * trials)]
-    marked = sum(bool(paired(*values[2 * trial : 2 * trial + 2]).beyond_noise) for trial in range(trials))
+    marked = sum(bool(paired_difference(*values[2 * trial : 2 * trial + 2]).beyond_noise) for trial in range(trials))
     assert abs(marked / trials - 0.05) < 4 * math.sqrt(0.05 * 0.95 / trials)
 
 
 def test_too_little_to_tell() -> None:
     assert stderr([1.0]) is None
-    single = paired([1.0], [3.0])
+    single = paired_difference([1.0], [3.0])
     assert (single.value, single.stderr, single.beyond_noise) == (2.0, None, None)
-    assert paired([1.0, 2.0], [1.0, 2.0]).beyond_noise is False
-    assert [paired([0.0] * n, [1.0] * n).beyond_noise for n in (2, 5, 6)] == [False, False, True]
+    assert paired_difference([1.0, 2.0], [1.0, 2.0]).beyond_noise is False
+    assert [paired_difference([0.0] * n, [1.0] * n).beyond_noise for n in (2, 5, 6)] == [False, False, True]
 
 
 # --- what lm-eval gives ---------------------------------------------------------------------------------------------
@@ -212,7 +213,7 @@ def test_models_by_name_make_one_table(folders: Path, tmp_path: Path, monkeypatc
 
 def test_comparisons_that_cannot_be_made(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folders)
-    monkeypatch.setattr(llmcompress.evaluation.compare, "opened", lambda *given: pytest.fail("noticed too late"))
+    monkeypatch.setattr(llmcompress.evaluation.score, "open_model", lambda *given: pytest.fail("noticed too late"))
     (tmp_path / "there.md").touch()
     for models, output, kind, message in (
         (["dense"], None, RecipeError, "two models or more"),

@@ -11,7 +11,7 @@ import torch
 
 import llmcompress as lc
 from llmcompress.evaluation.distance import distance
-from llmcompress.evaluation.logits import OnDisk, opened, window_logits
+from llmcompress.evaluation.logits import OnDisk, open_model, window_logits
 from llmcompress.evaluation.perplexity import perplexity
 from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
@@ -34,10 +34,12 @@ def test_scores_are_those_of_whole_models(tmp_path: Path) -> None:
     with decoded(student):
         wanted = distance(teacher, student, windows())
     seen: list[tuple[int, int]] = []
-    found = distance(opened(dense, "cpu"), opened(small, "cpu"), windows(), blocks=lambda *one: seen.append(one))
+    found = distance(
+        open_model(dense, "cpu"), open_model(small, "cpu"), windows(), blocks=lambda *one: seen.append(one)
+    )
     assert found == wanted
     assert seen == [(1, 2), (2, 2)] * 2
-    assert perplexity(opened(dense, "cpu"), windows()) == wanted.teacher
+    assert perplexity(open_model(dense, "cpu"), windows()) == wanted.teacher
 
 
 def test_what_was_compressed_stays_compressed(tmp_path: Path) -> None:
@@ -51,21 +53,21 @@ def test_what_was_compressed_stays_compressed(tmp_path: Path) -> None:
 
 def test_a_model_whose_blocks_do_not_pass_is_read_whole(tmp_path: Path) -> None:
     place = locate(str(save_any("rwkv", tmp_path / "model")))
-    found = opened(place, "cpu")
+    found = open_model(place, "cpu")
     assert isinstance(found, OnDisk)
     assert perplexity(found, windows()).nll == pytest.approx(perplexity(load_model(place), windows()).nll, rel=1e-6)
 
 
 def test_no_window_has_no_logits(tmp_path: Path) -> None:
     place = locate(str(save_tiny("llama", tmp_path)))
-    assert list(window_logits(opened(place, "cpu"), windows()[:0])) == []
+    assert list(window_logits(open_model(place, "cpu"), windows()[:0])) == []
 
 
 PEAK = """
 import sys
 import torch
 torch.set_num_threads(1)
-from llmcompress.evaluation.logits import opened
+from llmcompress.evaluation.logits import open_model
 from llmcompress.evaluation.perplexity import perplexity
 from llmcompress.allocation.sensitivity import Probe
 from llmcompress.calibration.gather import Statistics
@@ -77,7 +79,7 @@ from llmcompress.runtime.memory import peak_memory
 
 ids = torch.arange(256).reshape(4, 64)
 for folder in sys.argv[1:]:
-    perplexity(opened(locate(folder), "cpu"), ids)
+    perplexity(open_model(locate(folder), "cpu"), ids)
     source = resolve(folder)
     arch = architecture(source.config, source.skeleton())
     probe = Probe(source, arch, ids[:, :16], "cpu")

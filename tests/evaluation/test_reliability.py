@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.evaluation.reliability import BINS, calibration_error, reliability
+from llmcompress.evaluation.perplexity import BINS, calibration_error, reliability
 
 
 def predictions(confidences: list[float], right: list[bool]) -> tuple[Tensor, Tensor]:

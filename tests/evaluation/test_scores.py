@@ -23,13 +23,13 @@ from typer.testing import CliRunner
 from llmcompress.cli.app import app
 from llmcompress.data.builtin import stdlib_text
 from llmcompress.errors import InputError, NumericsError, RecipeError
-from llmcompress.evaluation.compare import compare
 from llmcompress.evaluation.distance import Distance, distance
-from llmcompress.evaluation.lm_eval import PAIRS, PAIRS_FILE, _scores, run_tasks
+from llmcompress.evaluation.evaluate import evaluate, evaluate_all
+from llmcompress.evaluation.lm_eval import _scores, run_tasks
 from llmcompress.evaluation.perplexity import POSITIONS, perplexity, text_windows
 from llmcompress.evaluation.protocol import Protocol
-from llmcompress.evaluation.score import score
-from llmcompress.evaluation.scores import evaluate, evaluate_all
+from llmcompress.evaluation.score import compare, score
+from llmcompress.evaluation.tasks import PAIRS, PAIRS_FILE
 from tests.tiny import VOCABULARY, save_tiny, tiny, tiny_tokenizer
 
 TEXT = "Some plain text for windows, long enough for a few of them. " * 20
@@ -328,7 +328,7 @@ def test_unknown_tasks_and_texts_are_named_before_a_model_is_loaded(
     def load(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    for module, door in (("score", "opened"), ("compare", "opened"), ("verify", "load_model")):
+    for module, door in (("score", "open_model"), ("verify", "load_model")):
         monkeypatch.setattr(importlib.import_module(f"llmcompress.evaluation.{module}"), door, load)
     for asked, kind, message in (
         (Protocol(windows=1, length=16, tasks=(str(tmp_path / "none.jsonl"),)), InputError, "cannot be read"),
@@ -370,7 +370,7 @@ def test_whoever_stops_the_tasks_is_told_what_was_measured(monkeypatch: pytest.M
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llmcompress.evaluation.scores.run_tasks", stopped)
+    monkeypatch.setattr("llmcompress.evaluation.evaluate.run_tasks", stopped)
     model = reader()
     with pytest.raises(KeyboardInterrupt) as stop:
         evaluate(model, tiny_tokenizer(), Protocol(TEXT, 1, 16), against=model)

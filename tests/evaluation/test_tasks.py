@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 import llmcompress as lc
 from llmcompress.cli.app import app
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.evaluation.lm_eval import PAIRS, find_tasks, run_tasks
+from llmcompress.evaluation.evaluate import evaluate, evaluate_all
+from llmcompress.evaluation.lm_eval import run_tasks
 from llmcompress.evaluation.protocol import Protocol
-from llmcompress.evaluation.scores import evaluate, evaluate_all
+from llmcompress.evaluation.tasks import PAIRS, find_tasks
 from llmcompress.reporting.tables import comparison_markdown
 from tests.tiny import save_tiny, tiny, tiny_tokenizer
 
@@ -197,7 +198,7 @@ def test_too_few_examples_are_told_before_anything_is_scored(write: Write) -> No
 
 def test_tasks_are_looked_up_before_a_text_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for door in ("perplexity", "distance", "windows_by_text"):
-        monkeypatch.setattr(f"llmcompress.evaluation.scores.{door}", lambda *_: pytest.fail("noticed too late"))
+        monkeypatch.setattr(f"llmcompress.evaluation.evaluate.{door}", lambda *_: pytest.fail("noticed too late"))
     model, tokenizer, missing = tiny("llama"), tiny_tokenizer(), Protocol(tasks=(str(tmp_path / "none.yaml"),))
     calls: list[Callable[[], Any]] = [
         lambda: evaluate(model, tokenizer, missing),

@@ -50,10 +50,9 @@ def rename(vocabulary: dict[str, int], old: str, new: str) -> None:
 def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model is loaded, and no process started."""
     for module, doors in {
-        "evaluation.score": ["opened"],
-        "evaluation.compare": ["opened"],
-        "evaluation.drift": ["opened"],
-        "evaluation.verify": ["opened", "load_model"],
+        "evaluation.score": ["open_model"],
+        "evaluation.drift": ["open_model"],
+        "evaluation.verify": ["open_model", "load_model"],
         "evaluation.adapter_transfer": ["load_model"],
         "benchmark.measure": ["Worker"],
         "distillation.run": ["load_pair"],

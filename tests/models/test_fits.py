@@ -60,7 +60,7 @@ def test_scoring_and_verifying_refuse_before_they_load(
 ) -> None:
     dense, compressed = folders
     monkeypatch.setattr("llmcompress.models.dense.load.total_memory", lambda: 1000)
-    for door in ("score.opened", "verify.load_model"):
+    for door in ("score.open_model", "verify.load_model"):
         monkeypatch.setattr(f"llmcompress.evaluation.{door}", None)
     with pytest.raises(MemoryLimitError, match="take a larger machine"):
         lc.score(compressed, lc.Protocol(windows=1, length=16), against=dense)

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 import llmcompress as lc
 from llmcompress.cli.app import app
 from llmcompress.errors import DiskError, InputError, LLMCompressError, RecipeError
+from llmcompress.evaluation.evaluate import evaluate
 from llmcompress.evaluation.protocol import Protocol
-from llmcompress.evaluation.scores import evaluate
 from llmcompress.evaluation.verify import verify
 from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate

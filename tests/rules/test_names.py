@@ -65,7 +65,6 @@ PUBLIC_API = {"decoded"}  # names that users import from `llmcompress`
 SMALL_FILE = 60
 UNMENDED = {
     "data",
-    "evaluation",
     "models",
     "recipe",
 }
