@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -89,6 +90,14 @@ def layer(weight: Tensor, inputs: Tensor, seed: int = 0) -> Layer:
 def compressed(weight: Tensor, inputs: Tensor, *steps: dict[str, Any]) -> Layer:
     """The layer after `steps`, spelled as in a recipe."""
     return apply(layer(weight, inputs), [step(arguments) for arguments in steps])
+
+
+def tensor_bytes(value: Any) -> int:
+    """Return the bytes of all tensors in a dataclass or tuple, and within these."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    parts = value if isinstance(value, tuple) else vars(value).values() if is_dataclass(value) else ()
+    return sum(map(tensor_bytes, parts))
 
 
 def payload_bits(tensors: dict[str, Tensor]) -> int:

@@ -72,11 +72,6 @@ class KernelMatrix:
         return (self.codes.numel() - SLACK) // (self.rows // self.form.block_rows)
 
     @property
-    def bytes(self) -> int:
-        """Bytes that a product reads."""
-        return sum(part.nbytes for part in (self.codes, self.scales, self.zeros, self.table) if part is not None)
-
-    @property
     def takes_floats(self) -> bool:
         """True if the weights are floats, so that products take inputs as they are."""
         return isinstance(self.form, TableStreams | BookCodes)

@@ -139,22 +139,6 @@ class PreparedWeight:
         """True if one of its kernels multiplies floats, which takes longer than integers."""
         return any(isinstance(term, KernelTerm) and term.packed.takes_floats for term in self.terms)
 
-    @property
-    def bytes(self) -> int:
-        """Bytes in memory."""
-        count = 0
-        for term in self.terms:
-            match term:
-                case KernelTerm(packed=packed):
-                    count += packed.bytes
-                case Chain(left, right):
-                    count += left.bytes + right.bytes
-                case PlainMatrix(values=values):
-                    count += values.nbytes
-                case ScatteredMatrix(lists=lists):
-                    count += lists.bytes
-        return count
-
 
 def prepare(w: Weight) -> PreparedWeight | None:
     """Return a weight on the CPU prepared for kernels; None unless `is_supported`."""

@@ -41,11 +41,6 @@ class ElementLists:
         """Tiles of 16 rows."""
         return len(self.heads)
 
-    @property
-    def bytes(self) -> int:
-        """Bytes that a product reads."""
-        return self.steps.nbytes + self.heads.nbytes + self.starts.nbytes
-
 
 def list_elements(
     values: Tensor, shown: Tensor, scale: Tensor | None = None, centre: Tensor | None = None

@@ -15,7 +15,7 @@ from llmcompress.kernels.cpu.tables import TILES
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Codebook, FloatFormat, Minifloat, Weight
-from tests.builders import codebook, minifloat, payload_bits, seeded
+from tests.builders import codebook, minifloat, payload_bits, seeded, tensor_bytes
 from tests.kernels.cpu.test_products import distance, every_tier, on_tier  # noqa: F401  (a fixture)
 
 DECODED = [codebook((33, 300), 256, 4, 1), codebook((17, 100), 16, 1, 2), codebook((50, 77), 5, 3, 3)]
@@ -52,7 +52,7 @@ def test_products_of_more_rows_than_a_tile(entries: int) -> None:
     ids=lambda w: type(w).__name__,
 )
 def test_packed_codes_take_little_more_memory_than_on_disk(w: Weight) -> None:
-    assert 8 * prepare(w).bytes < 1.25 * payload_bits(encode(w)[1]) + 8 * 8192
+    assert 8 * tensor_bytes(prepare(w)) < 1.25 * payload_bits(encode(w)[1]) + 8 * 8192
 
 
 @pytest.mark.parametrize("code", [0, 1, 126, 250])
