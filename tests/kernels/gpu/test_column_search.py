@@ -98,7 +98,7 @@ def test_column_search_compiles_for_a_chip(
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     sizes = constants(trellis, 768, True, True)
-    floats = "current before weights factors shares numbers errors told"
+    floats = "current before weights factors shares numbers errors terms"
     kinds: dict[str, Any] = dict.fromkeys(column_search.arg_names, "i32")
     kinds |= dict.fromkeys(floats.split(), "*fp32") | dict.fromkeys(["edges", "ends", "states", "keys"], "*i32")
     kinds |= {"origins": "*i16", "top": "fp32"}
