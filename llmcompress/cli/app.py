@@ -14,11 +14,10 @@ from typer.core import TyperGroup
 
 from llmcompress import __version__
 from llmcompress.cli.bench import bench
-from llmcompress.cli.compress import compress, plan
+from llmcompress.cli.compress import compress, frontier, plan
 from llmcompress.cli.distill import answer, distill
 from llmcompress.cli.doctor import doctor
 from llmcompress.cli.experts import experts
-from llmcompress.cli.frontier import frontier
 from llmcompress.cli.inspect import inspect, report
 from llmcompress.cli.publish import export, push, verify
 from llmcompress.cli.recipes import recipe, recipes
