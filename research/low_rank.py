@@ -18,7 +18,7 @@ import torch
 import llmcompress.methods  # noqa: F401 (registers them)
 from llmcompress.calibration.gather import Statistics
 from llmcompress.calibration.walk import walk
-from llmcompress.data.calibration import given_tokens
+from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.data.text import read_text
 from llmcompress.methods.layer import Layer, apply, relative_error, step
 from llmcompress.models.dense.families import architecture
@@ -45,7 +45,7 @@ def main() -> None:
     source = resolve(options.model)
     text = read_text(options.data / "wikitext2-valid.txt")
     ids = torch.tensor(source.tokenizer()(text, add_special_tokens=False)["input_ids"][: 18 * 1024])
-    tokens = given_tokens(ids.view(18, 1024), held_out=2)
+    tokens = CalibrationTokens(ids.view(18, 1024), held_out=2, source="given", requested=18)
     arch = architecture(source.config, source.skeleton())
     errors: dict[str, list[float]] = {name: [] for name in ARMS}
     stored = dict.fromkeys(ARMS, 0)

@@ -17,10 +17,11 @@ from llmcompress.calibration.block_calls import record_calls
 from llmcompress.calibration.blocks import BlockForward, RowBatch
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.models.dense.blocks import body
-from llmcompress.models.dense.config import config_errors, reason
+from llmcompress.models.dense.config import config_errors
 from llmcompress.models.dense.experts import experts_of, holder
 from llmcompress.models.dense.families import Architecture, Linear
 from llmcompress.models.dense.model import DenseModel
+from llmcompress.models.files.reading import error_text
 from llmcompress.weight.modules import put
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def _run_blocks(model: PreTrainedModel, arch: Architecture) -> None:
             continue  # a division by zero; its calls were counted
         except config_errors() as error:
             raise InputError(
-                f"{layout.path} cannot be run on its own ({reason(error)}); choose a model of a known family"
+                f"{layout.path} cannot be run on its own ({error_text(error)}); choose a model of a known family"
             ) from error
 
 

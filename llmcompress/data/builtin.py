@@ -24,8 +24,7 @@ BETWEEN = "\n%%%\n"  # documents in a file of these
 
 @functools.cache
 def builtin_documents() -> tuple[str, ...]:
-    """Text of many kinds, for who has none: articles, news, fiction, textbooks, dialogues, letters and code written
-    for this package (`texts/`), and as many characters of the standard library's "train" documents.
+    """Return text of many kinds: that written for this package (`texts/`), and as much of the "train" documentation.
 
     None of it is evaluation text of any benchmark. Statistics of one kind of text suit that kind alone (research/log).
     """
@@ -42,21 +41,20 @@ def builtin_documents() -> tuple[str, ...]:
 
 
 def stdlib_text(split: str) -> str:
-    """One text out of all documents of `stdlib_documents(split)`, blank lines between them."""
+    """Return all documents of `stdlib_documents(split)` as one text, blank lines between them."""
     return "\n\n".join(text for _, text in stdlib_documents(split))
 
 
 def stdlib_source() -> str:
-    """Return the report's name for text from the standard library: it differs between Python versions."""
+    """Return the report's name for text of the standard library, which differs between Python versions."""
     return f"stdlib (Python {platform.python_version()} documentation)"
 
 
 def stdlib_documents(split: str) -> tuple[tuple[str, str], ...]:
-    """(name, text) of the language reference topics and module docstrings that this Python ships: about 1.7 MB.
+    """Return (name, text) of the language reference topics and module docstrings that this Python ships: 1.7 MB.
 
-    `split` is "train" or "test". Documents are split by a hash of their name, and a paragraph that occurs twice is
-    kept once, so no paragraph of the evaluation text can be met in calibration. The hash also orders them, which
-    mixes reference and modules. Sources are parsed, never imported.
+    `split`: "train" or "test", by a hash of the name, which also orders the documents. No paragraph is in both.
+    Sources are parsed, never imported.
     """
     if split not in ("train", "test"):
         raise RecipeError(f"the standard library's text has no split {split!r}; use 'train' or 'test'")
@@ -77,7 +75,7 @@ def _is_test(name: str) -> bool:
 
 @functools.cache
 def _stdlib_paragraphs_once() -> tuple[tuple[str, str], ...]:
-    """All documents of the standard library without the paragraphs that an earlier document already has."""
+    """Return all documents of the standard library, each paragraph once."""
     seen: set[str] = set()
     documents = []
     for name, text in itertools.chain(_topics(), _docstrings()):
@@ -93,7 +91,7 @@ def _stdlib_paragraphs_once() -> tuple[tuple[str, str], ...]:
 
 
 def _topics() -> Iterator[tuple[str, str]]:
-    """The language reference as `help()` shows it: pydoc_data/topics.py is one dictionary of texts."""
+    """Yield the language reference as `help()` shows it: pydoc_data/topics.py is one dictionary of texts."""
     path = Path(sysconfig.get_path("stdlib")) / "pydoc_data" / "topics.py"
     if not path.is_file():
         return
@@ -104,7 +102,7 @@ def _topics() -> Iterator[tuple[str, str]]:
 
 
 def _docstrings() -> Iterator[tuple[str, str]]:
-    """All docstrings of one module after the other, in the order of its source."""
+    """Yield all docstrings of one module after the other, in the order of its source."""
     library = Path(sysconfig.get_path("stdlib"))
     for module in sorted(sys.stdlib_module_names - SKIPPED_MODULES):
         paths = [library / f"{module}.py", *sorted((library / module).rglob("*.py"))]
@@ -113,12 +111,12 @@ def _docstrings() -> Iterator[tuple[str, str]]:
             if not path.is_file() or {"test", "tests"} & set(inner.parts):
                 continue
             tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
-            found = map(ast.get_docstring, _documented(tree))
+            found = map(ast.get_docstring, _docstring_nodes(tree))
             yield inner.as_posix(), "\n\n".join(text for text in found if text)
 
 
-def _documented(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Statements that may have a docstring, in the order of `ast.walk`. Expressions are passed over, for speed."""
+def _docstring_nodes(tree: ast.Module) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Yield statements that may have a docstring, in the order of `ast.walk`, without looking into expressions."""
     waiting: deque[ast.AST] = deque([tree])
     while waiting:
         node = waiting.popleft()

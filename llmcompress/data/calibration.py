@@ -1,7 +1,7 @@
-"""The data of calibration: `Calibration` names the text, `calibration_tokens` turns it into token sequences.
+"""Calibration data: a `Calibration` becomes token sequences of one length, the last of them held out.
 
-All sequences have one length. The last ones are held out: statistics never see them, errors are reported on them.
-Special tokens are put in here, not by the tokenizer, so that the report can say where they are.
+Statistics never see held-out sequences; errors are reported on them. Special tokens are put in here, not by the
+tokenizer, so that the report knows them.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from llmcompress.data.builtin import stdlib_source
 from llmcompress.data.chat import render_chat
 from llmcompress.data.generate import TextSampling, teacher_sequences
+from llmcompress.data.packing import PackedText, count_all, first_tokens, pack_documents
 from llmcompress.data.text import Document, file_notes, read_documents, shuffle
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.dense.config import context_length
@@ -35,10 +35,10 @@ Progress = Callable[[int, int], None]  # (done, total)
 
 @dataclass(frozen=True, eq=False)
 class CalibrationTokens:
-    """Token sequences and how they came about.
+    """Token sequences and their origin.
 
-    sequences: int64 [n, length], the last `held_out` of them held out. `requested`: sequences asked for. `documents`:
-    documents read for them, `dropped`: documents left out because they were too short for a sequence of their own.
+    sequences: int64 [n, length], the last `held_out` of them held out; requested: the number in the recipe; documents:
+    the number read for them; dropped: those left out as too short; published: `source` without folders of this machine.
     """
 
     sequences: Tensor
@@ -51,7 +51,7 @@ class CalibrationTokens:
     documents: int = 0
     dropped: int = 0
     notes: tuple[str, ...] = ()  # for the report
-    published: str | None = None  # the source without folders of this machine, where it has any
+    published: str | None = None
 
     @property
     def obtained(self) -> int:
@@ -98,11 +98,13 @@ def calibration_tokens(
     model_config: PreTrainedConfig | None = None,
     progress: Progress | None = None,
 ) -> CalibrationTokens:
-    """The token sequences that `config` asks for; the same ones every time.
+    """Return the token sequences of `config`; the same ones every time.
 
-    `model` (or a function that loads it) is needed for dataset "self" only. `model_config` lets tokens be checked
-    against the vocabulary and the context of the model. Raises InputError for text that cannot serve (unreadable,
-    empty, too short, one token only, outside the vocabulary) and RecipeError for what the tokenizer cannot do.
+    Only dataset "self" needs `model`, or a function that loads it. Tokens are checked against the vocabulary and the
+    context of `model_config`.
+
+    Raises InputError for text that cannot be read, is too short, repeats one token or leaves the vocabulary, and
+    RecipeError for an impossible request to the tokenizer.
     """
     from transformers import PreTrainedModel
 
@@ -110,24 +112,12 @@ def calibration_tokens(
         model_config = model.config
     check_length(config.length, model_config)
     if config.dataset == "self":
-        found = _written_by_teacher(config, tokenizer, model, progress)
+        tokens = _teacher_tokens(config, tokenizer, model, progress)
     else:
-        found = _read(config, tokenizer)
-    _check_amount(found, config)
-    check_tokens(found.sequences, found.source, model_config)
-    return found
-
-
-def given_tokens(
-    sequences: Tensor, held_out: float = 0.125, source: str = "given", model_config: PreTrainedConfig | None = None
-) -> CalibrationTokens:
-    """Calibration on token sequences [n, length] that the caller made. Raises InputError when they cannot serve."""
-    if sequences.ndim != 2 or sequences.is_floating_point() or sequences.numel() == 0:
-        raise InputError(f"calibration tokens are integers [sequences, length], not {list(sequences.shape)}")
-    sequences = sequences.detach().to("cpu", torch.int64)
-    check_tokens(sequences, source, model_config)
-    count = len(sequences)
-    return CalibrationTokens(sequences, held_out_count(held_out, count), source, requested=count, documents=count)
+        tokens = _read(config, tokenizer)
+    check_amount(tokens, config)
+    check_tokens(tokens.sequences, tokens.source, model_config)
+    return tokens
 
 
 def held_out_count(held_out: float, sequences: int) -> int:
@@ -141,13 +131,13 @@ def check_tokens(sequences: Tensor, source: str, model_config: PreTrainedConfig 
     """Raise InputError unless the tokens [n, length] vary and lie in the vocabulary of `model_config`."""
     lowest, highest = int(sequences.min()), int(sequences.max())
     if lowest == highest:
-        raise InputError(f"calibration text from {source} is one token ({lowest}) repeated; use ordinary text")
+        raise InputError(f"text from {source} is one token ({lowest}) repeated; use ordinary text")
     size = getattr(model_config.get_text_config(), "vocab_size", None) if model_config is not None else None
     if lowest < 0 or (size is not None and highest >= size):
         wrong = lowest if lowest < 0 else highest
         raise InputError(
-            f"calibration text from {source} has token {wrong}, outside the model's vocabulary of {size}; "
-            "use the model's own tokenizer"
+            f"text from {source} has token {wrong}, outside the model's vocabulary of {size}; use the model's own "
+            "tokenizer"
         )
 
 
@@ -160,24 +150,43 @@ def check_length(length: int, model_config: PreTrainedConfig | None) -> None:
         )
 
 
-def _check_amount(found: CalibrationTokens, config: Calibration) -> None:
-    got, wanted = found.obtained, config.samples
-    if found.documents == 0:
-        raise InputError(f"calibration text from {found.source} is empty; give a file or data set with text")
-    if got < wanted * (1 - SHORTFALL):
-        short = f", and {found.dropped} documents were shorter than that" if found.dropped else ""
+def check_amount(tokens: CalibrationTokens, config: Calibration) -> None:
+    """Raise InputError for text that gives no sequence, or far fewer than `config.samples`."""
+    if tokens.documents == 0:
+        raise InputError(f"text from {tokens.source} is empty; give a file or data set with text")
+    if tokens.obtained < config.samples * (1 - SHORTFALL):
+        more = f"; {tokens.dropped} more were too short or had nothing to predict" if tokens.dropped else ""
         raise InputError(
-            f"calibration text from {found.source} gives {got} of {wanted} sequences of {config.length} tokens{short}; "
-            "give more text, or lower samples or length"
+            f"text from {tokens.source} gives {tokens.obtained} of {config.samples} sequences of {config.length} "
+            f"tokens{more}; give more text, or lower samples or length"
         )
 
 
-# --- text that exists -------------------------------------------------------------------------------------------
-
-
 def _read(config: Calibration, tokenizer: PreTrainedTokenizerBase) -> CalibrationTokens:
-    check_digest(config)
-    documents: Iterable[Document] = read_documents(
+    bos, eos = special_tokens(tokenizer, config.bos, config.eos)
+    cuts: set[str] = set()
+    documents = (
+        count_all(document_tokens(document, tokenizer, config.chat_template, eos, config.packing, cuts))
+        for document in source_documents(config)
+    )
+    if config.packing:
+        packed = pack_documents(documents, bos, config.length, config.samples)
+    else:
+        packed = first_tokens(documents, bos, config.length, config.samples)
+    return tokens_of(packed, config, bos, eos, cuts)
+
+
+def source_documents(config: Calibration) -> Iterable[Document]:
+    """Yield the documents of a text, in the order of its seed.
+
+    Raises InputError for a file that is not the one whose digest the recipe has, and as `read_documents` does.
+    """
+    path = Path(os.path.expanduser(config.dataset))
+    if config.sha256 is not None and os.path.isfile(path) and file_sha256(path) != config.sha256:
+        raise InputError(
+            f"{path} is not the text of the recipe, whose sha256 differs; give that file, or leave sha256 out"
+        )
+    documents = read_documents(
         config.dataset,
         subset=config.subset,
         revision=config.revision,
@@ -185,52 +194,31 @@ def _read(config: Calibration, tokenizer: PreTrainedTokenizerBase) -> Calibratio
         column=config.column,
         streaming=config.streaming,
     )
-    if config.shuffle:
-        documents = shuffle(documents, config.seed)
-    bos, eos = special_tokens(tokenizer, config.bos, config.eos)
-    cuts: set[str] = set()
-    encoded = (
-        document_tokens(document, tokenizer, config.chat_template, eos, config.packing, cuts) for document in documents
-    )
-    collect = _packed if config.packing else _one_each
-    sequences, read, dropped = collect(encoded, bos, config.length, config.samples)
-    tokens = torch.tensor(sequences, dtype=torch.int64).reshape(len(sequences), config.length)
+    return shuffle(documents, config.seed) if config.shuffle else documents
+
+
+def tokens_of(
+    packed: PackedText, config: Calibration, bos: int | None, eos: int | None, cuts: set[str]
+) -> CalibrationTokens:
+    """Return packed text with what a report says about it; `cuts` as `document_tokens` adds them."""
+    is_local = is_file(config.dataset)
     return CalibrationTokens(
-        sequences=tokens,
-        held_out=held_out_count(config.held_out, len(sequences)),
+        sequences=packed.sequences.ids,
+        held_out=held_out_count(config.held_out, len(packed.sequences)),
         source=source_name(config),
         requested=config.samples,
         bos=bos is not None,
         eos=eos is not None,
         packing=config.packing,
-        documents=read,
-        dropped=dropped,
-        notes=source_notes(config, cuts),
-        published=public_source(config),
+        documents=packed.read,
+        dropped=packed.dropped,
+        notes=(*(file_notes(Path(os.path.expanduser(config.dataset))) if is_local else ()), *sorted(cuts)),
+        published=source_name(config.model_copy(update={"dataset": hide_folder(config.dataset)})),
     )
 
 
-def source_notes(config: Calibration, cuts: set[str]) -> tuple[str, ...]:
-    """Return what a report says about reading a text: `cuts`, as `document_tokens` adds them, and those of its file."""
-    return (*(file_notes(Path(os.path.expanduser(config.dataset))) if is_file(config.dataset) else ()), *sorted(cuts))
-
-
-def check_digest(config: Calibration) -> None:
-    """Raise InputError for a text in a file that is not the one whose digest the recipe has."""
-    path = Path(os.path.expanduser(config.dataset))
-    if config.sha256 is not None and os.path.isfile(path) and file_sha256(path) != config.sha256:
-        raise InputError(
-            f"{path} is not the text of the recipe, whose sha256 differs; give that file, or leave sha256 out"
-        )
-
-
-def public_source(config: Calibration) -> str:
-    """Return the origin of text that exists as an output names it: of a file or a folder, the last part of its path."""
-    return source_name(config.model_copy(update={"dataset": hide_folder(config.dataset)}))
-
-
 def source_name(config: Calibration) -> str:
-    """Return the origin of text that exists, as reports and errors name it."""
+    """Return the origin of a text for reports and errors."""
     if config.dataset == "builtin":
         return f"builtin (texts of llmcompress, and {stdlib_source()})"
     if config.dataset == "stdlib":
@@ -242,7 +230,7 @@ def source_name(config: Calibration) -> str:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase, bos: Switch, eos: Switch) -> tuple[int | None, int | None]:
-    """The BOS and EOS tokens to put in, None where none is wanted; "auto" does what the tokenizer does by itself."""
+    """Return the BOS and EOS tokens to put in, None for none; "auto" does as the tokenizer does by itself."""
     full = tokenizer("a").input_ids
     if bos == "auto":
         bos = tokenizer.bos_token_id is not None and full[0] == tokenizer.bos_token_id
@@ -262,9 +250,12 @@ def document_tokens(
     chat_template: Switch,
     eos: int | None,
     joined: bool,
-    cuts: set[str] | None = None,
+    cuts: set[str],
 ) -> Iterator[list[int]]:
-    """The tokens of one document, piece by piece, and what ends it. `cuts` receives a note where a line is cut."""
+    """Yield the tokens of one document piece by piece, its end included; `cuts` receives a note for a line that is cut.
+
+    `joined`: True if another document follows in the same sequence.
+    """
     templated = not isinstance(document, str) and chat_template is not False and bool(tokenizer.chat_template)
     if chat_template is True and not tokenizer.chat_template:
         raise RecipeError("calibration.chat_template is true, but the tokenizer has no chat template; set it to false")
@@ -277,7 +268,7 @@ def document_tokens(
     done = 0
     for piece in pieces(text):
         done += len(piece)
-        if cuts is not None and done < len(text) and not piece.endswith("\n"):
+        if done < len(text) and not piece.endswith("\n"):
             cuts.add(LONG_LINE)
         yield tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
     if eos is not None:
@@ -287,9 +278,9 @@ def document_tokens(
 
 
 def pieces(text: str) -> Iterator[str]:
-    """Cut a long text at ends of lines, so that a large file is tokenized only as far as it is needed.
+    """Yield a long text cut at ends of lines, so that a large file is tokenized only as far as it is needed.
 
-    A line that goes on for another PIECE is cut in front of a space, or anywhere where it has none.
+    A line that goes on for another PIECE is cut in front of a space, or anywhere if it has none.
     """
     start = 0
     while start < len(text):
@@ -301,58 +292,13 @@ def pieces(text: str) -> Iterator[str]:
         start = end
 
 
-def _packed(
-    documents: Iterable[Iterator[list[int]]], bos: int | None, length: int, samples: int
-) -> tuple[list[list[int]], int, int]:
-    """-> at most `samples` sequences of `length` tokens cut out of the joined documents, documents read, 0 dropped."""
-    sequences: list[list[int]] = []
-    stream: list[int] = []
-    read = 0
-    for read, document in enumerate(documents, start=1):
-        for piece in document:
-            stream.extend(piece)
-            used = 0
-            while len(stream) - used >= length and len(sequences) < samples:
-                first = [bos] if bos is not None and stream[used] != bos else []  # a rendered chat may bring its own
-                take = length - len(first)
-                sequences.append(first + stream[used : used + take])
-                used += take
-            del stream[:used]
-            if len(sequences) == samples:
-                return sequences, read, 0
-    return sequences, read, 0
-
-
-def _one_each(
-    documents: Iterable[Iterator[list[int]]], bos: int | None, length: int, samples: int
-) -> tuple[list[list[int]], int, int]:
-    """-> the first `length` tokens of each of `samples` documents, documents read, and how many were too short."""
-    sequences: list[list[int]] = []
-    read = 0
-    for document in documents:
-        read += 1
-        row: list[int] = []
-        for piece in document:
-            if not row and bos is not None and piece[:1] != [bos]:
-                row.append(bos)
-            row.extend(piece)
-            if len(row) >= length:
-                sequences.append(row[:length])
-                break
-        if len(sequences) == samples:
-            break
-    return sequences, read, read - len(sequences)
-
-
-# --- text that the teacher writes -------------------------------------------------------------------------------
-
-
-def _written_by_teacher(
+def _teacher_tokens(
     config: Calibration,
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel | Callable[[], PreTrainedModel] | None,
     progress: Progress | None,
 ) -> CalibrationTokens:
+    """Return text that the dense model writes."""
     if model is None:
         raise RecipeError("calibration.dataset 'self' needs the dense model to write text; pass it as `model`")
     from transformers import PreTrainedModel

@@ -1,8 +1,11 @@
-"""Text that the dense model writes itself, for calibration without any data (LLM-QAT, arXiv 2305.17888, section 3.1).
+"""Text that a model writes: calibration text without any data, continuations of sequences, and answers to prompts.
 
-Sampled at temperature 1 the text follows the model's own distribution, which is what a compressed model has to keep.
-A row of the batch is a stream of documents: when the model ends one, the start of the next is fed in, token by token,
-while the other rows go on sampling. So rows never pad, every sequence is full, and one cache serves all of them.
+Calibration text is sampled at temperature 1, so that it follows the model's own distribution, which a compressed model
+has to keep (LLM-QAT, arXiv 2305.17888, section 3.1). A row of its batch is a stream of documents: when the model ends
+one, the start of the next is fed in while the other rows go on sampling. So rows never pad and one cache serves all.
+
+A continued sequence, and an answer, has random numbers of its own, so its neighbours change nothing but the rounding of
+sums. Prompts of answers are padded on the left.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from llmcompress.data.chat import render_chat
+from llmcompress.data.chat import render_chat, special_tokens
 from llmcompress.data.text import Message
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.models.dense.config import context_length
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 
 NOTHING = -1  # behind the end of a sequence that a model went on with
 ROWS = 16  # sequences written side by side; part of what the seed means
+MARK = "llmcompress"  # an answer whose end is looked for in the chat template
+GRAM, SHORT, VARIED = 4, 40, 0.25  # tokens; below so many nothing is called repetition; the least share of new grams
 PROMPTS = (
     "Explain how a bicycle stays upright.",
     "Write a short story about a lighthouse keeper.",
@@ -54,7 +59,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class TextSampling:
-    """The amount of text to write, and the way: `sequences` of `length` tokens each."""
+    """The text to write: `sequences` of `length` tokens each."""
 
     sequences: int
     length: int
@@ -81,16 +86,15 @@ def teacher_sequences(
     chat: Literal["auto"] | bool = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> TeacherText:
-    """Sequences that `model` writes: free text after BOS (chat false), answers to short prompts (true), or in turn.
+    """Return sequences that `model` writes: free text after BOS (chat false), answers to prompts (true), or in turn.
 
     The same seed gives the same text on one machine and library version; the global random state is left alone.
-    Raises RecipeError when the tokenizer has no token to start from, NumericsError when the model's output is NaN.
+    Raises RecipeError for a tokenizer without a token to start from, NumericsError for NaN in the model's output.
     """
     if chat is True and not tokenizer.chat_template:
         raise RecipeError("calibration.chat_template is true, but the tokenizer has no chat template; set it to false")
-    kinds = (["free text"] if chat is not True else []) + (
-        ["answers to prompts"] if tokenizer.chat_template and chat is not False else []
-    )
+    kinds = ["free text"] if chat is not True else []
+    kinds += ["answers to prompts"] if tokenizer.chat_template and chat is not False else []
     starts = [
         _starts(tokenizer, row, prompted=kinds[row % len(kinds)] != "free text") for row in range(sampling.sequences)
     ]
@@ -104,7 +108,7 @@ def teacher_sequences(
             if progress is not None:
                 progress(before + position * width, total)
 
-        tokens, begun = _write(model, tokenizer, rows, sampling, generator, report)
+        tokens, begun = _write_rows(model, tokenizer, rows, sampling, generator, report)
         batches.append(tokens)
         documents += begun
     sequences = torch.cat(batches)
@@ -117,8 +121,7 @@ def _starts(tokenizer: PreTrainedTokenizerBase, row: int, prompted: bool) -> Ite
     for document in count(row):
         if prompted:
             message = [{"role": "user", "content": PROMPTS[document % len(PROMPTS)]}]
-            text = render_chat(message, tokenizer, prompt=True)
-            yield tokenizer(text, add_special_tokens=False).input_ids
+            yield tokenizer(render_chat(message, tokenizer, prompt=True), add_special_tokens=False).input_ids
             continue
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if start is None:
@@ -130,7 +133,7 @@ def _starts(tokenizer: PreTrainedTokenizerBase, row: int, prompted: bool) -> Ite
 
 
 @torch.no_grad()
-def _write(
+def _write_rows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     starts: list[Iterator[list[int]]],
@@ -138,7 +141,7 @@ def _write(
     generator: torch.Generator,
     report: Callable[[int], None],
 ) -> tuple[Tensor, int]:
-    """-> int64 [len(starts), length], and how many documents were begun."""
+    """Return int64 [len(starts), length], and the number of documents that were begun."""
     ends = end_tokens(model, tokenizer)
     forced = [deque(next(start)) for start in starts]  # tokens that are fed in rather than sampled
     documents = len(starts)
@@ -160,18 +163,13 @@ def _write(
             newest = torch.tensor([row[-1:] for row in rows], device=model.device)
             output = model(input_ids=newest, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
-            sampled = _sample(output.logits[:, -1], sampling, generator)
+            chances = token_chances(output.logits[:, -1], sampling.temperature, sampling.top_p)
+            sampled = torch.multinomial(chances, 1, generator=generator).squeeze(-1).tolist()
     return torch.tensor(rows, dtype=torch.int64), documents
 
 
-def _sample(logits_BV: Tensor, sampling: TextSampling, generator: torch.Generator) -> list[int]:
-    """One token per row."""
-    chances = token_chances(logits_BV, sampling.temperature, sampling.top_p)
-    return torch.multinomial(chances, 1, generator=generator).squeeze(-1).tolist()
-
-
 def token_chances(logits_BV: Tensor, temperature: float, top_p: float) -> Tensor:
-    """The chances of the next token, [rows, vocabulary], up to a factor, of the likeliest ones that hold `top_p`.
+    """Return the chances of the next token, [rows, vocabulary], up to a factor; 0 beyond those that hold `top_p`.
 
     On the CPU in float32, so that a generator's draw means the same on every device. Raises NumericsError for NaN.
     """
@@ -187,54 +185,43 @@ def token_chances(logits_BV: Tensor, temperature: float, top_p: float) -> Tensor
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> set[int]:
-    """Every token that ends a document: those of the generation config, and a tokenizer's EOS."""
+    """Return every token that ends a document: those of the generation config, and a tokenizer's EOS."""
     configured = getattr(model.generation_config, "eos_token_id", None)
-    configured_ends = configured if isinstance(configured, list) else [configured]
     own = None if tokenizer is None else tokenizer.eos_token_id
-    return {token for token in (*configured_ends, own) if token is not None}
+    ends = [*(configured if isinstance(configured, list) else [configured]), own]
+    return {token for token in ends if token is not None}
 
 
 @torch.no_grad()
 def continue_sequences(
-    model: PreTrainedModel, ids: Tensor, kept: Tensor, ends: set[int], temperature: float, seeds: Sequence[str]
+    model: PreTrainedModel, ids: Tensor, lengths: Tensor, ends: set[int], temperature: float, seeds: Sequence[str]
 ) -> Tensor:
     """Let `model` go on with sequences `ids` -> int64 [sequences, length], NOTHING behind a token that ends one.
 
-    `kept`: how many tokens of each stay, [sequences]. Each has its generator, seeded by its name in `seeds`, so that
-    neighbours change nothing but the rounding of logits.
+    `lengths`: tokens of each that stay, [sequences]; `seeds`: the name that seeds the random numbers of each.
     """
     ids, length = ids.clone(), ids.shape[1]
     drawing, ended = [generator(seed) for seed in seeds], torch.zeros(len(ids), dtype=torch.bool)
     cache, begin = None, 0
     last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
-    for place in range(int(kept.min()), length):
+    for place in range(int(lengths.min()), length):
         output = model(input_ids=ids[:, begin:place].to(model.device), past_key_values=cache, use_cache=True, **last)
         cache, begin = output.past_key_values, place
         chances = token_chances(output.logits[:, -1], temperature, 1.0)
-        for row in (~ended & (kept <= place)).nonzero().flatten().tolist():
+        own = (lengths <= place) & ~ended
+        for row in own.nonzero().flatten().tolist():
             ids[row, place] = torch.multinomial(chances[row], 1, generator=drawing[row])
-        own = (kept <= place) & ~ended
         ended |= own & torch.tensor([int(token) in ends for token in ids[:, place]])
         if bool(ended.all()):
             break
-    return _cut(ids, kept, ends)
-
-
-def _cut(ids: Tensor, kept: Tensor, ends: set[int]) -> Tensor:
-    """Put NOTHING behind the first ending token of what was written in each row."""
-    places = torch.arange(ids.shape[1])
-    closing = torch.isin(ids, torch.tensor(sorted(ends), dtype=torch.int64)) & (places >= kept[:, None])
-    behind = closing.int().cumsum(1) - closing.int() > 0
-    return ids.masked_fill(behind, NOTHING)
-
-
-MARK = "llmcompress"  # an answer whose end is looked for in the chat template
-GRAM, SHORT, VARIED = 4, 40, 0.25  # tokens; below so many nothing is called repetition; the least share of grams once
+    closing = torch.isin(ids, torch.tensor(sorted(ends), dtype=torch.int64))
+    closing &= torch.arange(length) >= lengths[:, None]
+    return ids.masked_fill(closing.int().cumsum(1) - closing.int() > 0, NOTHING)
 
 
 @dataclass(frozen=True)
 class AnswerSampling:
-    """The drawing of an answer: `longest` tokens at most, its end included; at temperature 0 the likeliest one."""
+    """The drawing of an answer: `longest` tokens at most, its end included; at temperature 0 the likeliest ones."""
 
     temperature: float = 1.0
     top_p: float = 0.95
@@ -244,14 +231,14 @@ class AnswerSampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer without the token that ends it; `fault`: why it cannot be used, None for one that can."""
+    """An answer without the token that ends it; `fault`: the reason not to use it, None for a good one."""
 
     content: str
     fault: str | None = None
 
 
 class Answerer:
-    """A model and its tokenizer as something that answers. Raises RecipeError for one without a chat template."""
+    """A model and its tokenizer that answer prompts. Raises RecipeError for those without a chat template."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: AnswerSampling) -> None:
         if not tokenizer.chat_template:
@@ -265,24 +252,24 @@ class Answerer:
     def answers(self, prompts: Sequence[tuple[int, list[Message]]]) -> list[Answer]:
         """Answer numbered prompts; the number is part of the seed. A prompt that leaves no room is not answered."""
         ids = [self.prompt_tokens(messages) for _, messages in prompts]
-        room = [self.context is None or len(row) + self.sampling.longest <= self.context for row in ids]
-        fitting = [index for index, fits in enumerate(room) if fits]
-        wrote = self._written([ids[index] for index in fitting], [prompts[index][0] for index in fitting])
-        found = [Answer("", "prompt too long")] * len(ids)
+        has_room = [self.context is None or len(row) + self.sampling.longest <= self.context for row in ids]
+        fitting = [index for index, fits in enumerate(has_room) if fits]
+        wrote = self._generate([ids[index] for index in fitting], [prompts[index][0] for index in fitting])
+        answers = [Answer("", "prompt too long")] * len(ids)
         for index, answer in zip(fitting, wrote, strict=True):
-            found[index] = self.judge(answer)
-        return found
+            answers[index] = self.judge(answer)
+        return answers
 
     def prompt_tokens(self, messages: list[Message]) -> list[int]:
-        """The tokens of a chat up to where its next answer starts."""
+        """Return the tokens of a chat up to where its next answer starts."""
         text = render_chat(messages, self.tokenizer, prompt=True)
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
     def judge(self, answer: list[int]) -> Answer:
-        """The text of an answer's tokens, and what is wrong with it."""
-        ended = bool(answer) and answer[-1] in self.ends
-        inside = answer[:-1] if ended else answer
+        """Return the text of an answer's tokens, and its fault."""
+        is_ended = bool(answer) and answer[-1] in self.ends
+        inside = answer[:-1] if is_ended else answer
         content = str(self.tokenizer.decode(inside, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         if not content.strip():
             return Answer(content, "empty")
@@ -290,18 +277,18 @@ class Answerer:
             return Answer(content, "parts of the template")
         if repetitive(inside):
             return Answer(content, "repetition")
-        return Answer(content, None if ended else "no end")
+        return Answer(content, None if is_ended else "no end")
 
     @torch.no_grad()
-    def _written(self, prompts: list[list[int]], numbers: list[int]) -> list[list[int]]:
-        """The tokens of each answer, the one that ends it included."""
+    def _generate(self, prompts: list[list[int]], numbers: list[int]) -> list[list[int]]:
+        """Return the tokens of each answer, up to the token that ends it."""
         if not prompts:
             return []
         from transformers import GenerationConfig, LogitsProcessorList
 
         width, padding = max(map(len, prompts)), min(self.ends)
         ids = torch.tensor([[padding] * (width - len(row)) + row for row in prompts])
-        keep = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])  # 1 = is read
+        is_read = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
         settings = GenerationConfig(
             do_sample=False, max_new_tokens=self.sampling.longest, eos_token_id=sorted(self.ends), pad_token_id=padding
         )
@@ -312,28 +299,26 @@ class Answerer:
         try:
             wrote = generate(
                 ids.to(device),
-                attention_mask=keep.to(device),
+                attention_mask=is_read.to(device),
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([_Draw(self.sampling, numbers)]),
             )
         finally:
             self.model.generation_config = before
-        return [self._ended(row) for row in wrote[:, width:].tolist()]
-
-    def _ended(self, row: list[int]) -> list[int]:
-        first = next((place for place, token in enumerate(row) if token in self.ends), len(row))
-        return row[: first + 1]
+        rows = wrote[:, width:].tolist()
+        ends = [next((place for place, token in enumerate(row) if token in self.ends), len(row)) for row in rows]
+        return [row[: end + 1] for row, end in zip(rows, ends)]
 
 
 class _Draw:
-    """Leave one token of each row possible: drawn by the row's own generator, or the likeliest."""
+    """A logits processor that leaves one token of each row possible: drawn by the row's generator, or the likeliest."""
 
     def __init__(self, sampling: AnswerSampling, numbers: Sequence[int]) -> None:
         self.sampling = sampling
         self.generators = [generator(sampling.seed, "answer", number) for number in numbers]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """scores [rows, vocabulary] -> the same with -inf for all but one of each row."""
+        """Return scores [rows, vocabulary] with -inf for all but one token of each row."""
         sampling = self.sampling
         chances = token_chances(scores, sampling.temperature or 1.0, sampling.top_p)
         if sampling.temperature == 0:
@@ -344,17 +329,11 @@ class _Draw:
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The special token that the chat template puts behind an answer; nothing where it puts none."""
+    """Return the special token that the chat template puts behind an answer, if any."""
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
     text = render_chat(chat, tokenizer)
     behind = tokenizer(text.rpartition(MARK)[2], add_special_tokens=False).input_ids
     return set(behind[:1]) & special_tokens(tokenizer).keys()
-
-
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Return the tokens that stand for no text, by id: those with a name such as EOS, and others of templates."""
-    added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
 
 
 def repetitive(tokens: Sequence[int]) -> bool:

@@ -1,8 +1,8 @@
-"""Documents into sequences of one length: joined and cut, with or without their boundaries, or one in each, padded."""
+"""Documents into sequences of one length: joined and cut, with or without their boundaries, or one in each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -17,20 +17,24 @@ Document = Iterable[Tokens]  # piece by piece
 
 @dataclass(frozen=True, eq=False)
 class PackedText:
-    """Sequences, the documents `read` for them, and how much was `dropped` because nothing in it counts: sequences, or
-    documents where each has a sequence of its own."""
+    """Sequences, the number of documents `read` for them, and of sequences `dropped` as too short or without target."""
 
     sequences: Batch
     read: int
     dropped: int
 
 
-def pack_documents(
-    documents: Iterable[Document], bos: int | None, length: int, samples: int, boundaries: bool
-) -> PackedText:
-    """At most `samples` sequences of `length` tokens cut out of the joined documents; what is left over is dropped.
+def count_all(pieces: Iterable[list[int]]) -> Iterator[Tokens]:
+    """Yield the pieces of a document whose every token counts."""
+    return ((ids, [True] * len(ids)) for ids in pieces)
 
-    Every sequence starts with `bos`. With `boundaries` every document does, its first token is no target, and the
+
+def pack_documents(
+    documents: Iterable[Document], bos: int | None, length: int, samples: int, boundaries: bool = False
+) -> PackedText:
+    """Return at most `samples` sequences of `length` tokens cut out of the joined documents, without the rest.
+
+    Every sequence starts with `bos`. With `boundaries` every document does too, its first token is no target, and the
     sequences know which document a token is of; the rest of a document that is cut is a document of its own.
     """
     rows, row, read, dropped = _Rows(length), _Row(), 0, 0
@@ -42,19 +46,21 @@ def pack_documents(
                 if begins and bos is not None and ids[used] != bos:  # a rendered chat may bring its own
                     row.add([bos], [False], read)
                     begins = False
-                here = slice(used, used + length - len(row.ids))
-                row.add(ids[here], [False, *counted[here][1:]] if begins else counted[here], read)
-                used = min(here.stop, len(ids))
+                part = slice(used, used + length - len(row.ids))
+                row.add(ids[part], [False, *counted[part][1:]] if begins else counted[part], read)
+                used = min(part.stop, len(ids))
                 if len(row.ids) == length:
-                    dropped += not rows.keep(row, boundaries)
+                    dropped += not rows.add(row, boundaries)
                     row = _Row()
                     if len(rows.ids) == samples:
                         return PackedText(rows.batch(boundaries), read, dropped)
     return PackedText(rows.batch(boundaries), read, dropped)
 
 
-def pad_documents(documents: Iterable[Document], bos: int | None, length: int, samples: int) -> PackedText:
-    """The first `length` tokens of each document, `bos` first, short ones padded behind their end."""
+def first_tokens(
+    documents: Iterable[Document], bos: int | None, length: int, samples: int, padded: bool = False
+) -> PackedText:
+    """Return the first `length` tokens of each document, `bos` first; short ones are `padded` behind, or dropped."""
     rows, read, dropped = _Rows(length), 0, 0
     for document in documents:
         read += 1
@@ -65,7 +71,7 @@ def pad_documents(documents: Iterable[Document], bos: int | None, length: int, s
             row.add(ids, counted if row.ids else [False, *counted[1:]][: len(ids)], read)
             if len(row.ids) >= length:
                 break
-        dropped += not rows.keep(row, False)
+        dropped += not ((padded or len(row.ids) >= length) and rows.add(row, False))
         if len(rows.ids) == samples:
             break
     return PackedText(rows.batch(False), read, dropped)
@@ -86,7 +92,7 @@ class _Row:
 
 
 class _Rows:
-    """The sequences that have a target, as tensors: a list of numbers takes four times the memory."""
+    """The finished sequences, as tensors: a list of numbers takes four times the memory."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -94,8 +100,8 @@ class _Rows:
         self.counted: list[Tensor] = []
         self.documents: list[Tensor] = []
 
-    def keep(self, row: _Row, boundaries: bool) -> bool:
-        """True if it has a target."""
+    def add(self, row: _Row, boundaries: bool) -> bool:
+        """Add a row, padded, and return True, unless it has no target."""
         counted = row.counted[: self.length]
         if not any(counted):
             return False
@@ -107,7 +113,9 @@ class _Rows:
         return True
 
     def batch(self, boundaries: bool) -> Batch:
-        shape = len(self.ids), self.length
-        ids = torch.stack(self.ids) if self.ids else torch.zeros(shape, dtype=torch.int64)
-        counted = torch.stack(self.counted) if self.ids else torch.zeros(shape, dtype=torch.bool)
-        return Batch(ids, counted, torch.stack(self.documents) if boundaries and self.ids else None)
+        if not self.ids:
+            empty = torch.zeros((0, self.length), dtype=torch.int64)
+            return Batch(empty, empty.bool())
+        return Batch(
+            torch.stack(self.ids), torch.stack(self.counted), torch.stack(self.documents) if boundaries else None
+        )

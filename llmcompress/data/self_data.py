@@ -97,7 +97,7 @@ class AnswerCounts(JsonRecord):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A chat that awaits an answer, and the answer that the data have for it."""
+    """A chat without its last answer, and that answer if the data have it."""
 
     number: int
     messages: list[Message]
@@ -106,7 +106,7 @@ class Prompt:
 
 def answer(
     model: str,
-    asked: Answering,
+    settings: Answering,
     output: Path,
     *,
     revision: str | None = None,
@@ -117,7 +117,7 @@ def answer(
     """Write the answers of `model` to the prompts as the JSON lines `{id, messages, source, checked, generation}`.
 
     Equal arguments give equal bytes on one machine and library version. An interrupted run resumes.
-    Raises an LLMCompressError, in one sentence, for whatever is wrong.
+    Raises an LLMCompressError for any fault.
     """
     check_name(output)
     if output.exists():
@@ -125,19 +125,19 @@ def answer(
     if not os.access(output.absolute().parent, os.W_OK):
         raise DiskError(f"{output.absolute().parent} is no folder that can be written to; choose another output file")
     place = locate(model, revision, trust_remote_code)
-    next(prompts(asked))  # data that cannot be read, before the model is loaded
+    next(prompts(settings))  # data that cannot be read, before the model is loaded
     loaded, tokenizer = load_model(place, device), load_tokenizer(place.folder, trust_remote_code)
     check_causal(loaded.config, "answering prompts")
     dtype = product_dtype("auto", loaded.device)
     moved: nn.Module = loaded
     moved.to(dtype)
-    answerer = Answerer(loaded, tokenizer, asked.sampling)
+    answerer = Answerer(loaded, tokenizer, settings.sampling)
     made = {"model": place.name, "revision": place.revision, "dtype": str(dtype).removeprefix("torch.")}
-    generation = made | asdict(asked.sampling) | {"versions": versions()}
+    generation = made | asdict(settings.sampling) | {"versions": versions()}
     with lock_output(output, "file"):
         try:
-            store = _store(asked, place, output, generation)
-            counts = _write(answerer, asked, output, generation, store, progress)
+            store = _store(settings, place, output, generation)
+            counts = _write(answerer, settings, output, generation, store, progress)
         except OSError as error:
             raise DiskError(f"{output} cannot be written ({error}); free some space and start again") from error
     lines = counts["answers"] + counts["references"]
@@ -154,19 +154,23 @@ def answer(
     )
 
 
-def prompts(asked: Answering) -> Iterator[Prompt]:
-    """Yield the prompts in the order of the data, without rows that have none (a chat that no user speaks in).
+def prompts(settings: Answering) -> Iterator[Prompt]:
+    """Yield the prompts in the order of the data, without chats that no user speaks in.
 
-    Raises InputError where there is none at all, or the data cannot be read.
+    Raises InputError for data without a prompt, or that cannot be read.
     """
     documents = read_documents(
-        asked.dataset, subset=asked.subset, revision=asked.revision, split=asked.split, column=asked.column
+        settings.dataset,
+        subset=settings.subset,
+        revision=settings.revision,
+        split=settings.split,
+        column=settings.column,
     )
-    found = (_prompt(number, document) for number, document in enumerate(documents))
-    wanted = islice((prompt for prompt in found if prompt is not None), asked.prompts)
+    every = (_prompt(number, document) for number, document in enumerate(documents))
+    wanted = islice((prompt for prompt in every if prompt is not None), settings.prompts)
     first = next(wanted, None)
     if first is None:
-        raise InputError(f"{asked.dataset} has no prompt; give chats with a user's message, or texts")
+        raise InputError(f"{settings.dataset} has no prompt; give chats with a user's message, or texts")
     yield first
     yield from wanted
 
@@ -179,32 +183,32 @@ def _prompt(number: int, document: Document) -> Prompt | None:
     return Prompt(number, messages, reference) if messages and messages[-1]["role"] == "user" else None
 
 
-def _store(asked: Answering, place: Place, output: Path, generation: dict[str, Any]) -> Store:
+def _store(settings: Answering, place: Place, output: Path, generation: dict[str, Any]) -> Store:
     """Return the store beside `output`: a partial file of one run continues another of the same identity."""
     model = [teacher_digest(place.folder), *(generation[key] for key in ("model", "revision", "dtype"))]
-    identity = {"model": model, "settings": asdict(asked), "versions": generation["versions"]}
+    identity = {"model": model, "settings": asdict(settings), "versions": generation["versions"]}
     record = output.with_name(f"{output.name}.partial.json")
     return Store(output.parent, identity, place=record, advice="or choose another output")
 
 
 def _write(
     answerer: Answerer,
-    asked: Answering,
+    settings: Answering,
     output: Path,
     generation: dict[str, Any],
     store: Store,
     progress: Progress | None,
 ) -> Counter[str]:
-    """Write all lines, and then give the file its name; return what became of the prompts."""
+    """Write all lines, and then give the file its name; return the counts."""
     staged, record = output.with_name(f"{output.name}.partial"), f"{output.name}.partial"
-    source, read = prompts(asked), sha256()
-    counts, size = _resumed(store, record, source, read)
+    source, read = prompts(settings), sha256()
+    counts, size = _resume(store, record, source, read)
     with stop_requests() as stopping, staged.open("r+b" if size else "wb") as file:
         file.seek(size)
         file.truncate()  # what an interrupted run wrote after its last record
-        while batch := list(islice(source, asked.batch)):
+        while batch := list(islice(source, settings.batch)):
             _digest(read, batch)
-            lines = _lines(answerer, asked, batch, generation, counts)
+            lines = _lines(answerer, settings, batch, generation, counts)
             file.write("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines).encode())
             file.flush()
             os.fsync(file.fileno())
@@ -220,10 +224,10 @@ def _write(
     return counts
 
 
-def _resumed(store: Store, record: str, source: Iterator[Prompt], read: Any) -> tuple[Counter[str], int]:
-    """Return what an interrupted run had counted, and its bytes; `source` goes on after the prompts it had answered.
+def _resume(store: Store, record: str, source: Iterator[Prompt], read: Any) -> tuple[Counter[str], int]:
+    """Return the counts of an interrupted run, and its bytes; leave its prompts out of `source`.
 
-    Raises InputError for another run's, or where the data are no longer the same.
+    Raises InputError for another run's record, or changed data.
     """
     found = store.get(record)
     if found is None:
@@ -245,10 +249,10 @@ def _digest(read: Any, batch: list[Prompt]) -> None:
 
 
 def _lines(
-    answerer: Answerer, asked: Answering, batch: list[Prompt], generation: dict[str, Any], counts: Counter[str]
+    answerer: Answerer, settings: Answering, batch: list[Prompt], generation: dict[str, Any], counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
     """Yield the lines of a batch, and count them in `counts`."""
-    shown = [(prompt.number, _shown(prompt, asked.rewrite)) for prompt in batch]
+    shown = [(prompt.number, _prompt_messages(prompt, settings.rewrite)) for prompt in batch]
     wrote = iter(answerer.answers([(number, messages) for number, messages in shown if messages is not None]))
     for prompt, (_, messages) in zip(batch, shown, strict=True):
         found = Answer("", "no reference") if messages is None else next(wrote)
@@ -256,7 +260,7 @@ def _lines(
         text, source, made = found.content, "teacher", generation
         if found.fault is not None:
             counts[f"fault: {found.fault}"] += 1
-            if not asked.keep_reference or prompt.reference is None:
+            if not settings.keep_reference or prompt.reference is None:
                 continue
             text, source, made = prompt.reference, "reference", {}
         counts["answers" if source == "teacher" else "references"] += 1
@@ -269,9 +273,8 @@ def _lines(
         }
 
 
-def _shown(prompt: Prompt, rewrite: bool) -> list[Message] | None:
-    """Return what the model reads: the prompt, or to `rewrite` the prompt and its reference in the last message; None
-    where there is no reference to rewrite."""
+def _prompt_messages(prompt: Prompt, rewrite: bool) -> list[Message] | None:
+    """Return the messages that the model reads; to `rewrite`, the last one holds the reference, None without one."""
     if not rewrite:
         return prompt.messages
     if prompt.reference is None:

@@ -34,10 +34,9 @@ def read_documents(
     column: str | None = None,
     streaming: bool = True,
 ) -> Iterator[Document]:
-    """The documents of `dataset`: "builtin", "stdlib", a local .txt/.jsonl/.parquet file, or a name that `datasets`
-    knows.
+    """Yield the documents of "builtin", "stdlib", a local .txt/.jsonl/.parquet file, or a data set by name.
 
-    A .txt file is one document. Blank documents are left out. Raises InputError where something cannot be read.
+    A .txt file is one document. Blank documents are left out. Raises InputError for text that cannot be read.
     """
     if dataset == "builtin":
         rows: Iterable[Any] = builtin_documents()
@@ -54,9 +53,9 @@ def read_documents(
 
 
 def shuffle(documents: Iterable[Document], seed: int, buffer: int = SHUFFLE_BUFFER) -> Iterator[Document]:
-    """The same documents in another order, holding at most `buffer` of them, and hardly more than HELD_CHARACTERS.
+    """Yield the documents in an order of `seed` alone.
 
-    The order follows from `seed` alone.
+    At most `buffer` documents are held, and hardly more than HELD_CHARACTERS.
     """
     generator = torch.Generator().manual_seed(seed)
     source = iter(documents)
@@ -92,9 +91,9 @@ def _columns(row: dict[Any, Any]) -> str:
 
 
 def _document(row: Any, column: str | None, where: str) -> Document:
-    """The text, or the chat, of one row. A row is a string or a dictionary of columns."""
+    """Return the text, or the chat, of one row: a string or a dictionary of columns."""
     if isinstance(row, str):
-        return _checked(row, where)
+        return _check_characters(row, where)
     if not isinstance(row, dict):
         raise InputError(f"{where} is {type(row).__name__}, not an object with a text or messages column")
     if column is None:
@@ -110,7 +109,7 @@ def _document(row: Any, column: str | None, where: str) -> Document:
     if value is None:
         return ""
     if isinstance(value, str):
-        return _checked(value, where)
+        return _check_characters(value, where)
     if isinstance(value, list) and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value):
         return [
             {"role": _content(turn["role"], f"{where}, role {number}"), "content": _content(turn["content"], place)}
@@ -121,11 +120,11 @@ def _document(row: Any, column: str | None, where: str) -> Document:
 
 
 def _content(value: Any, where: str) -> str:
-    """The text of a message: a string, nothing, or a list of parts, of which those of text are joined."""
+    """Return the text of a message: a string, nothing, or a list of parts of text, which are joined."""
     if value is None:
         return ""
     if isinstance(value, str):
-        return _checked(value, where)
+        return _check_characters(value, where)
     if isinstance(value, list):
         return "".join(_part(part, where) for part in value)
     raise InputError(f"{where} holds {type(value).__name__}, not text; write a string, or a list of parts of text")
@@ -136,11 +135,11 @@ def _part(part: Any, where: str) -> str:
     if not isinstance(text, str):
         kind = part.get("type", "no type") if isinstance(part, dict) else type(part).__name__
         raise InputError(f"{where} has a part that is no text ({shorten(kind)}); leave such chats out")
-    return _checked(text, where)
+    return _check_characters(text, where)
 
 
-def _checked(text: str, where: str) -> str:
-    """The same text. Raises InputError for half a character, which no tokenizer reads."""
+def _check_characters(text: str, where: str) -> str:
+    """Return the text. Raises InputError for half a character, which no tokenizer reads."""
     if not text.isascii() and (found := HALVES.search(text)):
         raise InputError(f"{where} has {found[0]!a}, half of a character, at {found.start()}; correct the text")
     return text
@@ -154,15 +153,15 @@ NEAR = 1 << 20  # bytes before the end of a document in which a line, or a word,
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, with newlines as its line ends. Raises InputError when it cannot be read as such."""
+    """Return the text of a UTF-8 file, its lines ended by newlines. Raises InputError for any other file."""
     try:
-        return _decoded(Path(os.path.expanduser(path)).read_bytes(), path)
+        return _decode(Path(os.path.expanduser(path)).read_bytes(), path)
     except (OSError, ValueError) as error:  # ValueError: no path can have this name
         raise _unreadable(path, error) from error
 
 
 def file_rows(path: Path) -> Iterator[Any]:
-    """Yield the rows of a text file: one for plain text. Raises InputError where it cannot be read."""
+    """Yield the rows of a text file: one for plain text. Raises InputError for one that cannot be read."""
     if not os.path.isfile(path):
         kind = "this is a folder, a pipe or a device:" if os.path.exists(path) else "there is no file"
         raise InputError(f"{kind} {shorten(path, 300)}; calibration text is a .txt, .jsonl or .parquet file")
@@ -183,7 +182,7 @@ def file_rows(path: Path) -> Iterator[Any]:
 
 
 def file_notes(path: Path) -> tuple[str, ...]:
-    """Return what a report says about reading a text file: that it is too long for one document."""
+    """Return the report's note on a text file that is too long for one document."""
     if path.suffix.lower() != ".txt" or not os.path.isfile(path) or path.stat().st_size <= LONGEST_TEXT:
         return ()
     return (f"{path} has {path.stat().st_size:,} bytes and is read as documents of at most {LONGEST_TEXT:,} bytes",)
@@ -205,7 +204,7 @@ def _texts(path: Path) -> Iterator[str]:
         start, rest = 0, b""
         while data := rest + file.read(LONGEST_TEXT - len(rest)):
             end = len(data) if len(data) < LONGEST_TEXT else _end(data)
-            yield _decoded(data[:end], path, start)
+            yield _decode(data[:end], path, start)
             start, rest = start + end, data[end:]
 
 
@@ -221,8 +220,8 @@ def _end(data: bytes) -> int:
     return last or len(data)
 
 
-def _decoded(data: bytes, path: Path, start: int = 0) -> str:
-    """The text of UTF-8 bytes, the first of which is byte `start` of `path`."""
+def _decode(data: bytes, path: Path, start: int = 0) -> str:
+    """Return the text of UTF-8 bytes; the first is byte `start` of `path`."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

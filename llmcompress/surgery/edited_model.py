@@ -18,13 +18,14 @@ from torch import Tensor
 
 from llmcompress.errors import InputError
 from llmcompress.models.dense.companions import companions
-from llmcompress.models.dense.config import config_errors, reason
+from llmcompress.models.dense.config import config_errors
 from llmcompress.models.dense.experts import experts_of
 from llmcompress.models.dense.headers import Header
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.models.dense.skeleton import dense_skeleton
 from llmcompress.models.dense.stored_names import hub_names
 from llmcompress.models.files.checkpoint import PART, Writer, write_checkpoint
+from llmcompress.models.files.reading import error_text
 from llmcompress.models.files.tensor_files import shards
 from llmcompress.models.transformers.hf_quantizer import resize, table_entry
 
@@ -157,7 +158,7 @@ def _read_config(source: DenseModel, entries: Mapping[str, Any]) -> PreTrainedCo
             config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
     except config_errors() as error:
         raise InputError(
-            f"model type {source.config.model_type!r} does not allow this change of its config ({reason(error)}); "
+            f"model type {source.config.model_type!r} does not allow this change of its config ({error_text(error)}); "
             f"choose another model"
         ) from error
     return config

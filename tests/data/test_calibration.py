@@ -14,8 +14,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from llmcompress.data.builtin import _documented, builtin_documents, stdlib_documents, stdlib_text
-from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, given_tokens, held_out_count
+from llmcompress.data.builtin import _docstring_nodes, builtin_documents, stdlib_documents, stdlib_text
+from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, check_tokens, held_out_count
 from llmcompress.data.text import read_documents, shuffle
 from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.recipe.calibration import Calibration
@@ -145,7 +145,7 @@ def test_documented_statements_come_in_the_order_of_a_walk_of_the_tree() -> None
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for source in (try_all + matched, *(Path(module.__file__).read_text() for module in (ast, inspect, pydoc))):
         tree = ast.parse(source)
-        found = list(_documented(tree))
+        found = list(_docstring_nodes(tree))
         assert found == [node for node in ast.walk(tree) if isinstance(node, kinds)] and len(found) >= 8
 
 
@@ -321,14 +321,11 @@ def test_a_data_set_by_name_is_read_as_asked(monkeypatch: pytest.MonkeyPatch) ->
 def test_tokens_outside_the_vocabulary_and_too_long_sequences() -> None:
     config = tiny("llama").config
     with pytest.raises(InputError, match="token 264, outside the model's vocabulary of 264"):
-        given_tokens(torch.tensor([[1, 2], [3, 264]]), model_config=config)
+        check_tokens(torch.tensor([[1, 2], [3, 264]]), "here", config)
     with pytest.raises(InputError, match="token -1"):
-        given_tokens(torch.tensor([[1, -1]]))
-    with pytest.raises(InputError, match="integers"):
-        given_tokens(torch.rand(2, 3))
+        check_tokens(torch.tensor([[1, -1]]), "here")
     with pytest.raises(RecipeError, match="context of 64"):
         calibration_tokens(Calibration(length=65), tiny_tokenizer(), model_config=config)
-    assert given_tokens(torch.tensor([[1, 2], [3, 4]])).held_out == 1
 
 
 @pytest.mark.parametrize(

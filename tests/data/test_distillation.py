@@ -15,7 +15,7 @@ from llmcompress.data.batch import Batch
 from llmcompress.data.calibration import calibration_tokens
 from llmcompress.data.chat import answer_tokens
 from llmcompress.data.distillation import PATIENCE, Data, read_data
-from llmcompress.data.packing import pack_documents, pad_documents
+from llmcompress.data.packing import first_tokens, pack_documents
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.recipe.data import TextSource
 from tests.tiny import tiny_tokenizer
@@ -228,7 +228,7 @@ def test_documents_keep_their_boundaries(bos: int | None) -> None:
 
 def test_documents_too_short_to_learn_from_are_dropped() -> None:
     pieces = [[([1, 2, 3], [True] * 3)], [([], []), ([4], [True])], [([5, 6, 7, 8, 9, 10], [True] * 6)]]
-    found = pad_documents(map(iter, pieces), None, 4, 10)
+    found = first_tokens(map(iter, pieces), None, 4, 10, padded=True)
     assert found.sequences.ids.tolist() == [[1, 2, 3, 0], [5, 6, 7, 8]] and (found.read, found.dropped) == (3, 1)
     assert found.sequences.counted.tolist() == [[False, True, True, False], [False, True, True, True]]
-    assert len(pad_documents(map(iter, pieces), BOS, 4, 10).sequences) == 3
+    assert len(first_tokens(map(iter, pieces), BOS, 4, 10, padded=True).sequences) == 3

@@ -95,7 +95,7 @@ def test_answers_are_those_of_a_loop_that_reads_everything_again(temperature: fl
                 continue
             chances = generate.token_chances(logits[None], temperature, 0.9)[0]
             ids.append(int(torch.multinomial(chances, 1, generator=draw)))
-        [wrote] = writer._written([ids[:start]], [number])
+        [wrote] = writer._generate([ids[:start]], [number])
         assert wrote == ids[start:]
     assert model.generation_config.repetition_penalty == 5.0
 
@@ -172,7 +172,7 @@ def test_answers_are_chats_with_their_origin(place: Path) -> None:
     assert done.prompts == 10 and done.answers == len(found) > 3 and done.references == 0
     assert done.dropped == 10 - len(found) == sum(done.faults.values()) > 0
     for line in found:
-        assert list(line) == ["id", "messages", "source", "judge", "generation"]
+        assert list(line) == ["id", "messages", "source", "checked", "generation"]
         assert [turn["role"] for turn in line["messages"]] == ["system", "user", "assistant"]
         assert line["source"] == "teacher" and line["checked"] and line["generation"] == done.generation
     assert {"model", "revision", "temperature", "top_p", "seed", "versions"} <= done.generation.keys()

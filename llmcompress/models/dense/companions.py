@@ -1,8 +1,8 @@
 """The files beside a model's weights that go with it: tokenizer, chat templates, generation config, processor, licence.
 
-Only files that transformers names are copied, never whatever else lies there: keys, notes, adapters. Code is copied
-where the model needs it and the user trusts it. They are read before work starts, so that a broken one is found then.
-What stays behind is told to the user in a log message, and nowhere in the output, since the names may be private too.
+Only files that transformers names are copied, never other ones: keys, notes, adapters. Code is copied if the model
+needs it and the user trusts it. All are read before work starts, so that a broken one is found then. A log message
+tells the user what stays behind; no output does, since the names may be private too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -29,12 +29,14 @@ from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import CARD, MANIFEST
 from llmcompress.models.files.identity import tokenizer_files
 from llmcompress.models.files.integrity import INDEX
+from llmcompress.models.files.reading import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LOG = logging.getLogger(__name__)
 LARGEST = 500_000_000  # bytes; the largest known tokenizer has 40 MB
+WAY_OUT = "correct or remove it"
 GENERATION = "generation_config.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -44,12 +46,17 @@ VOCABULARY = re.compile(r"tokenizer\.model(\.v\d+)?|tiktoken\.model|tekken\.json
 LICENCE = re.compile(r"(LICEN[SC]E|NOTICE|COPYING|USE_POLICY)([-_.][A-Za-z0-9.-]*)?", re.IGNORECASE)
 TEXT = {"", ".txt", ".md", ".rst", ".pdf"}  # ends of a licence's name
 BLOB = re.compile(r"(\.\./){2,3}blobs/[0-9a-f]{40,64}")  # a link in the snapshots of the Hub's cache
+OURS = {  # written by llmcompress, or written anew
+    *CARD,
+    *("config.json", INDEX, MANIFEST, file_names.REPORT, file_names.RECIPE, file_names.SCORES, file_names.ALLOCATION),
+    *(file_names.EXPERTS, file_names.NARROWED, file_names.DISTILLATION, file_names.DISTILLATION_RECIPE),
+    *(file_names.DISTILLATION_PLOT, file_names.PASSPORT, file_names.GENERATIONS, file_names.METRICS),
+}
 
 
 @dataclass(frozen=True)
 class Companions:
-    """The files of `folder` that are copied, and those that stay behind, by their names there. `code`: those of the
-    former with Python code."""
+    """The files of `folder` that are copied, and the `left` ones, by name; `code`: the copied ones with Python code."""
 
     folder: Path
     names: tuple[str, ...]
@@ -57,27 +64,33 @@ class Companions:
     code: tuple[str, ...] = ()
 
     def copy(self, target: Path) -> None:
-        """Copy them to `target`, without what is private in them, and tell the user what stays behind."""
+        """Copy the files to `target` without private entries, and log what stays behind."""
         stripped = []
         for name in self.names:
             (target / name).parent.mkdir(exist_ok=True)
-            found = _entries(self.folder / name) if name in CONFIGS else {}
-            if self._private(name, found):
-                stripped.append(name)
-                entries = public_entries(found, self._runs(name))
-                (target / name).write_text(json.dumps(entries, indent=2, ensure_ascii=False), "utf-8")
-            else:
+            if (public := self._public_text(name)) is None:
                 shutil.copyfile(self.folder / name, target / name)
-        entries = _entries(self.folder / MODEL) if (self.folder / MODEL).is_file() else {}
-        if self._private(MODEL, entries):  # which whoever writes config.json leaves out
+            else:
+                stripped.append(name)
+                (target / name).write_text(public, "utf-8")
+        if self._public_text(MODEL) is not None:  # without which others write config.json
             stripped.append(MODEL)
         if self.left:
             LOG.warning("left behind in %s: %s", self.folder, "; ".join(self._reasons()))
         if stripped:
             LOG.warning("%s goes along without the names of code and of local files in it", list_names(stripped))
 
+    def _public_text(self, name: str) -> str | None:
+        """Return the text of a config without its private entries, None for a file without any."""
+        path = self.folder / name
+        if name not in {*CONFIGS, MODEL} or not path.is_file():
+            return None
+        entries = read_json(path, WAY_OUT, LARGEST)
+        public = public_entries(entries, bool(self.code) and needs_code(self.folder, name))
+        return None if public == entries else json.dumps(public, indent=2, ensure_ascii=False)
+
     def _reasons(self) -> Iterator[str]:
-        """Yield clauses on the files that stay behind, and on why."""
+        """Yield clauses on the files that stay behind."""
         forms = {path.name for path in tokenizer_files(self.folder)}
         unread = [name for name in self.left if name in forms]
         others = [name for name in self.left if name not in forms]
@@ -85,14 +98,6 @@ class Companions:
             yield f"{list_names(unread, 10)} (its tokenizer is read from other files)"
         if others:
             yield f"{list_names(others, 10)} (no part of the model)"
-
-    def _private(self, name: str, entries: dict[str, Any]) -> bool:
-        """True if a config has entries that do not go along."""
-        return public_entries(entries, self._runs(name)) != entries
-
-    def _runs(self, name: str) -> bool:
-        """True if the code that a config names goes along."""
-        return bool(self.code) and needs_code(self.folder, name)
 
 
 def copy_companions(folder: Path, target: Path, trust_remote_code: bool = False) -> None:
@@ -103,27 +108,30 @@ def copy_companions(folder: Path, target: Path, trust_remote_code: bool = False)
 def companions(folder: Path, trust_remote_code: bool = False) -> Companions:
     """Return the files that go with the model in `folder`; `trust_remote_code`: with the code that it needs.
 
-    Raises InputError for one that transformers cannot read, that is a link out of the folder, or that is larger than
-    any tokenizer.
+    Raises InputError for a file that transformers cannot read, a link out of the folder, or one larger than any
+    tokenizer.
     """
-    there = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
+    files = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
     known = {*TOKENIZER, *TEMPLATES, *PROCESSORS, GENERATION}
     code = code_files(folder) if trust_remote_code else ()
-    wanted = set(code) | {name for name in there if name in known or VOCABULARY.fullmatch(name)}
-    templates = sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
-    there |= {f"{MORE_TEMPLATES}/{path.name}": path for path in templates if path.is_file()}
-    wanted |= there.keys() & {f"{MORE_TEMPLATES}/{path.name}" for path in templates}
+    wanted = set(code) | {name for name in files if name in known or VOCABULARY.fullmatch(name)}
+    templates = {f"{MORE_TEMPLATES}/{path.name}": path for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
+    files |= {name: path for name, path in templates.items() if path.is_file()}
+    wanted |= files.keys() & templates.keys()
     for name in sorted(wanted):
-        _check_file(there[name], folder)
-    _check_configs(folder, wanted)
+        _check_file(files[name], folder)
+    for name in sorted(wanted.intersection((GENERATION, *PROCESSORS, *TOKENIZER, "chat_template.json"))):
+        read_json(folder / name, WAY_OUT, LARGEST)
+    check_generation_config(folder)
     tokenizer = _tokenizer(folder, wanted, trust_remote_code)
-    for name in sorted(there.keys() & _vocabulary(tokenizer) - wanted):
-        _check_file(there[name], folder)
+    vocabulary = set() if tokenizer is None else {name for name in tokenizer.vocab_files_names.values() if name}
+    for name in sorted(files.keys() & vocabulary - wanted):
+        _check_file(files[name], folder)
         wanted.add(name)
     _check_templates(tokenizer, folder)
-    licences = {name for name in there if LICENCE.fullmatch(name) and Path(name).suffix.lower() in TEXT}
-    wanted |= {name for name in licences if not leads_out(there[name], folder) and _fits(there[name])}
-    others = there.keys() - wanted - OURS
+    licences = {name for name in files if LICENCE.fullmatch(name) and Path(name).suffix.lower() in TEXT}
+    wanted |= {name for name in licences if not leads_out(files[name], folder) and _fits(files[name])}
+    others = files.keys() - wanted - OURS
     left = {name for name in others if not (name.startswith(".") or Path(name).suffix == ".safetensors")}
     return Companions(folder, tuple(sorted(wanted)), tuple(sorted(left)), code)
 
@@ -131,12 +139,12 @@ def companions(folder: Path, trust_remote_code: bool = False) -> Companions:
 def leads_out(path: Path, folder: Path) -> bool:
     """True if a file of `folder` is a link to anything outside, other than one of the Hub's cache to its own blobs."""
     inside = Path(os.path.realpath(folder))
-    found = Path(os.path.realpath(path))
-    if found.is_relative_to(inside):
+    target = Path(os.path.realpath(path))
+    if target.is_relative_to(inside):
         return False
     blobs = inside.parent.parent / "blobs"
     is_blob = inside.parent.name == "snapshots" and path.is_symlink() and BLOB.fullmatch(os.readlink(path)) is not None
-    return not (is_blob and found.parent == blobs)
+    return not (is_blob and target.parent == blobs)
 
 
 def _check_file(path: Path, folder: Path) -> None:
@@ -152,8 +160,20 @@ def _fits(path: Path) -> bool:
     return path.stat().st_size <= LARGEST
 
 
+def check_generation_config(folder: Path) -> None:
+    """Raise InputError for a generation config in `folder` that transformers cannot read."""
+    from transformers import GenerationConfig
+
+    if not (folder / GENERATION).is_file():
+        return
+    try:
+        GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{folder / GENERATION} is broken ({first_line(error)}); {WAY_OUT}") from error
+
+
 def _tokenizer(folder: Path, wanted: set[str], trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer; None for a folder without one. Raises InputError for one that cannot be read."""
+    """Return the tokenizer, None for a folder without one. Raises InputError for one that cannot be read."""
     try:
         return load_tokenizer(folder, trust_remote_code)
     except InputError:
@@ -162,73 +182,23 @@ def _tokenizer(folder: Path, wanted: set[str], trust_remote_code: bool) -> PreTr
         return None
 
 
-def _vocabulary(tokenizer: PreTrainedTokenizerBase | None) -> set[str]:
-    """Return the names of the files that a tokenizer is read from."""
-    return set() if tokenizer is None else {name for name in tokenizer.vocab_files_names.values() if name}
-
-
 def _check_templates(tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Raise InputError for a chat template that is no template."""
-    found = getattr(tokenizer, "chat_template", None) or {}
+    templates = getattr(tokenizer, "chat_template", None) or {}
     environment = ImmutableSandboxedEnvironment(extensions=[_Generation, loopcontrols])
-    for template in found.values() if isinstance(found, dict) else [found]:
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
         try:
             environment.compile(template)
         except (TemplateError, RecursionError, TypeError, ValueError) as error:
-            raise InputError(
-                f"a chat template in {folder} is broken ({first_line(error)}); correct or remove it"
-            ) from error
+            raise InputError(f"a chat template in {folder} is broken ({first_line(error)}); {WAY_OUT}") from error
 
 
 class _Generation(Extension):
-    """The tag of transformers around what the model says."""
+    """The tag of transformers around the assistant's words."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 has it
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Return what is inside."""
+        """Return the nodes inside."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _check_configs(folder: Path, wanted: set[str]) -> None:
-    """Raise InputError for a file of JSON, or a generation config, that transformers could not read."""
-    from transformers import GenerationConfig
-
-    for name in sorted(wanted.intersection((GENERATION, *PROCESSORS, *TOKENIZER, "chat_template.json"))):
-        _entries(folder / name)
-    if GENERATION in wanted:
-        try:
-            GenerationConfig.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{folder / GENERATION} is broken ({first_line(error)}); correct or remove it") from error
-
-
-def _entries(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises InputError for any other."""
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not readable JSON ({first_line(error)}); correct or remove it") from error
-    if not isinstance(entries, dict):
-        raise InputError(f"{path} holds no JSON object; correct or remove it")
-    return entries
-
-
-OURS = CARD | {
-    "config.json",
-    INDEX,
-    MANIFEST,
-    file_names.REPORT,
-    file_names.RECIPE,
-    file_names.SCORES,
-    file_names.ALLOCATION,
-    file_names.EXPERTS,
-    file_names.NARROWED,
-    file_names.DISTILLATION,
-    file_names.DISTILLATION_RECIPE,
-    file_names.DISTILLATION_PLOT,
-    file_names.PASSPORT,
-    file_names.GENERATIONS,
-    file_names.METRICS,
-}

@@ -1,4 +1,9 @@
-"""The configs in a model's folder, and the Python code that they name: read, checked, loaded, made public."""
+"""The configs in a model's folder, and the Python code that they name: read, checked, loaded, made public.
+
+transformers runs the classes that `auto_map` names once it is told to trust them. Here code is needed only if
+transformers lacks the class: an unknown `model_type`, other `architectures`, another `tokenizer_class`. Other code is
+not run, trusted or not, and stays behind.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError, first_line
-from llmcompress.models.files.reading import read_json
+from llmcompress.models.files.reading import error_text, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -18,6 +23,32 @@ MODEL, TOKENIZER = "config.json", "tokenizer_config.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 AUTO_MAP = "auto_map"
 REFERENCE = re.compile(r"([A-Za-z_]\w*)\.([A-Za-z_]\w*)")  # a module beside the config, and a class in it
+# Entries that no output has: code in the folder or in another repository, and paths that older releases of transformers
+# left there; it sets or looks up all of them anew.
+PRIVATE = {AUTO_MAP, "custom_pipelines", "_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file"}
+MOST_LAYERS = 1024
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+SIZES = (
+    *("hidden_size", "vocab_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    "max_position_embeddings",
+)
+
+
+def read_entries(path: Path, folder: Path) -> dict[str, Any]:
+    """Return the entries of a JSON file of the model in `folder`. Raises InputError if it is missing or unreadable."""
+    if not path.is_file():
+        empty = not any(folder.iterdir())
+        raise InputError(
+            f"the folder {folder} is empty; give a model folder"
+            if empty
+            else f"{folder} has no {path.name}; give a folder with a Hugging Face model"
+        )
+    return read_json(path, "download it again")
+
+
+def public_entries(entries: Mapping[str, Any], code: bool = False) -> dict[str, Any]:
+    """Return the entries of a config without `PRIVATE` ones; `code`: True if the code that it names goes along."""
+    return {name: value for name, value in entries.items() if name not in PRIVATE or (code and name == AUTO_MAP)}
 
 
 def load_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
@@ -25,53 +56,62 @@ def load_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     trusted = model_code(folder, trust_remote_code)
-    found: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
-    return found
+    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
+    return config
+
+
+def valid_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Return the config of the model in `folder`. Raises InputError for one that transformers cannot read."""
+    try:
+        return load_config(folder, trust_remote_code)
+    except config_errors() as error:
+        raise InputError(f"{folder / MODEL} is not a valid config ({error_text(error)}); correct it") from error
+
+
+def config_errors() -> tuple[type[Exception], ...]:
+    """Return the errors that transformers and torch raise for impossible values and missing requirements."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    values = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
+    code = (NameError, SyntaxError)  # of a model's own
+    return (*values, *code, OSError, ImportError, MemoryError, StrictDataclassError)
+
+
+def check_numbers(number_of: Callable[[str], Any], place: str) -> None:
+    """Raise InputError for sizes that no model has, before a config or a model is made of them.
+
+    `number_of`: the value of an entry by name, None without one; `place`: the config's name in the message.
+    """
+    for key in (*LAYERS, *SIZES):
+        value, most = number_of(key), MOST_LAYERS if key in LAYERS else 2**31
+        numbers = value if isinstance(value, list) and len(value) <= MOST_LAYERS else [value]
+        least = 0 if isinstance(value, list) else 1  # a list has a number for each block
+        if not all(number is None or (type(number) is int and least <= number <= most) for number in numbers):
+            raise InputError(
+                f"{place} gives {key} as {str(value)[:50]!r}, which is no number from 1 to {most}; correct it"
+            )
+
+
+def context_length(config: PreTrainedConfig | None) -> int | None:
+    """Return the longest sequence that a model is made for, None if its config does not say."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
+    return context if isinstance(context, int) and context > 0 else None
 
 
 def model_code(folder: Path, trust_remote_code: bool) -> bool:
     """True if the model in `folder` is to be loaded with its own code.
 
-    Raises InputError if it needs code and that is not trusted, not there, or in another repository.
+    Raises InputError for needed code that is not trusted, missing, or in another repository.
     """
-    return _checked(folder, MODEL, "model", trust_remote_code)
+    return _runs_code(folder, MODEL, "model", trust_remote_code)
 
 
 def tokenizer_code(folder: Path, trust_remote_code: bool) -> bool:
     """True if the tokenizer in `folder` is to be loaded with its own code. Raises what `model_code` raises."""
-    return _checked(folder, TOKENIZER, "tokenizer", trust_remote_code)
+    return _runs_code(folder, TOKENIZER, "tokenizer", trust_remote_code)
 
 
-def needs_code(folder: Path, config: str) -> bool:
-    """True if what a config file of `folder` describes has a class in code beside it, and none in transformers.
-
-    False for a file that is missing or cannot be read: others report that.
-    """
-    entries = _entries(folder / config)
-    if not entries.get(AUTO_MAP):
-        return False
-    if config == MODEL:
-        return not _known_model(entries)
-    if config == TOKENIZER:
-        return not _known_tokenizer(entries, _entries(folder / MODEL))
-    return needs_code(folder, MODEL)
-
-
-def code_files(folder: Path) -> tuple[str, ...]:
-    """Return the names of the files with the code that the model in `folder` needs, sorted; empty if it needs none.
-
-    Modules that these import from their own folder are among them. Raises InputError for code that is not there, or in
-    another repository.
-    """
-    found: set[str] = set()
-    for config in (MODEL, TOKENIZER, *PROCESSORS):
-        if needs_code(folder, config):
-            for module in _modules(_entries(folder / config)[AUTO_MAP], folder / config):
-                found |= _imported(folder, f"{module}.py", config)
-    return tuple(sorted(found))
-
-
-def _checked(folder: Path, config: str, what: str, trust_remote_code: bool) -> bool:
+def _runs_code(folder: Path, config: str, what: str, trust_remote_code: bool) -> bool:
     if not needs_code(folder, config):
         return False
     if not trust_remote_code:
@@ -83,32 +123,66 @@ def _checked(folder: Path, config: str, what: str, trust_remote_code: bool) -> b
     return True
 
 
-def _entries(path: Path) -> dict[str, Any]:
+def needs_code(folder: Path, config: str) -> bool:
+    """True if the class for a config file of `folder` is in code beside it, and not in transformers.
+
+    False for a file that is missing or unreadable: others report that.
+    """
+    entries = _entries_if_any(folder / config)
+    if not entries.get(AUTO_MAP):
+        return False
+    if config == MODEL:
+        return not _is_known_model(entries)
+    if config == TOKENIZER:
+        return not _is_known_tokenizer(entries, _entries_if_any(folder / MODEL))
+    return needs_code(folder, MODEL)
+
+
+def code_files(folder: Path) -> tuple[str, ...]:
+    """Return the names of the files with the code that the model in `folder` needs, sorted.
+
+    Modules that these import from their own folder are among them. Raises InputError for code that is missing, or in
+    another repository.
+    """
+    names: set[str] = set()
+    for config in (MODEL, TOKENIZER, *PROCESSORS):
+        if needs_code(folder, config):
+            for module in _modules(_entries_if_any(folder / config)[AUTO_MAP], folder / config):
+                names |= _with_imports(folder, f"{module}.py", config)
+    return tuple(sorted(names))
+
+
+def _entries_if_any(path: Path) -> dict[str, Any]:
     try:
         return read_json(path)
     except (OSError, ValueError):
         return {}
 
 
-def _known_model(entries: dict[str, Any]) -> bool:
-    """True if transformers has the model type of a config, and all its architectures."""
+def is_known_type(model_type: object) -> bool:
+    """True if the installed transformers has a config for a model type."""
     from transformers import CONFIG_MAPPING
 
-    kind, classes = entries.get("model_type"), entries.get("architectures") or []
-    known = isinstance(kind, str) and kind in CONFIG_MAPPING
-    return known and (not isinstance(classes, list) or all(name in _names() for name in classes))
+    return isinstance(model_type, str) and model_type in CONFIG_MAPPING
+
+
+def _is_known_model(entries: dict[str, Any]) -> bool:
+    """True if transformers has the model type of a config, and all its architectures."""
+    classes = entries.get("architectures") or []
+    is_known = is_known_type(entries.get("model_type"))
+    return is_known and (not isinstance(classes, list) or all(name in _transformers_names() for name in classes))
 
 
 @lru_cache(maxsize=1)
-def _names() -> frozenset[str]:
-    """Return what transformers has, by name; nothing is imported for that."""
+def _transformers_names() -> frozenset[str]:
+    """Return the names in transformers; nothing is imported for that."""
     import transformers
 
     return frozenset(dir(transformers))
 
 
-def _known_tokenizer(entries: dict[str, Any], model: dict[str, Any]) -> bool:
-    """True if transformers has the class of a tokenizer's config, or where that names none, one for the `model`."""
+def _is_known_tokenizer(entries: dict[str, Any], model: dict[str, Any]) -> bool:
+    """True if transformers has the class of a tokenizer's config; without one there, a tokenizer for the `model`."""
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 
     name = entries.get("tokenizer_class")
@@ -134,108 +208,18 @@ def _modules(auto_map: Any, place: Path) -> Iterator[str]:
             yield named[1]
 
 
-def _imported(folder: Path, name: str, config: str) -> set[str]:
+def _with_imports(folder: Path, name: str, config: str) -> set[str]:
     """Return a file of code, and those that it imports from its folder."""
     from transformers.dynamic_module_utils import get_relative_import_files
 
     try:
         paths = [folder / name, *map(Path, get_relative_import_files(folder / name))]
-        found = {path.relative_to(folder).as_posix() for path in paths}
+        names = {path.relative_to(folder).as_posix() for path in paths}
     except (OSError, ValueError) as error:
         raise InputError(
             f"{folder} lacks code that its {config} names, or it cannot be read ({first_line(error)}); download the "
             f"model again"
         ) from error
-    if outside := [each for each in found if "/" in each]:
+    if outside := [each for each in names if "/" in each]:
         raise InputError(f"{folder / name} imports {outside[0]}, which is not beside it; put all code into one folder")
-    return found
-
-
-# Python code in the folder or in another repository, and paths that older releases of transformers left there; it sets
-# or looks up all of them anew.
-PRIVATE = {
-    AUTO_MAP,
-    "custom_pipelines",
-    "_name_or_path",
-    "name_or_path",
-    "special_tokens_map_file",
-    "tokenizer_file",
-}
-
-
-def public_entries(entries: Mapping[str, Any], code: bool = False) -> dict[str, Any]:
-    """Return the entries of a config without those that are `PRIVATE`; `code`: True if its code goes along."""
-    kept = {AUTO_MAP} if code else set()
-    return {name: value for name, value in entries.items() if name in kept or name not in PRIVATE}
-
-
-def read_entries(path: Path, folder: Path) -> dict[str, Any]:
-    """Return the entries of a JSON file of the model in `folder`. Raises InputError where it has none to read."""
-    if not path.is_file():
-        empty = not any(folder.iterdir())
-        raise InputError(
-            f"the folder {folder} is empty; give a model folder"
-            if empty
-            else f"{folder} has no {path.name}; give a folder with a Hugging Face model"
-        )
-    try:
-        return read_json(path)
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} is not readable JSON ({reason(error)}); download it again") from error
-
-
-MOST_LAYERS = 1024
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-SIZES = (
-    "hidden_size",
-    "vocab_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
-
-
-def config_errors() -> tuple[type[Exception], ...]:
-    """Return the errors that transformers and torch raise for impossible values and missing requirements."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    values = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
-    code = (NameError, SyntaxError)  # of a model's own
-    return (*values, *code, OSError, ImportError, MemoryError, StrictDataclassError)
-
-
-def reason(error: Exception, most: int = 200) -> str:
-    """Return the message of a library's error on one line of at most `most` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return (text if len(text) <= most else f"{text[:most]}...").rstrip(".")
-
-
-def valid_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Return the config of the model in `folder`. Raises InputError for one that transformers cannot read."""
-    try:
-        return load_config(folder, trust_remote_code)
-    except config_errors() as error:
-        raise InputError(f"{folder / 'config.json'} is not a valid config ({reason(error)}); correct it") from error
-
-
-def check_numbers(number_of: Callable[[str], Any], place: str) -> None:
-    """Raise InputError for sizes that no model has, before a config or a model is made of them.
-
-    `number_of`: the value of an entry of the config by name, None without one; `place`: the config, for the sentence.
-    """
-    for key in (*LAYERS, *SIZES):
-        value, most = number_of(key), MOST_LAYERS if key in LAYERS else 2**31
-        each = value if isinstance(value, list) and len(value) <= MOST_LAYERS else [value]
-        least = 0 if isinstance(value, list) else 1  # a list has a number for each block
-        if not all(one is None or (type(one) is int and least <= one <= most) for one in each):
-            raise InputError(
-                f"{place} gives {key} as {str(value)[:50]!r}, which is no number from 1 to {most}; correct it"
-            )
-
-
-def context_length(model_config: PreTrainedConfig | None) -> int | None:
-    """The longest sequence a model is made for, None when its config does not say."""
-    context = getattr(model_config.get_text_config(), "max_position_embeddings", None) if model_config else None
-    return context if isinstance(context, int) and context > 0 else None
+    return names

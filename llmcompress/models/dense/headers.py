@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from llmcompress.errors import InputError, list_names
-from llmcompress.models.dense.config import read_entries, reason
-from llmcompress.models.files.integrity import INDEX
+from llmcompress.models.dense.config import read_entries
+from llmcompress.models.files.integrity import INDEX, SINGLE
 from llmcompress.models.files.reading import open_tensors
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names of dense dtypes, bytes per value
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that models are loaded in
 PACKED = {"I8": 1, "I16": 2, "U16": 2, "U32": 4, "F8_E4M3": 1, "F8_E5M2": 1}  # dtypes that other tools pack weights in
+COPY_AGAIN = "download or copy it again"
 BUFFERS = {"I64": 8, "I32": 4, "U8": 1, "BOOL": 1}  # further dtypes of persistent buffers
 
 
@@ -26,9 +26,8 @@ BUFFERS = {"I64": 8, "I32": 4, "U8": 1, "BOOL": 1}  # further dtypes of persiste
 class Piece:
     """A matrix or bias inside a stored tensor.
 
-    `expert`: its place in the first dimension of a tensor of all experts; None for rows of any other tensor. `rows`:
-    those of the matrix `[out, in]`, None for all; `transposed`: the matrix is stored as `[in, out]`. `scales`: the file
-    and the key of the scales of a matrix that is stored as MXFP4.
+    expert: its place in the first dimension of a tensor of all experts, None for rows of another tensor. rows: of the
+    matrix `[out, in]`, None for all. transposed: True if stored as `[in, out]`. scales: file and key of MXFP4 scales.
     """
 
     expert: int | None
@@ -37,7 +36,7 @@ class Piece:
     scales: tuple[Path, str] | None = None
 
     def of(self, stored: Any) -> Tensor:
-        """Return a copy of the piece of a slice of safetensors, of which nothing else is read."""
+        """Return a copy of the piece of a slice of safetensors; nothing else of it is read."""
         if self.expert is None:
             rows: Tensor = stored[self.rows]
             return rows
@@ -50,7 +49,7 @@ class Piece:
         return (turned if self.rows is None else turned[self.rows]).clone(memory_format=torch.contiguous_format)
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of the piece of a tensor of this shape, once it is unpacked."""
+        """Return the shape of the piece, unpacked, of a tensor of shape `stored`."""
         each = stored if self.expert is None else stored[1:]
         matrix = each[::-1] if self.transposed else each
         return matrix if self.rows is None else (len(range(matrix[0])[self.rows]), *matrix[1:])
@@ -60,7 +59,7 @@ class Piece:
 class Header:
     """One stored tensor: its shape, its dtype by safetensors' name, its file, and its key there.
 
-    With `piece`, shape and dtype are those of that part of it; with `parts`, those of the rows of all these tensors.
+    Shape and dtype are those of the `piece`, or of the rows of all `parts`, if there are any.
     """
 
     shape: tuple[int, ...]
@@ -98,36 +97,31 @@ def read_headers(folder: Path) -> dict[str, Header]:
     """Return the header of every tensor in the folder's safetensors files, by the names in the files."""
     stored: dict[str, Header] = {}
     for path in _weight_files(folder):
-        try:
-            with open_tensors(path) as file:
-                for key in file.keys():  # noqa: SIM118 - an open file is not a mapping
-                    piece = file.get_slice(key)
-                    if key in stored:
-                        raise InputError(
-                            f"tensor {key} is stored twice, in {stored[key].file.name} and {path.name} of {folder}; "
-                            f"remove the file that is not part of the model"
-                        )
-                    stored[key] = Header(tuple(piece.get_shape()), piece.get_dtype(), path, key)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path} is damaged ({reason(error)}); download or copy it again") from error
+        with open_tensors(path, COPY_AGAIN) as file:
+            for key in file.keys():  # noqa: SIM118 - an open file is not a mapping
+                piece = file.get_slice(key)
+                if key in stored:
+                    raise InputError(
+                        f"tensor {key} is stored twice, in {stored[key].file.name} and {path.name} of {folder}; "
+                        f"remove the file that is not part of the model"
+                    )
+                stored[key] = Header(tuple(piece.get_shape()), piece.get_dtype(), path, key)
     return stored
 
 
 def _weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files that make up the model, chosen as transformers chooses them."""
-    single = folder / "model.safetensors"
+    single, index = folder / SINGLE, folder / INDEX
     if single.is_file():
         return [single]
-    if (folder / INDEX).is_file():
-        names = read_entries(folder / INDEX, folder).get("weight_map")
+    if index.is_file():
+        names = read_entries(index, folder).get("weight_map")
         if not isinstance(names, dict) or not names:
-            raise InputError(f"{folder / INDEX} has no weight_map; download the model again")
+            raise InputError(f"{index} has no weight_map; download the model again")
         files = sorted({str(name) for name in names.values()})
         outside = [name for name in files if Path(name).name != name or not name.endswith(".safetensors")]
         if outside:
-            raise InputError(
-                f"{folder / INDEX} names {outside[0]!r}, which is no safetensors file of the folder; correct it"
-            )
+            raise InputError(f"{index} names {outside[0]!r}, which is no safetensors file of the folder; correct it")
         absent = [name for name in files if not (folder / name).is_file()]
         if absent:
             raise InputError(f"{folder} lacks {list_names(absent)}, which {INDEX} names; download the model again")
@@ -136,20 +130,18 @@ def _weight_files(folder: Path) -> list[Path]:
         raise InputError(
             f"{folder} has its weights only as pickle files, which can run code; save them as safetensors first"
         )
-    raise InputError(f"{folder} has no model.safetensors and no {INDEX}; give a folder with the model's weights")
+    raise InputError(f"{folder} has no {SINGLE} and no {INDEX}; give a folder with the model's weights")
 
 
 def read_tensor(header: Header) -> Tensor:
     """Return a copy of one tensor; its file is closed again."""
     if header.parts:
         return torch.cat([read_tensor(part) for part in header.parts])
-    try:
-        with open_tensors(header.file) as file:
-            if header.piece is not None:
-                return header.piece.of(file.get_slice(header.key))
-            return file.get_tensor(header.key).clone()  # the original is a window into the mapped file
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{header.file} is damaged ({reason(error)}); download or copy it again") from error
+    with open_tensors(header.file, COPY_AGAIN) as file:
+        if header.piece is not None:
+            return header.piece.of(file.get_slice(header.key))
+        tensor: Tensor = file.get_tensor(header.key)
+        return tensor.clone()  # the original is a window into the mapped file
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

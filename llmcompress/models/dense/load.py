@@ -13,12 +13,12 @@ from torch import nn
 
 from llmcompress.errors import InputError, MemoryLimitError, is_out_of_memory, list_names
 from llmcompress.models.dense.config import (
+    MODEL,
     check_numbers,
     config_errors,
     load_config,
     model_code,
     read_entries,
-    reason,
     valid_config,
 )
 from llmcompress.models.dense.families import block_stack
@@ -26,40 +26,13 @@ from llmcompress.models.dense.headers import Header, read_headers
 from llmcompress.models.dense.locate import Place
 from llmcompress.models.dense.skeleton import auto_class, outline
 from llmcompress.models.files.integrity import weight_files
+from llmcompress.models.files.reading import error_text
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.memory import total_memory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.utils.quantization_config import QuantizationConfigMixin
-
-
-def own_sizes(entries: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Return the `[out, in]` by linear that the entries of such a model's config.json tell; empty for any other model.
-
-    Raises InputError for entries that are damaged.
-    """
-    packing = entries.get("quantization_config")
-    if not isinstance(packing, dict) or packing.get("layers") or not packing.get("sizes"):
-        return {}
-    from llmcompress.models.transformers.hf_quantizer import NAME, LLMCompressConfig
-
-    return LLMCompressConfig(**packing).sizes if packing.get("quant_method") == NAME else {}
-
-
-def is_dense(entries: Mapping[str, Any]) -> bool:
-    """True if the entries of a config.json tell of a model without a compressed matrix."""
-    return not entries.get("quantization_config") or bool(own_sizes(entries))
-
-
-def with_sizes(model: PreTrainedModel, sizes: Mapping[str, list[int]]) -> PreTrainedModel:
-    """Return a model on meta with its linears resized. Raises InputError for sizes that do not fit each other."""
-    if sizes:
-        from llmcompress.models.transformers.hf_quantizer import resize
-
-        resize(model, sizes)
-    return model
-
 
 ADAPTER = "adapter_config.json"
 
@@ -72,81 +45,110 @@ def load_model(
 ) -> PreTrainedModel:
     """Return a model in eval mode: dense, or compressed by llmcompress or a tool that transformers knows.
 
-    The host's memory holds one tensor at a time on its way to another device, and on the CPU none whose stored dtype is
-    `dtype`: that one is a window into its file, which all processes share. `quantization` says how to quantize a dense
-    model while it is loaded. Raises InputError if the model cannot be loaded, RecipeError if the device is missing.
+    The host's memory holds one tensor at a time on its way to another device. On the CPU a tensor whose stored dtype is
+    `dtype` is a window into its file, which all processes share. `quantization`: to quantize a dense model while it is
+    loaded. Raises InputError for a model that cannot be loaded, RecipeError for a missing device.
     """
-    there = device_of(device)
+    target = device_of(device)
     is_dense = check_outline(place)[0] and quantization is None
     trusted = model_code(place.folder, place.trust_remote_code)
-    how: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
-    if how or there.type != "cpu":
-        how["device_map"] = device
+    options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
+    if options or target.type != "cpu":
+        options["device_map"] = device
     failures: tuple[type[Exception], ...] = (*config_errors(), SafetensorError)
     model: PreTrainedModel
     try:
-        loader = auto_class(load_config(place.folder, trusted))
-        model, found = loader.from_pretrained(
+        model, info = auto_class(load_config(place.folder, trusted)).from_pretrained(
             place.folder,
             dtype=dtype,
             local_files_only=True,
             trust_remote_code=trusted,
             output_loading_info=True,
-            **how,
+            **options,
         )
     except failures as error:
         if is_out_of_memory(error):
             raise
-        raise InputError(f"{place.name} cannot be loaded ({reason(error)}); download or write it again") from error
-    if is_dense and found["missing_keys"]:  # transformers has drawn random numbers for them
-        raise _lacking(place.folder, sorted(found["missing_keys"]))
-    placed: nn.Module = model
-    if quantization is None and model.device != there:  # what other tools quantized refuses to be moved
-        placed.to(there)
+        raise InputError(f"{place.name} cannot be loaded ({error_text(error)}); download or write it again") from error
+    if is_dense and info["missing_keys"]:  # transformers has drawn random numbers for them
+        raise missing_weights(place.folder, sorted(info["missing_keys"]))
+    module: nn.Module = model
+    if quantization is None and model.device != target:  # what other tools quantized refuses to be moved
+        module.to(target)
     return model.eval()
 
 
-def check_outline(found: Place) -> tuple[bool, PreTrainedModel | None]:
+def missing_weights(folder: Path, names: Sequence[str]) -> InputError:
+    """Return the error of a folder without these weights."""
+    return InputError(
+        f"{folder} lacks weights that its config requires: {list_names(names)}; download the model again or correct "
+        f"config.json"
+    )
+
+
+def check_outline(place: Place) -> tuple[bool, PreTrainedModel | None]:
     """Check a config against the tensors beside it, before transformers builds a model.
 
-    Returns True if it is dense, and the model on meta, None for weights in other files than safetensors.
-
-    Raises InputError for sizes that they do not have, and for a model whose code is not trusted.
+    Returns True for a dense one, and the model on meta, None for weights in other files than safetensors. Raises
+    InputError for sizes beyond the tensors', and for a model whose code is not trusted.
     """
-    folder = found.folder
+    folder = place.folder
     if (folder / ADAPTER).is_file():
         raise InputError(
             f"{folder} has an {ADAPTER} beside its weights, so transformers would load the model that it names; "
             f"remove that file, or merge the adapter into the model"
         )
-    place = folder / "config.json"
-    entries = read_entries(place, folder)
-    check_numbers(entries.get, str(place))
+    entries = read_entries(folder / MODEL, folder)
+    check_numbers(entries.get, str(folder / MODEL))
     packing = entries.get("quantization_config") or {}
     if not isinstance(packing, dict):
-        raise InputError(f"{place} has a quantization_config that is no object; download or write it again")
+        raise InputError(f"{folder / MODEL} has a quantization_config that is no object; download or write it again")
     if not any(folder.glob("*.safetensors*")):
         return is_dense(entries), None
     stored = read_headers(folder)
-    config = valid_config(folder, found.trust_remote_code)
-    model = outline(config, folder, len(stored), _disk(stored), found.trust_remote_code)
-    with_sizes(model, own_sizes(entries))
-    weights = sum(parameter.numel() for parameter in model.parameters())
+    model = sized_outline(valid_config(folder, place.trust_remote_code), place, stored, own_sizes(entries))
+    weights = _weights(model)
     if not packing and weights > 2 * sum(prod(header.shape) for header in stored.values()):
-        raise InputError(f"{place} describes a model of {weights} weights, which the files beside it lack; correct it")
+        raise InputError(
+            f"{folder / MODEL} describes a model of {weights} weights, which the files beside it lack; correct it"
+        )
     return is_dense(entries), model
 
 
-def _disk(stored: dict[str, Header]) -> int:
-    """Return the bytes of the files that hold these tensors."""
-    return sum(path.stat().st_size for path in {header.file for header in stored.values()})
+def sized_outline(
+    config: PreTrainedConfig, place: Place, stored: Mapping[str, Header], sizes: Mapping[str, Sequence[int]]
+) -> PreTrainedModel:
+    """Return the model that a config describes, on meta, with linears of these `sizes`; raises as `outline` does."""
+    disk = sum(path.stat().st_size for path in {header.file for header in stored.values()})
+    return with_sizes(outline(config, place.folder, len(stored), disk, place.trust_remote_code), sizes)
 
 
-def _lacking(folder: Path, missing: list[str]) -> InputError:
-    return InputError(
-        f"{folder} lacks weights that its config requires: {list_names(missing)}; download the model again or correct "
-        f"config.json"
-    )
+# A dense model whose blocks have widths of their own has them in the `quantization_config` that lets llmcompress help
+# transformers to load it: other entries of a config have no place for them. It names no compressed matrix.
+
+
+def own_sizes(entries: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Return the `[out, in]` by linear in a config.json of such a model, empty for any other. Raises InputError."""
+    packing = entries.get("quantization_config")
+    if not isinstance(packing, dict) or packing.get("layers") or not packing.get("sizes"):
+        return {}
+    from llmcompress.models.transformers.hf_quantizer import NAME, LLMCompressConfig
+
+    return LLMCompressConfig(**packing).sizes if packing.get("quant_method") == NAME else {}
+
+
+def is_dense(entries: Mapping[str, Any]) -> bool:
+    """True if the entries of a config.json name no compressed matrix."""
+    return not entries.get("quantization_config") or bool(own_sizes(entries))
+
+
+def with_sizes(model: PreTrainedModel, sizes: Mapping[str, Sequence[int]]) -> PreTrainedModel:
+    """Return a model on meta with its linears resized. Raises InputError for sizes that do not fit each other."""
+    if sizes:
+        from llmcompress.models.transformers.hf_quantizer import resize
+
+        resize(model, sizes)
+    return model
 
 
 def check_fits(
@@ -156,27 +158,26 @@ def check_fits(
     passing: Sequence[Place] = (),
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Raise MemoryLimitError if models in a `dtype`, `whole` ones and those `passing` block by block, do not fit into
-    the machine's memory together.
+    """Raise MemoryLimitError unless models in a `dtype` fit into the machine's memory together.
 
-    Of those that pass, a compressed one is in memory as it is stored, beside the block that is decoded. `doing` is the
-    beginning of the sentence.
+    `whole` ones are held whole, `passing` ones block by block: a compressed one as it is stored, beside the decoded
+    block. `doing`: the beginning of the message.
     """
     if device != "cpu":
         return
-    there = total_memory()
-    sizes = {place.name: _held(place, place in whole, dtype.itemsize) for place in (*whole, *passing)}
-    if sum(sizes.values()) > there:
-        held = " and ".join(f"{name} ({size / 1e9:.1f} GB)" for name, size in sizes.items())
+    memory = total_memory()
+    sizes = {place.name: _bytes_held(place, place in whole, dtype.itemsize) for place in (*whole, *passing)}
+    if sum(sizes.values()) > memory:
+        models = " and ".join(f"{name} ({size / 1e9:.1f} GB)" for name, size in sizes.items())
         kind = str(dtype).removeprefix("torch.")
         raise MemoryLimitError(
-            f"{doing} holds {held} in {kind}, and this machine has {there / 1e9:.1f} GB; take a larger "
-            f"machine, or a device with --device"
+            f"{doing} holds {models} in {kind}, and this machine has {memory / 1e9:.1f} GB; take a larger machine, or "
+            f"a device with --device"
         )
 
 
-def _held(place: Place, whole: bool, each: int) -> int:
-    """Return the bytes that a model takes; `each`: those of a weight."""
+def _bytes_held(place: Place, whole: bool, each: int) -> int:
+    """Return the bytes of a model in memory; `each`: of a weight."""
     is_dense, model = check_outline(place)
     if model is None:
         return 0

@@ -1,7 +1,7 @@
-"""A dense model to compress: its config, the headers of its tensors, and one tensor at a time when asked.
+"""A dense model to compress: its config, the headers of its tensors, and one tensor at a time when it is read.
 
-Nothing here holds weights. `resolve` reads the config and the safetensors headers and refuses what cannot be
-compressed before any work is done; `DenseModel.read` opens one file, copies one tensor and lets the file go.
+Nothing here holds weights. `resolve` reads the config and the safetensors headers and refuses whatever cannot be
+compressed before any work is done; `DenseModel.read` opens one file, copies one tensor and closes the file.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from llmcompress.models.dense.config import (
     MODEL,
     check_numbers,
     code_files,
+    is_known_type,
     model_code,
     needs_code,
     public_entries,
@@ -30,9 +31,9 @@ from llmcompress.models.dense.config import (
 )
 from llmcompress.models.dense.experts import unfuse
 from llmcompress.models.dense.headers import BUFFERS, FLOATS, Header, read_headers, read_tensor
-from llmcompress.models.dense.load import _disk, _lacking, load_model, own_sizes, with_sizes
+from llmcompress.models.dense.load import load_model, missing_weights, own_sizes, sized_outline, with_sizes
 from llmcompress.models.dense.locate import Place, locate, public_name
-from llmcompress.models.dense.skeleton import architectures, class_names, dense_skeleton, is_causal, outline
+from llmcompress.models.dense.skeleton import architectures, class_names, dense_skeleton, is_causal
 from llmcompress.models.dense.stored_names import rename_headers
 from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.models.files.identity import content_digest, tokenizer_digest
@@ -46,11 +47,11 @@ RENAMED = {"lm_head.weight": "embed_out.weight"}  # model's name -> name on disk
 
 @dataclass(frozen=True, eq=False)
 class DenseModel:
-    """A dense causal language model on disk.
+    """A dense model on disk.
 
-    `tensors` are keyed by the model's own names, whatever the file calls them. `tied` maps names to the ones they are
-    stored under (mostly the output head). `revision` is the Hub commit; `notes` are for the report.
-    `trust_remote_code`: as in `locate.Place`. `sizes`: of linears that the config does not tell, `[out, in]` by name.
+    `tensors`: headers by the model's own names, whatever the file calls them. `tied`: names to the ones they are stored
+    under (mostly the output head). `revision`: the Hub commit. `notes`: for the report. `trust_remote_code`: as in
+    `Place`. `sizes`: `[out, in]` by name of linears whose size the rest of the config does not give.
     """
 
     name: str
@@ -67,7 +68,7 @@ class DenseModel:
 
     @property
     def place(self) -> Place:
-        """The place that it was opened at, without what only its report says."""
+        """The place that it was opened at, without the entries for its report."""
         return Place(self.name, self.folder, trust_remote_code=self.trust_remote_code)
 
     @property
@@ -91,23 +92,22 @@ class DenseModel:
         return sum(header.bytes for header in self.tensors.values())
 
     def read(self, name: str) -> Tensor:
-        """Return a copy of the tensor `name` in its stored dtype. Raises InputError if its file is damaged."""
+        """Return a copy of the tensor `name` in its stored dtype. Raises InputError for a damaged file."""
         return read_tensor(self.tensors[self.tied.get(name, name)])
 
     def content(self) -> dict[str, str]:
-        """Return digests of the files that decide what becomes of the model: weights, config, tokenizer, own code."""
+        """Return digests of the files that decide the result of a run: weights, config, tokenizer, own code."""
         weights = sorted({part.file for header in self.tensors.values() for part in (header, *header.parts)})
         code = {"the model's code": content_digest([self.folder / name for name in self.code])} if self.code else {}
         return {
             "the model's weights": content_digest(weights),
-            "the model's config.json": content_digest([self.folder / "config.json"]),
+            "the model's config.json": content_digest([self.folder / MODEL]),
             "the model's tokenizer": tokenizer_digest(self.folder),
         } | code
 
     def config_entries(self) -> dict[str, Any]:
         """Return the entries of the model's config.json that an output may have."""
-        entries = read_entries(self.folder / "config.json", self.folder)
-        return public_entries(entries, needs_code(self.folder, MODEL))
+        return public_entries(read_entries(self.folder / MODEL, self.folder), needs_code(self.folder, MODEL))
 
     def skeleton(self) -> PreTrainedModel:
         """Return a new model in eval mode, with parameters on meta and real buffers."""
@@ -115,25 +115,22 @@ class DenseModel:
         return with_sizes(model, self.sizes)
 
     def load(self, device: str = "cpu") -> PreTrainedModel:
-        """Return the whole model as it lies on disk, in float32, its linears as `skeleton` has them.
-
-        Raises what `load_model` raises.
-        """
+        """Return the whole model in float32, its linears as `skeleton` has them. Raises what `load_model` raises."""
         model = load_model(self.place, device)
         unfuse(model)
         return model
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Return the model's tokenizer. Raises InputError if the folder has none that transformers can read."""
+        """Return the model's tokenizer. Raises InputError if transformers can read none."""
         return load_tokenizer(self.folder, self.trust_remote_code)
 
 
 def resolve(model: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> DenseModel:
     """Return the dense model that `model` names (see `locate`), checked by its config and tensor headers alone.
 
-    Raises InputError for a missing, empty or damaged folder, for anything but a causal language model with plain
-    floating-point safetensors, for weights that are missing or have other shapes than the config requires, and for code
-    that is needed and not trusted.
+    Raises InputError for a missing, empty or damaged folder, for anything but a dense model of text in plain
+    floating-point safetensors, for weights that are missing or have other shapes than the config requires, and for
+    needed code that is not trusted.
     """
     return open_source(locate(model, revision, trust_remote_code))
 
@@ -142,12 +139,15 @@ def open_source(place: Place) -> DenseModel:
     """Return the dense model of a place that `locate` found; raises what `resolve` raises."""
     config = read_config(place.folder, place.trust_remote_code)
     stored = read_headers(place.folder)
-    sizes = own_sizes(read_entries(place.folder / MODEL, place.folder))
-    skeleton = outline(config, place.folder, len(stored), _disk(stored), place.trust_remote_code)
-    with_sizes(skeleton, sizes)
-    tensors, tied, unused = _match(skeleton, stored, place.folder)
-    note = f"{len(unused)} stored tensors are not part of the model, {unused[0]} for one" if unused else ""
-    notes = tuple(one for one in (*place.notes, note, _unused_code(place)) if one)
+    entries = read_entries(place.folder / MODEL, place.folder)
+    sizes = own_sizes(entries)
+    tensors, tied, unused = _match(sized_outline(config, place, stored, sizes), stored, place.folder)
+    notes = [*place.notes]
+    if unused:
+        notes.append(f"{len(unused)} stored tensors are not part of the model, {unused[0]} for one")
+    if place.trust_remote_code and entries.get(AUTO_MAP) and not needs_code(place.folder, MODEL):
+        kind = entries["model_type"]
+        notes.append(f"transformers knows {kind} itself, so the model's own code is not run, nor taken along")
     return DenseModel(
         place.name,
         place.folder,
@@ -155,7 +155,7 @@ def open_source(place: Place) -> DenseModel:
         config,
         tensors,
         tied,
-        notes,
+        tuple(notes),
         hub_id=place.hub_id,
         license=place.license or _license(place.folder),
         trust_remote_code=place.trust_remote_code,
@@ -163,28 +163,20 @@ def open_source(place: Place) -> DenseModel:
     )
 
 
-def _unused_code(place: Place) -> str:
-    """Return a sentence on code that is trusted and has no use; empty for any other model."""
-    entries = read_entries(place.folder / MODEL, place.folder)
-    if not place.trust_remote_code or not entries.get(AUTO_MAP) or needs_code(place.folder, MODEL):
-        return ""
-    return f"transformers knows {entries['model_type']} itself, so the model's own code is not run, nor taken along"
-
-
 def _license(folder: Path) -> str | None:
-    """Return the licence in the metadata of the folder's model card; None if there is none."""
+    """Return the licence in the metadata of the folder's model card, if any."""
     from huggingface_hub import ModelCard
 
     try:
-        found = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.license
+        name = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.license
     except (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError, YAMLError):
         return None
-    return found if isinstance(found, str) else None
+    return name if isinstance(name, str) else None
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Return the config of the dense causal language model in `folder`. Raises InputError for any other folder."""
-    entries = read_entries(folder / "config.json", folder)
+    """Return the config of the dense model of text in `folder`. Raises InputError for any other folder."""
+    entries = read_entries(folder / MODEL, folder)
     kind = entries.get("model_type")
     quantization = entries.get("quantization_config") or {}
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -193,30 +185,24 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
         raise InputError(
             f"{folder} is already compressed (quant_method {str(method)!r}); start from the dense checkpoint"
         )
-    if not model_code(folder, trust_remote_code) and not _known_type(kind):
+    if not model_code(folder, trust_remote_code) and not is_known_type(kind):
         raise InputError(
-            f"{folder / 'config.json'} names model_type {kind!r}, which the installed transformers does not know; "
-            f"install a newer transformers or choose another model"
+            f"{folder / MODEL} names model_type {kind!r}, which the installed transformers does not know; install a "
+            f"newer transformers or choose another model"
         )
-    check_numbers(entries.get, str(folder / "config.json"))
+    check_numbers(entries.get, str(folder / MODEL))
     config = valid_config(folder, trust_remote_code)
-    _refuse_other_tasks(config, folder)
+    _check_task(config, folder)
     if sizes:
         del config.quantization_config  # which says no more than the sizes
     return config
 
 
-def _known_type(kind: object) -> bool:
-    from transformers import CONFIG_MAPPING
-
-    return isinstance(kind, str) and kind in CONFIG_MAPPING
-
-
-def _refuse_other_tasks(config: PreTrainedConfig, folder: Path) -> None:
+def _check_task(config: PreTrainedConfig, folder: Path) -> None:
     """Raise InputError unless the config's type is one of text, perhaps with images, and this is a class of it."""
     known, classes = class_names(config), architectures(config)
-    if not isinstance(classes, list) or not all(isinstance(one, str) and one.isidentifier() for one in classes):
-        raise InputError(f"{folder / 'config.json'} names architectures that are no classes; correct it")
+    if not isinstance(classes, list) or not all(isinstance(name, str) and name.isidentifier() for name in classes):
+        raise InputError(f"{folder / MODEL} names architectures that are no classes; correct it")
     names = [name for each in known.values() for name in each]
     if not names or getattr(config, "is_encoder_decoder", False):
         raise InputError(
@@ -224,9 +210,9 @@ def _refuse_other_tasks(config: PreTrainedConfig, folder: Path) -> None:
             f"that is"
         )
     if not any(name in names for name in classes) and (classes or not is_causal(config)):
-        found = f"holds a {classes[0]}" if classes else "names no architectures"
+        fault = f"holds a {classes[0]}" if classes else "names no architectures"
         raise InputError(
-            f"{folder} {found}, not a causal language model, an encoder or a classifier of text ({list_names(names)}); "
+            f"{folder} {fault}, not a causal language model, an encoder or a classifier of text ({list_names(names)}); "
             f"choose a checkpoint that is one"
         )
 
@@ -241,51 +227,49 @@ def _match(
     prefix = f"{skeleton.base_model_prefix}."
     parameters = dict(skeleton.named_parameters(remove_duplicate=False))
     known = rename_headers(skeleton, stored, folder) | stored
-    found: dict[str, Header] = {}
+    headers: dict[str, Header] = {}
     for name, value in {**skeleton.state_dict(), **parameters}.items():
         candidates = (name, name.removeprefix(prefix), prefix + name, RENAMED.get(name, name))
         key = next((key for key in candidates if key in known), None)
         if key is not None:
-            found[name] = _checked(known[key], tuple(value.shape), name in parameters)
-    used = {key for header in found.values() for key in header.keys}
-    tied = _tie(dict(getattr(skeleton, "all_tied_weights_keys", None) or {}), found)
-    missing = [name for name in parameters if tied.get(name, name) not in found]
+            _check_header(known[key], tuple(value.shape), name in parameters)
+            headers[name] = known[key]
+    used = {key for header in headers.values() for key in header.keys}
+    tied = _tie(dict(getattr(skeleton, "all_tied_weights_keys", None) or {}), headers)
+    missing = [name for name in parameters if tied.get(name, name) not in headers]
     if missing:
-        raise _lacking(folder, missing)
-    return found, tied, [key for key in stored if key not in used]
+        raise missing_weights(folder, missing)
+    return headers, tied, [key for key in stored if key not in used]
 
 
-def _checked(header: Header, shape: tuple[int, ...], is_weight: bool) -> Header:
+def _check_header(header: Header, shape: tuple[int, ...], is_weight: bool) -> None:
+    place = f"{header.key} in {header.file}"
     if header.shape != shape:
         raise InputError(
-            f"{header.key} in {header.file} has shape {list(header.shape)} where the config requires {list(shape)}; "
-            f"config.json and the weights do not belong together"
+            f"{place} has shape {list(header.shape)} where the config requires {list(shape)}; config.json and the "
+            f"weights do not belong together"
         )
     if is_weight and header.dtype not in FLOATS:
         raise InputError(
-            f"{header.key} in {header.file} is stored as {header.dtype}, so it is already compressed; "
-            f"start from a checkpoint in bfloat16, float16 or float32"
+            f"{place} is stored as {header.dtype}, so it is already compressed; start from a checkpoint in bfloat16, "
+            f"float16 or float32"
         )
     if header.dtype not in FLOATS | BUFFERS:
-        raise InputError(f"{header.key} in {header.file} is stored as {header.dtype}; start from the dense checkpoint")
-    return header
+        raise InputError(f"{place} is stored as {header.dtype}; start from the dense checkpoint")
 
 
-def _tie(declared: dict[str, str], found: dict[str, Header]) -> dict[str, str]:
-    """Return the `declared` ties (alias to origin) that hold by the rules of transformers; move `found` to the origins.
+def _tie(declared: dict[str, str], headers: dict[str, Header]) -> dict[str, str]:
+    """Return the `declared` ties (alias to origin) that hold by the rules of transformers; leave origins in `headers`.
 
     A file may store the shared tensor under either name or both. Two tensors that differ are not tied.
     """
     tied = {}
     for alias, origin in declared.items():
-        if (
-            alias in found
-            and origin in found
-            and not torch.equal(read_tensor(found[alias]), read_tensor(found[origin]))
-        ):
+        is_double = alias in headers and origin in headers
+        if is_double and not torch.equal(read_tensor(headers[alias]), read_tensor(headers[origin])):
             continue
-        header = found.pop(alias, None)
+        header = headers.pop(alias, None)
         if header is not None:
-            found.setdefault(origin, header)
+            headers.setdefault(origin, header)
         tied[alias] = origin
     return tied

@@ -1,7 +1,8 @@
-"""The auto class of transformers that a checkpoint is loaded with, by the class that its config names.
+"""The model that a config describes, without its weights, and the auto class of transformers that loads it.
 
-That class may be one of language models, of those that see or hear, of encoders, of classifiers of text, or of bodies
-without a head. Only the first two predict the next token.
+A checkpoint may hold a language model, one that sees or hears, an encoder, a classifier of text, or a body without a
+head. Only the first two predict the next token. `outline` is for configs that nothing vouches for: it allocates
+nothing, and stops at more parameters than are stored.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import torch
 from torch import nn
 
 from llmcompress.errors import InputError
-from llmcompress.models.dense.config import AUTO_MAP, config_errors, load_config, model_code, reason
+from llmcompress.models.dense.config import AUTO_MAP, MODEL, config_errors, load_config, model_code
 from llmcompress.models.dense.experts import unfuse
+from llmcompress.models.files.reading import error_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+SPARE = 500_000_000  # bytes that a load may take beside those on disk
 CAUSAL, MULTIMODAL, MASKED = "AutoModelForCausalLM", "AutoModelForMultimodalLM", "AutoModelForMaskedLM"
 BODY = "AutoModel"
 HEADS = {  # auto class -> its table in transformers, the likelier first
@@ -41,8 +44,7 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 
 def auto_name(config: PreTrainedConfig) -> str:
-    """Return the name of the auto class of a checkpoint: by its `architectures`, without them that of its likeliest
-    task."""
+    """Return the name of a checkpoint's auto class: by its `architectures`, else by its likeliest task."""
     known, written = class_names(config), architectures(config)
     named = next((name for name, classes in known.items() if set(classes) & set(written)), None)
     if named is not None:
@@ -56,18 +58,18 @@ def class_names(config: PreTrainedConfig) -> dict[str, list[str]]:
 
     own = getattr(config, AUTO_MAP, None)
     own = own if isinstance(own, dict) else {}
-    found = {}
+    names = {}
     for name, table in {**HEADS, BODY: "MODEL_MAPPING_NAMES"}.items():
         classes = getattr(modeling_auto, table).get(config.model_type) or ()
         coded = [str(own[name]).rpartition(".")[2]] if own.get(name) else []
-        found[name] = [*([classes] if isinstance(classes, str) else classes), *coded]
-    if not any(found[name] for name in HEADS):
+        names[name] = [*([classes] if isinstance(classes, str) else classes), *coded]
+    if not any(names[name] for name in HEADS):
         return {}
-    return {name: classes for name, classes in found.items() if classes}
+    return {name: classes for name, classes in names.items() if classes}
 
 
 def architectures(config: PreTrainedConfig) -> Sequence[str]:
-    """Return the class names that a config gives."""
+    """Return the class names in a config."""
     return getattr(config, "architectures", None) or []
 
 
@@ -77,7 +79,7 @@ def is_causal(config: PreTrainedConfig) -> bool:
 
 
 def check_causal(config: PreTrainedConfig, doing: str) -> None:
-    """Raise InputError unless a checkpoint predicts the next token; `doing`: the beginning of the sentence."""
+    """Raise InputError unless a checkpoint predicts the next token; `doing`: the beginning of the message."""
     if not is_causal(config):
         raise InputError(
             f"{doing} takes a model that predicts the next token, and a {architectures(config)[0]} does not; choose a "
@@ -85,24 +87,35 @@ def check_causal(config: PreTrainedConfig, doing: str) -> None:
         )
 
 
-SPARE = 500_000_000  # bytes that a load may take beside those on disk
-
-
 def dense_skeleton(
     config: PreTrainedConfig, folder: Path, unfused: bool = True, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Return the model that a config describes, parameters on meta; `unfused`: with one linear for each matrix of its
-    experts.
+    """Return the model that a config describes, parameters on meta; `unfused`: with a linear for each expert's matrix.
 
-    Raises InputError if it cannot be built.
+    Raises InputError for a model that cannot be built.
     """
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        model = _built(config, folder, trust_remote_code)
+        model = _build(config, folder, trust_remote_code)
     if unfused:
         unfuse(model)
     return model
+
+
+def folder_skeleton(folder: Path, unfused: bool = True, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Return the dense model of the config in `folder`, even of a compressed one; see `dense_skeleton`."""
+    config = load_config(folder, trust_remote_code)
+    vars(config).pop("quantization_config", None)
+    return dense_skeleton(config, folder, unfused, trust_remote_code)
+
+
+def transposed_linears(folder: Path, trust_remote_code: bool = False) -> set[str]:
+    """Return the module paths of linears whose weight is `[in, out]` in the model that `folder` describes."""
+    from transformers.pytorch_utils import Conv1D
+
+    model = folder_skeleton(folder, trust_remote_code=trust_remote_code)
+    return {name for name, child in model.named_modules() if isinstance(child, Conv1D)}
 
 
 def outline(
@@ -110,12 +123,12 @@ def outline(
 ) -> PreTrainedModel:
     """Return the model that a config describes, all of it on meta.
 
-    Raises InputError if it cannot be built, if it has many more parameters than the `stored` tensors, and if its
-    buffers take more memory than the `disk` bytes of the weights allow.
+    Raises InputError for a model that cannot be built, that has many more parameters than the `stored` tensors, or
+    whose buffers take more memory than the `disk` bytes of the weights allow.
     """
-    with _counted(folder, 2 * stored + 100), torch.device("meta"):  # tied ones are stored once
-        model = _built(config, folder, trust_remote_code)
-    check_buffers(model, str(folder / "config.json"), disk)
+    with _limit_parameters(folder, 2 * stored + 100), torch.device("meta"):  # tied ones are stored once
+        model = _build(config, folder, trust_remote_code)
+    check_buffers(model, str(folder / MODEL), disk)
     unfuse(model)
     return model
 
@@ -130,8 +143,8 @@ def check_buffers(model: nn.Module, place: str, disk: int) -> None:
         )
 
 
-def _built(config: PreTrainedConfig, folder: Path, trust_remote_code: bool) -> PreTrainedModel:
-    """Return a new model, whose weights nobody has drawn: there are none on meta, and to draw them takes longest."""
+def _build(config: PreTrainedConfig, folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+    """Return a new model without drawing its weights, which takes longest; on meta it has none."""
     from transformers.initialization import no_init_weights
 
     trusted = model_code(folder, trust_remote_code)
@@ -141,55 +154,34 @@ def _built(config: PreTrainedConfig, folder: Path, trust_remote_code: bool) -> P
                 copy.deepcopy(config), dtype=torch.float32, trust_remote_code=trusted
             )
         model.tie_weights(recompute_mapping=False)  # which is left out with the drawing
-        if torch.get_default_device().type != "meta":
-            _fill_buffers(model)
+        if torch.get_default_device().type != "meta":  # let it compute the buffers that it fills with its weights
+            for module in model.modules():
+                vars(module)["_is_hf_initialized"] = next(module.buffers(recurse=False), None) is None
+            model.initialize_weights()
     except config_errors() as error:
         raise InputError(
-            f"{folder / 'config.json'} does not describe a {config.model_type} model that can be built "
-            f"({reason(error)}); correct it"
+            f"{folder / MODEL} does not describe a {config.model_type} model that can be built ({error_text(error)}); "
+            f"correct it"
         ) from error
     return model.eval()
 
 
-def _fill_buffers(model: PreTrainedModel) -> None:
-    """Let the model compute those buffers that it fills with its weights."""
-    for module in model.modules():
-        vars(module)["_is_hf_initialized"] = next(module.buffers(recurse=False), None) is None
-    model.initialize_weights()
-
-
 @contextmanager
-def _counted(folder: Path, most: int) -> Iterator[None]:
-    """Raise InputError as soon as a module is given more than `most` parameters in all."""
+def _limit_parameters(folder: Path, most: int) -> Iterator[None]:
+    """Raise InputError as soon as modules are given more than `most` parameters in all."""
     count = 0
 
-    def met(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal count
         count += parameter is not None
         if count > most:
             raise InputError(
-                f"{folder / 'config.json'} describes a model of more tensors than the weights beside it hold; "
-                f"download the model again or correct it"
+                f"{folder / MODEL} describes a model of more tensors than the weights beside it hold; download the "
+                f"model again or correct it"
             )
 
-    handle = nn.modules.module.register_module_parameter_registration_hook(met)
+    handle = nn.modules.module.register_module_parameter_registration_hook(register)
     try:
         yield
     finally:
         handle.remove()
-
-
-def transposed_linears(folder: Path, trust_remote_code: bool = False) -> set[str]:
-    """Return the module paths of linears whose weight is `[in, out]` in the model that `folder` describes."""
-    from transformers.pytorch_utils import Conv1D
-
-    model = folder_skeleton(folder, trust_remote_code=trust_remote_code)
-    return {name for name, child in model.named_modules() if isinstance(child, Conv1D)}
-
-
-def folder_skeleton(folder: Path, unfused: bool = True, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Return the dense model that the config in `folder`, of a dense or a compressed one, describes; see
-    `dense_skeleton`."""
-    config = load_config(folder, trust_remote_code)
-    vars(config).pop("quantization_config", None)
-    return dense_skeleton(config, folder, unfused, trust_remote_code)

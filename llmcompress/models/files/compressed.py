@@ -1,20 +1,19 @@
-"""A compressed checkpoint opened for export, one layer at a time."""
+"""A compressed checkpoint on disk: opened one layer at a time, decoded as it is read, and checked once written."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from llmcompress.errors import InputError, first_line, list_names
+from llmcompress.errors import InputError, list_names
+from llmcompress.models.dense.companions import check_generation_config
 from llmcompress.models.dense.config import MODEL, check_numbers, load_config, model_code, needs_code, public_entries
 from llmcompress.models.dense.headers import read_headers
 from llmcompress.models.dense.locate import Place
@@ -40,11 +39,9 @@ if TYPE_CHECKING:
 class CompressedCheckpoint:
     """A compressed checkpoint on disk.
 
-    `layouts` has one entry for each compressed module, `tied` one for each matrix that several linears have in common,
-    `stored_layouts` both; `ties` has the name of that matrix for each such linear. `sizes` has the `[out, in]` of dense
-    linears that config.json does not tell otherwise. `files` maps each tensor to its file, `digests` each file to the
-    digests in its header.
-    `trust_remote_code`: as in `locate.Place`.
+    layouts: of each compressed module; tied: of each matrix that several linears have in common; stored_layouts: of
+    both. ties: the name of that matrix for each such linear. sizes: `[out, in]` of dense linears whose size the rest of
+    config.json does not give. files: of each tensor; digests: the entry of each file's header.
     """
 
     def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
@@ -53,9 +50,8 @@ class CompressedCheckpoint:
         model_code(folder, trust_remote_code)  # raises unless it is trusted
         self.folder, self.trust_remote_code = folder, trust_remote_code
         self.config = public_entries(read_json(folder / MODEL), needs_code(folder, MODEL))
-        check_numbers(self.config.get, str(folder / "config.json"))
-        entries = self.config.pop("quantization_config")
-        quantization = LLMCompressConfig(**entries)
+        check_numbers(self.config.get, str(folder / MODEL))
+        quantization = LLMCompressConfig(**self.config.pop("quantization_config"))
         self.stored_layouts, self.ties = quantization.table(), quantization.ties
         self.tied = {name: self.stored_layouts[name] for name in dict.fromkeys(self.ties.values())}
         self.layouts = {name: layout for name, layout in self.stored_layouts.items() if name not in self.tied}
@@ -63,7 +59,7 @@ class CompressedCheckpoint:
         self.files: dict[str, Path] = {}
         self.digests: dict[str, str] = {}
         for path in weight_files(folder):
-            with _opened(path) as file:
+            with open_tensors(path, MENDING) as file:
                 self.files.update(dict.fromkeys(file.keys(), path))
                 self.digests[path.name] = (file.metadata() or {}).get(DIGESTS, "")
         if lacking := [name for name in self.stored_layouts if f"{name}.weight" not in self.files]:
@@ -76,12 +72,12 @@ class CompressedCheckpoint:
 
     @property
     def dense_bytes(self) -> int:
-        """Upper bound of the size in bytes if all matrices were bfloat16."""
+        """Upper bound of the size in bytes with all matrices in bfloat16."""
         return 2 * sum(layout.size[0] * layout.size[1] for layout in self.layouts.values()) + self.bytes
 
     def read(self, name: str) -> Tensor:
         """Return one stored tensor. Raises InputError if its file is damaged."""
-        with _opened(self.files[name]) as file:
+        with open_tensors(self.files[name], MENDING) as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
@@ -105,16 +101,16 @@ class CompressedCheckpoint:
         return decode(layout.header, layout.views(payload))
 
     def parts(self, apart: Iterable[str] = ()) -> Iterator[tuple[list[str], list[str]]]:
-        """Yield compressed modules and names of other tensors, as many at a time as take PART bytes in bfloat16.
+        """Yield compressed modules and names of other tensors, at most PART bytes in bfloat16 at a time.
 
-        All that is in one of the modules `apart` comes at once, whatever it takes. A matrix that several linears have
-        in common is not yielded, since each of these has it in its `expression`.
+        All of a module in `apart` comes at once. A matrix that several linears have in common is left out, since it is
+        in the `expression` of each.
         """
         layers, tied = {f"{layer}.weight": layer for layer in self.layouts}, {f"{name}.weight" for name in self.tied}
         sizes = {}
-        there = [found for found in self.files.items() if found[0] not in tied]
-        for name, path in sorted(there, key=lambda found: (found[1], _natural(found[0]))):
-            with _opened(path) as file:
+        files = [(name, path) for name, path in self.files.items() if name not in tied]
+        for name, path in sorted(files, key=lambda file: (file[1], _natural(file[0]))):
+            with open_tensors(path, MENDING) as file:
                 values = prod(file.get_slice(name).get_shape())
             sizes[name] = 2 * (prod(self.layouts[layers[name]].size) if name in layers else values)
         groups = [[name for name in sizes if name.startswith(f"{module}.")] for module in apart]
@@ -129,16 +125,6 @@ def _natural(name: str) -> list[str | int]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """Open a weight file. Raises InputError for one that is damaged."""
-    try:
-        with open_tensors(path) as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged ({' '.join(str(error).split())}); {MENDING}") from error
-
-
 def round_to_bfloat16(value: Tensor) -> tuple[Tensor, float]:
     """Return a matrix in bfloat16, and its relative error."""
     stored = value.to(torch.bfloat16)
@@ -148,19 +134,17 @@ def round_to_bfloat16(value: Tensor) -> tuple[Tensor, float]:
 def check_kind(folder: Path) -> None:
     """Raise InputError for a folder without a checkpoint of llmcompress."""
     check_folder(folder)
-    try:
-        config = read_json(folder / "config.json")
-        kind = (config.get("quantization_config") or {}).get("quant_method")
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder / 'config.json'} cannot be read ({error}); give a compressed checkpoint") from error
-    if kind != NAME:
+    packing = read_json(folder / MODEL, "give a compressed checkpoint").get("quantization_config")
+    if not isinstance(packing, dict) or packing.get("quant_method") != NAME:
         raise InputError(f"{folder} holds no model compressed by llmcompress; give the folder that compress wrote")
 
 
 @dataclass(frozen=True, eq=False)
 class DecodedSource(DenseModel):
-    """A compressed model whose tensors are decoded, in float32, as they are read. `transposed`: the module paths of
-    linears that the model stores as `[in, out]`."""
+    """A compressed model whose tensors are decoded, in float32, as they are read.
+
+    transposed: the module paths of linears that the model stores as `[in, out]`.
+    """
 
     checkpoint: CompressedCheckpoint = field(kw_only=True)
     transposed: frozenset[str] = field(kw_only=True)
@@ -204,22 +188,14 @@ def decoded_source(place: Place) -> DecodedSource:
 
 
 def check_written(folder: Path, trust_remote_code: bool = False) -> None:
-    """Raise InputError unless transformers will load the compressed checkpoint in `folder`, with all beside it.
+    """Raise InputError unless transformers will load the compressed checkpoint in `folder`, and the files beside it.
 
     Every tensor is read and checked as a load does, one at a time, so no model has to fit into memory.
     """
-    from transformers import GenerationConfig
-
     config = load_config(folder, trust_remote_code)
     quantizer = LLMCompressQuantizer(LLMCompressConfig(**config.quantization_config))
     model = dense_skeleton(config, folder, trust_remote_code=trust_remote_code)
     quantizer.preprocess_model(model, checkpoint_files=[str(path) for path in weight_files(folder)])
     if tokenizer_files(folder):
         load_tokenizer(folder, trust_remote_code)
-    if (folder / "generation_config.json").is_file():
-        try:
-            GenerationConfig.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"the model's generation_config.json cannot be read ({first_line(error)}); correct or remove it"
-            ) from error
+    check_generation_config(folder)

@@ -1,8 +1,8 @@
-"""A checkpoint is one thing: every weight file says which others, which config and which tokenizer it belongs to.
+"""Digests that identify a model by its content, and bind the files of a checkpoint to each other.
 
 The entry BINDING of a safetensors header is JSON: `id`, a digest of all tensors, equal in all files of a checkpoint;
-`config`, of what config.json says about the numbers; `tokenizer`, of the tokenizer's files. So neither a file of a
-sibling run nor an edited config loads. Checkpoints of earlier versions have no such entry, and load as before.
+`config`, of the entries of config.json that change numbers; `tokenizer`, of the tokenizer's files. So neither a file of
+a sibling run nor an edited config loads. Checkpoints of earlier versions have no such entry, and load as before.
 """
 
 from __future__ import annotations
@@ -14,34 +14,22 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from llmcompress.errors import InputError
 from llmcompress.models.dense.config import code_files
 from llmcompress.models.files.integrity import BINDING, MENDING, weight_files
+from llmcompress.models.files.reading import error_text, open_tensors, read_json
 from llmcompress.models.files.tensor_files import shard_files
 
 SILENT = {  # entries of a config that change no number that the model computes
-    "architectures",
-    "auto_map",
-    "bos_token_id",
-    "decoder_start_token_id",
-    "dtype",
-    "eos_token_id",
-    "id2label",
-    "label2id",
-    "output_attentions",
-    "output_hidden_states",
-    "pad_token_id",
-    "problem_type",
+    *("architectures", "auto_map", "bos_token_id", "decoder_start_token_id", "dtype", "eos_token_id", "id2label"),
+    *("label2id", "output_attentions", "output_hidden_states", "pad_token_id", "problem_type", "return_dict"),
+    *("task_specific_params", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache"),
     "quantization_config",  # digests of the tensors bind it
-    "return_dict",
-    "task_specific_params",
-    "tokenizer_class",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
 }
+TOKENIZER = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*", "merges.txt"),
+    *("*.model", "*.tiktoken"),
+)
 
 
 def binding(folder: Path) -> dict[str, str]:
@@ -53,7 +41,7 @@ def binding(folder: Path) -> dict[str, str]:
 def saved_binding(config: Any, digests: Mapping[str, str]) -> dict[str, str]:
     """Return the header's entry for a model that transformers saves, with the `digests` of its tensors.
 
-    The tokenizer is saved apart, so nothing is said of it.
+    It leaves out the tokenizer, which is saved apart.
     """
     entries = json.loads(config.to_json_string(use_diff=True))
     root = sha256(json.dumps(dict(digests), sort_keys=True).encode()).hexdigest()
@@ -82,11 +70,7 @@ def check_binding(files: Sequence[Path]) -> None:
     config = files[0].parent / "config.json"
     if "config" not in first[1] or not config.is_file():
         return
-    try:
-        found = config_digest(json.loads(config.read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{config} cannot be read ({type(error).__name__}: {error}); {MENDING}") from error
-    if found != first[1]["config"]:
+    if config_digest(read_json(config, MENDING)) != first[1]["config"]:
         raise InputError(f"{config} is not the one that its weights were written with; {MENDING}")
 
 
@@ -99,17 +83,13 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def read_binding(path: Path) -> dict[str, str]:
-    """Return the entry of a weight file; empty for one that has none. Raises InputError for a damaged one."""
+    """Return the entry of a weight file; empty for one without. Raises InputError for a damaged file."""
+    with open_tensors(path, MENDING) as file:
+        text = (file.metadata() or {}).get(BINDING, "{}")
     try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(BINDING, "{}")
         return {str(key): str(value) for key, value in json.loads(text).items()}
-    except (OSError, SafetensorError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is damaged ({' '.join(str(error).split())}); {MENDING}") from error
-
-
-TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.*", "merges.txt")
-TOKENIZER_KINDS = ("*.model", "*.tiktoken")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error_text(error)}); {MENDING}") from error
 
 
 def content_digest(files: Iterable[Path]) -> str:
@@ -119,8 +99,8 @@ def content_digest(files: Iterable[Path]) -> str:
     """
     digest = sha256()
     for path in files:
-        found = path.stat()
-        digest.update(_digest(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+        state = path.stat()
+        digest.update(_digest(path, state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
     return digest.hexdigest()
 
 
@@ -132,8 +112,8 @@ def _digest(path: Path, *_state: int) -> bytes:
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """Return the files in a model's folder that decide how it reads text, sorted."""
-    found = {path for pattern in (*TOKENIZER, *TOKENIZER_KINDS) for path in folder.glob(pattern)}
-    return sorted(path for path in found if path.is_file())
+    paths = {path for pattern in TOKENIZER for path in folder.glob(pattern)}
+    return sorted(path for path in paths if path.is_file())
 
 
 def tokenizer_digest(folder: Path) -> str:
@@ -144,6 +124,6 @@ def tokenizer_digest(folder: Path) -> str:
 
 
 def teacher_digest(folder: Path) -> str:
-    """Return one digest of the files that decide what a model predicts: its config, its weights and its own code."""
+    """Return one digest of the files that decide a model's predictions: its config, its weights and its own code."""
     code = (folder / name for name in code_files(folder))
     return content_digest([folder / "config.json", *weight_files(folder), *code])

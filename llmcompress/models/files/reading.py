@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from llmcompress.errors import InputError
 
@@ -21,35 +21,57 @@ MOST_HEADER = 2**25  # bytes; about 300,000 tensors in one file
 
 
 def check_regular(path: Path) -> None:
-    """Raise InputError for a pipe, a device, a folder; links are followed. What is not there is left to the caller."""
+    """Raise InputError for a pipe, a device or a folder. Links are followed; a missing file passes."""
     if path.exists() and not path.is_file():
         raise InputError(f"{path} is no regular file; put the file of the model in its place")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises OSError where it cannot be opened, ValueError for any other content."""
-    check_regular(path)
-    if path.stat().st_size > MOST_JSON:
-        raise ValueError(f"it has more than {MOST_JSON >> 20} MiB")
+def read_json(path: Path, way_out: str | None = None, most: int = MOST_JSON) -> dict[str, Any]:
+    """Return the object in a JSON file of at most `most` bytes.
+
+    Raises OSError or ValueError for any other file; with a `way_out`, InputError that ends with it.
+    """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    if not isinstance(found, dict):
-        raise ValueError("it holds no JSON object")
-    return found
+        check_regular(path)
+        if path.stat().st_size > most:
+            raise ValueError(f"it has more than {most >> 20} MiB")
+        try:
+            entries = json.loads(path.read_text(encoding="utf-8"))
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
+        if not isinstance(entries, dict):
+            raise ValueError("it holds no JSON object")
+    except (OSError, ValueError) as error:
+        if way_out is None:
+            raise
+        raise InputError(f"{path} is not readable JSON ({error_text(error)}); {way_out}") from error
+    return entries
 
 
 @contextmanager
-def open_tensors(path: Path) -> Iterator[Any]:
-    """Open a safetensors file, as `safe_open` does and with its errors. Raises InputError for what is no such file."""
-    check_regular(path)
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-    if size > MOST_HEADER:
-        raise InputError(f"{path} is damaged (its header claims {size} bytes); download or write it again")
-    with safe_open(path, framework="pt") as opened:
-        yield opened
+def open_tensors(path: Path, way_out: str | None = None) -> Iterator[Any]:
+    """Open a safetensors file, as `safe_open` does and with its errors; with a `way_out`, InputError that ends with it.
+
+    Raises InputError for any other file.
+    """
+    try:
+        check_regular(path)
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+        if size > MOST_HEADER:
+            raise InputError(f"{path} is damaged (its header claims {size} bytes); download or write it again")
+        with safe_open(path, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        if way_out is None:
+            raise
+        raise InputError(f"{path} is damaged ({error_text(error)}); {way_out}") from error
+
+
+def error_text(error: Exception, most: int = 200) -> str:
+    """Return the message of a library's error on one line of at most `most` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= most else f"{text[:most]}...").rstrip(".")
 
 
 def check_folder(folder: Path) -> None:
@@ -59,7 +81,7 @@ def check_folder(folder: Path) -> None:
 
 
 def is_text(path: Path) -> bool:
-    """True if a path is UTF-8; bytes that are not stand in it as lone surrogates."""
+    """True if a path is UTF-8; its other bytes would stand in it as lone surrogates."""
     try:
         str(path).encode()
     except UnicodeEncodeError:

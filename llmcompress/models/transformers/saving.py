@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from llmcompress.errors import InputError
-from llmcompress.models.dense.config import config_errors, reason
+from llmcompress.models.dense.config import config_errors
 from llmcompress.models.dense.experts import unfuse
 from llmcompress.models.files.integrity import EXPONENTS, MENDING, all_finite
+from llmcompress.models.files.reading import error_text
 from llmcompress.models.transformers.dequantize import skeleton
 from llmcompress.models.transformers.hf_quantizer import (
     STORED,
@@ -103,7 +104,7 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
         plain = skeleton(type(model), model.config, model.dtype)
         unfuse(plain)
     except config_errors() as error:
-        raise _refusal(f"its config describes no model ({reason(error)}); undo what was changed in it") from error
+        raise _refusal(f"its config describes no model ({error_text(error)}); undo what was changed in it") from error
     return plain
 
 
