@@ -105,7 +105,9 @@ def test_no_other_link_is_followed(filled: Path, tmp_path: Path) -> None:
 
 BROKEN: dict[str, Callable[[Path], object]] = {
     "generation_config.json is not readable JSON": lambda it: (it / "generation_config.json").write_text("{"),
-    "generation_config.json holds no JSON object": lambda it: (it / "generation_config.json").write_text("[]"),
+    "generation_config.json is not readable JSON .it holds no JSON object": lambda it: (
+        it / "generation_config.json"
+    ).write_text("[]"),
     "generation_config.json is broken": lambda it: (it / "generation_config.json").write_text('{"max_new_tokens": -1}'),
     "tokenizer_config.json is not readable JSON": lambda it: (it / "tokenizer_config.json").write_text("{"),
     "chat template in .* is broken": lambda it: (it / "chat_template.jinja").write_text("{% if %}"),

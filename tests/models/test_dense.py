@@ -277,18 +277,18 @@ def test_embedded_model_without_its_package(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_staging_leaves_all_or_nothing(tmp_path: Path) -> None:
     target = tmp_path / "cache" / "model"
-    with pytest.raises(KeyboardInterrupt), smollm2._staged(target) as folder:
+    with pytest.raises(KeyboardInterrupt), smollm2._stage(target) as folder:
         (folder / "half").write_text("x")
         raise KeyboardInterrupt
     assert list(target.parent.iterdir()) == []
-    with smollm2._staged(target) as folder:
+    with smollm2._stage(target) as folder:
         (folder / "file").write_text("ours")
         target.mkdir()  # another process is faster
         (target / "file").write_text("theirs")
     assert [path.name for path in target.parent.iterdir()] == ["model"]
     assert (target / "file").read_text() == "theirs"
     (tmp_path / "blocked").write_text("a file")
-    with pytest.raises(DiskError, match="set LLMCOMPRESS_CACHE"), smollm2._staged(tmp_path / "blocked" / "model"):
+    with pytest.raises(DiskError, match="set LLMCOMPRESS_CACHE"), smollm2._stage(tmp_path / "blocked" / "model"):
         pass
 
 

@@ -165,7 +165,7 @@ def test_a_sliding_window_shows_the_tokens_that_transformers_does(window: int, r
             assert found[0].shape == expected[0].shape
             assert torch.allclose(found[0], expected[0], atol=0.04) and torch.allclose(found[1], expected[1], atol=0.04)
         assert ours.get_seq_length() == theirs.get_seq_length()
-    assert ours._held() == min(64, window - 1) and ours.skipped < SIZE
+    assert ours._length() == min(64, window - 1) and ours.skipped < SIZE
 
 
 def test_generate_follows_transformers_at_8_bits() -> None:
@@ -222,11 +222,11 @@ def test_crop_keeps_what_was_before(removed: int) -> None:
     before = held(one)
     one.crop(-removed)
     left = max(40 - removed, 0)
-    assert one.get_seq_length() == left == one._held()
+    assert one.get_seq_length() == left == one._length()
     for found, expected in zip(held(one), before):
         assert torch.equal(found, expected[..., :left, :])
     one.update(states(20, 2), states(20, 3))
-    assert one.get_seq_length() == left + 20 and (one._quantized() % SIZE, one.keys.shape[2] < 4 + SIZE) == (0, True)
+    assert one.get_seq_length() == left + 20 and (one._coded_length() % SIZE, one.keys.shape[2] < 4 + SIZE) == (0, True)
 
 
 @pytest.mark.parametrize("removed", [0, 1, 6, 13])
@@ -241,7 +241,7 @@ def test_crop_of_a_window_puts_back_what_was_recorded(removed: int) -> None:
         assert ours.update(part, part)[0].shape[2] == 19 + part.shape[2]
     ours.crop(-removed)
     other.update(later[:, :, : 13 - removed], later[:, :, : 13 - removed])
-    assert ours.get_seq_length() == 61 - removed and ours._held() == 19
+    assert ours.get_seq_length() == 61 - removed and ours._length() == 19
     exact = torch.cat([before, later], 2)[:, :, 61 - removed - 19 : 61 - removed]
     assert torch.allclose(held(ours)[0], exact, rtol=0, atol=1.0)
     assert torch.allclose(held(ours)[0], held(other)[0], rtol=0, atol=1.0)

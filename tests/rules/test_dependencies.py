@@ -17,7 +17,6 @@ LATE = {  # read only when what they are about is there: kernels in Triton, chan
     "llmcompress.kernels.gpu.grid_triton",
     "llmcompress.kernels.gpu.trellis_triton",
     "llmcompress.kernels.gpu.turn_triton",
-    "llmcompress.models.transformers.peft_checks",
 }
 DISTRIBUTIONS = metadata.packages_distributions() | {
     name: [distribution]  # for an environment without these extras

@@ -64,8 +64,6 @@ NO_PARTICIPLES = {"embed", "need", "seed", "shed", "speed", "feed", "exceed", "p
 PUBLIC_API = {"decoded"}  # names that users import from `llmcompress`
 SMALL_FILE = 60
 UNMENDED = {
-    "data",
-    "models",
     "recipe",
 }
 REGISTRIES = ("methods", "losses", "cli", "latents")  # one method, loss, command or strategy a file

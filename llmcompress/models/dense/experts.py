@@ -1,9 +1,9 @@
 """Mixtures of experts with one linear for each matrix, in the place of transformers' parameters that hold all experts.
 
 transformers keeps the experts of a block in two parameters, `[experts, 2 * width, hidden]` and `[experts, hidden,
-width]`. Steps, reports and byte budgets are about matrices, so `unfuse` replaces such a module by `Experts`, whose
-linears are called `<experts>.<number>.gate_proj`, `.up_proj` and `.down_proj`, as most checkpoints on the Hub call
-them. Outputs are equal up to the order of sums. Routers stay as they are.
+width]`. Steps, reports and byte budgets are about matrices, so `unfuse` replaces such a module by `Experts` with
+linears `<experts>.<number>.gate_proj`, `.up_proj` and `.down_proj`, as in most checkpoints on the Hub. Outputs are
+equal up to the order of sums. Routers stay.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ FUSED_PAIR = "gate_up_proj"  # transformers' name of the parameter that holds ga
 
 @dataclass(frozen=True)
 class Form:
-    """The way in which transformers stores the matrices of a fused experts module.
+    """The form in which transformers stores the matrices of a fused experts module.
 
-    `gated`: there is a gate beside each up; `interleaved`: their rows alternate, else all gates come first;
-    `transposed`: matrices are `[in, out]`; `biased`: each has a bias; `sorted`: it is called on the tokens of all
-    experts one after the other (Llama 4), not with their indices.
+    gated: True with a gate beside each up. interleaved: True if their rows alternate, else all gates come first.
+    transposed: True for matrices `[in, out]`. biased: True with biases. sorted: True if it is called on the tokens of
+    all experts one after the other (Llama 4), not with their indices.
     """
 
     gated: bool = True
@@ -39,9 +39,9 @@ class Form:
     sorted: bool = False
 
     def rows(self, leaf: str, width: int) -> slice | None:
-        """Return the rows of the linear `leaf` of an expert in the fused matrix `[out, in]`; None for all of them.
+        """Return the rows of an expert's linear `leaf` in the fused matrix `[out, in]`, None for all of them.
 
-        `width`: of the expert between its linears.
+        width: of the expert between its linears.
         """
         if not self.gated or leaf == DOWN:
             return None
@@ -52,7 +52,7 @@ class Form:
 class Expert(nn.Module):
     """One expert: `down_proj(activation(gate_proj(x), up_proj(x)))`; without a gate the activation gets the up alone.
 
-    `activation` is not a part of it, but of the fused module that it came from.
+    `activation` belongs to the fused module that it came from.
     """
 
     def __init__(self, hidden: int, width: int, form: Form, activation: Callable[..., Tensor]) -> None:
@@ -63,19 +63,19 @@ class Expert(nn.Module):
         self.down_proj = nn.Linear(width, hidden, form.biased)
 
     def inner(self, x: Tensor) -> Tensor:
-        """Return what `down_proj` reads: `x [tokens, hidden]` to `[tokens, width]`."""
+        """Return the inputs `[tokens, width]` of `down_proj` for `x [tokens, hidden]`."""
         activation: Callable[..., Tensor] = self.__dict__["activation"]
         up = self.up_proj(x)
         return activation(up) if self.gate_proj is None else activation(self.gate_proj(x), up)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [tokens, hidden]` to the same shape."""
+        """Return the outputs `[tokens, hidden]` for `x [tokens, hidden]`."""
         output: Tensor = self.down_proj(self.inner(x))
         return output
 
 
 class Experts(nn.ModuleList):
-    """The experts of one block. `tokens`: while an expert runs, the indices of its tokens among those of the call."""
+    """The experts of one block. tokens: while an expert runs, the indices of its tokens in the call."""
 
     def __init__(self, experts: list[Expert], form: Form) -> None:
         super().__init__(experts)
@@ -86,15 +86,15 @@ class Experts(nn.ModuleList):
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:
-        """Return the weighted sum of each token's experts, `[tokens, hidden]` as `hidden_states`.
+        """Return the weighted sum of each token's experts, `[tokens, hidden]`.
 
-        `top_k_index [tokens, k]`: the experts of each token, `top_k_weights` alike: their weights. Without them
-        `hidden_states [experts * tokens, hidden]` are the tokens of each expert in turn, zero where one is not meant.
+        `top_k_index [tokens, k]`: the experts of each token, `top_k_weights`: their weights. Without them
+        `hidden_states [experts * tokens, hidden]` are the tokens of each expert in turn, zeros for others' tokens.
         """
         if top_k_index is None or top_k_weights is None:
-            return self._each(hidden_states)
+            return self._run_sorted(hidden_states)
         final = torch.zeros_like(hidden_states)
-        if hidden_states.is_meta:  # nobody knows who is meant
+        if hidden_states.is_meta:  # without values for indices
             for expert in self:
                 final = final + expert(hidden_states)
             return final
@@ -111,16 +111,16 @@ class Experts(nn.ModuleList):
                 final.index_add_(0, tokens, output.to(final.dtype))
         return final
 
-    def _each(self, hidden_states: Tensor) -> Tensor:
+    def _run_sorted(self, hidden_states: Tensor) -> Tensor:
         parts = hidden_states.view(self.num_experts, -1, hidden_states.shape[-1])
         if hidden_states.is_meta:
             return torch.cat([expert(part) for expert, part in zip(self, parts, strict=True)])
-        found = torch.zeros_like(parts)
+        outputs = torch.zeros_like(parts)
         for number, part in enumerate(parts):
             tokens = part.any(-1).nonzero()[:, 0]  # an expert has nothing to add to a token of zeros
             if len(tokens):
-                found[number, tokens] = self._run(number, part[tokens], tokens).to(found.dtype)
-        return found.view_as(hidden_states)
+                outputs[number, tokens] = self._run(number, part[tokens], tokens).to(outputs.dtype)
+        return outputs.view_as(hidden_states)
 
     def _run(self, number: int, x: Tensor, tokens: Tensor) -> Tensor:
         try:
@@ -132,30 +132,30 @@ class Experts(nn.ModuleList):
 
 
 def _fused_modules(model: nn.Module) -> dict[str, tuple[nn.Module, Form]]:
-    """Return the modules of a model that hold all experts of a block in one parameter, by module path, with their form.
+    """Return the modules with all experts of a block in one parameter, by module path, with their form.
 
-    Raises InputError for modules of experts in a form that is not known.
+    Raises InputError for experts of an unknown form.
     """
-    found = {}
+    fuse_experts = {}
     for name, module in model.named_modules():
         if isinstance(module, (Experts, Expert)) or "experts" not in f"{name} {type(module).__name__}".lower():
             continue
         stacked = [value for value in module.parameters(recurse=False) if value.dim() == 3]
         form = _form(module)
         if form is not None and stacked:
-            found[name] = module, form
+            fuse_experts[name] = module, form
         elif stacked or (isinstance(module, nn.ModuleList) and len(module) > 1):
             raise InputError(
                 f"{name or 'the model'} holds its experts as {type(module).__name__}, which cannot be compressed yet; "
                 f"choose a model with another kind of experts"
             )
-    return found
+    return fuse_experts
 
 
 def unfuse(model: nn.Module) -> None:
-    """Put `Experts` in the place of every fused module of a model, whose weights may be on meta; no copy is made.
+    """Put `Experts` in the place of every fused module of a model, without a copy; weights may be on meta.
 
-    Raises InputError for experts of a form that is not known, and for more of them than any model has.
+    Raises InputError for experts of an unknown form, and for more of them than any model has.
     """
     from transformers.initialization import no_init_weights
 
@@ -166,30 +166,29 @@ def unfuse(model: nn.Module) -> None:
     with no_init_weights():
         for name, (module, form) in found.items():
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, _unfused(module, form))
+            setattr(model.get_submodule(parent), leaf, _unfuse_module(module, form))
 
 
 def fuse_experts(experts: Experts, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """Return the parameters of the fused module that `experts` stand for, by leaf name; `read` gives their tensors by
-    name, `3.gate_proj.weight` for one."""
+    """Return the parameters of the fused module in place of `experts`, by leaf name; `read`: a tensor by name."""
     form, numbers = experts.form, range(experts.num_experts)
     stored = {}
     for leaf, parts in ((FUSED_PAIR if form.gated else UP, [GATE, UP] if form.gated else [UP]), (DOWN, [DOWN])):
         for kind in ("weight", "bias") if form.biased else ("weight",):
-            values = [_joined([read(f"{number}.{part}.{kind}") for part in parts], form) for number in numbers]
+            values = [_join([read(f"{number}.{part}.{kind}") for part in parts], form) for number in numbers]
             stacked = torch.stack([value.T if form.transposed and kind == "weight" else value for value in values])
             stored[leaf if kind == "weight" else f"{leaf}_bias"] = stacked.contiguous()
     return stored
 
 
-def _joined(parts: list[Tensor], form: Form) -> Tensor:
+def _join(parts: list[Tensor], form: Form) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     return torch.stack(parts, 1).flatten(0, 1) if form.interleaved else torch.cat(parts)
 
 
 def _form(module: nn.Module) -> Form | None:
-    """Return the form of a fused module; None where it is not known."""
+    """Return the form of a fused module, None for an unknown one."""
     if type(module).__name__ == "Llama4TextExperts":
         return Form(transposed=True, sorted=True)
     held = vars(module)
@@ -198,7 +197,7 @@ def _form(module: nn.Module) -> Form | None:
     return Form(held["has_gate"], not held["is_concatenated"], held["is_transposed"], held["has_bias"])
 
 
-def _unfused(module: nn.Module, form: Form) -> Experts:
+def _unfuse_module(module: nn.Module, form: Form) -> Experts:
     down = module.get_parameter(DOWN)
     width, hidden = down.shape[1:] if form.transposed else reversed(down.shape[1:])
     activation = _activation(module, form)
@@ -238,8 +237,8 @@ class _Product:
     shell: Any
 
     def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
-        found: Tensor = up * self.shell.act_fn(gate)
-        return found
+        output: Tensor = up * self.shell.act_fn(gate)
+        return output
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,8 +250,8 @@ class _Gate:
 
     def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
         together = torch.stack([gate, up], -1).flatten(-2) if self.form.interleaved else torch.cat([gate, up], -1)
-        found: Tensor = self.shell._apply_gate(together)
-        return found
+        output: Tensor = self.shell._apply_gate(together)
+        return output
 
 
 def experts_of(model: nn.Module) -> dict[str, Experts]:
@@ -261,6 +260,6 @@ def experts_of(model: nn.Module) -> dict[str, Experts]:
 
 
 def holder(name: str, experts: Mapping[str, Experts]) -> str | None:
-    """Return the path of the experts that the linear `name` is in, None for one outside."""
+    """Return the path of the experts with the linear `name`, None for one outside."""
     path = name.rsplit(".", 2)[0]
     return path if path in experts else None

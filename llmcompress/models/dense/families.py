@@ -48,10 +48,10 @@ GPT2: Groups[str] = (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_
 class Family:
     """One row: the module path of the block list, and each block's linears. Linears of one group read the same tensor.
 
-    `producers` names, for each group, the module that its inputs are proportional to, channel by channel. That is an
-    RMSNorm of the residual stream with a weight, or a linear whose rows are the channels (for values, the channels of
-    a few query heads). It is empty for blocks of another structure. `norm` is the norm before the output head. Linears
-    that no norm feeds write to the residual stream.
+    producers: for each group, the module that its inputs are proportional to, channel by channel: an RMSNorm of the
+    residual stream with a weight, or a linear whose rows are the channels (for values, those of a few query heads).
+    Empty for blocks of another structure. norm: the norm before the output head. Linears that no norm feeds write to
+    the residual stream.
     """
 
     model_type: str
@@ -90,7 +90,7 @@ class Linear:
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The work of the linear in its block: several roles where it is fused, none where that is unknown."""
+        """The roles of the linear in its block: several for a fused one, none for an unknown one."""
         return roles_of(self.name)
 
 
@@ -108,11 +108,11 @@ class BlockLayout:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The structure of a model, for a walk, a plan and a loader. `family` is None if it was discovered.
+    """The structure of a model. family: None if it was discovered.
 
-    `outside`: linears of no block (the output head), left dense. `other`: weights of two or more dimensions inside
-    blocks that are not linears, or that route tokens to experts, left dense too. `embedding` and `head`: module paths
-    of the token table and of the linear that computes the logits. `tied`: the head is the table.
+    outside: linears of no block (the output head), left dense. other: further weights of two or more dimensions inside
+    blocks, and routers, left dense too. embedding, head: module paths of the token table and of the linear that
+    computes the logits. tied: True if the head is the table.
     """
 
     model_type: str
@@ -131,10 +131,9 @@ class Architecture:
 
 
 def architecture(config: PreTrainedConfig, model: PreTrainedModel) -> Architecture:
-    """Return the structure of a language model, whose weights may be on meta.
+    """Return the structure of a language model; its weights may be on meta.
 
-    Raises InputError for blocks that cannot be told apart from the rest of the model, and for a known family whose
-    blocks hold other linears than its row says.
+    Raises InputError for blocks that cannot be told from the rest of the model, or that differ from their family's row.
     """
     family = FAMILIES.get(config.model_type)
     stack = block_stack(config, model)
@@ -179,7 +178,7 @@ def _layout(family: Family | None, path: str, block: nn.Module) -> BlockLayout:
     if family is None:
         if not linears:
             raise InputError(f"{path} holds no linear layer, so there is nothing to compress in it; name another model")
-        return BlockLayout(path, _discovered(block, path, linears))
+        return BlockLayout(path, _discover_groups(block, path, linears))
     rows = tuple(tuple(f"{path}.{name}" for name in group) for group in family.groups)
     expected = {name for group in rows for name in group}
     if expected != set(linears):
@@ -191,7 +190,7 @@ def _layout(family: Family | None, path: str, block: nn.Module) -> BlockLayout:
     return BlockLayout(path, tuple(tuple(linears[name] for name in group) for group in rows))
 
 
-def _discovered(block: nn.Module, path: str, linears: dict[str, Linear]) -> Groups[Linear]:
+def _discover_groups(block: nn.Module, path: str, linears: dict[str, Linear]) -> Groups[Linear]:
     """Return the input groups of a block of no known family: each linear alone, but for the gate and up of an expert.
 
     Routers, which choose experts by a few numbers, are in none.
@@ -217,14 +216,14 @@ def _linears(module: nn.Module, path: str = "") -> dict[str, Linear]:
     """Return the linears below `module` by module path, in the order of the model."""
     from transformers.pytorch_utils import Conv1D
 
-    found = {}
+    linears = {}
     for name, child in module.named_modules(prefix=path):
         if isinstance(child, (nn.Linear, Conv1D)):
             rows, columns = child.weight.shape
             transposed = isinstance(child, Conv1D)
             shape = (columns, rows) if transposed else (rows, columns)
-            found[name] = Linear(name, shape, transposed, child.bias is not None)
-    return found
+            linears[name] = Linear(name, shape, transposed, child.bias is not None)
+    return linears
 
 
 def _discover_stack(config: PreTrainedConfig, model: PreTrainedModel) -> str:

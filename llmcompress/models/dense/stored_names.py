@@ -35,12 +35,12 @@ def rename_headers(skeleton: PreTrainedModel, stored: Mapping[str, Header], fold
     from transformers.core_model_loading import WeightConverter
 
     transforms = get_model_conversion_mapping(skeleton)
-    renamings = [one for one in transforms if not isinstance(one, WeightConverter)]
-    converters = [one for one in transforms if isinstance(one, WeightConverter)]
-    rows = [one for one in converters if _is_rows(one, "Concatenate")]
-    chunks = [one for one in converters if _is_rows(one, "Chunk")]
+    renamings = [each for each in transforms if not isinstance(each, WeightConverter)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    rows = [each for each in converters if _is_rows(each, "Concatenate")]
+    chunks = [each for each in converters if _is_rows(each, "Chunk")]
     experts = experts_of(skeleton)
-    found: dict[str, Header] = {}
+    headers: dict[str, Header] = {}
     parts: dict[str, dict[int, Header]] = {}  # of tensors that are stored in several
     packed = {key for key in stored if key.endswith(SCALES) and f"{key.removesuffix(SCALES)}{CODES}" in stored}
     for key, header in stored.items():
@@ -52,20 +52,20 @@ def rename_headers(skeleton: PreTrainedModel, stored: Mapping[str, Header], fold
         if experts:
             whole = f"{key.removesuffix(CODES)}{SCALES}"
             if whole in packed:
-                name, header = name.removesuffix(CODES), _unpacked(header, stored[whole])
+                name, header = name.removesuffix(CODES), _mxfp4_header(header, stored[whole])
             inside = _of_experts(name, header, converters, experts, f"{skeleton.base_model_prefix}.", folder)
-            found |= inside
+            headers |= inside
             if inside:
                 continue
         if inside := _chunks(name, header, chunks):
-            found |= inside
+            headers |= inside
             continue
-        target, number, operations = _converted(name, rows)
+        target, number, operations = _convert_name(name, rows)
         if operations:
             parts.setdefault(target, {})[number] = header
         else:
-            found[name] = header
-    return found | {name: _joined([each[number] for number in sorted(each)]) for name, each in parts.items()}
+            headers[name] = header
+    return headers | {name: _join([each[number] for number in sorted(each)]) for name, each in parts.items()}
 
 
 def _is_rows(converter: Any, kind: str) -> bool:
@@ -93,12 +93,12 @@ def _chunks(name: str, header: Header, converters: list[Any]) -> dict[str, Heade
     return {}
 
 
-def _joined(parts: list[Header]) -> Header:
+def _join(parts: list[Header]) -> Header:
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
     return replace(parts[0], shape=shape, parts=tuple(parts))
 
 
-def _unpacked(codes: Header, scales: Header) -> Header:
+def _mxfp4_header(codes: Header, scales: Header) -> Header:
     """Return the header of matrices `[experts, in, out]` that are stored as MXFP4.
 
     Raises InputError for codes and scales of sizes that do not fit each other.
@@ -135,11 +135,11 @@ def _of_experts(
     name: str, header: Header, converters: list[Any], experts: Mapping[str, Experts], prefix: str, folder: Path
 ) -> dict[str, Header]:
     """Return what a stored tensor is of the model's experts; nothing for any other tensor."""
-    target, part, operations = _converted(name, converters)
+    target, part, operations = _convert_name(name, converters)
     path, _, leaf = target.rpartition(".")
-    path = next((one for one in (path, prefix + path, path.removeprefix(prefix)) if one in experts), "")
+    path = next((each for each in (path, prefix + path, path.removeprefix(prefix)) if each in experts), "")
     if not path:
-        return _own(name, header, experts, prefix, folder)
+        return _named_matrix(name, header, experts, prefix, folder)
     kind = "bias" if leaf.endswith("_bias") else "weight"
     leaves = LEAVES.get(leaf.removesuffix("_bias"), ())
     number = NUMBER.search(name)
@@ -151,11 +151,11 @@ def _of_experts(
             f"{header.key} in {header.file} holds experts in a way that is not known; choose another model"
         )
     if header.shape[0] != experts[path].num_experts:
-        raise _miscounted(header.shape[0], experts[path], folder)
+        raise _count_error(header.shape[0], experts[path], folder)
     return _pieces(path, leaves, kind, header, experts[path], operations.get("Transpose"))
 
 
-def _converted(name: str, converters: list[Any]) -> tuple[str, int, dict[str, Any]]:
+def _convert_name(name: str, converters: list[Any]) -> tuple[str, int, dict[str, Any]]:
     """Return the tensor that a stored one becomes or is a part of, which part, and transformers' operations by name."""
     for converter in converters:
         target, pattern = converter.rename_source_key(name)
@@ -165,21 +165,23 @@ def _converted(name: str, converters: list[Any]) -> tuple[str, int, dict[str, An
     return name, 0, {}
 
 
-def _own(name: str, header: Header, experts: Mapping[str, Experts], prefix: str, folder: Path) -> dict[str, Header]:
+def _named_matrix(
+    name: str, header: Header, experts: Mapping[str, Experts], prefix: str, folder: Path
+) -> dict[str, Header]:
     """Return the header of a matrix that has its own name already, after a check of its number."""
-    found = re.fullmatch(r"(.*)\.(\d+)\.(?:gate_proj|up_proj|down_proj)\.(?:weight|bias)", name)
-    path = next((one for one in (found[1], prefix + found[1]) if one in experts), "") if found else ""
-    if found is None or not path:
+    match = re.fullmatch(r"(.*)\.(\d+)\.(?:gate_proj|up_proj|down_proj)\.(?:weight|bias)", name)
+    path = next((path for path in (match[1], prefix + match[1]) if path in experts), "") if match else ""
+    if match is None or not path:
         return {}
-    _check_number(int(found[2]), header, experts[path], folder)
-    return {f"{path}{name.removeprefix(found[1])}": header}
+    _check_number(int(match[2]), header, experts[path], folder)
+    return {f"{path}{name.removeprefix(match[1])}": header}
 
 
 def _pieces(
     path: str, leaves: tuple[str, ...], kind: str, header: Header, experts: Experts, turn: Any
 ) -> dict[str, Header]:
     """Return the matrices, or the biases, in a tensor of all experts; `turn`: transformers' operation that turns it."""
-    found: dict[str, Header] = {}
+    pieces: dict[str, Header] = {}
     turned = experts.form.transposed and kind == "weight"
     if turn is not None and not (turn.check_dims and header.shape[1:] == _own_shape(leaves, experts)):
         turned = not turned
@@ -190,8 +192,8 @@ def _pieces(
             shape = piece.shape(header.shape)
             if header.piece is not None:  # packed, and unpacked as `[out, in]`
                 piece = replace(piece, transposed=False, scales=header.piece.scales)
-            found[f"{path}.{number}.{leaf}.{kind}"] = replace(header, shape=shape, piece=piece)
-    return found
+            pieces[f"{path}.{number}.{leaf}.{kind}"] = replace(header, shape=shape, piece=piece)
+    return pieces
 
 
 def _own_shape(leaves: tuple[str, ...], experts: Experts) -> tuple[int, int]:
@@ -203,10 +205,10 @@ def _own_shape(leaves: tuple[str, ...], experts: Experts) -> tuple[int, int]:
 
 def _check_number(number: int, header: Header, experts: Experts, folder: Path) -> None:
     if number >= experts.num_experts:
-        raise _miscounted(number + 1, experts, folder)
+        raise _count_error(number + 1, experts, folder)
 
 
-def _miscounted(count: int, experts: Experts, folder: Path) -> InputError:
+def _count_error(count: int, experts: Experts, folder: Path) -> InputError:
     return InputError(
         f"{folder} holds {count} experts or more in a block, where config.json announces {experts.num_experts}; "
         f"correct config.json or download the model again"

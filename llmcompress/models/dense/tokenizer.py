@@ -1,4 +1,9 @@
-"""The tokenizer of a model folder, tried out when it is loaded: damage is found here, not in the middle of a run."""
+"""The tokenizer of a model folder, tried when it is loaded, and the check that models have one vocabulary.
+
+Numbers of two models can be compared only if a token has the same id in both. Tokenizers are compared by their results,
+not by their files, which transformers writes in several ways. The tokens that end or pad a text may differ, as between
+a model and its chat model.
+"""
 
 from __future__ import annotations
 
@@ -11,34 +16,37 @@ from llmcompress.errors import InputError
 from llmcompress.models.dense.config import MODEL, load_config, needs_code, tokenizer_code, valid_config
 from llmcompress.models.dense.locate import Place
 from llmcompress.models.files.identity import check_tokenizer, tokenizer_digest
+from llmcompress.models.files.reading import error_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRIAL = "A word.\n"
-MOST = 200  # characters of a library's reason
 PANIC = "PanicException"  # of the tokenizers library, which makes it no Exception
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a model folder. Raises InputError if it has none that transformers can read, or another
-    than the weights were written with, or one in code that is not trusted."""
+    """Return the tokenizer of a model folder.
+
+    Raises InputError for one that transformers cannot read, that the weights were not written with, or in code that is
+    not trusted.
+    """
     from transformers import AutoTokenizer
 
     check_tokenizer(folder)
     trusted = tokenizer_code(folder, trust_remote_code)
     own = trust_remote_code and needs_code(folder, MODEL)  # else transformers looks up what it needs of the config
-    how = {"config": load_config(folder, trust_remote_code)} if own else {}
+    options = {"config": load_config(folder, trust_remote_code)} if own else {}
     with _Reading(folder):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=trusted, **how
+            folder, local_files_only=True, trust_remote_code=trusted, **options
         )
         _check(tokenizer)
         return tokenizer
 
 
 class _Reading:
-    """Makes an InputError of what the tokenizers library raises: a plain Exception, or a panic, which is none."""
+    """Turns errors of the tokenizers library into InputError: a plain Exception, or a panic, which is none."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -47,11 +55,11 @@ class _Reading:
         pass
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> Literal[False]:
-        if (isinstance(error, Exception) and not isinstance(error, MemoryError)) or type(error).__name__ == PANIC:
-            reason = " ".join(str(error).split())[:MOST].rstrip(".") or type(error).__name__
+        is_plain = isinstance(error, Exception) and not isinstance(error, MemoryError)
+        if error is not None and (is_plain or type(error).__name__ == PANIC):
             raise InputError(
-                f"{self.folder} has no tokenizer that can be read ({reason}); put the model's tokenizer files beside "
-                f"its weights"
+                f"{self.folder} has no tokenizer that can be read ({error_text(error)}); put the model's tokenizer "
+                f"files beside its weights"
             ) from error
         return False
 
@@ -96,32 +104,34 @@ def check_vocabularies(places: Sequence[Place], predictions: bool = True) -> Non
             )
 
 
-def _differences(one: Place, other: Place, predictions: bool) -> Iterator[str]:
-    if tokenizer_digest(one.folder) != tokenizer_digest(other.folder):
-        first, second = (load_tokenizer(place.folder, place.trust_remote_code) for place in (one, other))
-        yield from _of_tokens(first, second, one.name, other.name)
-        yield from _of_readings(first, second, one.name, other.name)
+def _differences(first: Place, second: Place, predictions: bool) -> Iterator[str]:
+    if tokenizer_digest(first.folder) != tokenizer_digest(second.folder):
+        own, other = (load_tokenizer(place.folder, place.trust_remote_code) for place in (first, second))
+        yield from _token_differences(own, other, first.name, second.name)
+        yield from _reading_differences(own, other, first.name, second.name)
     if predictions:
-        rows, others = _rows(one), _rows(other)
+        rows, others = _rows(first), _rows(second)
         if rows != others:
-            yield f"the table of tokens has {rows} rows in {one.name} and {others} in {other.name}"
+            yield f"the table of tokens has {rows} rows in {first.name} and {others} in {second.name}"
 
 
-def _of_tokens(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, one: str, other: str) -> Iterator[str]:
+def _token_differences(
+    first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, name: str, other: str
+) -> Iterator[str]:
     """Yield the first id that is another token in each, or in only one of them."""
     known, others = first.get_vocab(), second.get_vocab()
     if known != others:
         number = min(number for _, number in known.items() ^ others.items())
         token, instead = (_token(number, vocabulary) for vocabulary in (known, others))
-        yield f"token {number} is {token} in {one} and {instead} in {other}"
+        yield f"token {number} is {token} in {name} and {instead} in {other}"
 
 
 def _token(number: int, vocabulary: Mapping[str, int]) -> str:
     return " or ".join(repr(token) for token in sorted(vocabulary) if vocabulary[token] == number) or "missing"
 
 
-def _of_readings(
-    first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, one: str, other: str
+def _reading_differences(
+    first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, name: str, other: str
 ) -> Iterator[str]:
     """Yield a text that becomes other ids in each: one of TRIALS, or a token that only one of them does not split."""
     whole = {**first.get_added_vocab(), **second.get_added_vocab()}
@@ -129,7 +139,7 @@ def _of_readings(
         ids, others = (list(each(text, verbose=False).input_ids) for each in (first, second))
         if ids != others:
             at = next(at for at in count() if ids[at : at + 1] != others[at : at + 1])
-            yield f"{text!r} is read as {_from(ids, at)} in {one} and as {_from(others, at)} in {other}"
+            yield f"{text!r} is read as {_from(ids, at)} in {name} and as {_from(others, at)} in {other}"
 
 
 def _from(ids: Sequence[int], at: int) -> str:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from llmcompress.models.files.output import (
     check_writable,
     claim_folder,
     clear_folder,
+    disk_errors,
     lock_output,
     merge_mark,
     remove_folder,
@@ -48,7 +49,7 @@ TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
 
 
 class Writer:
-    """The files of a checkpoint, collected in a folder. `count`: the number of parts that are written."""
+    """The files of a checkpoint, collected in a folder; `count`: the number of written parts."""
 
     def __init__(self, folder: Path, count: int = 0) -> None:
         self.folder = folder
@@ -56,46 +57,38 @@ class Writer:
         self.mark = merge_mark(folder.parent)
 
     def add(self, tensors: dict[str, Tensor], layouts: Mapping[str, str] | None = None) -> None:
-        """Write the tensors of one part of the model, with the `layouts` of those that are payloads. Raises DiskError
-        when the disk is full."""
+        """Write the tensors of one part of the model; `layouts`: of its payloads. Raises DiskError for a full disk."""
         write_tensors(part_file(self.folder, self.count), tensors, layouts or {})
         self.count += 1
 
     def write(self, name: str, text: str) -> None:
-        """Write a text file. Raises DiskError when the disk is full."""
-        path = self.folder / name
-        try:
-            path.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise DiskError(f"{path} could not be written ({error}); free some space and start again") from error
+        """Write a text file. Raises DiskError for a full disk."""
+        with disk_errors(self.folder / name):
+            (self.folder / name).write_text(text, encoding="utf-8")
 
     def close(self, binding: Mapping[str, Any] | None = None) -> int:
-        """Merge all parts into files as Hugging Face loaders expect them; return the weights' bytes. With `binding`,
-        each of the files says that it belongs to the others, and to what that names."""
-        try:
-            files = merge_parts(self.folder, self.mark, binding)
-        except OSError as error:
-            raise DiskError(f"{self.folder} cannot be written ({error}); free some space and start again") from error
-        if len(files) > 1:
-            self._index(files)
-        return sum(path.stat().st_size for path in files)
+        """Merge all parts into files as Hugging Face loaders expect them, and return their bytes.
 
-    def _index(self, files: Sequence[Path]) -> None:
-        places: dict[str, str] = {}
-        total = 0
-        for path in files:
-            with open_tensors(path) as file:
-                places |= dict.fromkeys(file.keys(), path.name)
-            total += data_bytes(path)
-        listing = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        self.write(INDEX, json.dumps(listing, indent=2))
+        With a `binding`, each file says that it belongs to the others, and to the files that it names.
+        """
+        with disk_errors(self.folder):
+            files = merge_parts(self.folder, self.mark, binding)
+        if len(files) > 1:
+            places: dict[str, str] = {}
+            for path in files:
+                with open_tensors(path) as file:
+                    places |= dict.fromkeys(file.keys(), path.name)
+            total = sum(data_bytes(path) for path in files)
+            listing = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+            self.write(INDEX, json.dumps(listing, indent=2))
+        return sum(path.stat().st_size for path in files)
 
 
 @contextmanager
 def write_checkpoint(output: Path, needed: int = 0) -> Iterator[Writer]:
-    """A `Writer` whose files become the folder `output` when the context ends well, and vanish when it does not.
+    """Yield a `Writer` whose files become the folder `output` if the context ends well, and vanish otherwise.
 
-    Raises LockedError while another process writes there, and DiskError as `check_writable` does with `needed`, for a
+    Raises LockedError while another process writes there; DiskError as `check_writable` does with `needed`, for a
     folder that cannot be made or filled, and for an output that appeared meanwhile.
     """
     with lock_output(output, "output folder"):
@@ -106,7 +99,7 @@ def write_checkpoint(output: Path, needed: int = 0) -> Iterator[Writer]:
 
 @contextmanager
 def make_checkpoint(output: Path) -> Iterator[Writer]:
-    """See `writing`, for a caller that holds the lock and has checked the output."""
+    """Do as `write_checkpoint` for a caller that holds the lock and has checked the output."""
     staging = staging_of(output)
     claim_folder(staging)
     try:
@@ -119,7 +112,7 @@ def make_checkpoint(output: Path) -> Iterator[Writer]:
 
 @contextmanager
 def publish_checkpoint(staging: Path, output: Path, count: int = 0) -> Iterator[Writer]:
-    """A `Writer` in `staging`, which has `count` parts; its folder becomes `output` when the context ends well."""
+    """Yield a `Writer` in `staging`, which has `count` parts; its folder becomes `output` if the context ends well."""
     folder = staging / CHECKPOINT
     try:
         folder.mkdir(exist_ok=True)
@@ -148,7 +141,7 @@ def _publish(folder: Path, output: Path) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest of what a folder holds, and wait until all of it is on the disk."""
+    """Write the manifest of the files in a folder, and wait until all of it is on the disk."""
     hashes = {name: _digest(folder / name) for name in files_of(folder) if name != MANIFEST}
     if hashes:
         (folder / MANIFEST).write_text(manifest_text(hashes), encoding="utf-8")
@@ -171,11 +164,9 @@ def add_file(folder: Path, name: str, text: str) -> None:
     """Put a text file into a finished checkpoint, and into its manifest. Raises DiskError if it cannot be written."""
     hashes = (manifest(folder) or {}) | {name: sha256(text.encode()).hexdigest()}
     entries = {MANIFEST: manifest_text(hashes), name: text}
-    try:
+    with disk_errors(folder / name, "make the folder writable"):
         for target, content in reversed(entries.items()):
             replace_text(folder / target, content)
-    except OSError as error:
-        raise DiskError(f"{folder / name} cannot be written ({error.strerror}); make the folder writable") from error
 
 
 def has_file(folder: Path, name: str) -> bool:
@@ -184,15 +175,11 @@ def has_file(folder: Path, name: str) -> bool:
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write the files, by name, into `folder`, which is made if need be. Raises DiskError where that cannot be."""
+    """Write the files, by name, into `folder`, which is made if need be. Raises DiskError if that fails."""
     for name, content in contents.items():
-        try:
+        with disk_errors(folder / name):
             folder.mkdir(parents=True, exist_ok=True)
             replace_bytes(folder / name, content)
-        except OSError as error:
-            raise DiskError(
-                f"{folder / name} cannot be written ({error.strerror}); free some space and start again"
-            ) from error
 
 
 def copy_folder(source: Path, target: Path) -> None:
@@ -206,16 +193,16 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 def check_manifest(folder: Path) -> bool:
-    """Raise InputError unless the folder holds exactly the files that were written, as they were written.
+    """Raise InputError unless the folder holds exactly the files of its manifest, unchanged, and perhaps a card.
 
-    The files of a card may have come. False where there is no manifest to go by.
+    Returns False for a folder without a manifest.
     """
     written = manifest(folder)
     if written is None:
         return False
     empty = {path.name for path in folder.iterdir() if path.is_dir() and not any(path.iterdir())}
-    there = {*files_of(folder), *empty} - {MANIFEST} - CARD
-    for name in sorted(written.keys() - CARD | there):
+    present = {*files_of(folder), *empty} - {MANIFEST} - CARD
+    for name in sorted(written.keys() - CARD | present):
         if name not in written:
             raise InputError(f"{folder / name} is not part of the checkpoint; remove it")
         if not (folder / name).is_file():
@@ -226,9 +213,9 @@ def check_manifest(folder: Path) -> bool:
 
 
 def check_config(folder: Path) -> None:
-    """Raise InputError where config.json was changed beside the weights it was written for.
+    """Raise InputError if config.json was changed beside the weights that it was written for.
 
-    A folder that others than llmcompress have filled since has no say.
+    A folder that other tools have filled since is not judged.
     """
     written = manifest(folder) or {}
     complete = all((folder / name).is_file() for name in written if name.endswith(".safetensors"))
@@ -237,7 +224,7 @@ def check_config(folder: Path) -> None:
 
 
 def manifest(folder: Path) -> dict[str, str] | None:
-    """File name to SHA-256, from the folder's manifest; None without one. Raises InputError if it cannot be read."""
+    """Return SHA-256 by file name from the folder's manifest, None without one. Raises InputError for a broken one."""
     path = folder / MANIFEST
     check_regular(path)
     if not path.is_file():
@@ -249,8 +236,5 @@ def manifest(folder: Path) -> dict[str, str] | None:
 
 
 def _digest(path: Path) -> str:
-    digest = sha256()
     with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+        return file_digest(file, "sha256").hexdigest()

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import xxhash
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor
 
 from llmcompress.errors import InputError, list_names
@@ -39,9 +38,9 @@ MENDING = "download or write it again"
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """The requirements of a model on one stored tensor. `dtype` is safetensors' name; None allows any float.
+    """The requirements of a model on one stored tensor. dtype: safetensors' name, None for any float.
 
-    A payload also has `floats`, the places of numbers in it as (dtype, first byte, byte after the last), and `layout`.
+    floats: the places of numbers in a payload as (dtype, first byte, byte after the last). layout: of a payload.
     """
 
     shape: tuple[int, ...]
@@ -50,51 +49,39 @@ class TensorSpec:
     layout: str = ""
 
 
-def digest(tensor: Tensor, layout: str = "") -> str:
-    """Return the digest of a tensor's dtype, shape, bytes, and the layout that gives the bytes a meaning.
+def digest(tensor: Tensor, layout: str = "", stored: NDArray[np.uint8] | None = None) -> str:
+    """Return the digest of a tensor's dtype, shape, bytes, and layout; `stored`: its bytes, if they are known.
 
-    It protects against damage, not against forgery. It is fast, since every load takes it of every tensor.
+    It protects against damage, not against forgery; it is fast, since every load computes it.
     """
-    return _digest(_bytes(tensor), tensor, layout)
+    state = xxhash.xxh3_64(f"{tensor.dtype} {list(tensor.shape)} {layout} ".encode())
+    state.update((_bytes(tensor) if stored is None else stored).data)
+    return state.hexdigest()
 
 
-def _digest(stored: NDArray[np.uint8], tensor: Tensor, layout: str) -> str:
-    found = xxhash.xxh3_64(f"{tensor.dtype} {list(tensor.shape)} {layout} ".encode())
-    found.update(stored.data)
-    return found.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
-    found: NDArray[np.uint8] = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return found
-
-
-def _finite(stored: NDArray[np.uint8], places: Iterable[tuple[torch.dtype, int, int]]) -> bool:
-    """True if no number in these places (dtype, first byte, byte after the last) is infinite or NaN.
+def all_finite(tensor: Tensor, wanted: TensorSpec, stored: NDArray[np.uint8] | None = None) -> bool:
+    """True if no float of a tensor, or in a payload, is infinite or NaN; `stored`: its bytes, if they are known.
 
     Such numbers have all bits of their exponent set. numpy checks that in a fraction of torch's time.
     """
-    for dtype, start, stop in places:
+    stored = _bytes(tensor) if stored is None else stored
+    whole = [(tensor.dtype, 0, len(stored))] if tensor.is_floating_point() else []
+    for dtype, start, stop in wanted.floats or whole:
         kind, exponent = EXPONENTS[dtype]
         if ((stored[start:stop].view(kind) & exponent) == exponent).any():
             return False
     return True
 
 
-def all_finite(tensor: Tensor, wanted: TensorSpec) -> bool:
-    """True if no float of a tensor, or in a payload, is infinite or NaN."""
-    return _all_finite(_bytes(tensor), tensor, wanted)
-
-
-def _all_finite(stored: NDArray[np.uint8], tensor: Tensor, wanted: TensorSpec) -> bool:
-    whole = [(tensor.dtype, 0, len(stored))] if tensor.is_floating_point() else []
-    return _finite(stored, wanted.floats or whole)
+def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    values: NDArray[np.uint8] = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return values
 
 
 def digests(tensors: Mapping[str, Tensor], layouts: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata of a safetensors file with `tensors`; `layouts` has the layouts of payloads by name."""
-    found = {name: digest(tensor, layouts.get(name, "")) for name, tensor in tensors.items()}
-    return {DIGESTS: json.dumps(found, sort_keys=True)}
+    """Return the metadata of a safetensors file with `tensors`; `layouts`: of payloads by name."""
+    by_name = {name: digest(tensor, layouts.get(name, "")) for name, tensor in tensors.items()}
+    return {DIGESTS: json.dumps(by_name, sort_keys=True)}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -112,8 +99,7 @@ def weight_files(folder: Path) -> list[Path]:
 def weight_map(index: Path) -> dict[str, str]:
     """Return the file name of each tensor in an index. Raises InputError for names that lead out of its folder."""
     try:
-        found = read_json(index)["weight_map"]
-        names = {str(tensor): str(file) for tensor, file in found.items()}
+        names = {str(tensor): str(file) for tensor, file in read_json(index)["weight_map"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index} cannot be read ({type(error).__name__}: {error}); {MENDING}") from error
     for name in names.values():
@@ -123,9 +109,9 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def check_tensors(files: Sequence[Path], expected: Mapping[str, TensorSpec], optional: Iterable[str] = ()) -> None:
-    """Raise InputError unless `files` hold exactly the `expected` tensors, undamaged. `optional` ones may be missing.
+    """Raise InputError unless `files` of one folder hold exactly the `expected` tensors, undamaged.
 
-    `files` belong to one checkpoint in one folder. Symbolic links are followed, since the Hub's cache consists of them.
+    `optional` ones may be missing. Symbolic links are followed, since the Hub's cache consists of them.
     """
     folders = {path.parent for path in files}
     if len(folders) != 1 or any(path.suffix != ".safetensors" for path in files):
@@ -151,36 +137,31 @@ def check_tensors(files: Sequence[Path], expected: Mapping[str, TensorSpec], opt
 
 def _check_file(path: Path, expected: Mapping[str, TensorSpec]) -> set[str]:
     """Return the names of the tensors in one file. Raises InputError unless each is expected and undamaged."""
-    try:
-        with open_tensors(path) as file:
-            written = _written(path, file.metadata())
-            names = set(file.keys())
-            for name in sorted(names):
-                wanted = _wanted(path, name, file.get_slice(name), expected)
-                tensor = file.get_tensor(name)
-                stored = _bytes(tensor)
-                if _digest(stored, tensor, wanted.layout) != written.get(name):
-                    raise InputError(f"{path}: {name} is not as it was written, so the file is damaged; {MENDING}")
-                if not _all_finite(stored, tensor, wanted):
-                    raise InputError(f"{path}: {name} holds NaN or Inf; compress or train the model again")
-    except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} is damaged ({reason}); {MENDING}") from error
+    with open_tensors(path, MENDING) as file:
+        written = _read_digests(path, file.metadata())
+        names = set(file.keys())
+        for name in sorted(names):
+            wanted = _requirement(path, name, file.get_slice(name), expected)
+            tensor = file.get_tensor(name)
+            stored = _bytes(tensor)
+            if digest(tensor, wanted.layout, stored) != written.get(name):
+                raise InputError(f"{path}: {name} is not as it was written, so the file is damaged; {MENDING}")
+            if not all_finite(tensor, wanted, stored):
+                raise InputError(f"{path}: {name} holds NaN or Inf; compress or train the model again")
     return names
 
 
-def _written(path: Path, metadata: dict[str, str] | None) -> dict[str, str]:
+def _read_digests(path: Path, metadata: dict[str, str] | None) -> dict[str, str]:
     """Return the digests in a file's header."""
     try:
-        found = json.loads((metadata or {})[DIGESTS])
-        return {str(name): str(value) for name, value in found.items()}
+        return {str(name): str(value) for name, value in json.loads((metadata or {})[DIGESTS]).items()}
     except (KeyError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path} does not carry the digests that llmcompress writes, so it cannot be checked; {MENDING}"
         ) from error
 
 
-def _wanted(path: Path, name: str, piece: Any, expected: Mapping[str, TensorSpec]) -> TensorSpec:
+def _requirement(path: Path, name: str, piece: Any, expected: Mapping[str, TensorSpec]) -> TensorSpec:
     """Return the requirements on a tensor. Raises InputError unless its header meets them."""
     if name not in expected:
         raise InputError(f"{path}: {name} is not part of the model that config.json describes; {MENDING}")
@@ -188,6 +169,6 @@ def _wanted(path: Path, name: str, piece: Any, expected: Mapping[str, TensorSpec
     shape, dtype = tuple(piece.get_shape()), piece.get_dtype()
     fits = dtype in FLOATS if wanted.dtype is None else dtype == wanted.dtype
     if shape != wanted.shape or not fits:
-        asked = f"{wanted.dtype or 'a float type'} {list(wanted.shape)}"
-        raise InputError(f"{path}: {name} is {dtype} {list(shape)} where config.json requires {asked}; {MENDING}")
+        required = f"{wanted.dtype or 'a float type'} {list(wanted.shape)}"
+        raise InputError(f"{path}: {name} is {dtype} {list(shape)} where config.json requires {required}; {MENDING}")
     return wanted

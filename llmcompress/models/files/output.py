@@ -1,4 +1,7 @@
-"""Replacing files so that the old one or the whole new one is there, on the disk, even if the power fails."""
+"""Outputs that are complete or absent: files replaced in one step, and folders made beside their place, under a lock.
+
+A folder `OUT.partial` of unfinished work carries a mark that says that it is ours, and is removed when it is done.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +16,36 @@ from filelock import FileLock, Timeout
 from llmcompress.errors import DiskError, LockedError, format_bytes
 from llmcompress.models.files.reading import is_text
 
+MARK = ".llmcompress"  # a file in a folder of unfinished work, which says that it is ours
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, on Linux's file systems
+BESIDE = 24  # bytes that names beside an output have more than its own, such as ".training.partial.lock"
+
+
+@contextmanager
+def disk_errors(path: Path, way_out: str = "free some space and start again") -> Iterator[None]:
+    """Raise DiskError, which ends with `way_out`, for an OSError inside the context."""
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"{path} cannot be written ({error.strerror or error}); {way_out}") from error
+
 
 def replace_text(path: Path, text: str) -> None:
-    """`replace_bytes` of a text in UTF-8."""
+    """Write a text in UTF-8 as `replace_bytes` does."""
     replace_bytes(path, text.encode())
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that the old one or the new one is there, on the disk, never half of it. Raises OSError."""
+    """Write a file so that the disk has the old one or the whole new one, even if the power fails. Raises OSError."""
     with replace_file(path) as staged:
         staged.write_bytes(content)
 
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to, which takes its place, on the disk, when the context ends well.
+    """Yield a path beside `path`; its file replaces that of `path`, on the disk, when the context ends well.
 
-    Its permissions follow the umask, whoever writes it: libraries make files that only their owner can read.
+    Its permissions follow the umask: libraries make files that only their owner can read.
     """
     staged = path.with_name(f".{path.name}.partial")
     try:
@@ -51,9 +67,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-MARK = ".llmcompress"  # a file in a folder of unfinished work, which says that it is ours
 
 
 def check_writable(output: Path, needed: int) -> None:
@@ -91,10 +104,9 @@ def staging_of(output: Path) -> Path:
 
 @contextmanager
 def lock_output(output: Path, kind: str) -> Iterator[Path]:
-    """Keep other processes from writing `output`, a "folder" or "file", while it lasts; give the path beside it where
-    what becomes it is made.
+    """Keep other processes from writing `output`, and yield its staging path; `kind`: "output folder" or "file".
 
-    Raises LockedError while another process writes there, DiskError where nothing can be written.
+    Raises LockedError while another process writes there, DiskError for a place that cannot be written to.
     """
     staging = staging_of(output)
     lock = FileLock(staging.with_name(staging.name + ".lock"), timeout=0)
@@ -114,16 +126,12 @@ def lock_output(output: Path, kind: str) -> Iterator[Path]:
 
 
 def claim_folder(staging: Path) -> None:
-    """Make the folder `staging`, and mark it as one of ours. Raises DiskError for one that somebody else made."""
-    try:
+    """Make the folder `staging`, and mark it as ours. Raises DiskError for one that somebody else made."""
+    with disk_errors(staging, "free some space, or choose another output folder"):
         if not is_ours(staging):
             staging.mkdir()
             (staging / MARK).write_text("unfinished work of llmcompress; it may be removed\n", encoding="utf-8")
             sync(staging)
-    except OSError as error:
-        raise DiskError(
-            f"{staging} cannot be written ({error.strerror}); free some space, or choose another output folder"
-        ) from error
 
 
 def is_ours(staging: Path) -> bool:
@@ -157,16 +165,12 @@ def remove_folder(staging: Path) -> None:
 
 
 def merge_mark(staging: Path) -> Path:
-    """Return the file in `staging` that says that the parts of the checkpoint there are being merged, or are."""
+    """Return the file in `staging` that says that merging of the checkpoint's parts has begun."""
     return staging / "merging"
 
 
-LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, on Linux's file systems
-BESIDE = 24  # bytes that names beside an output have more than its own, such as ".training.partial.lock"
-
-
 def check_name(output: Path) -> None:
-    """Raise DiskError for an output whose name, or the name of what is written beside it, no file can have."""
+    """Raise DiskError for an output whose name, with a suffix for the files beside it, no file can have."""
     names = [len(os.fsencode(part)) for part in output.parts]
     if max(names, default=0) > LONGEST_NAME or (names and names[-1] > LONGEST_NAME - BESIDE):
         raise DiskError(
@@ -178,7 +182,7 @@ def check_name(output: Path) -> None:
 
 
 def check_output_name(output: Path) -> None:
-    """Raise DiskError as `check_name`, and for the folder of a checkpoint that safetensors could not write to."""
+    """Raise DiskError as `check_name` does, and for a folder that safetensors could not write to."""
     check_name(output)
     if not is_text(output):
         raise DiskError(f"{str(output)!r} is not UTF-8, which safetensors requires of paths; choose another output")

@@ -68,7 +68,7 @@ def open_tensors(path: Path, way_out: str | None = None) -> Iterator[Any]:
         raise InputError(f"{path} is damaged ({error_text(error)}); {way_out}") from error
 
 
-def error_text(error: Exception, most: int = 200) -> str:
+def error_text(error: BaseException, most: int = 200) -> str:
     """Return the message of a library's error on one line of at most `most` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return (text if len(text) <= most else f"{text[:most]}...").rstrip(".")

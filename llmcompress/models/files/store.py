@@ -3,10 +3,9 @@
     FOLDER/NAME.json          a record without tensors
     FOLDER/NAME.safetensors   a record with tensors; the JSON is in its header
 
-The JSON object of a record has the identity of its run, which is all that its content depends on, and beside that the
-keys of its entry. A run with another identity is refused, and told what changed. A record is written beside its place,
-waited for until it is on the disk, and renamed: at every moment the old one or the new one is there, even if the power
-fails. The object and the tensors carry digests, so damage is noticed.
+The JSON object of a record has the identity of its run, on which alone its content depends, and the keys of its entry.
+A run with another identity is refused with the differences. A record is replaced in one step, even if the power fails.
+The object and the tensors carry digests, so damage is noticed.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from llmcompress.errors import DiskError, InputError, LLMCompressError
-from llmcompress.models.files.output import MARK, remove_folder, replace_text
+from llmcompress.errors import InputError, LLMCompressError
+from llmcompress.models.files.output import MARK, disk_errors, remove_folder, replace_text
 from llmcompress.models.files.tensor_files import read_tensors, write_tensors
 
 RECORD = "record"  # the key of the JSON in a header
@@ -38,10 +37,10 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Store:
-    """The records of one run in a folder, which is made when the first one is put.
+    """The records of one run in a folder, which is made for the first one.
 
-    `identity`: plain values that name what the records depend on. `place`: the path to remove to start over, by default
-    the folder; `advice`: what else helps where another run left it; `error`: the type that is raised then.
+    identity: plain values that the records depend on. place: the path to remove to start over, by default the folder.
+    advice: another way out if another run left it. error: the type that is raised then.
     """
 
     folder: Path
@@ -51,28 +50,26 @@ class Store:
     error: type[LLMCompressError] = field(default=InputError)
 
     def put(self, name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> None:
-        """Replace the record `name`. It is on the disk when this returns. Raises DiskError where it cannot be."""
+        """Replace the record `name`, on the disk. Raises DiskError if that fails."""
         path = self._file(name, tensors is not None)
         if twice := sorted({*self.identity, DIGEST} & entry.keys()):
             raise ValueError(f"the entry {name} has the keys {twice}, as the identity has; rename them")
-        text = _sealed({**self.identity, **entry})
-        try:
+        text = _seal({**self.identity, **entry})
+        with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if tensors is None:
                 replace_text(path, text)
             else:
                 write_tensors(path, tensors, header={RECORD: text})
-        except OSError as error:
-            raise DiskError(f"{path} cannot be written ({error}); free some space and start again") from error
 
     def get(self, name: str) -> Record | None:
-        """Return the record `name`, None where there is none. Raises `error` for another run's, or a damaged one."""
+        """Return the record `name`, None without one. Raises `error` for another run's, or a damaged one."""
         path = self.path(name)
         if path is None:
             return None
         try:
             tensors, header = ({}, {RECORD: path.read_text("utf-8")}) if path.suffix == ".json" else read_tensors(path)
-            entry = _unsealed(header[RECORD])
+            entry = _unseal(header[RECORD])
             known = {key: entry.pop(key, None) for key in self.identity}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, InputError) as error:
             raise self.damage(error, path) from error
@@ -82,7 +79,7 @@ class Store:
         return Record(entry, tensors)
 
     def path(self, name: str) -> Path | None:
-        """Return the file of the record `name`, None where there is none."""
+        """Return the file of the record `name`, None without one."""
         return next((path for path in (self._file(name, True), self._file(name, False)) if path.is_file()), None)
 
     def names(self) -> list[str]:
@@ -95,7 +92,7 @@ class Store:
             self._file(name, tensors).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove the folder and all that is in it, records first."""
+        """Remove the folder and its content, records first."""
         for name in self.names():
             self.remove(name)
         if (self.folder / MARK).is_file():  # a folder of ours, so its mark goes last
@@ -108,12 +105,12 @@ class Store:
         return replace(self, folder=self.folder / name, identity={**self.identity, **more})
 
     def refusal(self, changed: Iterable[str]) -> LLMCompressError:
-        """Return the error of a store that another run left, from which these things changed."""
+        """Return the error of a store that another run left; `changed`: the differences to it."""
         what = " and ".join(changed)
         return self.error(f"{self._place} was left by a different run ({what} changed); remove it, {self.advice}")
 
     def damage(self, error: BaseException, path: Path | None = None) -> LLMCompressError:
-        """Return the error of a record whose content cannot be used, because of `error`."""
+        """Return the error of a record that cannot be used, because of `error`."""
         said = f"{path or self._place} cannot be read ({type(error).__name__}: {error})"
         return self.error(f"{error if isinstance(error, InputError) else said}; remove {self._place} to start over")
 
@@ -127,17 +124,17 @@ class Store:
 
 def _plain(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return an entry as JSON gives it back."""
-    found: dict[str, Any] = json.loads(json.dumps(dict(entry)))
-    return found
+    plain: dict[str, Any] = json.loads(json.dumps(dict(entry)))
+    return plain
 
 
-def _sealed(entry: Mapping[str, Any]) -> str:
+def _seal(entry: Mapping[str, Any]) -> str:
     plain = _plain(entry)
     return json.dumps({**plain, DIGEST: _digest(plain)})
 
 
-def _unsealed(text: str) -> dict[str, Any]:
-    """Return the object that `_sealed` wrote. Raises ValueError for one that has changed.
+def _unseal(text: str) -> dict[str, Any]:
+    """Return the object that `_seal` wrote. Raises ValueError for one that has changed.
 
     Records of earlier versions, such as caches, have no digest.
     """

@@ -34,8 +34,7 @@ WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, 
 
 @dataclass(frozen=True)
 class Head:
-    """The header of a safetensors file. `tensors`: name -> {dtype, shape, data_offsets}; `metadata`: its other texts;
-    `start`: the byte where the data begin."""
+    """The header of a safetensors file. tensors: name -> {dtype, shape, data_offsets}; start: of the data, in bytes."""
 
     tensors: dict[str, dict[str, Any]]
     metadata: dict[str, str]
@@ -43,15 +42,15 @@ class Head:
 
 
 def part_file(folder: Path, number: int) -> Path:
-    """Return the file of a part, until all are there."""
+    """Return the file of a part."""
     return folder / f"part-{number:05}.safetensors"
 
 
 def merge_parts(folder: Path, mark: Path, binding: Mapping[str, Any] | None = None) -> list[Path]:
     """Merge all parts in `folder` into shards, and return these.
 
-    `mark`: the file that says that the shards have their headers; it stays. With `binding`, each shard says that it
-    belongs to all others, and to what that names. Raises OSError where the disk is full.
+    `mark`: the file that says that the shards have their headers; it stays. `binding`: as for `Writer.close`. Raises
+    OSError for a full disk.
     """
     if not mark.is_file():
         for left in shard_files(folder):
@@ -89,7 +88,7 @@ def _make_shards(folder: Path, binding: Mapping[str, Any] | None) -> None:
     for number, names in enumerate(groups, start=1):
         path = folder / (SINGLE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors")
         known = {DIGESTS: json.dumps({name: digests[name] for name in names}, sort_keys=True)}
-        start, size = _encoded({name: tensors[name] for name in names}, common | known)
+        start, size = _encode_header({name: tensors[name] for name in names}, common | known)
         with path.open("wb") as file:
             file.write(start)
             file.truncate(len(start) + size)
@@ -97,9 +96,7 @@ def _make_shards(folder: Path, binding: Mapping[str, Any] | None) -> None:
 
 
 def shards(sizes: Mapping[str, int], most: int | None = None) -> Iterator[list[str]]:
-    """Yield the names of tensors with these sizes in bytes, in order, as many at a time as `most` bytes hold.
-
-    `most` is SHARD by default."""
+    """Yield the names of tensors of these sizes in bytes, in order, at most `most` bytes (SHARD) at a time."""
     names: list[str] = []
     held, most = 0, SHARD if most is None else most
     for name, size in sizes.items():
@@ -111,9 +108,11 @@ def shards(sizes: Mapping[str, int], most: int | None = None) -> Iterator[list[s
     yield names
 
 
-def _encoded(tensors: Mapping[str, Mapping[str, Any]], metadata: Mapping[str, str]) -> tuple[bytes, int]:
-    """Return the header of a file with these tensors, and the size of its data; wide dtypes come first, so that every
-    tensor starts at a multiple of its width."""
+def _encode_header(tensors: Mapping[str, Mapping[str, Any]], metadata: Mapping[str, str]) -> tuple[bytes, int]:
+    """Return the header of a file with these tensors, and the size of its data.
+
+    Wide dtypes come first, so that every tensor starts at a multiple of its width.
+    """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     stop = 0
     for name in sorted(tensors, key=lambda name: (-WIDTHS.get(tensors[name]["dtype"], 1), name)):
@@ -175,9 +174,9 @@ def write_tensors(
     layouts: Mapping[str, str] | None = None,
     header: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a weight file with the digests of its tensors: the old file or the whole new one is there, on the disk.
+    """Replace a weight file, on the disk, with the digests of its tensors in its header.
 
-    `layouts`: of those that are payloads; `header`: further entries. Raises DiskError when the disk is full.
+    `layouts`: of payloads; `header`: further entries. Raises DiskError for a full disk.
     """
     entries = {"format": "pt", **(header or {})}
     contiguous = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
@@ -190,7 +189,7 @@ def write_tensors(
 
 
 def read_tensors(path: Path, layouts: Mapping[str, str] | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors that `write_tensors` wrote, and the header. Raises InputError for a file that has changed."""
+    """Return the tensors of `write_tensors`, and the header. Raises InputError for a file that has changed."""
     try:
         with open_tensors(path) as file:
             header = file.metadata() or {}
@@ -204,7 +203,7 @@ def read_tensors(path: Path, layouts: Mapping[str, str] | None = None) -> tuple[
 
 
 def _sort_header(path: Path) -> None:
-    """Brings a safetensors header into one order: the library writes metadata in another at every run."""
+    """Bring a safetensors header into one order: the library writes metadata in another at every run."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))

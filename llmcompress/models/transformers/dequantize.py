@@ -29,11 +29,10 @@ if TYPE_CHECKING:
 
 
 def dequantize(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
-    """Replace every compressed module by the dense one that it stands for, and return the model, all in `dtype`.
+    """Replace every compressed module by its dense one, and return the model, all in `dtype`.
 
-    Experts become the parameters again that transformers has for them.
-
-    `dtype`: that of the model's dense tensors if it is None. Memory peaks at the dense model and the compressed rest.
+    `dtype`: None for that of the model's dense tensors. Experts become transformers' parameters again. Memory peaks at
+    the dense model and the compressed rest.
     """
     dtype = model.dtype if dtype is None else dtype
     plain, unfused = skeleton(type(model), model.config), skeleton(type(model), model.config)
@@ -44,7 +43,7 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedM
             put(model, name, dense_module(module, unfused.get_submodule(name), dtype))
     untie(model, ties)
     for name, experts in experts_of(model).items():
-        put(model, name, _fused(experts, plain.get_submodule(name)))
+        put(model, name, _fuse(experts, plain.get_submodule(name)))
     placed: nn.Module = model
     placed.to(dtype)  # transformers' own refuses what it takes for a quantized model
     model.tie_weights()
@@ -60,7 +59,7 @@ def skeleton(kind: type[PreTrainedModel], config: Any, dtype: torch.dtype | None
     return found
 
 
-def _fused(experts: Experts, plain: nn.Module) -> nn.Module:
+def _fuse(experts: Experts, plain: nn.Module) -> nn.Module:
     """Return `plain`, a module of transformers on meta, with the weights of `experts`."""
     for leaf, value in fuse_experts(experts, experts.state_dict().__getitem__).items():
         setattr(plain, leaf, nn.Parameter(value))
@@ -88,11 +87,10 @@ def dense_module(module: CompressedModule, plain: Any, dtype: torch.dtype) -> nn
 
 
 def ready_to_resize(model: PreTrainedModel, tokens: int | None, multiple: int | None) -> bool:
-    """Make a compressed table and head dense if they are to have another number of rows; False if there is nothing to
-    do. New rows are drawn and trained, which codes cannot be.
+    """Make a compressed table and head dense to have another number of rows; False if there is nothing to do.
 
-    `tokens`, `multiple`: as for `model.resize_token_embeddings`. Raises InputError for weights that are not in memory,
-    and for those that have an adapter.
+    New rows are drawn and trained, which codes cannot be. `tokens`, `multiple`: as for `model.resize_token_embeddings`.
+    Raises InputError for weights that are not in memory, or with an adapter.
     """
     if tokens is None and multiple is None:
         return False

@@ -1,8 +1,8 @@
 """The transformers plug-in: `AutoModelForCausalLM.from_pretrained` loads compressed checkpoints.
 
 It works once llmcompress was imported. A checkpoint's config lists every compressed linear with the layout of its
-payload. Before the weights are read, `CompressedLinear`s replace those modules on the meta device, so the dense model
-never exists in memory.
+payload. `CompressedLinear`s replace those modules on the meta device before weights are read, so the dense model is
+never in memory.
 """
 
 from __future__ import annotations
@@ -54,11 +54,10 @@ NAME = "llmcompress"
 class LLMCompressConfig(QuantizationConfigMixin):
     """`quantization_config` of a checkpoint.
 
-    `layers` maps each compressed module to its index in `layouts`. `sizes` has the `[out, in]` of dense linears whose
-    size differs from the rest of config.json. `ties` maps each linear that has a matrix in common with others to the
-    name of that matrix, which is one of `layers` but no module of the dense model. Every layout is listed once, since
-    transformers copies its configs dozens of times while it loads. `rank`, which whoever loads it may set, is how many
-    components of each low-rank term are kept; None: all.
+    layers: the index in `layouts` of each compressed module; transformers copies its configs dozens of times while it
+    loads, so every layout is listed once. sizes: `[out, in]` of dense linears that differ from the rest of config.json.
+    ties: for each linear that shares a matrix, the name of that matrix, one of `layers` but no module of the dense
+    model. rank: the components of each low-rank term to keep in a load, None for all.
     """
 
     def __init__(
@@ -78,10 +77,10 @@ class LLMCompressConfig(QuantizationConfigMixin):
             )
         self.quant_method = NAME  # type: ignore[assignment]  # an enum of the built-in methods; a string works
         self.format_version = format_version
-        self.layers: dict[str, int] = _checked("layers", layers, dict)
-        self.sizes: dict[str, list[int]] = _checked("sizes", sizes, dict)
-        self.layouts: list[dict[str, Any]] = _checked("layouts", layouts, list)
-        self.ties: dict[str, str] = _checked("ties", ties, dict)
+        self.layers: dict[str, int] = _copy_entry("layers", layers, dict)
+        self.sizes: dict[str, list[int]] = _copy_entry("sizes", sizes, dict)
+        self.layouts: list[dict[str, Any]] = _copy_entry("layouts", layouts, list)
+        self.ties: dict[str, str] = _copy_entry("ties", ties, dict)
         for name, base in self.ties.items():
             if name not in self.layers or not isinstance(base, str) or base not in self.layers or base in self.ties:
                 raise InputError(f"config.json ties {name} to {str(base)[:50]}, which is no matrix of it; {MENDING}")
@@ -111,16 +110,16 @@ class LLMCompressConfig(QuantizationConfigMixin):
         return table
 
 
-def _checked(name: str, found: Any, kind: type) -> Any:
-    """Return a copy of an entry of the config. Raises InputError if it is of another kind than it should be."""
-    if found is not None and not isinstance(found, kind):
+def _copy_entry(name: str, value: Any, kind: type) -> Any:
+    """Return a copy of an entry of the config. Raises InputError for a value of another kind."""
+    if value is not None and not isinstance(value, kind):
         raise InputError(f"config.json has no {kind.__name__} of {name} in its quantization_config; {MENDING}")
-    return kind(found or ())
+    return kind(value or ())
 
 
-def _is_size(found: Any) -> bool:
-    is_pair = isinstance(found, list) and len(found) == 2
-    return is_pair and all(type(count) is int and 0 < count <= LARGEST for count in found)
+def _is_size(value: Any) -> bool:
+    is_pair = isinstance(value, list) and len(value) == 2
+    return is_pair and all(type(count) is int and 0 < count <= LARGEST for count in value)
 
 
 def table_entry(
@@ -128,7 +127,7 @@ def table_entry(
     sizes: Mapping[str, Sequence[int]] | None = None,
     ties: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Return the `quantization_config` of a checkpoint with these layouts by module name; the rest as in the class."""
+    """Return the `quantization_config` of a checkpoint; `table`: layouts by module name."""
     numbers: dict[str, int] = {}
     layouts: list[dict[str, Any]] = []
     layers = {}
@@ -151,7 +150,7 @@ class LLMCompressQuantizer(HfQuantizer):
     requires_calibration = True  # refuses from_pretrained(dense, quantization_config=...): compress first
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """Refuse sizes that no model has: transformers calls this before it builds one of a config."""
+        """Refuse sizes that no model has: transformers calls this before it builds one."""
         entries = config.to_dict()  # a config with a number for each layer refuses to be asked for one
         check_numbers(lambda key: entries.get(config.attribute_map.get(key, key)), "config.json")
         return config
@@ -207,8 +206,8 @@ class LLMCompressQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         # transformers passes its config's, which `save_pretrained` makes a word
-        found: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        return dequantize(model, found)
+        named: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return dequantize(model, named)
 
     @property
     def is_trainable(self) -> bool:
@@ -223,7 +222,7 @@ def prepare(model: PreTrainedModel, config: LLMCompressConfig) -> None:
     resize(model, config.sizes | {name: list(layout.size) for name, layout in table.items() if name not in bases})
     for name, layout in table.items():
         if name in bases:
-            add_module(model, name, TiedMatrix(layout, _bytes(layout)))
+            add_module(model, name, TiedMatrix(layout, _empty_payload(layout)))
         else:
             put(model, name, _empty(name, model.get_submodule(name), layout))
     tie(model, config.ties)
@@ -249,12 +248,12 @@ def within(model: PreTrainedModel, config: LLMCompressConfig) -> LLMCompressConf
 
 
 def tensor_specs(model: nn.Module) -> dict[str, TensorSpec]:
-    """Return the tensors that a prepared model requires, by name: payloads are bytes, dense floats of any type."""
+    """Return the requirements of a prepared model by tensor name: payloads are bytes, dense floats of any type."""
     layouts = {f"{name}.weight": module.layout for name, module in compressed_modules(model).items()}
-    return {name: _expected(value, layouts.get(name)) for name, value in model.state_dict().items()}
+    return {name: _tensor_spec(value, layouts.get(name)) for name, value in model.state_dict().items()}
 
 
-def _expected(value: Tensor, layout: Layout | None) -> TensorSpec:
+def _tensor_spec(value: Tensor, layout: Layout | None) -> TensorSpec:
     if layout is None:
         return TensorSpec(tuple(value.shape), None if value.is_floating_point() else STORED[value.dtype])
     floats = tuple(place for place in layout.places().values() if place[0].is_floating_point)
@@ -262,7 +261,7 @@ def _expected(value: Tensor, layout: Layout | None) -> TensorSpec:
 
 
 def truncate_ranks(model: nn.Module, config: LLMCompressConfig) -> LLMCompressConfig:
-    """Leave the first `config.rank` components of each low-rank term of a loaded model; return its config.
+    """Keep the first `config.rank` components of each low-rank term of a loaded model; return its config.
 
     Raises InputError for weights that are not in memory, for matrices in common, and as `truncate_low_rank` does.
     """
@@ -287,11 +286,11 @@ def tie_head(model: PreTrainedModel) -> None:
     for alias, origin in model.all_tied_weights_keys.items():
         head, table = alias.rpartition(".")[0], modules.get(origin.rpartition(".")[0])
         if isinstance(table, CompressedEmbedding):
-            put(model, head, CompressedLinear(table.layout, _bytes(table.layout)))
+            put(model, head, CompressedLinear(table.layout, _empty_payload(table.layout)))
 
 
 def resize(model: PreTrainedModel, sizes: Mapping[str, Sequence[int]]) -> None:
-    """Resize linears of a model on meta, by name, to the `[out, in]` that they have after their structure was edited.
+    """Resize linears of a model on meta to these `[out, in]` by name.
 
     Raises InputError for a linear that the model lacks, and for sizes that do not fit each other.
     """
@@ -336,13 +335,13 @@ def _check_flow(model: PreTrainedModel) -> None:
 
 
 def layouts_of(model: nn.Module) -> dict[str, Layout]:
-    """Return the layout of every compressed module by name, by each of its names if it has several."""
+    """Return the layout of every compressed module, by each of its names."""
     modules = model.named_modules(remove_duplicate=False)
     return {name: module.layout for name, module in modules if isinstance(module, CompressedModule)}
 
 
 def separate(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a model, copies of those that share memory though config.json does not tie them."""
+    """Return the tensors of a model; those that share memory without a tie in config.json are copied."""
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)
     seen: dict[int, str] = {}
     found = {}
@@ -359,8 +358,8 @@ def _empty(name: str, dense: nn.Module, layout: Layout) -> CompressedLinear | Co
         if not has_rows(layout.header):
             raise InputError(f"config.json describes {name} in a form whose rows cannot be looked up; {MENDING}")
         dtype = torch.get_default_dtype()
-        return CompressedEmbedding(layout, _bytes(layout), dtype, row_scale(dense), dense.padding_idx)
-    return CompressedLinear(layout, _bytes(layout), getattr(dense, "bias", None))
+        return CompressedEmbedding(layout, _empty_payload(layout), dtype, row_scale(dense), dense.padding_idx)
+    return CompressedLinear(layout, _empty_payload(layout), getattr(dense, "bias", None))
 
 
 def _check_payload(name: str, module: CompressedModule) -> None:
@@ -374,7 +373,7 @@ def _check_payload(name: str, module: CompressedModule) -> None:
         raise InputError(f"the payload of {name} is damaged ({error}); {MENDING}") from error
 
 
-def _bytes(layout: Layout) -> Tensor:
+def _empty_payload(layout: Layout) -> Tensor:
     return torch.empty(layout.bytes(), dtype=torch.uint8, device="meta")
 
 

@@ -12,13 +12,13 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-HABITS = "llmcompress.models.transformers.patches"
+PATCHES = "llmcompress.models.transformers.patches"
 AWAITED = {  # their module -> ours, which registers itself on import, or module:function
-    "transformers.modeling_utils": f"{HABITS}:mend_models",
-    "transformers.trainer": f"{HABITS}:mend_trainer",
-    "peft.peft_model": f"{HABITS}:mend_peft_models",
+    "transformers.modeling_utils": f"{PATCHES}:mend_models",
+    "transformers.trainer": f"{PATCHES}:mend_trainer",
+    "peft.peft_model": f"{PATCHES}:mend_peft_models",
     "transformers.quantizers.auto": "llmcompress.models.transformers.hf_quantizer",
-    "peft.tuners.tuners_utils": "llmcompress.models.transformers.peft_checks",
+    "peft.tuners.tuners_utils": f"{PATCHES}:mend_peft_tuners",
 }
 
 

@@ -1,12 +1,11 @@
 """Keys and values of attention in 8 or 4 bits while a model generates, as a cache of transformers.
 
 Keys are quantized per channel and values per token, as KIVI (arXiv 2402.02750) found best: a few channels of the keys
-are large in every token, and would set the step of all the others in a token. Each group of numbers has a scale and a
-zero point in float16, and codes of 4 bits lie two to a byte. The most recent tokens stay as the model computed them.
+are large in every token, and would set the step of all others. Each group of numbers has a scale and a zero point in
+float16, and codes of 4 bits lie two to a byte. The most recent tokens stay as the model computed them.
 
-Unlike the quantized caches of transformers, a token is quantized once, when it leaves that recent part, and its codes
-are never quantized again; a prompt shorter than it costs no precision at all. Every step decodes the keys and values
-of one layer after the other, so the cache saves memory and takes time.
+Unlike in the quantized caches of transformers, a token is quantized only once, when it leaves that recent part. Every
+step decodes the keys and values of one layer after the other, so the cache saves memory and takes time.
 """
 
 from __future__ import annotations
@@ -35,16 +34,17 @@ def cache(model: PreTrainedModel, bits: int = 4, group_size: int = 32, residual:
     """Return an empty cache that keeps the keys and values of a model's attention in few bits.
 
     Give it to `model.generate(**inputs, past_key_values=lc.cache(model, bits=4))`, or to a loop of forward passes in
-    place of a `DynamicCache`. It holds one batch of texts; make a new one, or call `reset`, for the next. A number
-    takes `bits + 32 / group_size` bits. Layers with a sliding window keep what their window needs. The tokens of one
-    forward pass see each other, and the recent ones, as the model computed them; what is stored carries no gradient.
+    place of a `DynamicCache`. It holds one batch of texts; call `reset` for the next. A number takes
+    `bits + 32 / group_size` bits. The tokens of one forward pass see each other, and the recent ones, as the model
+    computed them; stored numbers carry no gradient.
 
     Args:
         model: A causal language model of transformers, compressed or not; only its config is read.
         bits: 4 or 8, for each number.
-        group_size: Numbers with a scale and a zero point of their own: channels of a token's values, tokens of a
-            channel of the keys. Even, and a divisor of the model's `head_dim`.
-        residual: The latest tokens, at least so many and fewer than `residual + group_size`, stay in the model's dtype.
+        group_size: Numbers that share a scale and a zero point: channels of a token's values, tokens of a channel of
+            the keys. Even, and a divisor of the model's `head_dim`.
+        residual: At least this number of latest tokens, and fewer than `residual + group_size`, stay in the model's
+            dtype.
 
     Returns:
         A `Cache` of transformers; its property `bytes` is the memory that it holds.
@@ -75,10 +75,9 @@ def held_bytes(cache: Cache) -> int:
 
 @dataclass(frozen=True)
 class Codes:
-    """Quantized tokens: `codes` uint8 [batch, heads, tokens, head_dim or half of it], a scale and a zero a group.
+    """Quantized tokens: codes uint8 [batch, heads, tokens, head_dim or half of it], scale and zero float16 per group.
 
-    The latter are float16, [batch, heads, tokens / group, head_dim] of keys, [batch, heads, tokens, head_dim / group]
-    of values.
+    These are [batch, heads, tokens / group, head_dim] of keys, [batch, heads, tokens, head_dim / group] of values.
     """
 
     codes: Tensor
@@ -106,7 +105,7 @@ class Grouping:
     def quantize(self, states: Tensor) -> Codes:
         """Return the codes of states [batch, heads, tokens, head_dim], at most half a step away from each.
 
-        Raises NumericsError where states are NaN, or beyond float16.
+        Raises NumericsError for states that are NaN, or beyond float16.
         """
         grouped = states.float().unflatten(self.axis, (-1, self.size))
         low, high = grouped.amin(self.axis), grouped.amax(self.axis)
@@ -120,29 +119,29 @@ class Grouping:
             )
         places = (grouped - zero.float().unsqueeze(self.axis)) / scale.float().unsqueeze(self.axis)
         codes = places.round().clamp(0, 2**self.bits - 1).to(torch.uint8).flatten(self.axis - 1, self.axis)
-        return Codes(self._packed(codes), scale, zero)
+        return Codes(self._pack(codes), scale, zero)
 
     def restore(self, stored: Codes, dtype: torch.dtype) -> Tensor:
         """Return the states [batch, heads, tokens, head_dim] that codes stand for."""
-        grouped = self._unpacked(stored.codes).float().unflatten(self.axis, (-1, self.size))
+        grouped = self._unpack(stored.codes).float().unflatten(self.axis, (-1, self.size))
         scale, zero = stored.scale.float().unsqueeze(self.axis), stored.zero.float().unsqueeze(self.axis)
         return grouped.mul_(scale).add_(zero).flatten(self.axis - 1, self.axis).to(dtype)
 
     def part(self, stored: Codes, first: int, last: int) -> Codes:
-        """Return a copy of the tokens from `first` to before `last`; `first` and `last` are multiples of `size`."""
+        """Return a copy of the tokens [first, last); both are multiples of `size`."""
         tokens = self.size if self.axis == TOKENS else 1  # of one row of scales
         rows = slice(first // tokens, last // tokens)
         codes, scale, zero = stored.codes[..., first:last, :], stored.scale[..., rows, :], stored.zero[..., rows, :]
         return Codes(codes.clone(), scale.clone(), zero.clone())
 
-    def _packed(self, codes: Tensor) -> Tensor:
-        """Put the codes of a head's first half of channels into the low, the others into the high bits of bytes."""
+    def _pack(self, codes: Tensor) -> Tensor:
+        """Put the codes of a head's first half of channels into the low bits of bytes, the others into high ones."""
         if self.bits == 8:
             return codes
         low, high = codes.chunk(2, CHANNELS)
         return low | (high << 4)
 
-    def _unpacked(self, packed: Tensor) -> Tensor:
+    def _unpack(self, packed: Tensor) -> Tensor:
         return packed if self.bits == 8 else torch.cat([packed & 15, packed >> 4], CHANNELS)
 
 
@@ -163,7 +162,7 @@ class CacheForm:
 class QuantizedKVLayer(DynamicLayer):
     """The cache of one attention layer: `past_keys` and `past_values` in codes, then recent `keys` and `values`.
 
-    With a sliding window, tokens before it go by whole groups; the first `skipped` tokens in codes are out of it.
+    Tokens before a sliding window go by whole groups; the first `skipped` tokens in codes are out of it.
     """
 
     keys: Tensor  # recent ones, [batch, heads, tokens, head_dim]; meaningless before `is_initialized`
@@ -219,7 +218,7 @@ class QuantizedKVLayer(DynamicLayer):
         return -1 if self.sliding_window is None else self.sliding_window
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of keys that `update` will return for so many new tokens, and the first one's position."""
+        """Return the number of keys that `update` will return for `query_length` new tokens, and the first position."""
         before = self.cumulative_length
         if self.sliding_window is not None:
             before = min(before, self.sliding_window - 1)
@@ -236,7 +235,7 @@ class QuantizedKVLayer(DynamicLayer):
         self._clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Put the texts of the batch into another order, some repeated and others dropped, as beam search asks."""
+        """Choose texts of the batch anew, some repeatedly, for beam search."""
         self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -248,7 +247,7 @@ class QuantizedKVLayer(DynamicLayer):
         self._map(lambda tensor: tensor[indices, ...])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens; what was quantized of the others stays as it is.
+        """Remove the last `-tokens_to_remove` tokens; the codes of the others stay.
 
         Raises RecipeError for a positive number, and for tokens that a sliding window has moved past.
         """
@@ -264,12 +263,12 @@ class QuantizedKVLayer(DynamicLayer):
                 f"tokens before a sliding window of {self.sliding_window} are gone and crop cannot put them back; "
                 "call activate_past_recording() on the cache before the tokens that may be removed"
             )
-        self._remove(min(-tokens_to_remove, self._held()))
+        self._remove(min(-tokens_to_remove, self._length()))
         self._leave_window()
 
     def _remove(self, count: int) -> None:
-        """Remove the last tokens; those left of a group in codes that is cut become recent ones."""
-        recent, quantized = self.keys.shape[TOKENS], self._quantized()
+        """Remove the last tokens; the rest of a group in codes that is cut becomes recent."""
+        recent, quantized = self.keys.shape[TOKENS], self._coded_length()
         self.cumulative_length -= count
         left = quantized - max(count - recent, 0)  # in codes
         if left == quantized:
@@ -284,20 +283,20 @@ class QuantizedKVLayer(DynamicLayer):
 
     def _leave_window(self) -> None:
         """Drop the tokens that are before the window of the next one."""
-        if self.sliding_window is None or (excess := self._held() - self.sliding_window + 1) <= 0:
+        if self.sliding_window is None or (excess := self._length() - self.sliding_window + 1) <= 0:
             return
-        in_codes = min(excess, self._quantized() - self.skipped)
+        in_codes = min(excess, self._coded_length() - self.skipped)
         self.skipped += in_codes
         whole = self.skipped // self.form.group_size * self.form.group_size
         if whole:
             self.skipped -= whole
-            self._keep_codes(whole, self._quantized())
+            self._keep_codes(whole, self._coded_length())
         if excess > in_codes:
             self.keys = self.keys[..., excess - in_codes :, :].clone()
             self.values = self.values[..., excess - in_codes :, :].clone()
 
     def _quantize_older(self) -> None:
-        """Quantize whole groups of those recent tokens that are more than the residual ones."""
+        """Quantize whole groups of the recent tokens beyond the residual ones."""
         size = self.form.group_size
         count = (self.keys.shape[TOKENS] - self.form.residual) // size * size
         if count <= 0:
@@ -318,7 +317,7 @@ class QuantizedKVLayer(DynamicLayer):
         return [keys[..., self.skipped :, :]], [values[..., self.skipped :, :]]
 
     def _keep_codes(self, first: int, last: int) -> None:
-        """Keep these tokens in codes; `first` and `last` are at the ends of groups."""
+        """Keep the tokens [first, last) in codes; both are at the ends of groups."""
         if self.past_keys is None or self.past_values is None or first == last:
             self.past_keys = self.past_values = None
             self.skipped = 0
@@ -326,11 +325,11 @@ class QuantizedKVLayer(DynamicLayer):
         self.past_keys = self.form.keys.part(self.past_keys, first, last)
         self.past_values = self.form.values.part(self.past_values, first, last)
 
-    def _quantized(self) -> int:
+    def _coded_length(self) -> int:
         return 0 if self.past_keys is None else self.past_keys.codes.shape[TOKENS]
 
-    def _held(self) -> int:
-        return self._quantized() - self.skipped + self.keys.shape[TOKENS]
+    def _length(self) -> int:
+        return self._coded_length() - self.skipped + self.keys.shape[TOKENS]
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
@@ -361,7 +360,7 @@ def _decoder_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 
 def _quantized_layer(layer: Any, form: CacheForm) -> Any:
-    """Return the quantized layer in place of one of transformers' own, or that one where it holds no tokens."""
+    """Return the quantized layer in place of one of transformers' own, or that one if it holds no tokens."""
     kind = type(layer)
     if kind is DynamicLayer:
         return QuantizedKVLayer(form)
@@ -381,7 +380,7 @@ def _check_group_size(group_size: int, width: int) -> None:
 
 
 def _float16(numbers: Tensor, towards: float) -> Tensor:
-    """Round float32 numbers to float16, those that have to be in the direction of an infinity."""
+    """Round float32 numbers to float16 in the direction of an infinity."""
     near = numbers.to(torch.float16)
     wrong = near.float() < numbers if towards > 0 else near.float() > numbers
     return torch.where(wrong, torch.nextafter(near, torch.full_like(near, towards)), near)

@@ -106,7 +106,7 @@ def fold(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
     terms = {name: _terms(name, module, adapters) for name, module in adapted.items()}
     for name, module in adapted.items():
         put(base, name, module.get_base_layer())  # which knows what it has in common with others
-        put(base, name, _folded(module, terms[name], adapters))
+        put(base, name, _fold_layer(module, terms[name], adapters))
     for name, wrapper in trained.items():
         put(base, name, wrapper.unload_and_optionally_merge_module(True, False, adapters))
     vars(base).pop("peft_config", None)
@@ -148,7 +148,7 @@ def _term(name: str, module: Any, adapter: str) -> LowRank:
     return LowRank(Dense((left * module.scaling[adapter]).contiguous()), Dense(right.clone().contiguous()))
 
 
-def _folded(module: Any, terms: Sequence[LowRank], adapters: Sequence[str]) -> nn.Module:
+def _fold_layer(module: Any, terms: Sequence[LowRank], adapters: Sequence[str]) -> nn.Module:
     """Return the layer below an adapted one, with its terms in its weight; a dense one as PEFT merges it."""
     layer: nn.Module = module.get_base_layer()
     if not isinstance(layer, (CompressedLinear, CompressedEmbedding)):

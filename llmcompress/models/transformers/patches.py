@@ -1,6 +1,7 @@
-"""Functions of transformers and PEFT that take a payload for a matrix, made to know better.
+"""Functions of transformers and PEFT that take a payload for a matrix, replaced by ones that know payloads.
 
-They are replaced once their modules are there (`import_hooks.py`), since neither has a hook for these questions.
+They are replaced once their modules are imported (`import_hooks.py`), since neither library has a hook for these
+questions. PEFT's merges, and adapters that compute with a dense weight, are refused; `lora.fold` merges instead.
 """
 
 from __future__ import annotations
@@ -11,18 +12,62 @@ from functools import wraps
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from llmcompress.weight.modules import CompressedEmbedding, TiedMatrix, compressed_modules
+from llmcompress.errors import InputError, first_line, is_out_of_memory
+from llmcompress.weight.modules import (
+    CompressedEmbedding,
+    CompressedLinear,
+    CompressedModule,
+    TiedMatrix,
+    compressed_modules,
+    put,
+)
 
 if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTuner
     from transformers import PreTrainedModel, Trainer
 
 BERTS_TABLE = "embeddings.word_embeddings"
+FROM_WEIGHTS = ("pissa", "olora", "corda", "loftq")  # beginnings of `init_lora_weights` that factor the dense weight
+UNSUITED = (AttributeError, IndexError, RuntimeError, TypeError)  # of a layer whose weight is no matrix
+
+
+def mend_models() -> None:
+    """Let the methods of transformers' models know payloads."""
+    _count_in_transformers()
+    _save_what_loads()
+    _resize_tables()
+
+
+def mend_trainer() -> None:
+    """Let `Trainer`, and the trainers of TRL, know payloads."""
+    _evaluate_in_trainer()
+    from transformers.trainer import Trainer
+
+    for name in ("train", "evaluate", "predict"):
+        setattr(Trainer, name, _with_plain_heads(getattr(Trainer, name)))
+
+
+def mend_peft_models() -> None:
+    """Let PEFT's models know payloads."""
+    _count_in_peft()
+    _find_tables_for_prompts()
+
+
+def mend_peft_tuners() -> None:
+    """Let PEFT's adapters know payloads."""
+    from peft.tuners.tuners_utils import BaseTuner
+    from peft.utils import save_and_load
+
+    save_and_load.get_embedding_layer_name = _without_payloads(save_and_load.get_embedding_layer_name)
+    BaseTuner.inject_adapter = _with_trial(BaseTuner.inject_adapter)  # type: ignore[method-assign]
+    BaseTuner._check_merge_allowed = _with_refusal(BaseTuner._check_merge_allowed)  # type: ignore[method-assign]
 
 
 def uncounted_weights(model: nn.Module, exclude_embeddings: bool = False) -> int:
-    """Return the weights that compressed modules hold beyond their payloads' bytes, which are counted as weights.
+    """Return the weights of compressed modules beyond their payloads' bytes, which are counted as weights.
 
     A linear has as many as its dense form, whatever it has in common with others.
     """
@@ -34,26 +79,7 @@ def uncounted_weights(model: nn.Module, exclude_embeddings: bool = False) -> int
     )
 
 
-def mend_models() -> None:
-    """Let the methods of transformers' models know payloads."""
-    count_in_transformers()
-    save_what_loads()
-    resize_tables()
-
-
-def mend_trainer() -> None:
-    """Let `Trainer`, and the trainers of TRL, know payloads."""
-    evaluate_in_trainer()
-    show_heads_to_trl()
-
-
-def mend_peft_models() -> None:
-    """Let PEFT's models know payloads."""
-    count_in_peft()
-    prompts_beside_tables()
-
-
-def count_in_transformers() -> None:
+def _count_in_transformers() -> None:
     """Let `model.num_parameters()` count weights."""
     from transformers.modeling_utils import PreTrainedModel
 
@@ -61,13 +87,13 @@ def count_in_transformers() -> None:
 
     @wraps(count)
     def num_parameters(self: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        found = count(self, only_trainable, exclude_embeddings)
-        return found if only_trainable else found + uncounted_weights(self, exclude_embeddings)
+        counted = count(self, only_trainable, exclude_embeddings)
+        return counted if only_trainable else counted + uncounted_weights(self, exclude_embeddings)
 
     PreTrainedModel.num_parameters = num_parameters  # type: ignore[method-assign]
 
 
-def save_what_loads() -> None:
+def _save_what_loads() -> None:
     """Let `save_pretrained` refuse a compressed model that a load would not give back, before it writes anything."""
     from transformers.modeling_utils import PreTrainedModel
 
@@ -86,7 +112,7 @@ def save_what_loads() -> None:
     PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
 
-def resize_tables() -> None:
+def _resize_tables() -> None:
     """Let `model.resize_token_embeddings` leave compressed tables alone, or make them dense to resize them."""
     from transformers.modeling_utils import PreTrainedModel
 
@@ -108,7 +134,7 @@ def resize_tables() -> None:
     PreTrainedModel.resize_token_embeddings = resize_token_embeddings  # type: ignore[method-assign]
 
 
-def count_in_peft() -> None:
+def _count_in_peft() -> None:
     """Let `print_trainable_parameters()` of PEFT count weights."""
     from peft.peft_model import PeftModel
 
@@ -122,7 +148,7 @@ def count_in_peft() -> None:
     PeftModel.get_nb_trainable_parameters = get_nb_trainable_parameters  # type: ignore[method-assign]
 
 
-def prompts_beside_tables() -> None:
+def _find_tables_for_prompts() -> None:
     """Let PEFT, which looks for the token table by the shape of its weight, find a compressed one for its prompts."""
     from peft.peft_model import PeftModel
 
@@ -135,7 +161,7 @@ def prompts_beside_tables() -> None:
         if not isinstance(table, CompressedEmbedding):
             return setup(self, adapter_name)
         find = base.get_submodule
-        vars(base)["get_submodule"] = lambda name: table if name == BERTS_TABLE else find(name)  # asked for first
+        vars(base)["get_submodule"] = lambda name: table if name == BERTS_TABLE else find(name)  # the first name tried
         try:
             return setup(self, adapter_name)
         finally:
@@ -144,7 +170,7 @@ def prompts_beside_tables() -> None:
     PeftModel._setup_prompt_encoder = setup_prompt_encoder  # type: ignore[method-assign]
 
 
-def evaluate_in_trainer() -> None:
+def _evaluate_in_trainer() -> None:
     """Let `Trainer` hold a compressed model without adapters, to evaluate it: it is refused when training begins."""
     from transformers import trainer
 
@@ -167,15 +193,9 @@ def evaluate_in_trainer() -> None:
     trainer.Trainer.train = train_validated  # type: ignore[method-assign]
 
 
-def show_heads_to_trl() -> None:
-    """Let trainers of TRL, which multiply by the head's matrix themselves, run with plain heads."""
-    from transformers.trainer import Trainer
-
-    for name in ("train", "evaluate", "predict"):
-        setattr(Trainer, name, _with_plain_heads(getattr(Trainer, name)))
-
-
 def _with_plain_heads(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of `Trainer` during which the trainers of TRL, which multiply by the head, have plain heads."""
+
     @wraps(method)
     def run(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         with _plain_heads(self):
@@ -186,7 +206,7 @@ def _with_plain_heads(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _plain_heads(trainer: Trainer) -> Iterator[None]:
-    """Give the models of a trainer plain heads inside the context, if it is one of TRL's."""
+    """Give the models of a trainer of TRL plain heads inside the context."""
     with ExitStack() as plain:
         if any(kind.__module__.startswith("trl.") for kind in type(trainer).__mro__):
             from llmcompress.models.transformers.lora import plain_head
@@ -196,6 +216,119 @@ def _plain_heads(trainer: Trainer) -> Iterator[None]:
                 if _is_ours(model) and hasattr(model, "get_output_embeddings"):
                     plain.enter_context(plain_head(model))
         yield
+
+
+def _with_refusal(check: Callable[[BaseTuner], None]) -> Callable[[BaseTuner], None]:
+    """Return PEFT's check before a merge, extended to raise InputError for adapters on compressed weights."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    @wraps(check)
+    def refuse_codes(tuner: BaseTuner) -> None:
+        for name, module in tuner.model.named_modules():
+            if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), CompressedModule):
+                raise InputError(
+                    f"PEFT cannot merge an adapter into {name}, which is compressed; make plain LoRA part of the model "
+                    "by llmcompress.fold, or save the adapter beside it"
+                )
+        check(tuner)
+
+    return refuse_codes
+
+
+def _with_trial(inject: Callable[..., None]) -> Callable[..., None]:
+    """Return PEFT's injection, extended to raise InputError for adapters that compressed layers cannot have.
+
+    One layer of each kind is tried on one token, so that a fault shows before training. The model is then as before.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    @wraps(inject)
+    def inject_and_try(tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if not compressed_modules(model):
+            return inject(tuner, model, adapter_name, *args, **kwargs)
+        config = tuner.peft_config[adapter_name]
+        _check_whole_modules(model, config)
+        start = str(getattr(config, "init_lora_weights", ""))
+        if start.startswith(FROM_WEIGHTS):
+            raise _adapter_refusal(f"LoRA that starts from the weights ({start})", "they are codes")
+        adapted = {id(module) for module in model.modules() if isinstance(module, BaseTunerLayer)}
+        try:
+            inject(tuner, model, adapter_name, *args, **kwargs)
+            _try_layers(model, config.inference_mode)
+        except UNSUITED as error:
+            if is_out_of_memory(error):
+                raise
+            for name, module in list(model.named_modules()):
+                if isinstance(module, BaseTunerLayer) and id(module) not in adapted:
+                    put(model, name, module.get_base_layer())
+            kind = type(config).__name__.removesuffix("Config")
+            raise _adapter_refusal(f"{kind} adapters", first_line(error)) from error
+        return None
+
+    return inject_and_try
+
+
+def _check_whole_modules(model: nn.Module, config: Any) -> None:
+    """Raise InputError for a config that trains whole modules, or single tokens, that are codes."""
+    tokens = getattr(config, "trainable_token_indices", None)
+    wanted = {"modules_to_save": list(getattr(config, "modules_to_save", None) or ())}
+    if isinstance(tokens, dict):
+        wanted["trainable_token_indices"] = list(tokens)
+    elif tokens is not None:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+        wanted["trainable_token_indices"] = [name for name, module in model.named_modules() if module is table]
+    for key, ends in wanted.items():
+        for name, module in model.named_modules():
+            if name.endswith(tuple(ends)) and compressed_modules(module):
+                raise InputError(
+                    f"{key}: {name} has compressed weights, and codes cannot be trained; adapt it by LoRA "
+                    "(target_modules), or make the model dense by model.dequantize() first"
+                )
+
+
+def _adapter_refusal(what: str, reason: str) -> InputError:
+    return InputError(
+        f"PEFT cannot put {what} on compressed layers ({reason}); train plain LoRA, or make the model dense by "
+        "model.dequantize() first"
+    )
+
+
+@torch.no_grad()
+def _try_layers(model: nn.Module, frozen: bool) -> None:
+    """Run one adapted compressed layer of each kind on one token, unless parts of it are on meta."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tried: set[type[nn.Module]] = set()
+    for layer in model.modules():
+        base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else None
+        if not isinstance(base, (CompressedLinear, CompressedEmbedding)) or type(layer) in tried:
+            continue
+        tried.add(type(layer))
+        values = list(layer.parameters())
+        if any(value.is_meta for value in values):
+            continue
+        if not frozen and not any(value.requires_grad for value in values):
+            raise TypeError("nothing in it can be trained")
+        dtype = next((value.dtype for value in values if value.is_floating_point()), torch.float32)
+        training = layer.training
+        layer.eval()  # without dropout, which would draw random numbers
+        device = base.get_parameter("weight").device
+        if isinstance(base, CompressedEmbedding):
+            layer(torch.zeros(1, 1, dtype=torch.long, device=device))
+        else:
+            layer(torch.zeros(1, 1, base.in_features, dtype=dtype, device=device))
+        layer.train(training)
+
+
+def _without_payloads(name_of: Callable[..., str | None]) -> Callable[..., str | None]:
+    """Return PEFT's name of a table to save beside an adapter, extended to return None for a compressed one."""
+
+    @wraps(name_of)
+    def name(model: nn.Module, layer: nn.Module, is_adapted: bool) -> str | None:
+        is_payload = isinstance(getattr(layer, "base_layer", layer), CompressedModule)
+        return None if is_payload else name_of(model, layer, is_adapted)
+
+    return name
 
 
 def _is_ours(model: Any) -> bool:

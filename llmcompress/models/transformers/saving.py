@@ -1,7 +1,7 @@
 """`save_pretrained` of a compressed model writes what a load gives back, or nothing.
 
-Whatever was done to the model since it was loaded: its config is made to describe the modules that are there, the model
-that a load would build from that config is built without weights, and compared with it.
+The config is made to describe the model's modules as they are now. Then the model that a load would build from that
+config is built without weights, and compared with it.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ PLAIN: dict[type, tuple[type, ...]] = {  # the modules that compressed ones stan
 
 @contextmanager
 def describe_while_saving(model: PreTrainedModel) -> Iterator[None]:
-    """Let the config of a compressed model describe it, and its quantizer save it, while the context lasts.
+    """Let the config of a compressed model describe it, and its quantizer save it, inside the context.
 
     Raises InputError for a model that a load would not give back.
     """
-    config = _checked(model)
+    config = _check_model(model)
     held = vars(model).get("hf_quantizer")
     known = getattr(model.config, "quantization_config", None)
     model.config.quantization_config = config
@@ -72,12 +72,11 @@ def describe_while_saving(model: PreTrainedModel) -> Iterator[None]:
 
 
 def describe_modules(model: PreTrainedModel) -> LLMCompressConfig:
-    """Return the `quantization_config` for the modules that a model has. Raises InputError for one that is none of its
-    config's."""
-    return _described(model, _plain(model))
+    """Return the `quantization_config` for the modules of a model. Raises InputError if its config describes none."""
+    return _describe(model, _plain(model))
 
 
-def _checked(model: PreTrainedModel) -> LLMCompressConfig:
+def _check_model(model: PreTrainedModel) -> LLMCompressConfig:
     plain, tensors = _plain(model), dict(model.state_dict())
     if any(tensor.is_meta for tensor in tensors.values()):
         tensors = get_state_dict_offloaded_model(model)
@@ -89,7 +88,7 @@ def _checked(model: PreTrainedModel) -> LLMCompressConfig:
             )
     _check_modules(model, plain, set(_ties(model).values()))
     _check_types(model, plain)
-    config = _described(model, plain)
+    config = _describe(model, plain)
     try:
         prepare(plain, config)
     except InputError as error:
@@ -108,7 +107,7 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
-def _described(model: PreTrainedModel, plain: PreTrainedModel) -> LLMCompressConfig:
+def _describe(model: PreTrainedModel, plain: PreTrainedModel) -> LLMCompressConfig:
     """Return the config for the modules of `model`. A head that is tied to a table has no entry of its own."""
     tied = plain.all_tied_weights_keys
     table = {name: layout for name, layout in layouts_of(model).items() if f"{name}.weight" not in tied}
@@ -142,26 +141,28 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _check_modules(model: nn.Module, plain: nn.Module, bases: Iterable[str]) -> None:
-    """Raise InputError unless a model consists of modules of the same kinds as the one that would be loaded, but for
-    what is compressed, and for `bases`, the matrices that several linears have in common."""
-    mine = {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
-    theirs = {name: type(module) for name, module in plain.named_modules(remove_duplicate=False)}
-    added = {place for name in bases for place in accumulate(name.split("."), "{}.{}".format)} - theirs.keys()
-    for name in dict.fromkeys((*mine, *theirs)):
-        here, there = mine.get(name), theirs.get(name)
-        if name in added or here is there or (here and there and issubclass(there, PLAIN.get(here, ()))):
+    """Raise InputError unless a model has the modules of the one that would be loaded.
+
+    Compressed ones may differ, and `bases`, the matrices that several linears have in common.
+    """
+    kinds = {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
+    loaded_kinds = {name: type(module) for name, module in plain.named_modules(remove_duplicate=False)}
+    added = {place for name in bases for place in accumulate(name.split("."), "{}.{}".format)} - loaded_kinds.keys()
+    for name in dict.fromkeys((*kinds, *loaded_kinds)):
+        own, loaded = kinds.get(name), loaded_kinds.get(name)
+        if name in added or own is loaded or (own and loaded and issubclass(loaded, PLAIN.get(own, ()))):
             continue
-        if here is not None and here.__module__.startswith("peft."):
+        if own is not None and own.__module__.startswith("peft."):
             raise _refusal(
                 f"{name} holds an adapter of PEFT; make it part of the model by llmcompress.fold, or save it alone by "
                 "save_pretrained of the PEFT model"
             )
-        is_now, would_be = ("missing" if kind is None else f"a {kind.__name__}" for kind in (here, there))
+        is_now, would_be = ("missing" if kind is None else f"a {kind.__name__}" for kind in (own, loaded))
         raise _refusal(f"{name} is {is_now} where a load would make it {would_be}; put back what was there")
 
 
 def _check_types(model: PreTrainedModel, plain: PreTrainedModel) -> None:
-    """Raise InputError for weights in another type than a load gives them: that of the model, or of the class."""
+    """Raise InputError for weights of another type than a load gives them: that of the model, or of the class."""
     kept = [re.escape(name).replace(r"\*", ".*") for name in model._get_dtype_plan(model.dtype)]  # in float32
     made = {name: value.dtype for name, value in plain.named_parameters(remove_duplicate=False)}
     for name, value in model.named_parameters(remove_duplicate=False):
@@ -175,7 +176,7 @@ def _check_types(model: PreTrainedModel, plain: PreTrainedModel) -> None:
 
 
 def _check_tensors(model: nn.Module, plain: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Raise InputError unless the tensors of a model are those that the loaded one would be filled with."""
+    """Raise InputError unless the tensors of a model fit the one that would be loaded."""
     wanted = tensor_specs(plain)
     for name in sorted(wanted.keys() | tensors.keys()):
         if name not in tensors or name not in wanted:
