@@ -36,7 +36,7 @@ def steps_of(folders: Path, output: Path, *losses: dict[str, Any], **more: Any) 
 
 
 @pytest.mark.slow
-def test_shares_are_those_of_runs_with_one_loss(folders: Path, tmp_path: Path) -> None:
+def test_gradient_shares_equal_those_of_single_loss_runs(folders: Path, tmp_path: Path) -> None:
     """And balanced weights are those that make the norms equal, whatever the micro-batches are."""
     alone = [steps_of(folders, tmp_path / name, loss)[0] for name, loss in (("kl", KL), ("mse", MSE))]
     norms = [row["gradient_norm"] for row in alone]
@@ -67,7 +67,7 @@ def test_a_loss_without_a_gradient_keeps_its_weight() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_was_cut_between_looks_ends_as_a_whole_one(folders: Path, tmp_path: Path) -> None:
+def test_a_run_interrupted_between_looks_resumes_exactly(folders: Path, tmp_path: Path) -> None:
     asked = settings(folders, KL, HIDDEN, balance=True, steps=4, evaluate_every=3, save_every=1)
     whole = distill(folders / "small", folders / "dense", asked, tmp_path / "whole")
     cut_short(folders, asked, tmp_path / "cut", 2)
@@ -77,6 +77,6 @@ def test_a_run_that_was_cut_between_looks_ends_as_a_whole_one(folders: Path, tmp
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
 
 
-def test_one_loss_has_nothing_to_be_balanced_with(folders: Path, tmp_path: Path) -> None:
+def test_balance_of_a_single_loss_is_refused(folders: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="balance needs several losses, and there is one"):
         steps_of(folders, tmp_path / "out", KL, balance=True)

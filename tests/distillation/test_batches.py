@@ -106,7 +106,7 @@ def gradient(objective: Objective, parts: list[Batch], targets: int) -> tuple[Te
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_the_gradient_of_ragged_parts_is_that_of_one_batch(size: int) -> None:
+def test_gradients_of_ragged_parts_add_up_to_one_batch(size: int) -> None:
     student, teacher = tiny("llama", seed=1).double(), tiny("llama").double().requires_grad_(False)
     states = [{"loss": "hidden"}, {"loss": "minilm", "relation_heads": 4}]
     on_states = [(Term.model_validate({"of": one}), None) for one in states]
@@ -117,7 +117,7 @@ def test_the_gradient_of_ragged_parts_is_that_of_one_batch(size: int) -> None:
     assert_close(parts[1], whole[1], rtol=0, atol=1e-10)
 
 
-def test_the_gradient_is_that_of_all_targets_one_by_one() -> None:
+def test_gradient_equals_the_mean_over_single_targets() -> None:
     """Sum over targets of KL(teacher || student) / their number, documents alone and unpadded, by plain autograd."""
     student, teacher = tiny("llama", seed=1).double(), tiny("llama").double().requires_grad_(False)
     batch = Batch.join([packed(), ragged()])
@@ -139,7 +139,7 @@ def test_the_gradient_is_that_of_all_targets_one_by_one() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=map(spelled, CASES))
-def test_a_part_in_which_nothing_counts_has_a_gradient_of_zero(case: dict[str, Any]) -> None:
+def test_a_part_without_targets_has_a_zero_gradient(case: dict[str, Any]) -> None:
     term = Term(of=case)
     student, teacher = (torch.nn.Linear(8, 11, bias=False) for _ in range(2))
     hidden = torch.zeros(0, 8, requires_grad=True)
@@ -151,7 +151,7 @@ def test_a_part_in_which_nothing_counts_has_a_gradient_of_zero(case: dict[str, A
     assert student.weight.grad is not None and not student.weight.grad.any()
 
 
-def test_an_objective_in_which_nothing_counts_reaches_every_parameter() -> None:
+def test_an_objective_without_targets_reaches_every_parameter() -> None:
     """So that wrappers of several processes, which wait for all of them, go on."""
     student, teacher = tiny("llama", seed=1), tiny("llama")
     batch = ragged()

@@ -90,7 +90,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_what_is_read_back_was_predicted(tmp_path: Path, text: Batch) -> None:
+def test_cached_predictions_equal_the_teachers(tmp_path: Path, text: Batch) -> None:
     teacher = Predictor(text)
     found = written(tmp_path / "c", text, teacher)
     for numbers in ([0], [6, 2, 2], list(range(7))):
@@ -110,7 +110,7 @@ def test_ids_take_the_smallest_integers(vocabulary: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("cut_at", [0, 3, 6])
-def test_a_cut_writing_goes_on_and_ends_with_the_same_bytes(cut_at: int, tmp_path: Path, text: Batch) -> None:
+def test_interrupted_writing_resumes_to_the_same_bytes(cut_at: int, tmp_path: Path, text: Batch) -> None:
     written(tmp_path / "whole", text, Predictor(text))
     with pytest.raises(Cut):
         written(tmp_path / "cut", text, Predictor(text, cut_at))
@@ -176,14 +176,14 @@ def test_all_that_the_teacher_reads_is_part_of_the_origin(text: Batch) -> None:
         (lambda folder: (folder / "cache.json").unlink(), "is not a cache of a teacher's predictions"),
     ],
 )
-def test_damage_is_said(damage: Callable[[Path], object], words: str, tmp_path: Path, text: Batch) -> None:
+def test_a_damaged_cache_is_refused(damage: Callable[[Path], object], words: str, tmp_path: Path, text: Batch) -> None:
     written(tmp_path / "c", text, Predictor(text))
     damage(tmp_path / "c")
     with pytest.raises(InputError, match=words):
         written(tmp_path / "c", text, Predictor(text))
 
 
-def test_what_stands_in_the_way_is_said(tmp_path: Path, text: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_a_lock_and_a_full_disk_are_reported(tmp_path: Path, text: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(kind: type[LLMCompressError], words: str, teacher: Predictor) -> None:
         with pytest.raises(kind, match=words):
             written(tmp_path / "c", text, teacher)
@@ -200,7 +200,7 @@ def test_what_stands_in_the_way_is_said(tmp_path: Path, text: Batch, monkeypatch
     written(tmp_path / "c", text, Predictor(text))
 
 
-def test_a_remembered_teacher_is_the_teacher() -> None:
+def test_a_held_out_teacher_measures_the_same_distances() -> None:
     generator = torch.Generator().manual_seed(0)
     for family, changes in (("llama", {}), ("gemma2", {"final_logit_softcapping": 5.0})):
         teacher, student = tiny(family, **changes), tiny(family, seed=1, **changes)
@@ -326,7 +326,7 @@ def test_losses_that_need_no_teacher_or_symbols_are_allowed(folders: Path) -> No
 
 
 @pytest.mark.slow
-def test_phases_that_need_the_teachers_weights_load_it_again(folders: Path, tmp_path: Path) -> None:
+def test_phases_that_need_the_teachers_weights_reload_it(folders: Path, tmp_path: Path) -> None:
     phases = [
         {"kind": "blockwise", "steps": 1, "rates": {"scales": 5e-3}},
         {"kind": "end_to_end", "steps": 2, "rates": {"codes": 1e-2}, "latents": "teacher"},

@@ -271,7 +271,7 @@ def test_the_chunk_follows_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> No
     assert rows == [1, 4, 4, 4, 1]  # once to see the vocabulary of 11
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_impossible_chunked_loss_is_refused() -> None:
     given, other = models(), models(vocabulary=12)
     rest = (Online(given.teacher_hidden, other.teacher_head), given.targets)
     with pytest.raises(InputError, match="the student has a vocabulary of 11 tokens, its teacher one of 12"):

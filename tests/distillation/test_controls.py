@@ -59,7 +59,7 @@ def test_controls_are_runs_of_their_own_and_change_nothing(folders: Path, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("calls", [2, 5, 8])  # within the distillation itself, and within either control
-def test_a_run_that_was_cut_anywhere_ends_as_a_whole_one(calls: int, folders: Path, tmp_path: Path) -> None:
+def test_a_run_interrupted_anywhere_resumes_exactly(calls: int, folders: Path, tmp_path: Path) -> None:
     asked = settings(folders, save_every=1)
     whole = distill(folders / "small", folders / "dense", asked, tmp_path / "whole")
     cut_short(folders, asked, tmp_path / "cut", calls)
@@ -74,7 +74,7 @@ def test_a_run_that_was_cut_anywhere_ends_as_a_whole_one(calls: int, folders: Pa
 
 
 @pytest.mark.slow
-def test_a_control_that_diverges_is_told_and_the_rest_stays(
+def test_a_diverging_control_is_reported_and_the_result_stays(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_phases = run.run_phases
@@ -111,6 +111,6 @@ def test_controls_share_a_cached_teacher(folders: Path, tmp_path: Path) -> None:
         ({"phases": [{"kind": "blockwise"}]}, "blockwise"),
     ],
 )
-def test_controls_that_tell_nothing_are_refused(more: dict[str, Any], said: str, folders: Path) -> None:
+def test_controls_equal_to_the_recipe_are_refused(more: dict[str, Any], said: str, folders: Path) -> None:
     with pytest.raises(RecipeError, match=said):
         read_as(Distillation, settings(folders, **more))

@@ -65,7 +65,7 @@ def accelerator(plugin: Any, distributed_type: DistributedType = DistributedType
     return SimpleNamespace(distributed_type=distributed_type, state=SimpleNamespace(deepspeed_plugin=plugin))
 
 
-def test_the_recipe_says_what_deepspeed_would_guess(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recipes_micro_batch_is_set_in_deepspeeds_config(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in launch_environment("deepspeed.yaml", ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4").items():
         monkeypatch.setenv(name, value)
     plugin = DeepSpeedPlugin()
@@ -122,7 +122,7 @@ def test_deepspeed_is_for_gpus() -> None:
         (True, {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "zero.json"}, "leave deepspeed_config_file out"),
     ],
 )
-def test_what_deepspeed_cannot_do_is_said_before_a_model_is_read(
+def test_deepspeed_settings_are_checked_before_models_load(
     installed: bool, environment: dict[str, str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in (environment | {"ACCELERATE_USE_DEEPSPEED": "true"}).items():

@@ -92,7 +92,7 @@ def test_weight_files_stay_below_a_limit(place: Path, tmp_path: Path, monkeypatc
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_what_a_compressed_student_keeps_dense_trains_too(place: Path, tmp_path: Path) -> None:
+def test_dense_weights_of_a_compressed_student_train(place: Path, tmp_path: Path) -> None:
     """Unequal widths, one block compressed, the other dense."""
     model = lc.compress(save_tiny("llama", tmp_path / "dense"), RECIPE, tmp_path / "small").model
     sizes = narrow(model)

@@ -85,7 +85,7 @@ def test_exits_are_losses_on_whole_logits(chunk: int, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS))
-def test_an_exit_behind_the_last_block_is_the_end(family: str) -> None:
+def test_an_exit_after_the_last_block_equals_the_final_loss(family: str) -> None:
     """In every family: with its norm, its projection, its cap on logits."""
     student, teacher = tiny(family, seed=1), tiny(family).requires_grad_(False)
     batch = Batch.of(ragged().ids[:1])
@@ -137,7 +137,7 @@ def test_losses_are_reported_in_float32_where_products_are_bfloat16() -> None:
     assert not torch.equal(rows[:, 0], rows[:, 0].bfloat16().float())
 
 
-def test_activations_that_are_computed_again_change_nothing() -> None:
+def test_recomputed_activations_change_nothing() -> None:
     student, teacher = pair()
     found = objective(student, teacher, FORWARD, OFA | {"exits": [1, 3]})
     batch = ragged()

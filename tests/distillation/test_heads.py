@@ -67,7 +67,7 @@ def test_under_autocast_a_frozen_head_is_cast_once_for_all_chunks(name: str, pla
     assert torch.equal(ours, theirs)
 
 
-def test_a_head_that_trains_or_is_not_cast_stays_what_it_is(place: Path) -> None:
+def test_a_trained_or_uncast_head_is_used_unchanged(place: Path) -> None:
     model = frozen(place / "dense")
     own: nn.Module = model.get_output_embeddings()
     assert head_of(model) is own

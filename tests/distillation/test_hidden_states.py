@@ -101,7 +101,7 @@ def test_the_objective_is_the_weighted_sum_of_its_losses(layers: Any, pairs: lis
         assert (one - other).norm() < 1e-5 * other.norm()  # the library's norms are float32
 
 
-def test_activations_that_are_computed_again_change_nothing() -> None:
+def test_recomputed_activations_change_nothing() -> None:
     """The states may come from a block's first run or from its second."""
     student, teacher = pair()
     found = objective(student, teacher, HIDDEN, {"of": {"loss": "forward_kl"}})
@@ -197,7 +197,7 @@ def test_hidden_states_and_predictions_recover_a_shortened_model(place: Path, tm
 # --- schedules --------------------------------------------------------------------------------------------------------
 
 
-def test_weights_go_in_a_line_and_stay() -> None:
+def test_scheduled_weights_are_linear_then_constant() -> None:
     falling = Term.model_validate({"of": {"loss": "forward_kl"}, "weight": {"from": 1.0, "to": 0.2, "until": 0.5}})
     found = [falling.weight_at(step, 8) for step in range(8)]
     assert found == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2, 0.2])
@@ -236,7 +236,7 @@ def test_impossible_losses_are_refused(terms: Any, sentence: str, place: Path, t
         distill(place / "short", place / "dense", asked(place, losses=terms), tmp_path / "out")
 
 
-def test_blocks_are_matched_by_what_they_were() -> None:
+def test_blocks_are_matched_by_their_original_numbers() -> None:
     student, teacher = pair()
     assert matched_blocks(student, teacher) == {0: 0, 1: 1, 2: 3}
     assert matched_blocks(teacher, teacher) == {0: 0, 1: 1, 2: 2, 3: 3}

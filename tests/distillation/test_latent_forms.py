@@ -49,6 +49,6 @@ def test_codes_learn_on_text_that_they_do_not_see(form: dict[str, Any], place: P
         ({"window": 0}, "window is 0"),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_sentence(asked: dict[str, Any], sentence: str, place: Path) -> None:
+def test_impossible_latent_forms_are_refused(asked: dict[str, Any], sentence: str, place: Path) -> None:
     with pytest.raises(RecipeError, match=sentence):
         lc.plan(place / "dense", recipe(place, asked))

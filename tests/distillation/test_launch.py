@@ -22,7 +22,7 @@ from llmcompress.recipe.distillation import Distillation
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "FSDP, which Accelerate does on GPUs only"),
     ],
 )
-def test_what_cannot_be_is_refused_before_a_model_is_read(
+def test_impossible_launch_is_refused(
     environment: dict[str, str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environment.items():
@@ -41,5 +41,5 @@ def test_too_little_data_is_refused_before_a_model_is_read(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["cpu-ddp.yaml", "ddp.yaml", "fsdp2.yaml", "deepspeed.yaml"])
-def test_configs_that_errors_name_are_there(name: str) -> None:
+def test_configs_named_in_errors_exist(name: str) -> None:
     assert config_file(name).is_file()

@@ -65,7 +65,7 @@ def test_a_learned_mask_starts_as_that_of_sizes_and_inputs(which: str) -> None:
 
 
 @pytest.mark.parametrize("which", ["bitmap", "pattern"])
-def test_scores_learn_from_what_their_weights_would_add(which: str) -> None:
+def test_gradient_of_a_score_is_weight_times_gradient(which: str) -> None:
     """Gradients against their closed form in float64, and the mask against sorted scores, after scores have moved."""
     mask, values, norms = masks()[which], numbers(12, 16), numbers(16, seed=1).square() + 0.1
     module = LearnedMask(values.reshape(-1).clone(), mask=mask, norms=norms, rank=3)
@@ -143,7 +143,9 @@ def test_a_run_that_was_cut_while_masks_learned_ends_as_a_whole_one(folders: Pat
         ),
     ],
 )
-def test_what_cannot_learn_is_refused(more: dict[str, Any], sentence: str, folders: Path, tmp_path: Path) -> None:
+def test_impossible_learned_masks_are_refused(
+    more: dict[str, Any], sentence: str, folders: Path, tmp_path: Path
+) -> None:
     rates = {"rates": {**RATES, "masks": 1e-2}}
     with pytest.raises(RecipeError, match=sentence):
         distill(folders / "small", folders / "dense", recipe(folders, **rates | more), tmp_path / "out")

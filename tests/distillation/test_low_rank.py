@@ -68,7 +68,7 @@ def test_terms_are_functions_of_the_seed(folders: Path) -> None:
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
-def test_a_term_can_start_at_what_was_lost(folders: Path) -> None:
+def test_a_term_starts_at_the_best_rank_of_the_residual(folders: Path) -> None:
     """Eckart and Young: what is left has the tail of the singular values, up to bfloat16."""
     student, teacher = loaded(folders)
     before = {name: layer.dequantize() for name, layer in linears(student).items()}
@@ -159,7 +159,7 @@ def test_terms_bring_the_student_nearer_at_equal_steps(start: str, folders: Path
 
 
 @pytest.mark.slow
-def test_a_run_that_was_cut_ends_as_a_whole_one(folders: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_exactly(folders: Path, tmp_path: Path) -> None:
     terms = {"match": ["*.q_proj", "re:.*down_proj"], "rank": 2, "factor_bits": 8}
     asked = recipe(folders, steps=4, save_every=2, rates={"factors": 1e-2}, adapt=terms)
     whole = distill(folders / "small", folders / "dense", asked, tmp_path / "whole")

@@ -190,7 +190,7 @@ def test_a_group_of_zeros_stays() -> None:
     assert all(torch.isfinite(value).all() for value in module.parameters())
 
 
-def test_what_is_stored_has_three_levels_and_the_old_layout() -> None:
+def test_median_scales_keep_levels_and_layout() -> None:
     w = plain(3, 4)
     module = moved(w)
     for scale in median_scales(w, module):
@@ -244,7 +244,7 @@ def test_other_scales_learn_at_their_rate(folders: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_run_that_was_cut_ends_as_a_whole_one(folders: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_exactly(folders: Path, tmp_path: Path) -> None:
     """With frozen codes, too, which stay codes while their scales move."""
     freezing = {"momentum": 0.4, "threshold": 0.3, "final_threshold": 0.3}
     more = {"rates": {"codes": 0.15}, "freezing": freezing, "save_every": 2}

@@ -56,7 +56,7 @@ def slowly(model: PreTrainedModel, row: Tensor, kept: int, ends: set[int], tempe
 
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
 @pytest.mark.parametrize("ends", [set(), set(range(100))])
-def test_what_is_written_is_what_one_reads_token_by_token(temperature: float, ends: set[int]) -> None:
+def test_continued_sequences_equal_a_token_by_token_loop(temperature: float, ends: set[int]) -> None:
     model, batch, kept = tiny("llama").eval(), text(), torch.tensor([5, 9, 5, 23])
     found = continue_sequences(model, batch.ids, kept, ends, temperature, seeds(4))
     for row in range(4):
@@ -93,7 +93,7 @@ def test_its_own_tokens_count_and_nothing_behind_the_end() -> None:
     assert torch.equal(found.ids[1], batch.ids[1]) and torch.equal(found.counted[1], batch.counted[1])
 
 
-def test_prompts_are_as_long_as_asked_for_and_reach_to_the_answer() -> None:
+def test_prompt_lengths_reach_the_first_target() -> None:
     batch = text(3, 10)
     batch.counted[1, :7] = False  # a chat whose answer begins there
     batch.counted[2, :9] = False
@@ -130,7 +130,7 @@ def test_an_interrupted_run_ends_as_a_whole_one(folders: Path, tmp_path: Path, c
     ).read_bytes()
 
 
-def test_a_student_learns_from_its_own_words_and_not_the_datas(folders: Path, tmp_path: Path) -> None:
+def test_a_student_learns_from_its_own_continuations(folders: Path, tmp_path: Path) -> None:
     more: dict[str, Any] = {"steps": 12, "rates": {"scales": 2e-2}}
     runs = {"data": {}, "own": {"on_policy": {"share": 1.0, "prompt": 5}}}
     done = {
@@ -162,7 +162,7 @@ def test_controls_read_the_data(folders: Path) -> None:
         ({"phases": [{"kind": "blockwise", "steps": 2}]}, "blockwise phases read no predictions"),
     ],
 )
-def test_what_cannot_learn_from_it_is_refused(folders: Path, more: dict[str, Any], said: str) -> None:
+def test_impossible_on_policy_recipes_are_refused(folders: Path, more: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         read_as(Distillation, recipe(folders, **OWN) | more)
 

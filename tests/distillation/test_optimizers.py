@@ -59,7 +59,7 @@ def steps(optimizer: torch.optim.Optimizer, given: list[nn.Parameter], count: in
 
 
 @needs_bitsandbytes
-def test_eight_bits_go_where_adamw_goes() -> None:
+def test_eight_bit_steps_stay_near_adamw() -> None:
     start, exact, coarse = parameters(), parameters(), parameters()
     for given, asked in ((exact, Distillation()), (coarse, EIGHT_BIT)):
         steps(optimizer_of(asked, [{"params": [value]} for value in given]), given, 20)
@@ -71,7 +71,7 @@ def test_eight_bits_go_where_adamw_goes() -> None:
 @needs_bitsandbytes
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("asked", [Distillation(), EIGHT_BIT, PAGED], ids=lambda asked: asked.optimizer)
-def test_moments_that_were_put_back_go_on_to_the_bit(asked: Distillation) -> None:
+def test_restored_moments_continue_to_the_bit(asked: Distillation) -> None:
     whole = parameters()
     optimizer = optimizer_of(asked, [{"params": [value]} for value in whole])
     steps(optimizer, whole, 3)
@@ -90,7 +90,7 @@ def test_moments_that_were_put_back_go_on_to_the_bit(asked: Distillation) -> Non
 
 @pytest.mark.slow
 @needs_bitsandbytes
-def test_a_cut_run_with_eight_bits_ends_as_a_whole_one(folders: Path, tmp_path: Path) -> None:
+def test_an_interrupted_eight_bit_run_resumes_exactly(folders: Path, tmp_path: Path) -> None:
     asked = recipe(folders, optimizer="adamw_8bit", save_every=3)
     whole = distill(folders / "small", folders / "dense", asked, tmp_path / "whole")
     assert whole.history[-1]["kl"] < whole.history[0]["kl"]
@@ -118,7 +118,7 @@ def test_paging_changes_no_number() -> None:
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_what_an_optimizer_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_requirements_of_an_optimizer_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requirements, "find_spec", lambda name: object())
     with pytest.raises(RecipeError, match="paged_adamw_8bit requires a GPU to page memory from.*use adamw_8bit"):
         check_requirements(PAGED, "cpu")
@@ -143,7 +143,7 @@ def test_what_an_optimizer_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     ],
     ids=["GPU", "CPU", "Python"],
 )
-def test_running_out_of_memory_names_what_helps(
+def test_out_of_memory_errors_name_settings_that_help(
     error: Exception, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def exhausted(*_: Any) -> None:
@@ -190,13 +190,13 @@ def test_text_that_cannot_serve_is_refused(
     assert found.value.exit_code == 5 and "\n" not in str(found.value)
 
 
-def test_a_teacher_that_is_itself_compressed_teaches_and_it_is_said(folders: Path, tmp_path: Path) -> None:
+def test_a_compressed_teacher_teaches_with_a_warning(folders: Path, tmp_path: Path) -> None:
     asked = recipe(folders, steps=1, latents="teacher")
     done = distill(folders / "small", folders / "small", asked, tmp_path / "out")
     assert done.history[0]["kl"] < 1e-6 and "the teacher is compressed too" in done.warnings[0]
 
 
-def test_what_a_student_lacks_of_the_rates_is_said_at_once_and_in_the_report(
+def test_missing_kinds_are_warned_of_at_once_and_in_the_report(
     folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     said: list[str] = []

@@ -61,7 +61,7 @@ def slowly(walk: list[int], momentum: float, thresholds: list[float]) -> list[tu
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.35])
-def test_codes_are_frozen_as_one_by_one(momentum: float) -> None:
+def test_histories_equal_a_loop_over_single_codes(momentum: float) -> None:
     count, steps, levels = 60, 25, 4
     nudges = torch.randint(-1, 2, (steps, count), generator=seeded(0))
     walks = torch.cat([torch.full((1, count), 1), nudges]).cumsum(0).clamp(0, levels - 1)
@@ -227,7 +227,7 @@ def whole(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run(folders, tmp_path_factory.mktemp("oscillation") / "whole", freezing=SOON, save_every=2)
 
 
-def test_what_froze_is_told(whole: Any) -> None:
+def test_frozen_codes_are_counted_in_metrics_and_view(whole: Any) -> None:
     seen = [row["codes"]["frozen"] for row in rows(Path(whole.output)) if "loss" in row]
     assert seen == sorted(seen) and 0 < seen[-1] < whole.trained["codes"] / 2
     assert whole.phases[0]["frozen"] == seen[-1]
@@ -235,7 +235,7 @@ def test_what_froze_is_told(whole: Any) -> None:
 
 
 @pytest.mark.parametrize("after", tiered([3, 6], lambda after: after == 6))
-def test_what_froze_survives_a_cut(after: int, whole: Any, folders: Path, tmp_path: Path) -> None:
+def test_frozen_codes_survive_an_interruption(after: int, whole: Any, folders: Path, tmp_path: Path) -> None:
     """Between two states, and after the last step."""
     asked = recipe(folders, **CODES, freezing=SOON, save_every=2)
     cut_short(folders, asked, tmp_path / "cut", calls=after)

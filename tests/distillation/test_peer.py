@@ -15,7 +15,7 @@ RULES = [{"match": "*", "steps": [{"method": "rtn", "bits": 2, "group_size": 16}
 
 
 @pytest.mark.slow
-def test_a_distillation_learns_what_trl_learns(tmp_path: Path) -> None:
+def test_a_distillation_matches_trl(tmp_path: Path) -> None:
     """The losses of all steps, and the written models, of low-rank terms under forward KL. Our terms are rounded to
     bfloat16 at every step, TRL's at the end."""
     from distillation import SAME, ours, peer

@@ -110,7 +110,7 @@ def test_the_error_is_the_mean_of_relative_errors_of_tokens_that_count() -> None
 
 
 @pytest.mark.parametrize("kind", ["codes", "scales", "norms"])
-def test_a_block_comes_nearer_on_text_it_has_not_seen(kind: Any, folders: Path) -> None:
+def test_a_block_improves_on_held_out_text(kind: Any, folders: Path) -> None:
     student, block, train, held_out = first_block(folders)
     settings = asked(folders, rates={kind: RATES[kind]})
     part = relaxed_student(student, settings.rates, teacher_weights(student, loaded(folders)[1]), f"{PATH}.")
@@ -154,9 +154,7 @@ def test_the_walk_recovers_every_block(folders: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_blocks_that_are_done_are_not_done_again(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finished_blocks_are_not_repeated(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, walked = walk_of(folders, asked(folders), tmp_path / "whole")
 
     class Cut(Exception):
@@ -203,7 +201,7 @@ def test_phases_follow_each_other(folders: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("calls", [1, 4])
-def test_a_run_that_was_cut_in_a_phase_ends_as_a_whole_one(calls: int, folders: Path, tmp_path: Path) -> None:
+def test_a_run_interrupted_in_a_phase_resumes_exactly(calls: int, folders: Path, tmp_path: Path) -> None:
     """After the first of two blocks, and after the second of three steps."""
     phases = [{"kind": "blockwise", "steps": 2}, {"kind": "end_to_end", "steps": 3}]
     settings = recipe(folders, phases=phases, save_every=1)

@@ -185,7 +185,7 @@ def measured(folder: Path) -> list[dict[str, Any]]:
     "name",
     [*COMMON, pytest.param("coarse", marks=needs_bitsandbytes)],
 )
-def test_two_processes_learn_what_one_learns(name: str, alone: Any, together: Any) -> None:
+def test_two_processes_learn_the_same_as_one(name: str, alone: Any, together: Any) -> None:
     wanted = alone[1][name]["history"]
     refused = {
         "cached": "a single process caches a teacher",
@@ -251,7 +251,7 @@ def test_models_are_in_memory_no_more_than_they_have_to(engine: str, place: Path
 
 @launches
 @pytest.mark.parametrize("name", ["kept", "clipped", "confined", "narrow-kept"])
-def test_moments_are_those_of_one_process(name: str, alone: Any, together: Any) -> None:
+def test_moments_equal_those_of_one_process(name: str, alone: Any, together: Any) -> None:
     """They are sums of gradients, so that a wrong factor shows, which the steps of Adam hide."""
     states = [next((folder / f"{name}.training").glob("*.safetensors")) for folder in (alone[0], together[0])]
     ours, theirs = map(load_file, states)
@@ -271,7 +271,7 @@ def test_moments_are_those_of_one_process(name: str, alone: Any, together: Any) 
 
 
 @launches
-def test_a_signal_to_one_process_stops_all_and_the_run_ends_as_a_whole_one(together: Any) -> None:
+def test_a_signal_to_one_process_stops_all_and_resuming_is_exact(together: Any) -> None:
     out, found = together
     for cut, resumed in zip(found["cut"], found["resumed"], strict=True):
         assert cut["seen"] == [1, 2] and "step 2 is kept in" in cut["error"]
@@ -287,7 +287,7 @@ def test_a_signal_to_one_process_stops_all_and_the_run_ends_as_a_whole_one(toget
 
 
 @launches
-def test_two_processes_take_up_what_one_left(alone: Any, together: Any) -> None:
+def test_two_processes_resume_the_state_of_one(alone: Any, together: Any) -> None:
     wanted = alone[1]["finished"]["history"]
     for found in together[1]["moved"]:
         assert found["seen"] == [3, 4]
@@ -305,7 +305,7 @@ def test_every_process_refuses_the_state_of_another_run(together: Any) -> None:
 
 
 @launches
-def test_processes_that_were_started_differently_say_in_what(together: Any) -> None:
+def test_processes_with_different_arguments_are_refused(together: Any) -> None:
     out, found = together
     sentence = "process 1 of 2 was started with other student than process 0"
     assert all(sentence in each["error"] for each in found["unlike"])
@@ -313,7 +313,7 @@ def test_processes_that_were_started_differently_say_in_what(together: Any) -> N
 
 
 @launches
-def test_every_process_says_what_is_wrong_with_a_cache(alone: Any, together: Any) -> None:
+def test_every_process_raises_the_error_of_a_cache(alone: Any, together: Any) -> None:
     out, found = together
     whole = out.name != "fsdp2"
     sentence = "is not a cache of a teacher's" if whole else "a single process caches a teacher"
@@ -326,7 +326,7 @@ def test_every_process_says_what_is_wrong_with_a_cache(alone: Any, together: Any
 
 
 @launches
-def test_a_compressed_teacher_is_said(alone: Any, together: Any) -> None:
+def test_a_compressed_teacher_is_warned_of(alone: Any, together: Any) -> None:
     for found in (alone[1], {name: each[0] for name, each in together[1].items()}):
         assert not found["whole"]["warnings"]
         [said] = found["second-hand"]["warnings"]
@@ -427,6 +427,6 @@ def test_other_ways_to_shard_are_refused(
         {"adapt": {"rank": 2, "factor_bits": 8}},
     ],
 )
-def test_what_goes_on_after_sharding_is_refused(more: dict[str, Any]) -> None:
+def test_phases_after_sharding_are_refused(more: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="give each phase a recipe of its own, and factor_bits: 16"):
         check_sharding(sharding(FullyShardedDataParallelPlugin(fsdp_version=2)), Distillation(**more))

@@ -85,7 +85,7 @@ def test_micro_batches_add_up_to_one_batch(size: int) -> None:
     assert_close(parts[1], whole[1], rtol=0, atol=1e-10)
 
 
-def test_widths_that_are_equal_need_none() -> None:
+def test_equal_widths_need_no_projection() -> None:
     student, teacher = pair(width=32)
     assert not StateMatching.of(student, teacher, [Term.model_validate(HIDDEN)]).projections
 

@@ -71,7 +71,7 @@ def decoded(weight: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])  # gpt2's linears hold their weights as [in, out]
-def test_fewer_bits_are_near_the_dense_model_whatever_its_shapes(family: str, tmp_path: Path) -> None:
+def test_quantized_teachers_of_any_shape_are_near_the_dense_model(family: str, tmp_path: Path) -> None:
     """Widths of 32 and 48 are no multiples of NF4's blocks of 64, let alone of what fast kernels ask for."""
     dense = AutoModelForCausalLM.from_pretrained(save_tiny(family, tmp_path / "dense"))
     exact, distances = predictions(dense), {}
@@ -152,7 +152,7 @@ def test_fewer_bits_recover_what_the_dense_teacher_does(
     assert not caplog.records and logging.getLogger("bitsandbytes").level == logging.NOTSET
 
 
-def test_what_it_cost_is_said_wherever_the_run_is(place: Path, dense_run: Any, tmp_path: Path) -> None:
+def test_the_cost_of_quantizing_is_reported_everywhere(place: Path, dense_run: Any, tmp_path: Path) -> None:
     assert dense_run.quantized_teacher is None
     done = distill(place / "small", place / "dense", recipe(place, steps=1, teacher={"bits": 8}), tmp_path / "out")
     written = json.loads((tmp_path / "out" / "distillation.json").read_text())
@@ -165,7 +165,7 @@ def test_what_it_cost_is_said_wherever_the_run_is(place: Path, dense_run: Any, t
 
 
 @pytest.mark.parametrize("kind, names", [("online", ["small", "dense in 4 bits"]), ("cached", ["small"])])
-def test_the_dense_one_is_gone_while_the_student_learns(
+def test_the_dense_teacher_is_gone_while_the_student_learns(
     kind: str, names: list[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: dict[str, weakref.ref[Any]] = {}
@@ -190,7 +190,7 @@ def test_the_dense_one_is_gone_while_the_student_learns(
 
 
 @pytest.mark.slow
-def test_its_weights_are_asked_of_the_dense_one(place: Path, tmp_path: Path) -> None:
+def test_weights_come_from_the_dense_teacher(place: Path, tmp_path: Path) -> None:
     """Blocks are recovered towards the dense teacher's, and latents start at its weights."""
     phases = [{"kind": "blockwise", "steps": 2, "rates": {"codes": 1e-2}, "latents": "teacher"}]
     runs = [
@@ -222,7 +222,7 @@ def test_a_cache_of_other_bits_is_refused(place: Path, tmp_path: Path) -> None:
             cached(bits, folder, "c")
 
 
-def test_caches_from_before_there_were_bits_are_of_teachers_as_they_were(tmp_path: Path) -> None:
+def test_caches_without_bits_belong_to_unquantized_teachers(tmp_path: Path) -> None:
     """Such a cache, as it lay on the disk, is opened by a recipe without bits, and by no other."""
     entries = {"teacher": "a", "tokens": "b", "k": 2, "dtype": "float32"}
     counted = torch.tensor([[False, True, True]])
@@ -257,7 +257,7 @@ def test_a_recipe_with_bits_survives_its_own_file() -> None:
         assert Distillation.model_validate(asked.model_dump(mode="json")) == asked
 
 
-def test_a_missing_package_is_said_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requirements, "find_spec", lambda name: None)
     sentence = r'teacher: {bits: 4} requires bitsandbytes; run pip install "llmcompress\[distill\]"'
     with pytest.raises(RecipeError, match=sentence):
@@ -298,7 +298,7 @@ def test_teachers_that_are_compressed_are_refused(
         distill(place / "small", folder, recipe(place, teacher={"bits": bits}), tmp_path / "out")
 
 
-def test_inputs_too_large_for_8_bits_are_said(place: Path, tmp_path: Path) -> None:
+def test_inputs_too_large_for_8_bits_raise_numerics_error(place: Path, tmp_path: Path) -> None:
     """LLM.int8() reads them in float16, which ends at 65504; the dense model, and its 4 bits, go further."""
     dense = AutoModelForCausalLM.from_pretrained(place / "dense")
     dense.model.layers[1].mlp.up_proj.weight.data *= 1e8

@@ -92,7 +92,7 @@ def block_errors(place: Path, folder: Path) -> list[float]:
         pytest.param(RULES, SCALES | {"codes": 2e-2}, id="codes"),
     ],
 )
-def test_the_report_says_what_the_checkpoint_holds(
+def test_reported_errors_equal_those_of_the_checkpoint(
     rules: list[dict[str, Any]], rates: dict[str, float], place: Path, tmp_path: Path
 ) -> None:
     plain = lc.compress(place / "dense", recipe(place, None, rules=rules), tmp_path / "plain")
@@ -111,7 +111,7 @@ def test_the_report_says_what_the_checkpoint_holds(
 
 
 @pytest.mark.slow
-def test_weights_still_to_be_compressed_make_up_for_the_others(place: Path, tmp_path: Path) -> None:
+def test_learning_uncompressed_weights_lowers_the_error(place: Path, tmp_path: Path) -> None:
     """More than scales and norms alone can; a layer that stays dense stays as it is."""
     rules = [{"match": "*.1.mlp.up_proj", "steps": []}, *RULES]
     means = []
@@ -126,7 +126,7 @@ def test_weights_still_to_be_compressed_make_up_for_the_others(place: Path, tmp_
 
 
 @pytest.mark.slow
-def test_what_learns_nothing_changes_nothing(place: Path, tmp_path: Path) -> None:
+def test_learning_at_tiny_rates_changes_nothing(place: Path, tmp_path: Path) -> None:
     """At rates too small for float16, the files are those of a run without reconstruction, in batches as large."""
     found = [
         lc.compress(place / "dense", recipe(place, asked), tmp_path / str(number)).folder
@@ -173,7 +173,7 @@ def test_a_signed_step_is_the_rate_in_the_direction_of_the_gradient(tmp_path: Pa
 
 
 @pytest.mark.parametrize("batch", tiered([1, 2, 3], lambda batch: batch == 3))
-def test_a_block_learns_in_processes_what_it_learns_in_one(batch: int, tmp_path: Path) -> None:
+def test_a_block_learns_the_same_in_several_processes(batch: int, tmp_path: Path) -> None:
     """Of three processes one has nothing held out; in a step of one sequence two have nothing to do."""
     make(tmp_path, [{"match": "*", "steps": [{"method": "rtn", "bits": 2, "group_size": 16}]}])
     inputs, wanted = (torch.randn(9, 8, 32, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
@@ -215,7 +215,7 @@ def test_a_block_learns_in_processes_what_it_learns_in_one(batch: int, tmp_path:
         ({"reconstruct": {}, "calibration": None}, "held-out text"),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_sentence(
+def test_impossible_reconstructions_are_refused(
     changes: dict[str, Any], sentence: str, place: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError, match=sentence):
@@ -231,7 +231,7 @@ def test_a_text_with_nothing_to_hold_out_is_refused(place: Path, tmp_path: Path)
         lc.compress(place / "dense", asked, tmp_path / "out")
 
 
-def test_the_command_prints_what_became_of_the_blocks(place: Path, tmp_path: Path) -> None:
+def test_the_command_prints_the_errors_of_blocks(place: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(place, {"rates": SCALES, "steps": 4})))
     done = CliRunner().invoke(app, ["compress", str(place / "dense"), str(path), "-o", str(tmp_path / "out")])
@@ -257,7 +257,7 @@ def test_the_plan_says_that_blocks_will_learn(place: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_tuning_is_one_word_on_the_command_line(place: Path, tmp_path: Path) -> None:
+def test_the_option_tune_adds_a_reconstruction(place: Path, tmp_path: Path) -> None:
     """And a section that a recipe has stays what it is."""
     for name, section in (("none", None), ("some", {"rates": SCALES, "steps": 2})):
         path, out = tmp_path / f"{name}.yaml", tmp_path / name

@@ -46,7 +46,7 @@ def masks_of(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("by", ["input_norms", "magnitude"])
-def test_what_grew_at_zero_and_did_not_train_is_pruned_to_the_same_bytes(by: Any, folders: Path) -> None:
+def test_growing_at_zero_without_training_keeps_the_bytes(by: Any, folders: Path) -> None:
     student, teacher = loaded(folders)
     before = {name: layer.get_parameter("weight").clone() for name, layer in compressed_linears(student).items()}
     masks = grow(student, Regrowth(by=by), teacher)
@@ -103,7 +103,7 @@ def test_the_weights_that_count_most_stay() -> None:
 
 
 @torch.no_grad()
-def test_norms_are_those_of_what_a_layer_reads(folders: Path) -> None:
+def test_input_norms_equal_those_of_recorded_inputs(folders: Path) -> None:
     student, _ = loaded(folders)
     batch = tokens()
     norms = input_norms(student, ["model.layers.0.self_attn.k_proj"], batch, torch.no_grad)
@@ -144,7 +144,7 @@ def test_a_phase_changes_its_own_masks_alone_and_no_byte(start: str, folders: Pa
 
 
 @pytest.mark.slow
-def test_a_run_that_was_cut_after_it_pruned_again_ends_as_a_whole_one(folders: Path, tmp_path: Path) -> None:
+def test_a_run_interrupted_after_pruning_resumes_exactly(folders: Path, tmp_path: Path) -> None:
     phases = [{"kind": "end_to_end", "steps": 2, "regrow": {"match": "*.mlp.*"}}, {"kind": "end_to_end", "steps": 2}]
     settings = recipe(folders, rates=RATES, phases=phases, save_every=1)
     distill(folders / "small", folders / "dense", settings, tmp_path / "whole")
@@ -168,7 +168,7 @@ def test_a_run_that_was_cut_after_it_pruned_again_ends_as_a_whole_one(folders: P
         ({"regrow": {"by": "size"}}, 'by is "size"; it must be "input_norms" or "magnitude"'),
     ],
 )
-def test_what_cannot_grow_is_refused(more: dict[str, Any], sentence: str, folders: Path, tmp_path: Path) -> None:
+def test_impossible_regrowth_is_refused(more: dict[str, Any], sentence: str, folders: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=sentence):
         distill(folders / "small", folders / "dense", recipe(folders, **{"rates": RATES} | more), tmp_path / "out")
 

@@ -114,7 +114,7 @@ def test_every_step_and_every_look_is_a_line(whole: DistillationResult, folders:
 
 
 @pytest.mark.parametrize("at, kept", [(2, 0), (5, 3)], ids=["before a state", "after a state"])
-def test_a_resumed_run_measures_what_a_whole_one_does(
+def test_a_resumed_run_has_the_same_metrics(
     at: int, kept: int, whole: DistillationResult, folders: Path, tmp_path: Path
 ) -> None:
     def cut(done: int, *_: Any) -> None:
@@ -177,7 +177,7 @@ def test_progress_has_the_held_out_kl_and_starts_over_after_blocks(capsys: pytes
     assert steps.startswith("step 4/4 · loss 0.5000 · held-out KL 0.2500 · 1,234 tokens/s ... ")
 
 
-def test_the_last_look_is_what_progress_says(folders: Path, tmp_path: Path) -> None:
+def test_progress_reports_the_last_held_out_kl(folders: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, float]] = []
     done = distill(
         folders / "small",
@@ -218,9 +218,7 @@ def test_the_card_tells_the_distillation(
     assert "## Distillation" not in sent["README.md"].decode() and "distilled" not in sent["README.md"].decode()
 
 
-def test_without_matplotlib_there_is_no_plot_and_it_is_said(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_matplotlib_is_reported(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find: Callable[..., Any] = lambda name: None if name == "matplotlib" else object()  # noqa: E731
     monkeypatch.setattr("llmcompress.distillation.result.find_spec", find)
     done = distill(folders / "small", folders / "dense", recipe(folders, steps=1), tmp_path / "out")
@@ -275,7 +273,7 @@ def test_phases_share_one_file_and_one_curve(folders: Path, tmp_path: Path, monk
     assert looks == [(row["phase"], row["step"]) for row in whole.history]
 
 
-def test_a_curve_goes_on_from_phase_to_phase() -> None:
+def test_steps_of_phases_are_counted_through() -> None:
     assert list(running_count([0, 100, 200, 0, 50, 0, 10])) == [0, 100, 200, 200, 250, 250, 260]
 
 

@@ -80,7 +80,7 @@ def test_a_state_is_one_file(tmp_path: Path) -> None:
     assert not store.folder.exists() and last_state(store)[0] == Progress()
 
 
-def test_damage_and_other_runs_are_told(tmp_path: Path) -> None:
+def test_damaged_and_foreign_states_are_refused(tmp_path: Path) -> None:
     store = Store(tmp_path / "state", RUN)
     save_state(store, Progress(step=1), tensors(1))
     with pytest.raises(InputError, match=r"was left by a different run \(data changed\); remove it, or choose another"):

@@ -76,7 +76,7 @@ def test_a_small_tail_keeps_its_digits() -> None:
     assert Likeliest.of(logits, 3).log_tail.tolist() == [-torch.inf]
 
 
-def test_what_either_model_rules_out_makes_no_nan() -> None:
+def test_ruled_out_classes_make_no_nan() -> None:
     given = random_predictions(tokens=6, vocabulary=23)
     never = torch.full((), -torch.inf, dtype=torch.float64)
     student, teacher = given.student.detach().clone(), given.teacher.detach().clone()
@@ -127,7 +127,7 @@ def test_memory_is_that_of_a_chunk() -> None:
 
 
 @every_loss
-def test_losses_say_what_they_read_of_the_teacher(config: LossConfig) -> None:
+def test_losses_declare_their_reads(config: LossConfig) -> None:
     """A divergence at temperature 1 stays one when classes are merged; TAID's target is made of the same symbols."""
     merging = config.loss in {"forward_kl", "reverse_kl", "js", "skewed_kl", "taid"}
     expected = "merged" if merging and getattr(config, "temperature", 1) == 1 else "whole"

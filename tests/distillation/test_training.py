@@ -81,7 +81,7 @@ def test_the_rate_rises_and_falls() -> None:
     assert all(one >= other for one, other in pairwise(found[9:]))
 
 
-def test_what_trains_is_recovered_at_the_same_bytes(folders: Path, tmp_path: Path) -> None:
+def test_training_recovers_quality_at_the_same_bytes(folders: Path, tmp_path: Path) -> None:
     done = distill(folders / "small", folders / "dense", recipe(folders, steps=12), tmp_path / "out")
     before, after = done.history[0], done.history[-1]
     assert after["kl"] < 0.9 * before["kl"] and done.steps == 12 and done.tokens == 12 * 4 * 31
@@ -139,7 +139,7 @@ def test_latents_that_start_at_the_codes_take_time_to_change_them(folders: Path,
     assert distances[0] == distances[3] != distances[-1]
 
 
-def test_a_run_that_was_cut_ends_as_a_whole_one(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_resumes_exactly(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = recipe(folders, steps=7, save_every=3, losses=[{"of": {"loss": "taid"}}])
     whole = distill(folders / "small", folders / "dense", asked, tmp_path / "whole")
     cut_short(folders, asked, tmp_path / "cut", calls=5)

@@ -57,7 +57,7 @@ def _loaded(module: nn.Module) -> bool:
     return all(not parameter.is_meta for parameter in module.parameters())
 
 
-def test_a_block_may_change_until_the_one_after_it_is_left(place: Path) -> None:
+def test_a_block_may_change_until_the_next_one_is_done(place: Path) -> None:
     """Hidden states are those of a model whose blocks have changed twice, the last two of them once."""
     source = resolve(str(place / "dense"))
     arch, tokens = architecture(source.config, source.skeleton()), sequences()
@@ -94,7 +94,7 @@ def test_two_blocks_are_in_memory_at_a_time(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_report_says_what_the_checkpoint_holds(place: Path, tmp_path: Path) -> None:
+def test_reported_errors_equal_those_of_the_checkpoint(place: Path, tmp_path: Path) -> None:
     """Of the last block; others have learned for the next one since. The head comes after them."""
     head: dict[str, Any] = {"head": [{"method": "rtn", "bits": 4}]}
     plain = lc.compress(place / "dense", recipe(place, None), tmp_path / "plain")
@@ -126,7 +126,7 @@ def test_a_block_learns_again_for_the_next_one(place: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_what_learns_nothing_changes_nothing(place: Path, tmp_path: Path) -> None:
+def test_learning_at_tiny_rates_changes_nothing(place: Path, tmp_path: Path) -> None:
     """At rates too small for float16, windows of two leave the files that blocks alone leave."""
     asked = [{"rates": {"scales": 1e-12}, "window": size, "steps": 2} for size in (1, 2)]
     one, two = (

@@ -85,7 +85,7 @@ def test_nothing_pulls_a_student_away_from_its_teacher(config: LossConfig) -> No
 
 
 @every_loss
-def test_what_does_not_count_is_not_looked_at(config: LossConfig) -> None:
+def test_positions_outside_keep_do_not_matter(config: LossConfig) -> None:
     given = random_features(ragged=True)
     spoiled = given.student.detach().masked_fill(~given.keep[..., None], float("nan"))
     expected = solved(given, config)

@@ -15,7 +15,7 @@ GIVEN = random_predictions()
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 
-def test_js_goes_to_the_two_divergences() -> None:
+def test_js_tends_to_the_two_kl_divergences() -> None:
     for near, end, divergence in ((1e-7, 0.0, "forward_kl"), (1 - 1e-7, 1.0, "reverse_kl")):
         total, _, gradient = solved(GIVEN, config(divergence))
         assert_close(value(GIVEN, config("js", beta=end)), total, rtol=0, atol=0)

@@ -44,7 +44,7 @@ def paper_schedule(config: TAID, losses: list[float]) -> list[float]:
 
 @pytest.mark.parametrize("config", [TAID(), TAID(rate=0.05, momentum=0.9), TAID(t_start=0.0, t_end=0.8, rate=0.01)])
 @pytest.mark.parametrize("steps", [2, 50, 5000])
-def test_schedule_is_the_paper_s(config: TAID, steps: int) -> None:
+def test_the_schedule_follows_the_paper(config: TAID, steps: int) -> None:
     losses = noisy_losses(steps)
     assert trace(config, losses) == pytest.approx(paper_schedule(config, losses), rel=1e-12)
 
@@ -98,7 +98,7 @@ def test_state_survives_a_checkpoint() -> None:
         assert second.state_dict() == whole.state_dict()
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_impossible_taid_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"t_start 0.9 is above t_end 0.5"):
         TAID(t_start=0.9, t_end=0.5)
     with pytest.raises(NumericsError, match="a loss of nan"):
