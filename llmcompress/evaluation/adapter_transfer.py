@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -32,6 +32,7 @@ from llmcompress.models.dense.locate import locate, public_name
 from llmcompress.models.dense.tokenizer import check_vocabularies, load_tokenizer
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import add_file
+from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.weight.modules import decoded
 
@@ -41,21 +42,20 @@ if TYPE_CHECKING:
 
 BRIEF = Protocol(windows=8, length=256)
 PROMPT, OVER, LENGTH = 16, 8, 64  # tokens of a text that are given, that the dense model writes first, and in all
-KEYS = {"kept_share": "kept"}  # of a file, by field
 REFUSED = (KeyError, OSError, RuntimeError, TypeError, ValueError)  # by PEFT, of an adapter that does not fit
 
 
 @dataclass(frozen=True)
-class AdapterTransfer:
+class AdapterTransfer(JsonRecord):
     """The worth of an adapter. `gain_dense`, `gain`: nats per token on the dense model and on the compressed one;
-    `kept_share`: of the gain, with its standard error, None if the dense model gains nothing beyond noise; `kl`:
+    `kept`: the share of the gain, with its standard error, None if the dense model gains nothing beyond noise; `kl`:
     between both models with the adapter; `alike`: the correlation of gains over tokens; `distinct`: shares of distinct
     pairs of tokens in {dense, compressed, handed_over} texts."""
 
     adapter: str
     gain_dense: float
     gain: float
-    kept_share: float | None
+    kept: float | None
     kept_stderr: float | None
     kl: float
     alike: float
@@ -63,18 +63,13 @@ class AdapterTransfer:
 
 
 @dataclass(frozen=True)
-class Passport:
+class Passport(JsonRecord):
     """The adapters of a passport, and the text that they were judged on."""
 
     model: str
     against: str
     protocol: dict[str, Any]
     adapters: tuple[AdapterTransfer, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values; keys are the names of the fields, but "kept" for `kept_share`."""
-        rows = [{KEYS.get(name, name): value for name, value in asdict(row).items()} for row in self.adapters]
-        return asdict(self) | {"adapters": rows}
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +116,8 @@ def passport(
             for a text that is too short.
         MemoryLimitError: for models that do not fit into this machine together.
     """
-    _check_peft()
+    if find_spec("peft") is None:
+        raise RecipeError("adapters need the package peft; install llmcompress[distill]")
     if not adapters:
         raise RecipeError("a passport is about adapters; give one or more folders or Hub ids of them")
     places = [locate(one, trust_remote_code=trust_remote_code) for one in (against, model)]
@@ -137,11 +133,6 @@ def passport(
         if progress is not None:
             progress(number, len(adapters))
     return Passport(places[1].public_name, places[0].public_name, protocol.to_json(), tuple(transfers))
-
-
-def _check_peft() -> None:
-    if find_spec("peft") is None:
-        raise RecipeError("adapters need the package peft; install llmcompress[distill]")
 
 
 def _measure_adapter(

@@ -1,4 +1,4 @@
-"""The protocol of scoring: one list of arguments for everything that measures, stored with what it measured."""
+"""The protocol of scoring, which is stored with the scores."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ STANDARD_TEXT = "Python's documentation"
 
 @dataclass(frozen=True)
 class Protocol(JsonRecord):
-    """Two scores can be compared where their protocols are equal."""
+    """The texts and tasks of scores, which can be compared if their protocols are equal."""
 
-    text: str | Path | None = None  # a text, a UTF-8 file, or None: documentation of Python that calibration never sees
-    windows: int = 32  # of text, at most
+    text: str | Path | None = None  # a text, a UTF-8 file, or None: Python's documentation, unseen in calibration
+    windows: int = 32  # at most
     length: int = 1024  # tokens in a window
     tasks: tuple[str, ...] = ()  # lm-eval's names, "llmcompress_pairs", .yaml files, folders of them, .jsonl files
-    limit: int | float | None = None  # items per task, or a share below 1: not a result to quote
+    limit: int | float | None = None  # items per task, or a share below 1; do not quote such scores
     num_fewshot: int | None = None  # examples in a prompt; None: the task's own number
-    batch_size: int = 8  # of tasks; moves their scores a little
-    chat_template: bool = False  # true: prompts of tasks are written as chats
+    batch_size: int = 8  # of tasks; changes their scores slightly
+    chat_template: bool = False  # True: prompts of tasks are written as chats
     seed: int = 0  # of few-shot examples and samples
-    domains: Path | None = None  # a folder of .txt files, one kind of text each, that are read beside the text
+    domains: Path | None = None  # a folder of .txt files, one kind of text each, which are scored as well
 
     def __post_init__(self) -> None:
         """Raise RecipeError for a limit that is neither a number of items nor a share of them."""
@@ -36,7 +36,7 @@ class Protocol(JsonRecord):
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values, keys as in the fields; of the text, where it came from, of kinds of text their names."""
+        """Return plain values, keys as in the fields; the text as its source, domains as their names."""
         match self.text:
             case None:
                 source = STANDARD_TEXT
@@ -49,7 +49,7 @@ class Protocol(JsonRecord):
         return {name: value for name, value in values.items() if name != "domains" or value}
 
     def by_domain(self) -> dict[str, Protocol]:
-        """Return, by name, the protocol of each kind of text alone; none where there is no folder of them.
+        """Return the protocol of each kind of text by its name; none without a folder of them.
 
         Raises InputError for a folder without .txt files.
         """

@@ -1,20 +1,19 @@
 """Standard errors of scores, and differences beyond noise.
 
-A score is a mean over items that are taken to be independent: the items of a task, or windows of text. Tokens are not
-items, since those of one window depend on each other; KL and top-1 agreement are averaged in each window first.
-(Neighbouring windows of one document share its topic, so the standard errors of text are a little too small.)
+A score is a mean over independent items: those of a task, or windows of text. Tokens of one window depend on each
+other, so KL and top-1 agreement are averaged in each window first. (Neighbouring windows of one document share its
+topic, so the standard errors of text are a little too small.)
 
 - Standard error of a score: s / sqrt(n), s the standard deviation of the items' values (n - 1 in its denominator). For
   a perplexity, exp(m), it is exp(m) times that of m, the mean negative log-probability (delta method).
-- Difference of two models: both see the same items, so the difference is taken item by item, and its standard error is
-  that of the n differences. An item that is hard for both does not count as noise, which is why two models can differ
-  beyond noise while their own error bars overlap.
+- Difference of two models: taken item by item, with the standard error of the n differences. An item that is hard for
+  both is no noise, so two models can differ beyond noise while their own error bars overlap.
 - Beyond noise: |difference| > q * standard error, q the 97.5 % quantile of Student's t with n - 1 degrees of freedom:
   1.96 for many items, 2.78 for 5, 12.7 for 2. Differences that are all the same leave nothing to estimate noise from;
   then the sign test decides, which needs six. Fewer than two items: no standard error, no verdict.
 
-One difference in twenty is marked where there is none, so among twenty columns one mark is nothing. KL and top-1
-agreement are distances: they cannot turn their sign, only be small, so they get a standard error and no verdict.
+One difference in twenty is marked by chance, so one mark among twenty columns means nothing. KL and top-1 agreement are
+distances, which have no sign: they get a standard error and no verdict.
 """
 
 from __future__ import annotations

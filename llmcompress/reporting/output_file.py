@@ -1,4 +1,4 @@
-"""A new file of results: refused before the work if it cannot be written, and never written by half."""
+"""Checks and writes of a new file of results."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from llmcompress.models.files.output import check_name, replace_bytes
 
 
 def check_new_file(output: Path, kinds: Sequence[str], what: str) -> None:
-    """Raise unless `output` is a new file of one of `kinds` (".md") in an existing folder; `what` names its content.
+    """Raise RecipeError if `output` is of none of the `kinds` (".md"), DiskError if it exists or its folder does not.
 
-    Raises RecipeError for another kind, DiskError for a file that exists or a folder that does not.
+    `what` names its content.
     """
     if output.suffix not in kinds:
         raise RecipeError(f"{what} is written as {' or '.join(kinds)}, not as {output.name}; rename the output file")
@@ -27,7 +27,7 @@ def check_new_file(output: Path, kinds: Sequence[str], what: str) -> None:
 
 
 def write_new_file(output: Path, content: str | bytes) -> None:
-    """Write the whole of `content`, a text in UTF-8, or nothing. Raises DiskError."""
+    """Write all of `content`, a text in UTF-8, or nothing. Raises DiskError."""
     try:
         replace_bytes(output, content.encode() if isinstance(content, str) else content)
     except OSError as error:

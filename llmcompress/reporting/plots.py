@@ -1,4 +1,4 @@
-"""Reports as pictures: errors and bits of layers by depth, distillations by tokens, quality of models by size."""
+"""Pictures: errors and bits of layers by depth, distillations by tokens, quality by size, speed by size."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from llmcompress.errors import RecipeError
 from llmcompress.reporting.report import Report, group_by_kind
+from llmcompress.reporting.tables import metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +24,7 @@ UNKNOWN = "lightgray"  # of a model whose quality is not known, or not by the sa
 
 
 def layers_png(report: Report) -> bytes:
-    """Errors (held out, where they were measured) and bits per weight of the decoder's linears, one line for each kind.
+    """Return errors, held out if measured, and bits per weight of the decoder's linears, a line for each kind.
 
     Raises RecipeError where matplotlib is missing.
     """
@@ -42,7 +43,7 @@ def layers_png(report: Report) -> bytes:
 
 
 def distillation_png(history: Sequence[dict[str, Any]]) -> bytes:
-    """KL to the teacher and perplexity on held-out text, over the tokens trained on; a line where the teacher is.
+    """Return KL to the teacher and perplexity on held-out text, over the tokens trained on, and a line for the teacher.
 
     `history`: maps with tokens, kl, perplexity and teacher_perplexity. Raises RecipeError where matplotlib is missing.
     """
@@ -65,10 +66,10 @@ def distillation_png(history: Sequence[dict[str, Any]]) -> bytes:
 
 
 def frontier_pictures(results: dict[str, Any]) -> dict[str, bytes]:
-    """{"png", "svg"}: perplexity, and the score in each task, over the size; a line for each recipe, a cross for each
-    peer, and a dashed line where the dense model is.
+    """Return {"png", "svg"}: perplexity, and the score in each task, over the size.
 
-    `results`: what `llmcompress.pipeline.frontier` finds. Raises RecipeError where matplotlib is missing.
+    Each recipe has a line, each peer a cross, and the dense model a dashed line. `results`: of a sweep over budgets.
+    Raises RecipeError where matplotlib is missing.
     """
     figure = new_figure()
     import matplotlib
@@ -93,10 +94,10 @@ def frontier_pictures(results: dict[str, Any]) -> dict[str, bytes]:
 
 
 def speed_png(results: dict[str, Any]) -> bytes:
-    """Tokens/s of decoding over bytes on disk, one part for each number of threads; the colour is the perplexity that
-    `eval --save` kept beside a model, grey without one.
+    """Return tokens/s of decoding over bytes on disk, one part for each number of threads.
 
-    `results`: a result of `bench`. Raises RecipeError where matplotlib is missing.
+    The colour is the perplexity that `eval --save` wrote beside a model, grey without one. `results`: of `bench`.
+    Raises RecipeError where matplotlib is missing.
     """
     figure = new_figure()
     from matplotlib.cm import ScalarMappable
@@ -126,9 +127,9 @@ def speed_png(results: dict[str, Any]) -> bytes:
 
 def qualities(models: Sequence[dict[str, Any]]) -> list[float | None]:
     """Return the perplexity of each model; None where it is unknown, or measured by another protocol than the first."""
-    scores = [one["scores"] for one in models]
-    first = next((one["protocol"] for one in scores if one is not None), None)
-    return [None if one is None or one["protocol"] != first else float(one["perplexity"]) for one in scores]
+    scores = [model["scores"] for model in models]
+    first = next((known["protocol"] for known in scores if known is not None), None)
+    return [None if known is None or known["protocol"] != first else float(known["perplexity"]) for known in scores]
 
 
 def _draw_speeds(axes: Axes, models: Sequence[dict[str, Any]], threads: str, colours: Sequence[Any]) -> None:
@@ -136,13 +137,13 @@ def _draw_speeds(axes: Axes, models: Sequence[dict[str, Any]], threads: str, col
     axes.set_xscale("log")
     axes.grid(alpha=0.3)
     points = []
-    for one, colour in zip(models, colours, strict=True):
-        speed = one["threads"][threads]["decode"]
-        x, y = one["bytes"] / 1e6, speed["median"]
+    for model, colour in zip(models, colours, strict=True):
+        speed = model["threads"][threads]["decode"]
+        x, y = model["bytes"] / 1e6, speed["median"]
         axes.plot([x, x], [speed["lowest"], speed["highest"]], color="gray", linewidth=1, zorder=1)
-        marker = "s" if one["kind"] == "gguf" else "o"
+        marker = "s" if model["kind"] == "gguf" else "o"
         axes.scatter([x], [y], color=[colour], edgecolors="black", marker=marker, zorder=2)
-        points.append((x, y, one["model"]))
+        points.append((x, y, model["model"]))
     axes.set_ylim(bottom=0)
     axes.margins(0.15)
     covered: list[Bbox] = []
@@ -151,8 +152,8 @@ def _draw_speeds(axes: Axes, models: Sequence[dict[str, Any]], threads: str, col
 
 
 def main_metric(entry: dict[str, float]) -> str | None:
-    """The metric of a task that a plot shows: accuracy, else the first; None where there is none."""
-    names = [name for name in entry if name != "samples" and not name.partition(",")[0].endswith("_stderr")]
+    """Return the metric of a task that a plot shows: accuracy, else the first; None without any."""
+    names = [name for name, _, _ in metrics(entry)]
     return next((name for name in ("acc", *names) if name in names), None)
 
 
@@ -165,7 +166,7 @@ def _task_score(one: dict[str, Any], task: str) -> float | None:
 def _draw_frontier(
     axes: Axes, results: dict[str, Any], value: Callable[[dict[str, Any]], float | None], label: str, scale: str
 ) -> None:
-    """One quantity of all points: lines by size, peers with their names, the dense model."""
+    """Draw one quantity of all points: lines by size, peers with their names, the dense model."""
 
     def place(one: dict[str, Any]) -> float:
         return float(one["bpw"] if results["axis"] == "bpw" else one["bytes"] / 1e6)
@@ -186,7 +187,7 @@ def _draw_frontier(
 
 
 def write_name(axes: Axes, point: tuple[float, float], name: str, covered: list[Bbox]) -> Bbox:
-    """Write a name on that side of a point where it covers least and is not cut off; the place it takes."""
+    """Write a name on the side of a point where it covers least and is not cut off; return its box."""
     texts = [
         axes.annotate(name, point, (right, up), textcoords="offset points", fontsize="x-small", ha=side)
         for up in (4, -10)

@@ -52,7 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_model_beside_itself_keeps_all(place: Path) -> None:
     [found] = passport(place / "dense", [place / "adapter"], place / "dense", PROTOCOL).adapters
-    assert found.gain_dense == found.gain > 0.5 and found.kept_share == 1 and found.kept_stderr == 0
+    assert found.gain_dense == found.gain > 0.5 and found.kept == 1 and found.kept_stderr == 0
     assert found.kl == 0 and found.alike == pytest.approx(1)
     assert found.distinct["dense"] == found.distinct["compressed"]
 
@@ -60,9 +60,9 @@ def test_a_model_beside_itself_keeps_all(place: Path) -> None:
 def test_a_ruin_keeps_less_than_a_good_model(place: Path) -> None:
     good, ruin = (passport(place / name, [place / "adapter"], place / "dense", PROTOCOL) for name in ("small", "ruin"))
     [first], [second] = good.adapters, ruin.adapters
-    assert first.kept_share is not None and second.kept_share is not None and first.kept_stderr is not None
-    assert abs(first.kept_share - 1) < 0.05 and first.alike > 0.99 and first.kl < 0.01
-    assert second.kept_share < 0.8 * first.kept_share and second.kl > first.kl and second.alike < first.alike
+    assert first.kept is not None and second.kept is not None and first.kept_stderr is not None
+    assert abs(first.kept - 1) < 0.05 and first.alike > 0.99 and first.kl < 0.01
+    assert second.kept < 0.8 * first.kept and second.kl > first.kl and second.alike < first.alike
     assert good.adapters[0].adapter == "adapter" and (good.model, good.against) == ("small", "dense")
 
 
@@ -80,8 +80,8 @@ def test_gains_are_those_of_perplexities(place: Path) -> None:
 def test_an_adapter_without_gain_has_nothing_to_keep(place: Path) -> None:
     both = [place / "nothing", place / "adapter"]
     nothing, something = passport(place / "small", both, place / "dense", PROTOCOL).adapters
-    assert nothing.gain_dense == 0 and nothing.kept_share is None and nothing.kept_stderr is None
-    assert something.kept_share is not None, "the one before is taken off again"
+    assert nothing.gain_dense == 0 and nothing.kept is None and nothing.kept_stderr is None
+    assert something.kept is not None, "the one before is taken off again"
 
 
 def test_the_share_and_its_noise() -> None:
