@@ -21,6 +21,7 @@ from torch import Tensor
 
 from llmcompress.kernels.gpu.layouts import Branch, GpuWeight, GridRows, StreamRows, Tensors
 from llmcompress.kernels.gpu.prepare import multiply, prepare, runs_on
+from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import (
     Bitmap,
     Columns,
@@ -100,11 +101,16 @@ VALUABLE = ("trellis 2 bits, table", "trellis 2 bits, linear", "grid 4 bits, g12
 
 
 def packed(form: str, size: Size, device: torch.device) -> GpuWeight:
-    """Return a weight of a form for products. Raises TypeError for one without a kernel."""
+    """Return a random weight of a form for products."""
     with device:
-        weight = prepare(FORMS[form](size))
+        return prepared(FORMS[form](size))
+
+
+def prepared(w: Weight) -> GpuWeight:
+    """Return a weight for products. Raises TypeError for one without a kernel."""
+    weight = prepare(w)
     if weight is None:
-        raise TypeError(f"no kernel for {form}")
+        raise TypeError(f"no kernel for {type(w).__name__}")
     return weight
 
 
@@ -195,7 +201,7 @@ def time_products(
         count = copies(2 * size[0] * size[1], device)
         weights = [torch.randn(size, device=device).bfloat16() for _ in range(count)]
         inputs = {count: torch.randn(count, size[1], device=device).bfloat16() for count in tokens}
-        dense = {
+        plain = {
             count: microseconds([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights], device)  # type: ignore[misc]
             for count, x in inputs.items()
         }
@@ -206,14 +212,21 @@ def time_products(
             several = [first, *(copy_layout(first) for _ in range(copies(read, device) - 1))]
             for count, x in inputs.items():
                 taken = microseconds([lambda w=w, x=x: multiply(w, x) for w in several], device)  # type: ignore[misc]
-                yield Timed(form, matrix, count, read, taken, dense[count], read / rate * 1e6)
+                yield Timed(form, matrix, count, read, taken, plain[count], read / rate * 1e6)
 
 
 def products(loan: Loan) -> None:
-    """Microseconds of products of an 8B model's shapes, beside dense bfloat16."""
+    """Microseconds of products of an 8B model's shapes beside dense bfloat16, and their error by the decoded weight."""
     shapes = {"small": (64, 128)} if loan.small else {name: SHAPES[name] for name in ("o", "down")}
     for row in time_products(loan.device, VALUABLE, (1,) if loan.small else (1, 16, 512), shapes):
         loan.say(f"{row.form}, {row.matrix}, {row.tokens} tokens: us", value=row.time, **asdict(row))
+    size = next(iter(shapes.values()))
+    for form in VALUABLE:
+        with loan.device:
+            w, x = FORMS[form](size), torch.randn(1, size[1]).bfloat16()
+        expected = x.double() @ dense(w).double().T
+        off = multiply(prepared(w), x).double() - expected
+        loan.say(f"{form}: relative error", value=float(off.norm() / expected.norm()))
 
 
 def sweep(device: torch.device, forms: Sequence[str], tokens: Sequence[int]) -> Iterator[tuple[str, int, str, float]]:
