@@ -103,7 +103,7 @@ def test_a_token_weight_counts_as_repetition() -> None:
     same(Moments.of(x, STATISTICS, weights, other), repeated)
 
 
-def test_only_what_was_asked_for_is_kept() -> None:
+def test_only_requested_statistics_are_summed() -> None:
     x, other, _ = batch(5)
     for name in STATISTICS:
         m = Moments.of(x, frozenset({name}), dense_inputs=other)
@@ -123,7 +123,7 @@ def test_half_precision_inputs_are_summed_in_float32(dtype: torch.dtype, weighte
         assert sums is not None and sums.dtype == torch.float32 and bool((sums == expected).all())
 
 
-def test_what_is_remembered_is_computed_once_and_not_carried_into_a_sum() -> None:
+def test_memos_are_computed_once_and_not_added() -> None:
     m = Moments.of(batch(5)[0], STATISTICS)
     calls: list[int] = []
     for _ in range(3):

@@ -36,7 +36,7 @@ CASES = [w for w in every_node() + random_nestings(seed=6, count=30) if of_whole
 
 
 @pytest.mark.parametrize("w", CASES, ids=lambda w: describe(w)[:50])
-def test_joined_is_one_below_the_other(w: Weight) -> None:
+def test_joined_rows_lie_below_each_other(w: Weight) -> None:
     if any(isinstance(node, LowRank | Tiles | Transpose) for node in nodes(w)):
         with pytest.raises(TypeError, match="join_rows has no rule"):
             join_rows([w, w])

@@ -45,7 +45,7 @@ def only(module: RelaxedWeight) -> TensorForm:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_freezing_gives_back_the_same_bits(form: str) -> None:
+def test_freezing_returns_the_same_bits(form: str) -> None:
     for w in EXPRESSIONS + list(GRIDS.values()):
         for distance in (0.1, 10.0):
             module = relaxed(w, form, frozenset(KINDS), distance)
@@ -66,7 +66,7 @@ def test_kinds_are_exactly_what_trains(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_what_was_learned_has_the_layout_and_is_what_was_used(form: str) -> None:
+def test_trained_codes_are_stored_and_used_alike(form: str) -> None:
     for w in EXPRESSIONS[::2] + list(GRIDS.values()):
         module = relaxed(w, form, frozenset(KINDS))
         steps(module, elsewhere(w, 2.0), 5, confined=True)

@@ -79,13 +79,13 @@ def test_decode_gives_back_every_field(form: str) -> None:
         assert w.tensor_scale is None or torch.equal(again.tensor_scale, w.tensor_scale)  # type: ignore[arg-type]
 
 
-def test_nothing_of_it_trains() -> None:
+def test_minifloats_do_not_train() -> None:
     w = minifloat((7, 33), "e2m1", "e4m3", 16, 3)
     relaxed = relax(w, Relaxation(frozenset(KINDS)), dense(w) + 1)
     assert relaxed.kinds() == {} and torch.equal(relaxed.weight(), dense(w))
 
 
-def test_formats_without_it_refuse_it_in_a_sentence() -> None:
+def test_formats_without_minifloats_refuse_them() -> None:
     w = minifloat((7, 33), "e2m1", "e8m0", 32, 3)
     assert describe(w) == "e2m1 floats g32, scales e8m0"
     with pytest.raises(UnfitError, match="e2m1 floats g32, scales e8m0 does not fill blocks of 32 columns"):
@@ -93,5 +93,5 @@ def test_formats_without_it_refuse_it_in_a_sentence() -> None:
     assert compressed_tensors_obstacle(w) == "groups of 32 do not divide the width 33"
 
 
-def test_random_nestings_contain_it() -> None:
+def test_random_nestings_contain_minifloats() -> None:
     assert '"minifloat"' in json.dumps([encode(w)[0] for w in random_nestings(0, 60)])

@@ -67,7 +67,7 @@ def test_casting_a_model_leaves_the_payload_as_it_is(model: PreTrainedModel) -> 
             assert tensor.dtype == before[name][key].dtype and torch.equal(tensor, before[name][key])
 
 
-def test_what_transformers_saves_loads_again(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_a_saved_model_loads_again(model: PreTrainedModel, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     for name, layer in compressed_linears(again).items():
@@ -85,7 +85,7 @@ def test_nothing_of_a_compressed_layer_asks_for_gradients(model: PreTrainedModel
     assert not any(p.requires_grad for layer in compressed_linears(model).values() for p in layer.parameters())
 
 
-def test_put_names_what_is_not_there() -> None:
+def test_put_names_a_missing_module() -> None:
     with pytest.raises(AttributeError):
         put(nn.Sequential(nn.Linear(2, 2)), "1", nn.Identity())
 

@@ -64,7 +64,7 @@ def test_rebuild_gives_each_child_its_path_and_what_shows_of_it(w: Weight, whole
     assert all(isinstance(node, Zero) for _, node, _ in children(emptied)) and shape(emptied) == shape(w)
 
 
-def test_what_does_not_show_does_not_matter(w: Weight) -> None:
+def test_hidden_elements_do_not_matter(w: Weight) -> None:
     """Neither to the matrix, where it shows, nor to the bits."""
     outer = torch.rand(shape(w), generator=seeded(4)) < 0.5
     for shown in (None, outer):

@@ -96,7 +96,7 @@ def steps(module: RelaxedWeight, target: Tensor, count: int, rate: float = 0.05,
 # --- before any step ------------------------------------------------------------------------------------------------
 
 
-def test_freezing_gives_back_the_same_bits(w: Weight) -> None:
+def test_freezing_returns_the_same_bits(w: Weight) -> None:
     for trains in SUBSETS:
         assert_same_bits(relax(w, Relaxation(trains)).freeze(), w)
     for estimator in ESTIMATORS:
@@ -130,7 +130,7 @@ def test_kinds_are_exactly_what_trains(w: Weight) -> None:
         assert module.kinds() == {name: kind for name, kind in everything.items() if kind in trains}
 
 
-def test_what_does_not_train_has_the_bytes_of_a_file(w: Weight) -> None:
+def test_frozen_tensors_have_the_bytes_of_a_file(w: Weight) -> None:
     module = relax(w, Relaxation(frozenset()))
     assert not list(module.parameters())
     held = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())

@@ -28,7 +28,7 @@ WEIGHTS = [pack_weight(w) for w in every_node() + random_nestings(5, 60)]
 
 
 @pytest.mark.parametrize("w", expressions(seed=6, count=40))
-def test_what_encode_writes_is_of_the_schema(w: Weight) -> None:
+def test_encoded_weights_match_the_schema(w: Weight) -> None:
     layout, payload = pack_weight(w)
     entry = json.loads(json.dumps(layout.to_json()))
     assert Layout.from_json(entry).to_json() == entry

@@ -134,7 +134,7 @@ def matrices() -> int:
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=named)
-def test_what_is_refused_is_refused_by_the_plan_and_by_the_run_in_one_sentence(case: Case) -> None:
+def test_plan_and_run_refuse_in_one_sentence(case: Case) -> None:
     arguments, size = case
     planned = refusal(size, arguments)
     with pytest.raises(RecipeError) as refused:

@@ -27,7 +27,7 @@ def without_data(weight: Tensor, *steps: Step) -> Layer:
     return apply(given, [step(arguments) for arguments in steps])
 
 
-def test_who_needs_no_data() -> None:
+def test_methods_without_data_say_so() -> None:
     frugal = {name for name, method in methods().items() if method.data_free}
     assert frugal >= {"rtn", "hqq", "trellis", "rotate", "refine", "magnitude", "dimap", "svd", "presume"}
     assert not frugal & {"gptq", "wanda", "sparsegpt", "eora", "lqer"}

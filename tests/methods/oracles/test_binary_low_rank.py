@@ -55,7 +55,7 @@ def test_either_a_rank_or_bits(arguments: dict[str, float]) -> None:
         step(blr(**arguments))
 
 
-def test_what_is_stored_are_two_binary_grids_and_three_vectors_of_scales() -> None:
+def test_two_binary_grids_and_three_vectors_of_scales_are_stored() -> None:
     found = compressed(gaussian(*SIZE), correlated(300, SIZE[1]), blr(rank=9, iterations=4)).approx
     assert isinstance(found, LowRank) and isinstance(found.right, ScaledInputs)
     left, right = found.left, found.right.inner

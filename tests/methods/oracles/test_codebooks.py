@@ -89,7 +89,7 @@ def test_as_many_entries_as_vectors_lose_nothing() -> None:
     assert int(found.any(1).sum()) == 6, "what is left over is zero"
 
 
-def test_what_does_not_count_does_not_pull() -> None:
+def test_vectors_of_no_importance_do_not_pull() -> None:
     vectors = torch.tensor([[1.0, 50.0], [3.0, -70.0]])
     found = k_means(vectors, torch.tensor([[1.0, 0.0], [3.0, 0.0]]), 1, seeded(0))
     assert float(found[0, 0]) == pytest.approx(2.5)

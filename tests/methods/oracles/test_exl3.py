@@ -20,7 +20,7 @@ LIMITS = {1: 0.25, 2: 0.0625, 4: 0.0039}  # of the squared error on a Gaussian: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_tile_that_can_be_met_is_met(size: int) -> None:
+def test_tiles_of_exact_numbers_are_found(size: int) -> None:
     codes = torch.randint(1 << size, (6, STEPS), generator=seeded(size), dtype=torch.uint8)
     wanted = numbers()[states(codes, size)]
     found = numbers()[states(nearest_tiles(wanted, size), size)]

@@ -113,7 +113,7 @@ def test_without_a_factor_columns_are_projected_as_they_are() -> None:
     assert int(dense(engine.feedback(weight, None, Zeros())).count_nonzero()) == 0
 
 
-def test_what_is_kept_exactly_costs_nothing() -> None:
+def test_exact_columns_cost_nothing() -> None:
     weight, inputs, _, _ = problem()
     factor, _ = inverse_factor(moments(inputs), DAMPING)
     assert torch.equal(dense(engine.feedback(weight, factor, KeptValues(torch.float32))), weight)
@@ -261,7 +261,7 @@ def test_sparsegpt_keeps_n_of_m_as_obs_does(pattern: str) -> None:
 
 
 @pytest.mark.parametrize("form", [{"sparsity": 0.5}, {"pattern": "2:4"}], ids=str)
-def test_white_inputs_leave_what_sparsegpt_keeps_unchanged(form: dict[str, Any]) -> None:
+def test_white_inputs_leave_weights_that_sparsegpt_keeps(form: dict[str, Any]) -> None:
     weight = gaussian(OUT, WIDTH)
     mine = dense(apply(white_layer(weight), [step({"method": "sparsegpt", **form})]).approx)
     plain = dense(apply(white_layer(weight), [step({"method": "magnitude", **form})]).approx)

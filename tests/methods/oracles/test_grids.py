@@ -113,7 +113,7 @@ def test_the_binary_scale_is_the_weighted_mean_of_what_is_shown() -> None:
 
 @pytest.mark.parametrize("levels", [2, 3, 4, 256])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_what_is_not_shown_has_no_say(levels: int, symmetric: bool) -> None:
+def test_hidden_entries_do_not_count(levels: int, symmetric: bool) -> None:
     if levels < 4 and not symmetric:
         return
     weight = gaussian(5, 20)

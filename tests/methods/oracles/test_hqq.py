@@ -45,7 +45,7 @@ def slow(row: list[float], scale: float, zero: int, levels: int, norm: float) ->
 
 @pytest.mark.parametrize("levels", [4, 8, 16])
 @pytest.mark.parametrize("norm", [0.7, 1.0, 2.0])
-def test_the_solver_meets_what_plain_loops_meet(norm: float, levels: int) -> None:
+def test_the_solver_agrees_with_plain_loops(norm: float, levels: int) -> None:
     weight = gaussian(24, 32)
     scale, zero = fit_grid(weight, GridFormat(levels, symmetric=False))
     assert zero is not None

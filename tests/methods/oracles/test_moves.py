@@ -173,7 +173,7 @@ def test_columns_beside_a_codebook_stay_in_pv_and_move_in_refine() -> None:
     assert torch.equal(kept[0], kept[1]) and not torch.equal(kept[0], kept[2])
 
 
-def test_what_has_no_codebooks_is_left_or_refused() -> None:
+def test_a_base_without_codebooks_is_left_or_refused() -> None:
     weight, hessian = problem(4, 8)
     w = Sum((Dense(weight), Dense(weight)))
     assert move_codebooks(w, weight, lambda *_: Dense(weight)) is w

@@ -90,7 +90,7 @@ def test_eight_bits_under_one_scale_lose_about_as_little_as_with_any_scale_of_an
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_what_the_format_holds_stays_as_it_is(name: str) -> None:
+def test_numbers_of_the_format_stay(name: str) -> None:
     layout = LAYOUTS[name]
     numbers = float_values(layout.form)
     weight = numbers[numbers.isfinite()].repeat(3, 8) * 0.25

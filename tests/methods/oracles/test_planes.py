@@ -206,7 +206,7 @@ def test_a_gaussian_loses_what_theory_says(planes: int) -> None:
 
 
 @every_form
-def test_what_is_not_shown_has_no_say(planes: int, start: Start) -> None:
+def test_hidden_entries_do_not_count(planes: int, start: Start) -> None:
     weight, importance, shown = row_problem(3)
     loud = torch.where(shown, weight, 1e3)
     form = PlaneFormat(planes, start, rounds=5)

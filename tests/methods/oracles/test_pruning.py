@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from llmcompress.methods.layer import apply, relative_error, step
-from llmcompress.methods.pruning.scores import relevance_of
+from llmcompress.methods.pruning.scores import relevance_of, shares_of_columns
 from llmcompress.methods.solvers.projection import largest, largest_of_each
 from llmcompress.weight.encoding import decode, encode
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Pattern, Where
-from tests.builders import compressed, correlated, gaussian, layer, moments
+from tests.builders import compressed, correlated, gaussian, layer, moments, seeded
 
-PRUNERS = ("magnitude", "wanda", "sparsegpt", "relevance", "random_mask")
+PRUNERS = ("magnitude", "wanda", "sparsegpt", "relevance", "random_mask", "dimap")
 
 
 def kept(done: Any) -> Tensor:
@@ -179,3 +179,48 @@ def test_ties_go_to_the_first_and_counts_are_exact() -> None:
 def test_pruning_a_layer_leaves_the_dense_layer_alone() -> None:
     given = layer(gaussian(4, 8), correlated(64, 8))
     assert torch.equal(dense(given.approx), given.weight.bfloat16().float())
+
+
+def dimap_mask(weight: Tensor, **arguments: object) -> Tensor:
+    """Return the mask of the weights that `dimap` keeps, bool `[out, in]`."""
+    return kept(compressed(weight, correlated(64, weight.shape[1]), {"method": "dimap", **arguments}))
+
+
+def test_dimap_shares_follow_the_formula() -> None:
+    """arXiv 2404.13648, eq. 10, of magnitudes: each weight over the sum of those in its column that are not smaller."""
+    weight = gaussian(9, 12)
+    shares = shares_of_columns(weight)
+    for row in range(9):
+        for column in range(12):
+            own = abs(float(weight[row, column]))
+            rest = sum(abs(float(other)) for other in weight[:, column] if abs(float(other)) >= own)
+            assert float(shares[row, column]) == pytest.approx(own / rest, rel=1e-5)
+
+
+def test_rescaling_input_channels_changes_nothing_for_dimap() -> None:
+    """Gains can move between a norm and the columns behind it; magnitudes see that, shares do not."""
+    weight = gaussian(24, 32)
+    gains = 2.0 ** torch.randint(-3, 4, (32,), generator=seeded(5))
+    for arguments in ({"sparsity": 0.5}, {"pattern": "2:4"}):
+        assert torch.equal(dimap_mask(weight * gains, **arguments), dimap_mask(weight, **arguments))
+
+
+def test_dimap_of_one_channel_is_magnitude() -> None:
+    weight = gaussian(40, 1)
+    keep = dimap_mask(weight, sparsity=0.5)
+    assert float(weight[keep].abs().min()) >= float(weight[~keep].abs().max())
+
+
+def test_dimap_cuts_no_input_channel_off() -> None:
+    """The largest weight of a column scores 1, however small it is beside other columns' weights."""
+    weight = gaussian(16, 32) * torch.logspace(-3, 0, 32)
+    assert bool(dimap_mask(weight, sparsity=0.9).any(0).all()), "0.9 leaves 52 weights for 32 channels"
+
+
+def test_dimap_patterns_keep_the_best_shares_of_each_group() -> None:
+    weight = gaussian(6, 48)
+    shares, keep = shares_of_columns(weight), dimap_mask(weight, pattern="2:4")
+    for row in range(6):
+        for start in range(0, 48, 4):
+            best = sorted(range(start, start + 4), key=lambda j: -float(shares[row, j]))[:2]
+            assert set((keep[row, start : start + 4].nonzero()[:, 0] + start).tolist()) == set(best)

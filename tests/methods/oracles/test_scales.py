@@ -223,7 +223,7 @@ def test_negative_factors_turn_signs_round() -> None:
     assert torch.equal(dense(found), -dense(base)) and bool((found.columns == 1).all())
 
 
-def test_mirrored_turns_columns_of_symmetric_planes_and_refuses_others() -> None:
+def test_columns_of_symmetric_planes_flip_and_others_refuse() -> None:
     half = torch.arange(10) % 2 == 0
     plane = grid((6, 10), 2, 4, 0, symmetric=True)
     for w in (plane, Sum((plane, grid((6, 10), 3, 4, 1, True))), Where(Columns(half), plane, plane)):
