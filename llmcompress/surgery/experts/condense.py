@@ -36,7 +36,7 @@ from llmcompress.surgery.experts.job import (
     expert_fates,
     open_job,
 )
-from llmcompress.surgery.experts.mixture import ExpertMixture, Usage, measure_usage
+from llmcompress.surgery.experts.mixture import ExpertBlock, ExpertMixture, Usage
 from llmcompress.surgery.judged_walk import Visit
 
 NUMBERS = 2**24  # of experts' outputs that are held at a time
@@ -94,7 +94,7 @@ def condense_experts(
         )
     width = _width(mixture, each)
     change = change_config(mixture.source, _dense_changes(mixture, candidates, width))
-    tried = [_try_block(mixture, visit, candidates, each, change) for visit in job.visits()]
+    tried = [_try_block(mixture, block, candidates, each, change) for block in job.blocks()]
     costs = {trial.block: trial.damage for trial in tried if trial.damage is not None}
     chosen = sorted(sorted(costs, key=costs.__getitem__)[: len(candidates) if count is None else count])
     change = change_config(mixture.source, _dense_changes(mixture, chosen, width))
@@ -159,25 +159,23 @@ class _CondensedBlock:
 
 
 def _try_block(
-    mixture: ExpertMixture, visit: Visit, candidates: Sequence[int], each: int, change: ChangedConfig
+    mixture: ExpertMixture, block: ExpertBlock, candidates: Sequence[int], each: int, change: ChangedConfig
 ) -> _CondensedBlock:
     """Condense a loaded block to `each` experts, if it is a candidate, and measure the damage."""
-    block = visit.block.index
-    usage = measure_usage(visit, mixture.experts_of(visit))
-    if block not in candidates:
-        return _CondensedBlock(block, usage)
-    layer = _choose_experts(mixture, visit, each)
-    damage = visit.damage_by(change.model(layer.new_tensors(mixture, change)), change.skeleton)
-    return _CondensedBlock(block, usage, layer, damage)
+    if block.number not in candidates:
+        return _CondensedBlock(block.number, block.usage)
+    layer = _choose_experts(block, each)
+    damage = block.visit.damage_by(change.model(layer.new_tensors(mixture, change)), change.skeleton)
+    return _CondensedBlock(block.number, block.usage, layer, damage)
 
 
 @torch.no_grad()
-def _choose_experts(mixture: ExpertMixture, visit: Visit, count: int) -> CondensedLayer:
+def _choose_experts(block: ExpertBlock, count: int) -> CondensedLayer:
     """Choose `count` experts of a block, and the constant weights."""
-    path = mixture.layers[visit.block.index]
-    module = visit.block.module.get_submodule(path.rpartition(".")[0].removeprefix(f"{visit.block.path}."))
+    path, loaded = block.path, block.visit.block
+    module = loaded.module.get_submodule(path.rpartition(".")[0].removeprefix(f"{loaded.path}."))
     shared = shared_experts(module)
-    products = _products(visit, module, [*shared.values(), *mixture.experts_of(visit)])
+    products = _products(block.visit, module, [*shared.values(), *block.experts])
     chosen = list(range(len(shared)))
     for _ in range(count):
         rest = [number for number in range(len(products) - 1) if number not in chosen]

@@ -21,8 +21,8 @@ from llmcompress.recipe.calibration import Calibration
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.surgery.edited_model import ChangedConfig, NewTensor, writing_model
-from llmcompress.surgery.experts.mixture import ExpertMixture, Usage, open_mixture
-from llmcompress.surgery.judged_walk import JudgedWalk, Visit, judged_calibration, read_tokens
+from llmcompress.surgery.experts.mixture import ExpertBlock, ExpertMixture, Usage, open_block, open_mixture
+from llmcompress.surgery.judged_walk import JudgedWalk, judged_calibration, read_tokens
 
 Way = Literal["prune", "merge", "condense", "replace"]
 Fate = Literal["kept", "dropped", "merged", "folded", "replaced"]
@@ -113,12 +113,12 @@ class ExpertsJob:
         """The tokens of the calibration. Raises InputError for a text that cannot serve."""
         return read_tokens(self.mixture.source, self.calibration)
 
-    def visits(self) -> Iterator[Visit]:
-        """Yield the blocks with experts in depth order."""
+    def blocks(self) -> Iterator[ExpertBlock]:
+        """Yield the blocks with experts in depth order, each loaded."""
         judged = JudgedWalk(self.mixture.source, self.mixture.arch, self.tokens, self.device, self.progress)
         for visit in judged.visits():
             if visit.block.index in self.mixture.layers:
-                yield visit
+                yield open_block(visit, self.mixture.layers[visit.block.index])
 
     def count_of(self, wanted: float, option: str) -> int:
         """Return the number of experts that a share below 1, or a count, stands for. Raises RecipeError for neither."""
@@ -131,15 +131,15 @@ class ExpertsJob:
         return max(1, round(wanted * total)) if wanted < 1 else int(wanted)
 
     def change_blocks(
-        self, change: ChangedConfig, treat: Callable[[Visit], tuple[dict[str, NewTensor], tuple[ExpertFate, ...]]]
+        self, change: ChangedConfig, treat: Callable[[ExpertBlock], tuple[dict[str, NewTensor], tuple[ExpertFate, ...]]]
     ) -> tuple[dict[str, NewTensor], list[BlockFate]]:
-        """Return the new tensors of all blocks, and their fates; `treat` returns both of a loaded block's experts."""
+        """Return the new tensors of all blocks, and their fates; `treat` returns both for a block's experts."""
         rows: list[BlockFate] = []
         new: dict[str, NewTensor] = {}
-        for visit in self.visits():
-            tensors, experts = treat(visit)
-            damage = visit.damage_by(change.model(tensors), change.skeleton)
-            rows.append(BlockFate(visit.block.index, self.mixture.layers[visit.block.index], damage, experts))
+        for block in self.blocks():
+            tensors, experts = treat(block)
+            damage = block.visit.damage_by(change.model(tensors), change.skeleton)
+            rows.append(BlockFate(block.number, block.path, damage, experts))
             new |= tensors
         return new, rows
 

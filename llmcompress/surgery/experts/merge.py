@@ -32,9 +32,8 @@ from llmcompress.surgery.experts.job import (
     expert_fates,
     open_job,
 )
-from llmcompress.surgery.experts.mixture import measure_usage
+from llmcompress.surgery.experts.mixture import ExpertBlock
 from llmcompress.surgery.experts.prune import plan_fewer_experts
-from llmcompress.surgery.judged_walk import Visit
 
 Clusters = tuple[tuple[int, ...], ...]  # of experts, the most used one first; in the order of the most used ones
 
@@ -74,27 +73,27 @@ def merge_experts(
     mixture = job.mixture
     plan = plan_fewer_experts(mixture, job.count_of(keep, "keep"))
 
-    def treat(visit: Visit) -> tuple[dict[str, NewTensor], tuple[ExpertFate, ...]]:
-        path, experts = mixture.layers[visit.block.index], mixture.experts_of(visit)
-        usage = measure_usage(visit, experts)
-        clusters = cluster_experts(mean_outputs(visit, experts), usage.counts, plan.keep, mixture.groups)
-        new = plan.new_tensors(path, tuple(members[0] for members in clusters))
+    def treat(block: ExpertBlock) -> tuple[dict[str, NewTensor], tuple[ExpertFate, ...]]:
+        counts = block.usage.counts
+        clusters = cluster_experts(mean_outputs(block), counts, plan.keep, mixture.groups)
+        new = plan.new_tensors(block.path, tuple(members[0] for members in clusters))
         for number, members in enumerate(clusters):
             if len(members) > 1:
-                new |= _averages(mixture.source, new, f"{path}.{number}", _orders(experts, members), usage.counts)
+                new |= _averages(mixture.source, new, f"{block.path}.{number}", _orders(block.experts, members), counts)
         fate: dict[int, Fate] = {
             number: "merged" if len(members) > 1 else "kept" for members in clusters for number in members
         }
         becomes = {old: number for number, members in enumerate(clusters) for old in members}
-        return new, expert_fates(usage, fate, becomes=becomes)
+        return new, expert_fates(block.usage, fate, becomes=becomes)
 
     new, blocks = job.change_blocks(plan.change, treat)
     return job.write(plan.change, new, ExpertsOutcome("merge", {"keep": plan.keep}, plan.keep, blocks))
 
 
 @torch.no_grad()
-def mean_outputs(visit: Visit, experts: Experts) -> Tensor:
+def mean_outputs(block: ExpertBlock) -> Tensor:
     """Return the mean output of each expert over all tokens of the calibration, float64 `[experts, width]`."""
+    visit, experts = block.visit, block.experts
     seen: list[Tensor] = []
 
     def keep_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

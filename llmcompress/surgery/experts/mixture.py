@@ -43,14 +43,6 @@ class ExpertMixture:
         """The config of the part of the model that reads text."""
         return self.source.config.get_text_config(decoder=True)
 
-    def experts_of(self, visit: Visit) -> Experts:
-        """Return the experts of a loaded block."""
-        path = self.layers[visit.block.index]
-        experts = visit.block.module.get_submodule(path.removeprefix(f"{visit.block.path}."))
-        if not isinstance(experts, Experts):
-            raise InputError(f"{path} holds no experts; choose another model")
-        return experts
-
 
 def open_mixture(model: str | Path, revision: str | None = None) -> ExpertMixture:
     """Return the mixture that `model` names, checked by its config and tensor headers alone.
@@ -120,10 +112,11 @@ class ExpertScore:
         if self.by not in BY:
             raise RecipeError(f"by is {self.by!r}; choose one of {', '.join(BY)}")
 
-    def values(self, usage: Usage, path: str) -> Tensor:
-        """Return the scores of the experts at `path`, float64 `[experts]`."""
+    def values(self, block: ExpertBlock) -> Tensor:
+        """Return the scores of a block's experts, float64 `[experts]`."""
+        usage = block.usage
         if self.by == "random":
-            return torch.rand(len(usage.counts), dtype=torch.float64, generator=generator(self.seed, path))
+            return torch.rand(len(usage.counts), dtype=torch.float64, generator=generator(self.seed, block.path))
         if self.by == "frequency":
             return usage.counts.double() / usage.tokens
         return usage.outputs / usage.counts.clamp_min(1)
@@ -143,9 +136,31 @@ class Usage:
     outputs: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class ExpertBlock:
+    """A loaded block, and its experts at the module path `path` with their use."""
+
+    visit: Visit
+    path: str
+    experts: Experts
+    usage: Usage
+
+    @property
+    def number(self) -> int:
+        """The number of the block in the model."""
+        return self.visit.block.index
+
+
+def open_block(visit: Visit, path: str) -> ExpertBlock:
+    """Return a loaded block with the use of its experts at `path`."""
+    experts = visit.block.module.get_submodule(path.removeprefix(f"{visit.block.path}."))
+    if not isinstance(experts, Experts):
+        raise InputError(f"{path} holds no experts; choose another model")
+    return ExpertBlock(visit, path, experts, _measure_usage(visit, experts))
+
+
 @torch.no_grad()
-def measure_usage(visit: Visit, experts: Experts) -> Usage:
-    """Return the use of a loaded block's experts on the calibration text."""
+def _measure_usage(visit: Visit, experts: Experts) -> Usage:
     tokens = sum(batch.size for batch in visit.calibrating) * visit.block.hidden.shape[1]
     zeros = partial(torch.zeros, experts.num_experts)
     usage = Usage(tokens, zeros(dtype=torch.long), zeros(dtype=torch.float64), zeros(dtype=torch.float64))

@@ -26,8 +26,7 @@ from llmcompress.surgery.experts.job import (
     expert_fates,
     open_job,
 )
-from llmcompress.surgery.experts.mixture import COUNTS, ExpertMixture, ExpertScore, measure_usage
-from llmcompress.surgery.judged_walk import Visit
+from llmcompress.surgery.experts.mixture import COUNTS, ExpertBlock, ExpertMixture, ExpertScore
 
 GROUP_LEAST = 2  # a group is chosen by its two best experts (DeepSeek-V3)
 
@@ -72,13 +71,12 @@ def prune_experts(
     mixture = job.mixture
     plan = plan_fewer_experts(mixture, job.count_of(keep, "keep"))
 
-    def treat(visit: Visit) -> tuple[dict[str, NewTensor], tuple[ExpertFate, ...]]:
-        path, usage = mixture.layers[visit.block.index], measure_usage(visit, mixture.experts_of(visit))
-        scores = score.values(usage, path)
+    def treat(block: ExpertBlock) -> tuple[dict[str, NewTensor], tuple[ExpertFate, ...]]:
+        scores = score.values(block)
         kept = _best_experts(scores, plan.keep, mixture.groups)
         fate: dict[int, Fate] = {number: "kept" if number in kept else "dropped" for number in range(mixture.experts)}
         becomes = {old: new for new, old in enumerate(kept)}
-        return plan.new_tensors(path, kept), expert_fates(usage, fate, scores, becomes=becomes)
+        return plan.new_tensors(block.path, kept), expert_fates(block.usage, fate, scores, becomes=becomes)
 
     new, blocks = job.change_blocks(plan.change, treat)
     settings = {"keep": plan.keep, "by": by, "seed": seed}

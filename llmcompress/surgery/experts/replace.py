@@ -30,6 +30,7 @@ from llmcompress.methods.layer import Layer
 from llmcompress.methods.low_rank.factors import Factors
 from llmcompress.methods.row_chunks import apply_in_runs
 from llmcompress.models.dense.experts import DOWN
+from llmcompress.models.dense.families import BlockLayout
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import add_file
 from llmcompress.pipeline.quality_check import judge
@@ -46,8 +47,7 @@ from llmcompress.surgery.experts.job import (
     open_job,
     unused_experts,
 )
-from llmcompress.surgery.experts.mixture import ExpertMixture, ExpertScore, measure_usage
-from llmcompress.surgery.judged_walk import Visit
+from llmcompress.surgery.experts.mixture import ExpertBlock, ExpertMixture, ExpertScore
 from llmcompress.weight.layout import pack_weight
 from llmcompress.weight.nodes import Dense
 
@@ -100,7 +100,7 @@ def replace_experts(
     job = open_job(model, output, text, samples, revision, device, progress)
     mixture, going = job.mixture, job.count_of(count, "count")
     step = _factors_step(mixture, share, rank)
-    blocks = [_replace_in_block(mixture, visit, step, going, score) for visit in job.visits()]
+    blocks = [_replace_in_block(mixture, block, step, going, score) for block in job.blocks()]
     compression = prepare(mixture.source, _recipe(blocks, step, job.calibration))
     planned = plan_of(compression)
     settings = {"count": going, "rank": _rank(mixture, step), "by": by, "seed": seed}
@@ -148,31 +148,32 @@ def _recipe(rows: Sequence[BlockFate], step: Factors, calibration: Calibration) 
     return Recipe(name="replaced experts", calibration=calibration, rules=rules)
 
 
-def _replace_in_block(mixture: ExpertMixture, visit: Visit, step: Factors, going: int, score: ExpertScore) -> BlockFate:
+def _replace_in_block(
+    mixture: ExpertMixture, block: ExpertBlock, step: Factors, going: int, score: ExpertScore
+) -> BlockFate:
     """Replace the experts of a loaded block that score least, with which the walk goes on; return their fate."""
-    path, usage = mixture.layers[visit.block.index], measure_usage(visit, mixture.experts_of(visit))
-    scores = score.values(usage, path)
+    scores = score.values(block)
     chosen = tuple(sorted(scores.argsort(stable=True)[:going].tolist()))
     fate: dict[int, Fate] = {number: "replaced" if number in chosen else "kept" for number in range(mixture.experts)}
     ranks, numbers = dict.fromkeys(chosen, _rank(mixture, step)), {number: number for number in fate}
-    damage = _replace_and_judge(mixture, visit, chosen, step)
-    rows = expert_fates(usage, fate, scores, becomes=numbers, rank=ranks)
-    return BlockFate(visit.block.index, path, damage, rows)
+    damage = _replace_and_judge(mixture.arch.blocks[block.number], block, chosen, step)
+    rows = expert_fates(block.usage, fate, scores, becomes=numbers, rank=ranks)
+    return BlockFate(block.number, block.path, damage, rows)
 
 
 @torch.no_grad()
-def _replace_and_judge(mixture: ExpertMixture, visit: Visit, chosen: tuple[int, ...], step: Factors) -> float:
+def _replace_and_judge(layout: BlockLayout, block: ExpertBlock, chosen: tuple[int, ...], step: Factors) -> float:
     """Replace the `chosen` experts of a loaded block, and return the damage to its outputs."""
-    layout, block = mixture.arch.blocks[visit.block.index], visit.block
-    inside = tuple(f"{mixture.layers[block.index]}.{number}." for number in chosen)
+    visit, loaded = block.visit, block.visit.block
+    inside = tuple(f"{block.path}.{number}." for number in chosen)
     names = [linear.name for group in layout.groups for linear in group if linear.name.startswith(inside)]
     cap = Recipe.model_fields["cap"].default
-    streams = HiddenStreams(visit.batches, block.hidden, Statistics(cap=cap))
+    streams = HiddenStreams(visit.batches, loaded.hidden, Statistics(cap=cap))
     groups = gather(visit.run, wanted_of(layout, dict.fromkeys(names, frozenset({"outer"}))), streams)
     before = visit.outputs()
     for group in groups:
         for name in group.names:
-            weight = block.weight(name)
+            weight = loaded.weight(name)
             layer = Layer(name, weight, Dense(weight.to(torch.bfloat16)), group.inputs)
-            swap(block, {name: pack_weight(apply_in_runs(layer, (step,)).weight)})
+            swap(loaded, {name: pack_weight(apply_in_runs(layer, (step,)).weight)})
     return visit.damage(before)
