@@ -1,5 +1,5 @@
 """A dense teacher that teaches a student, whose format and size stay.
 
 In: a student, a teacher, a recipe. Out: the student with better values, and its learning curve. Open `run.py` first,
-then `train.py`.
+then `phases.py` and `train.py`.
 """
