@@ -53,7 +53,7 @@ def pricing_bytes(job: Job, choices: Choices, tokens: int, processes: int = 1) -
     matrices = {matrix.name: matrix for matrix in choices.matrices}
     options = {config.method for matrix in choices.matrices for steps in matrix.options for config in steps}
     tables = [matrix.name for matrix in choices.matrices if matrix.is_table]
-    walked = peak_bytes(job.source, job.arch, job.recipe, tables, statistics_needs(job, matrices), options)
+    walked = peak_bytes(job, tables, statistics_needs(job, matrices), options)
     probed = sum(_change_count(job, matrix) for matrix in choices.matrices if not matrix.is_table)
     exchanged = max((prod(matrix.shape) for matrix in choices.matrices if not matrix.is_table), default=0)
     return walked + FLOAT32 * (exchanged + probed * tokens * width_of(job.arch) // processes)

@@ -1,10 +1,8 @@
 """Estimate of a run's peak memory, from shapes alone.
 
-The terms of the memory are those of the largest moment of a block: its weights, the moments of what its linears read,
-and the factors of the widest of them; they were fitted to measured peaks (`research/estimates.py`).
-
-On a GPU all that is in the GPU's memory. The host holds one block as it is stored, which was read ahead, where a run on
-the CPU holds the block itself.
+The peak is at the largest block: its weights, the moments of its linears' inputs, and the factors of the widest of
+them. The terms were fitted to measured peaks (`research/estimates.py`). On a GPU all that is in the GPU's memory, and
+the host holds one stored block that was read ahead.
 """
 
 from __future__ import annotations
@@ -14,8 +12,8 @@ from math import prod
 
 from llmcompress.calibration.blocks import TOKENS_PER_BATCH
 from llmcompress.calibration.gradients import TOKENS
+from llmcompress.compression.job import Job
 from llmcompress.models.dense.families import Architecture, BlockLayout
-from llmcompress.models.dense.model import DenseModel
 from llmcompress.recipe.compression import Recipe
 from llmcompress.reporting.report import GATE_TOKENS, GATE_WINDOW
 from llmcompress.runtime.memory import total_memory
@@ -32,36 +30,30 @@ GRAPH = 1.5  # of what a block's linears read and give, that its backward pass h
 ACTIVATIONS = 6  # tensors as wide as the widest inputs that a forward of a batch holds
 
 
-def peak_bytes(
-    source: DenseModel,
-    arch: Architecture,
-    recipe: Recipe,
-    tables: list[str],
-    needs: Mapping[str, frozenset[str]],
-    used: Collection[str],
-) -> int:
+def peak_bytes(job: Job, tables: list[str], needs: Mapping[str, frozenset[str]], used: Collection[str]) -> int:
     """Return the peak memory of a run in bytes: hidden states, and the largest of blocks, embeddings and tables.
 
-    `needs`: the statistics that the methods of each compressed matrix read, by name; `used`: all these methods. Blocks
-    are held one at a time, or several if they learn together.
+    `tables`: names of compressed tables. `needs`: the statistics that the methods of each compressed matrix read, by
+    name; `used`: all these methods.
     """
-    calibration = recipe.calibration
+    arch, recipe, calibration = job.arch, job.recipe, job.recipe.calibration
     tokens = 0 if calibration is None else (calibration.samples + calibration.held_out) * calibration.length
     learning = 0 if recipe.reconstruct is None else recipe.reconstruct.window
     streams = 1 + max(learning, 1 if recipe.asymmetric else 0)
     factor = TURNED if recipe.asymmetric or "rotate" in used else FACTOR
     blocks = max(_block_bytes(layout, recipe, needs, learning, factor) for layout in arch.blocks)
-    stored = [prod(header.shape) for header in source.tensors.values()]
+    tensors = job.source.tensors
+    stored = [prod(header.shape) for header in tensors.values()]
     searched = any(method in SEARCHED for method in used)
-    outside = max((prod(source.tensors[f"{name}.weight"].shape) for name in tables), default=0) * TABLE_BYTES
-    outside = max(outside, _importance_bytes(source, arch, recipe))
+    outside = max((prod(tensors[f"{name}.weight"].shape) for name in tables), default=0) * TABLE_BYTES
+    outside = max(outside, _importance_bytes(job))
     walked = 4 * tokens * width_of(arch) * streams + max(blocks, 8 * max(stored), outside)
-    gate = gate_bytes(source, arch, recipe)
+    gate = gate_bytes(job)
     return int(max(LIBRARIES + COMPILER * searched + walked, gate if gate <= total_memory() else 0))
 
 
 def gate_tokens(recipe: Recipe) -> int:
-    """Return the number of tokens that are read at the end for the gates of quality; 0 without any."""
+    """Return the number of tokens that the gates of quality read at the end; 0 without gates."""
     text = recipe.calibration
     if text is None or not text.held_out or not recipe.gates.of_quality:
         return 0
@@ -69,10 +61,10 @@ def gate_tokens(recipe: Recipe) -> int:
     return int(min(GATE_TOKENS, sequences * text.length))
 
 
-def gate_bytes(source: DenseModel, arch: Architecture, recipe: Recipe) -> int:
+def gate_bytes(job: Job) -> int:
     """Return the peak memory of measuring the gates; 0 without any. A machine that has less leaves them unmeasured."""
-    tokens = gate_tokens(recipe)
-    table = source.tensors.get(f"{arch.embedding}.weight")
+    arch, tokens = job.arch, gate_tokens(job.recipe)
+    table = job.source.tensors.get(f"{arch.embedding}.weight")
     if not tokens or table is None:
         return 0
     vocabulary, width = table.shape
@@ -88,23 +80,23 @@ def by_gradient(recipe: Recipe) -> bool:
     return recipe.token_weights is not None and recipe.token_weights.by == "gradient"
 
 
-def _importance_bytes(source: DenseModel, arch: Architecture, recipe: Recipe) -> int:
-    """Return what the backward pass for the importance of tokens takes, beside the hidden states of the walk."""
-    text = recipe.calibration
-    if text is None or not by_gradient(recipe):
+def _importance_bytes(job: Job) -> int:
+    """Return the memory of the backward pass for the importance of tokens, beside the hidden states of the walk."""
+    arch, text = job.arch, job.recipe.calibration
+    if text is None or not by_gradient(job.recipe):
         return 0
     tokens = min(max(TOKENS, text.length), text.samples * text.length)
     states = 4 * tokens * width_of(arch) * (len(arch.blocks) + 2)
     linears = [[linear for group in layout.groups for linear in group] for layout in arch.blocks]
     graph = max(4 * TOKENS_PER_BATCH * sum(GRAPH * sum(linear.shape) for linear in block) for block in linears)
     block = max(4 * sum(prod(linear.shape) for linear in block) for block in linears)
-    vocabulary, width = source.tensors[f"{arch.embedding}.weight"].shape
+    vocabulary, width = job.source.tensors[f"{arch.embedding}.weight"].shape
     head = 4 * vocabulary * (width + 3 * text.length)  # logits, probabilities and their sums
     return int(states + max(block + graph, head))
 
 
 def width_of(arch: Architecture) -> int:
-    """Return the width of the hidden states: the least that a linear reads."""
+    """Return the width of the hidden states: the smallest input of a linear."""
     return min(group[0].shape[1] for layout in arch.blocks for group in layout.groups)
 
 

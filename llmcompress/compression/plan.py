@@ -111,7 +111,7 @@ def plan_of(job: Job) -> Plan:
         dense_bytes=job.source.bytes,
         bpw=stored_bits / weights,
         model_bpw=total * 8 / job.source.parameters,
-        peak_memory_bytes=peak_bytes(job.source, job.arch, job.recipe, list(job.tables), job.needs(), used),
+        peak_memory_bytes=peak_bytes(job, list(job.tables), job.needs(), used),
         warnings=tuple(_warnings(job, rows, dense_bytes, total)),
         reconstruction=_values(job.recipe.reconstruct),
         distillation=_values(job.recipe.distill),
@@ -154,7 +154,7 @@ def _warnings(job: Job, rows: Sequence[LayerPlan], dense_bytes: int, total: int)
 
 def unmeasured_warning(reason: str) -> str:
     """Return the warning for a model whose quality is not measured."""
-    return f"gates: nobody measures how far the model is from the dense one, since {reason}"
+    return f"gates: the distance to the dense model is not measured, since {reason}"
 
 
 def _is_compressed(job: Job, name: str) -> bool:

@@ -87,7 +87,7 @@ def check_gates(report: Report, folder: Path, plan: Allocation | None = None, st
     gates = report.gates
     if gates is None or gates.held is not False:
         return
-    where = f"{folder} keeps it for a look, and is not to be pushed" if stays else "name an output folder to keep it"
+    where = f"it stays in {folder} for inspection, and push refuses it" if stays else "name an output folder to keep it"
     raise GateError(
         f"the compressed model is outside of its gates: {', '.join(gates.clauses())}, {gates.text_clause()}; {where}; "
         f"{_advice(gates, plan)}, or give other gates in the recipe (null for none)"
@@ -153,7 +153,7 @@ def _windows(job: Job, device: str) -> tuple[Tensor | None, str | None]:
 
 def _too_large(job: Job, device: str) -> str | None:
     """Return a clause if the comparison of both models does not fit into this machine; else None."""
-    needed, total = gate_bytes(job.source, job.arch, job.recipe), total_memory()
+    needed, total = gate_bytes(job), total_memory()
     if device != "cpu" or needed <= total:
         return None
     return f"that takes about {format_bytes(needed)}, and this machine has {format_bytes(total)}"
@@ -192,7 +192,7 @@ def wanted_kl(gates: GateReport) -> float:
 def _advice(gates: GateReport, plan: Allocation | None) -> str:
     """Return a clause on how large a model has to be to keep its gates."""
     if plan is None:
-        return f"without prices nobody knows the bytes that hold them, and --kl {wanted_kl(gates):.2g} finds them"
+        return f"the size that keeps them is unknown without prices, and --kl {wanted_kl(gates):.2g} finds it"
     chosen = _options_within(plan, gates)
     if chosen is None:
         return "none of its options is predicted to hold them; give options with more bits"

@@ -85,7 +85,7 @@ def test_a_ruined_model_is_no_success_and_stays_as_evidence(missed: tuple[Path, 
     assert re.search(
         r"^\[3\] the compressed model is outside of its gates: KL \S+ nats per token \(at most 2.5\)", done.stderr, re.M
     )
-    assert "without prices nobody knows the bytes that hold them, and --kl 2" in found["error"]["message"]
+    assert "the size that keeps them is unknown without prices, and --kl 2" in found["error"]["message"]
     assert found["gates"]["kl"] > 2.5 and found["gates"]["limits"] == {"kl": 2.5, "perplexity_ratio": 10.0}
     assert read(folder).to_json()["gates"] == found["gates"] and found["gates"]["held"] is False
     assert verify(folder, text=place / "text.txt", length=16).layers == 14
@@ -323,7 +323,7 @@ def test_what_cannot_be_measured_is_said(more: dict[str, Any], reason: str, plac
     report = lc.compress(place / "dense", recipe(place, **more), tmp_path / "out").report
     assert report.gates is not None and report.gates.held is None and report.gates.unmeasured == reason
     assert [warning for warning in report.warnings if reason in warning] == [
-        f"gates: nobody measures how far the model is from the dense one, since {reason}"
+        f"gates: the distance to the dense model is not measured, since {reason}"
     ]
     assert push(tmp_path / "out", "me/small", dry_run=True).commit is None
     assert f"gates   not measured: {reason}" in invoke("inspect", tmp_path / "out").stdout
@@ -338,6 +338,6 @@ def test_too_little_memory_leaves_it_unmeasured(place: Path, tmp_path: Path, mon
 
 def test_it_is_in_the_plan_s_memory_and_time(place: Path) -> None:
     jobs = [prepare(resolve(str(place / "dense")), read_recipe(recipe(place, gates=gates))) for gates in ({}, OFF)]
-    sizes = [gate_bytes(job.source, job.arch, job.recipe) for job in jobs]
+    sizes = [gate_bytes(job) for job in jobs]
     assert sizes[0] > sizes[1] == 0 and plan_of(jobs[0]).peak_memory_bytes >= sizes[0]
     assert all(estimate_seconds(job) > 0 for job in jobs)
