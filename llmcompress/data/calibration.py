@@ -200,7 +200,7 @@ def source_documents(config: Calibration) -> Iterable[Document]:
 def tokens_of(
     packed: PackedText, config: Calibration, bos: int | None, eos: int | None, cuts: set[str]
 ) -> CalibrationTokens:
-    """Return packed text with what a report says about it; `cuts` as `document_tokens` adds them."""
+    """Return packed text with its entries for the report; `cuts`: the notes of `document_tokens`."""
     is_local = is_file(config.dataset)
     return CalibrationTokens(
         sequences=packed.sequences.ids,

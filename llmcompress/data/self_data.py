@@ -1,6 +1,6 @@
 """Data that the teacher writes: its own answers to given prompts, as chats (self-data distillation, arXiv 2410.09982).
 
-A student that learns from its teacher's answers stays with what the teacher would say; answers of others pull it away.
+A student that learns from its teacher's answers stays close to the teacher; answers of others pull it away.
 As in the paper, the teacher sees the data's own answer and writes it anew (`rewrite`); by default it sees the prompt
 alone. An answer that fails a check (`Answerer.judge` in `generate.py`) is left out, or the reference takes its place.
 
@@ -83,7 +83,7 @@ class Answering:
 @dataclass(frozen=True)
 class AnswerCounts(JsonRecord):
     """The count of written lines. `answers`: lines by the teacher; `references`: lines with the reference in its place;
-    `faults`: how many answers failed, by reason; `dropped`: prompts without a line."""
+    `faults`: the number of failed answers, by reason; `dropped`: prompts without a line."""
 
     output: str
     model: str

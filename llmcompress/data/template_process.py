@@ -1,7 +1,7 @@
 """A process that renders chat templates: they come with models, and may loop for ever or fill the memory.
 
-Started by `chat_template`, as a script: reads one request a line, answers one line. What a template can do is what
-transformers' sandbox lets it, within the memory of this process and the time that its parent waits.
+`chat.py` starts it as a script. It reads one request a line and answers one line, in transformers' sandbox, within a
+limit of memory and the time that its parent waits.
 """
 
 import json
@@ -14,7 +14,7 @@ ALONE = 60  # seconds for one chat, after which the system ends this process if 
 
 
 def main() -> None:
-    """Answer until the input ends: `{"text": ...}`, or `{"refusal": ...}` for what the template raises."""
+    """Answer until the input ends: `{"text": ...}`, or `{"refusal": ...}` for an error of the template."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     _limit_memory()

@@ -1,7 +1,7 @@
 """The place of a model: a folder, a Hub id (`org/name` or `org/name@revision`), or `smollm2`, the embedded model.
 
 `locate` is the only door: a name goes in, a folder of config.json and safetensors comes out, downloaded or unpacked if
-necessary. Everything after it sees one kind of model.
+necessary. All later code sees one kind of model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A dense model to compress: its config, the headers of its tensors, and one tensor at a time when it is read.
 
-Nothing here holds weights. `resolve` reads the config and the safetensors headers and refuses whatever cannot be
-compressed before any work is done; `DenseModel.read` opens one file, copies one tensor and closes the file.
+Nothing here holds weights. `resolve` reads the config and the safetensors headers and refuses a model that cannot
+be compressed before any work is done; `DenseModel.read` opens one file, copies one tensor and closes the file.
 """
 
 from __future__ import annotations

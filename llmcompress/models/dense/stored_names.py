@@ -134,7 +134,7 @@ def hub_names(
 def _of_experts(
     name: str, header: Header, converters: list[Any], experts: Mapping[str, Experts], prefix: str, folder: Path
 ) -> dict[str, Header]:
-    """Return what a stored tensor is of the model's experts; nothing for any other tensor."""
+    """Return the headers of the experts' matrices in a stored tensor; nothing for any other tensor."""
     target, part, operations = _convert_name(name, converters)
     path, _, leaf = target.rpartition(".")
     path = next((each for each in (path, prefix + path, path.removeprefix(prefix)) if each in experts), "")

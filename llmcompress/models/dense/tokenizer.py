@@ -149,5 +149,5 @@ def _from(ids: Sequence[int], at: int) -> str:
 
 
 def _rows(place: Place) -> int | None:
-    """Return how many tokens a model predicts, as its config has it."""
+    """Return the number of tokens that a model predicts, by its config."""
     return getattr(valid_config(place.folder, place.trust_remote_code).get_text_config(), "vocab_size", None)

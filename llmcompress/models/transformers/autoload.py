@@ -1,14 +1,14 @@
-"""Find llmcompress where it is installed, without `import llmcompress`: what the wheel's `llmcompress.pth` imports.
+"""Let transformers find an installed llmcompress without `import llmcompress`: `llmcompress.pth` imports this file.
 
-transformers has no entry point for quantizers, and what it says of an unknown one is to delete `quantization_config`.
-The only place before its first line is the start of Python, where every `.pth` file of an environment is read. So this
-file is small: it imports nothing but `sys`, reads and prints nothing, and adds one finder to `sys.meta_path`, which is
-gone once transformers lists its quantizers. Then one name is added to that list, and the library itself is imported
-when a checkpoint with `quant_method: llmcompress` is loaded, and only then. Python's start takes less than 1 ms more.
+transformers has no entry point for quantizers, and its message on an unknown one advises to delete
+`quantization_config`. Code runs before it only at the start of Python, which reads every `.pth` file of an environment.
+So this file is small: it imports `sys` alone and adds one finder to `sys.meta_path`, which is gone once transformers
+lists its quantizers and one name is added to that list. The library itself is imported for the first checkpoint with
+`quant_method: llmcompress`. Python's start takes less than 1 ms more.
 
-pip installs and removes it with the package, in virtual environments like anywhere. Where `.pth` files are not read
-(`python -S`, a clone on PYTHONPATH alone) everything is as before: import llmcompress first. The wheel has it as
-`_llmcompress_autoload`, beside the package, so that a clone in the working folder still wins over an installed package.
+pip installs and removes it with the package. Where `.pth` files are not read (`python -S`, a clone on PYTHONPATH
+alone), import llmcompress first. The wheel has it as `_llmcompress_autoload`, beside the package, so that a clone in
+the working folder still wins over an installed package.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OURS = "llmcompress"  # again: the wheel has this file outside of the package
 
 
 class _Later:
-    """The place of our config in the list of transformers, until the first checkpoint that has one."""
+    """Holds the place of our config in the list of transformers, until the first checkpoint with one."""
 
     @classmethod
     def from_dict(cls, entries: dict[str, Any], **more: Any) -> Any:

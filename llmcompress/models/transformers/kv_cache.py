@@ -147,7 +147,7 @@ class Grouping:
 
 @dataclass(frozen=True)
 class CacheForm:
-    """The groupings of keys and of values, and how many of the latest tokens are not quantized."""
+    """The groupings of keys and of values, and the number of latest tokens that are not quantized."""
 
     keys: Grouping
     values: Grouping

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 def plain_head(model: PreTrainedModel) -> Iterator[None]:
     """Replace a compressed output head, inside the context, by a frozen linear with the decoded `weight`.
 
-    It is for what multiplies by `lm_head.weight` instead of calling the head; the trainers of TRL run in it by
+    It is for code that multiplies by `lm_head.weight` instead of calling the head; the trainers of TRL run in it by
     themselves. Adapters may be saved inside the context, the model only after it.
 
     Args:
@@ -126,7 +126,7 @@ def _active(model: Any) -> list[str]:
 
 
 def _terms(name: str, module: Any, adapters: Sequence[str]) -> list[LowRank]:
-    """Return what the adapters of a layer add to its compressed weight; nothing for a dense one."""
+    """Return the terms that adapters add to a layer's compressed weight; none for a dense one."""
     from peft.tuners.lora import LoraLayer
 
     if not isinstance(module.get_base_layer(), CompressedModule):

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from llmcompress.errors import InputError
-from llmcompress.models.files import tensor_files as merge
+from llmcompress.models.files import tensor_files
 from llmcompress.models.files.checkpoint import Writer
 from llmcompress.models.files.identity import read_binding
 from llmcompress.models.files.integrity import BINDING, DIGESTS, INDEX, SINGLE, digest
@@ -57,7 +57,7 @@ def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> boo
 
 @pytest.mark.parametrize("size, files", [(10**9, 1), (200, 4), (1, 20)])
 def test_shards_hold_every_tensor(size: int, files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge, "SHARD", size)
+    monkeypatch.setattr(tensor_files, "SHARD", size)
     wanted = write(tmp_path / "a")
     found = merge_parts(tmp_path / "a", tmp_path / "mark", {"config": "x"})
     assert same(read(tmp_path / "a"), wanted) and not list((tmp_path / "a").glob("part*"))
@@ -75,10 +75,10 @@ def test_shards_hold_every_tensor(size: int, files: int, tmp_path: Path, monkeyp
 @pytest.mark.parametrize("size", [10**9, pytest.param(200, marks=pytest.mark.slow)])
 def test_an_interrupted_merge_is_resumed(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At every call that changes the disk: while headers are made, within a copy, between a copy and the removal."""
-    monkeypatch.setattr(merge, "SHARD", size)
+    monkeypatch.setattr(tensor_files, "SHARD", size)
     write(tmp_path / "whole")
     wanted = {path.name: path.read_bytes() for path in merge_parts(tmp_path / "whole", tmp_path / "mark0")}
-    fsync, copy = merge.os.fsync, merge._copy
+    fsync, copy = tensor_files.os.fsync, tensor_files._copy
     for end in range(200):
         folder, mark, calls = tmp_path / f"cut{end}", tmp_path / f"mark{end + 1}", [0]
         write(folder)
@@ -90,8 +90,8 @@ def test_an_interrupted_merge_is_resumed(size: int, tmp_path: Path, monkeypatch:
             return original(*given)  # type: ignore[operator]
 
         with monkeypatch.context() as patch:
-            patch.setattr(merge.os, "fsync", lambda *given, counted=counted: counted(fsync, *given))
-            patch.setattr(merge, "_copy", lambda *given, counted=counted: counted(copy, *given))
+            patch.setattr(tensor_files.os, "fsync", lambda *given, counted=counted: counted(fsync, *given))
+            patch.setattr(tensor_files, "_copy", lambda *given, counted=counted: counted(copy, *given))
             try:
                 merge_parts(folder, mark)
                 interrupted = False
@@ -108,13 +108,13 @@ def test_the_disk_holds_one_part_twice_at_most(tmp_path: Path, monkeypatch: pyte
     write(tmp_path / "a")
     sizes = [path.stat().st_size for path in sorted((tmp_path / "a").iterdir())]
     seen = []
-    move = merge._move
+    move = tensor_files._move
 
     def watched(part: Path, *given: object) -> None:
         seen.append(sum(path.stat().st_blocks * 512 for path in (tmp_path / "a").glob("part*")))
         move(part, *given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(merge, "_move", watched)
+    monkeypatch.setattr(tensor_files, "_move", watched)
     merge_parts(tmp_path / "a", tmp_path / "mark")
     assert len(seen) == len(sizes) and seen == sorted(seen, reverse=True) and seen[-1] < seen[0]
 

@@ -16,7 +16,7 @@ import llmcompress as lc
 from llmcompress.errors import InputError
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.score import score
-from llmcompress.models.files import tensor_files as merge
+from llmcompress.models.files import tensor_files
 from llmcompress.models.files.checkpoint import MANIFEST
 from llmcompress.models.files.identity import read_binding
 from llmcompress.models.files.integrity import SINGLE
@@ -57,7 +57,7 @@ def siblings(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     path = folder / "two" / "model.safetensors"
     save_file({name: value * 1.5 for name, value in load_file(path).items()}, path, {"format": "pt"})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(merge, "SHARD", 20_000)
+        patch.setattr(tensor_files, "SHARD", 20_000)
         found = [
             lc.compress(folder / name, {"version": 1, "rules": RULES}, folder / f"{name}.4").folder
             for name in ("one", "two")
