@@ -58,7 +58,7 @@ Progress = Callable[[int, int, float], None]  # (blocks done, blocks, tokens per
 
 @dataclass(frozen=True)
 class Execution:
-    """How a walk computes.
+    """The device, precision and processes of a walk.
 
     `dtype`: of a block's products. `batch_size`: sequences per forward; None for 2048 tokens. `ranks`: processes with
     sequences of their own, whose moments are added up. `progress` is called after each block. `read_ahead`: see

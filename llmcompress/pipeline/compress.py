@@ -172,7 +172,7 @@ def price_part(
 
 @dataclass(frozen=True)
 class _RunOptions:
-    """How to do a job without a target: `finish` makes its checkpoint, `judging` receives the progress of its gates."""
+    """Settings of a run without a target: `finish` makes its checkpoint, `judging` receives the progress of gates."""
 
     finish: Callable[[Job, Path | None], Result]
     judging: Callable[[int, int], None] | None

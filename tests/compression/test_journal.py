@@ -340,7 +340,7 @@ def test_prices_are_kept_until_the_model_is_there(place: Path, tmp_path: Path, m
         raise AssertionError("priced again")
 
     with monkeypatch.context() as context:
-        context.setattr("llmcompress.allocation.price_file.price", never)
+        context.setattr("llmcompress.allocation.price_file.measure_prices", never)
         again = lc.compress(place / "dense", asked, tmp_path / "out")
         with pytest.raises(AssertionError, match="priced again"):
             lc.compress(place / "dense", asked, tmp_path / "other")

@@ -59,8 +59,8 @@ def nth(number: int, original: Callable[..., Any], error: BaseException) -> Call
 
 ENDS = {  # where the end comes: module, function, at which call
     "before the rest is written": (run_files.RunFiles, "write_rest", 0),
-    "before the merge": (checkpoint, "merged", 0),
-    "while headers are made": (tensor_files, "_encoded", 0),
+    "before the merge": (checkpoint, "merge_parts", 0),
+    "while headers are made": (tensor_files, "_encode_header", 0),
     "before the first part is merged": (tensor_files, "_move", 0),
     "before the last part is merged": (tensor_files, "_move", 4),
     "before the report": (run, "_report", 0),
@@ -218,12 +218,12 @@ def test_a_target_run_goes_on_behind_its_rename(place: Path, tmp_path: Path, mon
     asked = recipe(place, rules=[], options=options, target={"bpw": 5.0})
     whole = lc.compress(place / "dense", asked, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr("llmcompress.pipeline.compress.record", nth(0, lambda *_: None, Cut()))
+        patch.setattr("llmcompress.pipeline.compress.record_allocation", nth(0, lambda *_: None, Cut()))
         with pytest.raises(Cut) as raised:
             lc.compress(place / "dense", asked, tmp_path / "out")
     assert (tmp_path / "out").is_dir() and "prices of the options are kept" in raised.value.__notes__[-1]
     compressed = begun(monkeypatch)
-    monkeypatch.setattr("llmcompress.allocation.price_file.price", nth(0, lambda *_: None, Cut()))
+    monkeypatch.setattr("llmcompress.allocation.price_file.measure_prices", nth(0, lambda *_: None, Cut()))
     again = lc.compress(place / "dense", asked, tmp_path / "out")
     assert compressed == [] and files(again.folder) == files(whole.folder) and not list(tmp_path.glob("out.*"))
     assert again.allocation is not None and whole.allocation is not None

@@ -160,7 +160,7 @@ def test_a_search_on_another_device_than_asked_for_is_reported(
     rules = [{"match": "*", "steps": [{"method": "trellis", "memory": 8}]}]
     found = []
     for there in (True, False):
-        monkeypatch.setattr(run, "searched_there", lambda device, there=there: there)
+        monkeypatch.setattr(run, "can_search", lambda device, there=there: there)
         report = lc.compress(folder, {"version": 1, "rules": rules}, tmp_path / str(there)).report
         found.append(sum("searched on the CPU" in warning for warning in report.warnings))
     assert found == [0, 1]

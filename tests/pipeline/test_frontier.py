@@ -164,7 +164,7 @@ def dying(act: Callable[..., Any], calls: int) -> Callable[..., Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, calls", [("compress_job", 0), ("record", 1), ("_publish", 1)])
+@pytest.mark.parametrize("name, calls", [("compress_job", 0), ("record_allocation", 1), ("_publish", 1)])
 def test_a_sweep_that_was_cut_goes_on(
     name: str, calls: int, place: Path, tmp_path: Path, curve: tuple[Path, Found], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,7 +194,7 @@ def test_what_is_finished_is_read_and_more_budgets_are_added(
 
     tasks = str(place / "geese.jsonl")
     with monkeypatch.context() as context:
-        for module, name in ((sweep, "compress_job"), (sweep, "record")):
+        for module, name in ((sweep, "compress_job"), (sweep, "record_allocation")):
             context.setattr(module, name, never)
         context.setattr("llmcompress.pipeline.frontier_scores.load_model", never)
         context.setattr(DenseModel, "load", never)

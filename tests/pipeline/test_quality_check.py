@@ -332,7 +332,7 @@ def test_what_cannot_be_measured_is_said(more: dict[str, Any], reason: str, plac
 def test_too_little_memory_leaves_it_unmeasured(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality_check, "gate_bytes", lambda *_: 10**15)
     report = lc.compress(place / "dense", recipe(place), tmp_path / "out").report
-    assert report.gates is not None and str(report.gates.unmeasured).startswith("that takes about 1000000000.0 MB")
+    assert report.gates is not None and str(report.gates.unmeasured).startswith("that takes about 1000000.00 GB")
     assert any("since that takes about" in warning for warning in report.warnings)
 
 
