@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llmcompress.benchmark.gguf_file import read_gguf
 from llmcompress.benchmark.protocol import SpeedProtocol
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluation.score import is_dense_folder, size_of
@@ -23,6 +22,7 @@ from llmcompress.models.dense.model import open_source
 from llmcompress.models.dense.skeleton import check_causal, folder_skeleton
 from llmcompress.models.dense.tokenizer import check_vocabularies
 from llmcompress.models.files import file_names
+from llmcompress.models.files.gguf_header import read_gguf_header
 from llmcompress.models.files.integrity import MENDING
 from llmcompress.models.files.reading import read_json
 
@@ -119,7 +119,7 @@ def describe_folder(place: Place, dtype: str) -> Candidate:
 
 
 def _describe_gguf(path: Path) -> Candidate:
-    header = read_gguf(path)
+    header = read_gguf_header(path)
     return Candidate(
         name=path.name,
         kind="gguf",

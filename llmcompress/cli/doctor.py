@@ -32,7 +32,7 @@ def doctor(terminal: Terminal) -> None:
     """
     from huggingface_hub import constants
 
-    from llmcompress.models.dense.smollm2 import cache_folder
+    from llmcompress.models.dense.gguf_model import cache_folder
     from llmcompress.runtime.doctor import OPTIONAL, find_faults
     from llmcompress.runtime.facts import gather
 

@@ -26,7 +26,7 @@ import torch
 from llmcompress.errors import DiskError, InputError, first_line
 from llmcompress.methods.layer import Layer, StepConfig, apply
 from llmcompress.methods.moments import STATISTICS, Moments
-from llmcompress.models.dense.smollm2 import cache_folder
+from llmcompress.models.dense.gguf_model import cache_folder
 from llmcompress.models.files.store import Store
 from llmcompress.runtime.facts import torch_facts, versions
 from llmcompress.runtime.load import busy_note

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 import llmcompress as lc
 from llmcompress.benchmark.candidate import Candidate, draw_prompt, find_candidates
-from llmcompress.benchmark.gguf_file import read_gguf
 from llmcompress.benchmark.machine import LEAST, BandwidthMeter, buffer_bytes, last_level_cache
 from llmcompress.benchmark.protocol import SpeedProtocol
 from llmcompress.benchmark.worker import resident_memory, restart_peak
 from llmcompress.errors import InputError
+from llmcompress.models.files.gguf_header import read_gguf_header
 from llmcompress.runtime.memory import peak_memory
 from tests.tiny import VOCABULARY, save_tiny
 
@@ -81,7 +81,7 @@ def test_headers_of_gguf_files_are_read_as_the_package_reads_them(head: bool, tm
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         write()
     writer.close()
-    found = read_gguf(path)
+    found = read_gguf_header(path)
     sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
     assert found.sizes.keys() == sizes.keys()
     assert all(0 <= found.sizes[name] - size < 32 for name, size in sizes.items()), "up to the padding"
@@ -100,7 +100,7 @@ def test_headers_of_gguf_files_are_read_as_the_package_reads_them(head: bool, tm
         ("none", "there is no file"),
     ):
         with pytest.raises(InputError, match=message):
-            read_gguf(tmp_path / f"{name}.gguf")
+            read_gguf_header(tmp_path / f"{name}.gguf")
 
 
 def test_no_header_is_believed_blindly(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_no_header_is_believed_blindly(tmp_path: Path) -> None:
         for value in (0, 9, 0xFF):
             path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
             try:
-                read += read_gguf(path).vocabulary > 0
+                read += read_gguf_header(path).vocabulary > 0
             except InputError:
                 refused += 1
     assert read and refused

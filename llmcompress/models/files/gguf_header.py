@@ -1,4 +1,4 @@
-"""The header of a GGUF file: sizes of its tensors, vocabulary and context.
+"""The header of a GGUF file: entries, types and sizes of its tensors, vocabulary and context.
 
 The package gguf reads headers too, but keeps every token of the vocabulary as an array: 20 s and 640 MB for Llama 3.
 
@@ -9,7 +9,9 @@ the tensors, each at a multiple of the alignment.
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,15 +23,52 @@ VALUES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q
 STRING, ARRAY = 8, 9
 ALIGNMENT = 32
 LONGEST = 2**26  # bytes of a string, entries, dimensions: more is damage
+TYPES = {  # of tensors, by their numbers
+    0: "F32",
+    1: "F16",
+    2: "Q4_0",
+    3: "Q4_1",
+    6: "Q5_0",
+    7: "Q5_1",
+    8: "Q8_0",
+    9: "Q8_1",
+    10: "Q2_K",
+    11: "Q3_K",
+    12: "Q4_K",
+    13: "Q5_K",
+    14: "Q6_K",
+    15: "Q8_K",
+    16: "IQ2_XXS",
+    17: "IQ2_XS",
+    18: "IQ3_XXS",
+    19: "IQ1_S",
+    20: "IQ4_NL",
+    21: "IQ3_S",
+    22: "IQ2_S",
+    23: "IQ4_XS",
+    28: "F64",
+    29: "IQ1_M",
+    30: "BF16",
+    34: "TQ1_0",
+    35: "TQ2_0",
+    39: "MXFP4",
+}
+Places = dict[str, tuple[list[int], int, int]]
 TABLE, HEAD = "token_embd.weight", "output.weight"
 
 
 @dataclass(frozen=True)
-class GgufFile:
-    """A GGUF file. `sizes`: bytes of each tensor with its padding; `context`: None where the file does not say."""
+class GGUFHeader:
+    """The header of a GGUF file.
+
+    entries: numbers and strings by key, arrays by their length. sizes: bytes of each tensor with its padding.
+    types: weights by the type that stores them, most first. context: None where the file does not say.
+    """
 
     bytes: int
+    entries: dict[str, Any]
     sizes: dict[str, int]
+    types: dict[str, int]
     vocabulary: int
     context: int | None
 
@@ -43,7 +82,7 @@ class GgufFile:
         return everything - (table - -(-table // self.vocabulary))
 
 
-def read_gguf(path: Path) -> GgufFile:
+def read_gguf_header(path: Path) -> GGUFHeader:
     """Read the header of a file. Raises InputError for one that is missing, of another kind, damaged, or in parts."""
     if not path.is_file():
         raise InputError(f"there is no file {path}; give a GGUF file")
@@ -60,12 +99,21 @@ def read_gguf(path: Path) -> GgufFile:
         raise InputError(f"{path} cannot be read ({error.strerror}); give another GGUF file") from error
     if (parts := _positive(entries, "split.count") or 1) > 1:
         raise InputError(f"{path} is one of {parts} parts; merge them into one file first")
-    dimensions, _ = places.get(TABLE, ([], 0))
+    dimensions, _, _ = places.get(TABLE, ([], 0, 0))
     if len(dimensions) != 2 or min(dimensions) < 1:
         raise InputError(f"{path} holds no token table ({TABLE}), so no language model; give another GGUF file")
     total = path.stat().st_size
     context = _positive(entries, f"{entries.get('general.architecture')}.context_length")
-    return GgufFile(total, _sizes(places, total - start, path), dimensions[1], context)
+    sizes = _sizes({name: offset for name, (_, _, offset) in places.items()}, total - start, path)
+    return GGUFHeader(total, entries, sizes, _count_types(places), dimensions[1], context)
+
+
+def _count_types(places: Places) -> dict[str, int]:
+    """Return the weights by the type that stores them, most first; a type without a name here by its number."""
+    counts: Counter[str] = Counter()
+    for dimensions, kind, _ in places.values():
+        counts[TYPES.get(kind, f"type {kind}")] += prod(dimensions)
+    return dict(counts.most_common())
 
 
 def _positive(entries: dict[str, Any], key: str) -> int | None:
@@ -74,8 +122,8 @@ def _positive(entries: dict[str, Any], key: str) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
-def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], dict[str, tuple[list[int], int]], int]:
-    """Return the entries, each tensor's (dimensions, first byte), and the place that those bytes count from."""
+def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], Places, int]:
+    """Return the entries, each tensor's (dimensions, type, first byte), and the place that those bytes count from."""
     (version,) = _unpack(file, "I")
     if version not in VERSIONS:
         raise InputError(f"{path} is GGUF of version {version}, not 2 or 3; convert it with a newer tool")
@@ -85,13 +133,13 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Any], dict[str, 
         key = _read_string(file)
         (kind,) = _unpack(file, "I")
         entries[key] = _read_value(file, kind)
-    places = {}
+    places: Places = {}
     for _ in range(tensors):
         name = _read_string(file)
         (dimensions,) = _unpack(file, "I")
         sizes = list(_unpack(file, f"{_plausible(dimensions)}Q"))
-        _, offset = _unpack(file, "IQ")
-        places[name] = (sizes, offset)
+        kind, offset = _unpack(file, "IQ")
+        places[name] = (sizes, kind, offset)
     alignment = _positive(entries, "general.alignment") or ALIGNMENT
     return entries, places, -(-file.tell() // alignment) * alignment
 
@@ -139,11 +187,11 @@ def _plausible(count: int) -> int:
     return count
 
 
-def _sizes(places: dict[str, tuple[list[int], int]], total: int, path: Path) -> dict[str, int]:
+def _sizes(offsets: dict[str, int], total: int, path: Path) -> dict[str, int]:
     """Return the bytes from each tensor to the next one, of the `total` that follow the header."""
-    order = sorted(places, key=lambda name: places[name][1])
-    stops = [places[name][1] for name in order[1:]] + [total]
-    sizes = {name: stop - places[name][1] for name, stop in zip(order, stops)}
+    order = sorted(offsets, key=lambda name: offsets[name])
+    stops = [offsets[name] for name in order[1:]] + [total]
+    sizes = {name: stop - offsets[name] for name, stop in zip(order, stops)}
     if any(size <= 0 for size in sizes.values()):
         raise InputError(f"{path} is shorter than its header says; download or write it again")
     return sizes

@@ -1,0 +1,217 @@
+"""Models in GGUF files, unpacked once into bfloat16 folders in a cache, so that all else sees one kind of model.
+
+transformers reads the weights, and the vocabularies of SentencePiece. Byte-level vocabularies are read here, by the
+name that the file has for the way in which text is cut before tokens merge. A wrong cut goes unnoticed, so an unknown
+name is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import file_digest
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmcompress.errors import DiskError, InputError, first_line
+from llmcompress.models.dense.pre_tokenizers import BY_NAME, build_pre_tokenizer
+from llmcompress.models.files.gguf_header import GGUFHeader, read_gguf_header
+from llmcompress.models.files.output import sync
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+UNPACKING = 3  # counts the ways in which files were unpacked: part of a folder's name in the cache
+SOURCE = "gguf_source.json"  # in an unpacked folder: the types in which its weights were stored
+FLOATS = {"F32", "F16", "BF16", "F64"}
+TOKENIZER = "tokenizer.ggml"
+CONTROL, USER_DEFINED = 3, 4  # types of tokens
+SENTENCES = (  # that a tokenizer must read and write unchanged
+    "Water boils at 100 degrees.",
+    "  two  spaces,\n\n\ta tab and 1234567 digits",
+    "naïve café — “quotes” ½, Ελληνικά, 日本語 🙂",
+)
+
+
+@dataclass(frozen=True)
+class UnpackedModel:
+    """An unpacked model. types: weights by the type of GGUF that stored them, most first."""
+
+    folder: Path
+    types: dict[str, int]
+
+    @property
+    def note(self) -> str:
+        """A sentence for the user; empty where the weights were 16-bit floats or more."""
+        few = [name for name in self.types if name not in FLOATS]
+        if not few:
+            return ""
+        return f"weights come from {' and '.join(few)} of a GGUF file: what rounds to as many bits looks better on them"
+
+
+def cache_folder() -> Path:
+    """Return the folder of unpacked models: $LLMCOMPRESS_CACHE, else `llmcompress` in Hugging Face's own cache."""
+    from huggingface_hub import constants
+
+    chosen = os.environ.get("LLMCOMPRESS_CACHE")
+    return Path(os.path.expanduser(chosen)) if chosen else Path(constants.HF_HOME) / "llmcompress"
+
+
+def unpack_gguf(file: Path) -> UnpackedModel:
+    """Return the folder with the model of a GGUF file: bfloat16 weights, tokenizer, chat template. Made once.
+
+    Raises what `unpack_to` raises.
+    """
+    read_gguf_header(file)  # before the digest, which takes longer
+    with file.open("rb") as content:
+        digest = file_digest(content, "sha256").hexdigest()
+    return unpack_to(cache_folder() / f"{file.stem.lower()}-{digest[:16]}-{UNPACKING}", file, file.stem)
+
+
+def unpack_to(target: Path, file: Path, name: str) -> UnpackedModel:
+    """Return `target` with the model of a GGUF file, called `name` in its config; `file` is read if it is not there.
+
+    Raises InputError for a file that is damaged, in parts, of an architecture that transformers does not read, or whose
+    vocabulary does not fit; DiskError when the cache cannot be written.
+    """
+    if not target.is_dir():
+        header = read_gguf_header(file)
+        with stage(target) as folder:
+            _write_model(file, header, name, folder)
+            (folder / SOURCE).write_text(json.dumps({"file": file.name, "types": header.types}) + "\n")
+    return UnpackedModel(target, json.loads((target / SOURCE).read_text())["types"])
+
+
+def _write_model(file: Path, header: GGUFHeader, name: str, folder: Path) -> None:
+    """Write the model in a GGUF file as an ordinary bfloat16 Hugging Face folder."""
+    if find_spec("gguf") is None:
+        raise InputError(f"reading {file.name} needs the package gguf; run `pip install gguf`")
+    import torch
+    import transformers
+
+    dequantize: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):  # later releases keep the weights packed unless told otherwise
+        dequantize = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    loaded: Any
+    try:
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.bfloat16, output_loading_info=True, **dequantize
+        )
+        tokenizer = _read_tokenizer(file, header)
+    except (ValueError, KeyError, NotImplementedError, RuntimeError, OSError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"transformers {transformers.__version__} does not read {file} ({first_line(error)}); give the folder or "
+            f"the Hub id of the model that it was made of"
+        ) from error
+    model, loading = loaded
+    if loading["missing_keys"]:
+        raise InputError(f"{file} lacks weights, {sorted(loading['missing_keys'])[0]} for one; give another file")
+    for owner, key in ((model, "hf_quantizer"), (model.config, "quantization_config")):
+        if hasattr(owner, key):  # the weights are plain numbers now
+            delattr(owner, key)
+    model.config._name_or_path = name
+    model.save_pretrained(folder)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise InputError(f"{file} has {len(tokenizer)} tokens and a token table of {rows} rows; give another file")
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    tokenizer.save_pretrained(folder)
+
+
+def _read_tokenizer(file: Path, header: GGUFHeader) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in a GGUF file. Raises InputError for one that is not known, or changes text."""
+    from transformers import AutoTokenizer
+
+    if header.entries.get("tokenizer.ggml.model") == "gpt2":
+        tokenizer: PreTrainedTokenizerBase = _byte_level(file, header)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    adds = bool(header.entries.get(f"{TOKENIZER}.add_bos_token", False))
+    first = tokenizer("a").input_ids[:1]
+    if adds != (first == [tokenizer.bos_token_id]):
+        raise InputError(f"{file} puts BOS {'first' if adds else 'nowhere'}, and transformers reads it otherwise")
+    for text in SENTENCES:
+        again = tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids)
+        if again != text:
+            raise InputError(f"transformers misreads the tokenizer of {file}: {text!r} becomes {again!r}")
+    return tokenizer
+
+
+def _byte_level(file: Path, header: GGUFHeader) -> PreTrainedTokenizerBase:
+    """Return a byte-level BPE tokenizer by the file's own entries.
+
+    transformers' reader passes over the way in which text is cut, and adds tokens that the model has no rows for.
+    """
+    import gguf
+    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+    from transformers import PreTrainedTokenizerFast
+
+    name = header.entries.get(f"{TOKENIZER}.pre")
+    if name not in BY_NAME:
+        raise InputError(
+            f"{file} cuts text by {name!r}, which is not known here; give the folder or the Hub id of the model that "
+            f"it was made of"
+        )
+    steps, whole_words = BY_NAME[name]
+    fields = gguf.GGUFReader(file).fields
+    tokens, kinds, merges = (fields[f"{TOKENIZER}.{key}"].contents() for key in ("tokens", "token_type", "merges"))
+    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=whole_words))
+    inner.pre_tokenizer = build_pre_tokenizer(steps)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_tokens([AddedToken(tokens[i], normalized=False) for i, kind in enumerate(kinds) if kind == USER_DEFINED])
+    inner.add_special_tokens([tokens[number] for number, kind in enumerate(kinds) if kind == CONTROL])
+    named = {key: header.entries.get(f"{TOKENIZER}.{key}_token_id") for key in ("bos", "eos", "unknown", "padding")}
+    special = {key: tokens[number] for key, number in named.items() if number is not None}
+    ends = [header.entries.get(f"{TOKENIZER}.add_{key}_token") for key in ("bos", "eos")]
+    before, behind = (special[key] if adds else "" for key, adds in zip(("bos", "eos"), ends))
+    inner.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single=" ".join(filter(None, (before, "$A", behind))),
+                special_tokens=[(token, vocabulary[token]) for token in {before, behind} - {""}],
+            ),
+        ]
+    )
+    short = {"unknown": "unk_token", "padding": "pad_token", "bos": "bos_token", "eos": "eos_token"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        chat_template=header.entries.get("tokenizer.chat_template"),
+        **{short[key]: token for key, token in special.items()},
+    )
+
+
+@contextmanager
+def stage(target: Path) -> Iterator[Path]:
+    """A scratch folder beside `target` that becomes `target` when the block ends well, and vanishes otherwise.
+
+    When another process was faster, its result stays and ours vanishes.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise DiskError(
+            f"the cache {target.parent} cannot be written ({error.strerror}); set LLMCOMPRESS_CACHE to another folder"
+        ) from error
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        for path in (*scratch.iterdir(), scratch):
+            sync(path)
+        try:
+            scratch.rename(target)
+            sync(target.parent)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

