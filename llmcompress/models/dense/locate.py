@@ -1,7 +1,7 @@
 """The place of a model: a folder, a GGUF file, a Hub id, or the name of one that packages carry, as `smollm2`.
 
 `locate` is the only door. A Hub id is `org/name` or `org/name@revision`; `/path/file.gguf` behind it names a file.
-A folder of config.json and safetensors comes out, downloaded or unpacked if necessary: later code sees one kind of model.
+A folder of config.json and safetensors comes out, downloaded or unpacked if necessary: later code sees no other kind.
 """
 
 from __future__ import annotations
