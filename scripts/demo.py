@@ -119,7 +119,7 @@ def main() -> None:
     for side, lines in zip(SIDES, texts, strict=True):
         numbers[side]["sentences"] = lines
     output.with_suffix(".json").write_text(json.dumps(numbers, indent=2), encoding="utf-8")
-    save_scores(recovered, protocol, scores[0], scores[2])
+    save_scores(recovered, protocol.to_json(), scores[0], scores[2])
     add_generations(recovered, side_by_side(texts))
     write_page(recovered, page)
     unfinished.unlink()

@@ -188,7 +188,7 @@ def measure_prices(
 
 def make_probe(job: Job, choices: Choices, tokens: CalibrationTokens, device: str, ranks: Ranks) -> Probe:
     """Return the probe that measures options. Raises MemoryLimitError if the share of a process does not fit."""
-    windows = probe_windows(tokens.sequences[tokens.obtained - tokens.held_out :])
+    windows = probe_windows(tokens)
     needed, total = ranks.here * pricing_bytes(job, choices, windows.numel(), ranks.count), total_memory()
     if device == "cpu" and needed > total:
         raise MemoryLimitError(

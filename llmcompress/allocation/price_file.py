@@ -134,7 +134,7 @@ def _join_parts(path: Path, job: Job, choices: Choices, tokens: CalibrationToken
         prices = prices_of(choices, map(Measurements.from_json, entries))
     except (ValueError, KeyError, TypeError) as error:
         raise store.damage(error) from error
-    windows = probe_windows(tokens.sequences[tokens.obtained - tokens.held_out :])
+    windows = probe_windows(tokens)
     entry = _write_entry(path, job, prices, windows, sum(float(entry["seconds"]) for entry in entries), tokens.hash)
     _remove_parts(path)
     return entry

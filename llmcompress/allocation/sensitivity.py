@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llmcompress.calibration.streaming import from_disk, run_block
 from llmcompress.calibration.walk import Block
+from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.evaluation.distance import kl_divergence
 from llmcompress.evaluation.logits import OnDisk, Readable, window_logits
 from llmcompress.evaluation.perplexity import POSITIONS
@@ -155,11 +156,9 @@ class Probe:
             parameter.data = before
 
 
-def probe_windows(held_out: Tensor) -> Tensor:
-    """Return the tokens to probe with, `[windows, length]`, of held-out sequences `[sequences, length]`.
+def probe_windows(tokens: CalibrationTokens) -> Tensor:
+    """Return the tokens to probe with, `[windows, length]`, of the held-out sequences.
 
     They are the beginnings of the first sequences, then their next parts if there are too few.
     """
-    length = min(WINDOW, held_out.shape[1])
-    parts = held_out[:, : held_out.shape[1] // length * length].unfold(1, length, length)  # [sequences, parts, length]
-    return parts.transpose(0, 1).reshape(-1, length)[:WINDOWS].contiguous()
+    return tokens.held_out_windows(WINDOW).transpose(0, 1).flatten(0, 1)[:WINDOWS].contiguous()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from llmcompress.data.builtin import stdlib_source
@@ -52,6 +53,19 @@ class CalibrationTokens:
     dropped: int = 0
     notes: tuple[str, ...] = ()  # for the report
     published: str | None = None
+
+    def held_out_windows(self, length: int) -> Tensor:
+        """Return the held-out sequences cut into windows, int64 [sequences, parts, at most `length`].
+
+        Where a sequence begins with BOS, every window does: some models read nothing without it.
+        """
+        sequences = self.sequences[self.obtained - self.held_out :]
+        length = min(length, self.length)
+        begins = sequences[:, :1] if self.bos else sequences[:, :0]
+        text = sequences[:, begins.shape[1] :]
+        size = length - begins.shape[1]
+        parts = text[:, : text.shape[1] // size * size].unfold(1, size, size)
+        return torch.cat([begins[:, None].expand(-1, parts.shape[1], -1), parts], 2)
 
     @property
     def obtained(self) -> int:
@@ -227,6 +241,11 @@ def source_name(config: Calibration) -> str:
         return config.dataset
     subset = f", subset {config.subset}" if config.subset else ""
     return f"{config.dataset}@{config.revision or 'main'}{subset}, split {config.split or 'train'}"
+
+
+def bos_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the BOS token if the tokenizer puts it before every text, else None."""
+    return special_tokens(tokenizer, "auto", False)[0]
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase, bos: Switch, eos: Switch) -> tuple[int | None, int | None]:

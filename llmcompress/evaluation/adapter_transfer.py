@@ -24,7 +24,7 @@ from llmcompress.data.generate import NOTHING, continue_sequences, end_tokens
 from llmcompress.errors import InputError, RecipeError, first_line
 from llmcompress.evaluation.distance import kl_divergence
 from llmcompress.evaluation.logits import Counting
-from llmcompress.evaluation.perplexity import evaluation_windows, log_probability_chunks
+from llmcompress.evaluation.perplexity import describe_protocol, evaluation_windows, log_probability_chunks
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.uncertainty import mean, paired_difference
 from llmcompress.models.dense.load import check_fits, load_model
@@ -132,7 +132,12 @@ def passport(
         transfers.append(_measure_adapter(str(adapter), dense, small, tokenizer, ids))
         if progress is not None:
             progress(number, len(adapters))
-    return Passport(places[1].public_name, places[0].public_name, protocol.to_json(), tuple(transfers))
+    return Passport(
+        places[1].public_name,
+        places[0].public_name,
+        describe_protocol(tokenizer, protocol),
+        tuple(transfers),
+    )
 
 
 def _measure_adapter(

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from llmcompress.calibration.streaming import StreamedModel
+from llmcompress.data.calibration import bos_token
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.evaluation.logits import Counting, by_blocks, open_model
-from llmcompress.evaluation.perplexity import evaluation_windows
+from llmcompress.evaluation.perplexity import describe_protocol, evaluation_windows
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.models.dense.blocks import matched_blocks
 from llmcompress.models.dense.load import check_fits
@@ -101,15 +102,19 @@ def drift(
     check_fits(device, "reading it", [], places)
     small, dense = (open_model(place, device) for place in places)
     ids = evaluation_windows(tokenizer, protocol, small.config, dense.config)
-    blocks = tuple(_block_drifts(by_blocks(small), by_blocks(dense), ids, progress))
+    behind = int(bos_token(tokenizer) is not None)  # states of BOS are those of no text
+    blocks = tuple(_block_drifts(by_blocks(small), by_blocks(dense), ids, behind, progress))
     names = [place.public_name for place in places]
-    return Drift(names[0], names[1], protocol.to_json(), ids.numel(), blocks)
+    return Drift(names[0], names[1], describe_protocol(tokenizer, protocol), len(ids) * (ids.shape[1] - behind), blocks)
 
 
 def _block_drifts(
-    small: StreamedModel, dense: StreamedModel, ids: Tensor, progress: Counting | None
+    small: StreamedModel, dense: StreamedModel, ids: Tensor, behind: int, progress: Counting | None
 ) -> Iterator[BlockDrift]:
-    """Run both models, and yield the drift at the input of each block of `small`, then behind its last."""
+    """Run both models, and yield the drift at the input of each block of `small`, then behind its last.
+
+    behind: the number of tokens at the beginning of a window that do not count.
+    """
     originals = matched_blocks(small.model, dense.model) | {small.depth: dense.depth}
     given, wanted = (model.embed(ids, 1) for model in (small, dense))
     reached = 0
@@ -117,7 +122,8 @@ def _block_drifts(
         for index in range(reached, original):
             dense.advance(wanted, index)
         reached = original
-        alignment, error = cka(given.hidden, wanted.hidden), _relative_error(given.hidden, wanted.hidden)
+        states = given.hidden[:, behind:], wanted.hidden[:, behind:]
+        alignment, error = cka(*states), _relative_error(*states)
         if not all(value is None or value == value for value in (alignment, error)):
             raise NumericsError(f"hidden states at block {block} are NaN or infinite; use an undamaged checkpoint")
         yield BlockDrift(block, original, alignment, error)

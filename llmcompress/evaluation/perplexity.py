@@ -1,7 +1,8 @@
 """Perplexity: the exponential of the mean negative log-probability of the next token. And its calibration error.
 
-The text is tokenized once, without special tokens, and cut into non-overlapping windows. Every window is read on its
-own; its first token is not predicted, so `windows * (length - 1)` tokens count.
+The text is tokenized once, without special tokens, and cut into non-overlapping windows. Where the tokenizer puts BOS
+before a text, every window begins with it. Each is read on its own; its first token is not predicted, so `windows *
+(length - 1)` tokens count.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from llmcompress.data.builtin import stdlib_text
+from llmcompress.data.calibration import bos_token
 from llmcompress.data.text import read_text
 from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.evaluation.logits import Counting, Readable, window_logits
@@ -69,6 +71,11 @@ def evaluation_windows(tokenizer: PreTrainedTokenizerBase, protocol: Protocol, *
     return text_windows(tokenizer, text, protocol.windows, protocol.length, *readers)
 
 
+def describe_protocol(tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> dict[str, Any]:
+    """Return the entries of a protocol, and `bos` where every window begins with BOS."""
+    return protocol.to_json() | ({} if bos_token(tokenizer) is None else {"bos": True})
+
+
 def windows_by_text(
     tokenizer: PreTrainedTokenizerBase, protocol: Protocol, *readers: PreTrainedConfig
 ) -> dict[str | None, Tensor]:
@@ -84,6 +91,7 @@ def text_windows(
 ) -> Tensor:
     """Return the first `windows` windows of `text`, int64 [at most windows, length], for models of configs `readers`.
 
+    Each begins with BOS if the tokenizer puts it there.
     Raises InputError when the text is too short for one window, RecipeError for a length that a model cannot read.
     """
     if windows < 1 or length < 2:
@@ -93,18 +101,21 @@ def text_windows(
             raise RecipeError(
                 f"evaluation length {length} is more than the model's context of {context}; use at most that"
             )
+    begin = [] if (bos := bos_token(tokenizer)) is None else [bos]
+    size = length - len(begin)
     ids: list[int] = []
     for start in range(0, len(text), AT_ONCE):
         ids += tokenizer(text[start : start + AT_ONCE], add_special_tokens=False, verbose=False).input_ids
-        if len(ids) >= windows * length:
+        if len(ids) >= windows * size:
             break
-    count = min(windows, len(ids) // length)
+    count = min(windows, len(ids) // size)
     if count == 0:
         raise InputError(
             f"the evaluation text has {len(ids)} tokens, less than one window of {length}; "
             "give more text or a lower length"
         )
-    return torch.tensor(ids[: count * length], dtype=torch.int64).reshape(count, length)
+    rows = torch.tensor(ids[: count * size], dtype=torch.int64).reshape(count, size)
+    return torch.cat([torch.tensor([begin], dtype=torch.int64).expand(count, -1), rows], 1)
 
 
 def perplexity(

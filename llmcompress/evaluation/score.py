@@ -15,7 +15,7 @@ import torch
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluation.evaluate import Evaluation, Scoring, evaluate, evaluate_all
 from llmcompress.evaluation.logits import open_model
-from llmcompress.evaluation.perplexity import windows_by_text
+from llmcompress.evaluation.perplexity import describe_protocol, windows_by_text
 from llmcompress.evaluation.processes import ALONE, Processes
 from llmcompress.evaluation.protocol import STANDARD, Protocol
 from llmcompress.evaluation.tasks import find_tasks
@@ -102,21 +102,21 @@ def score(
     if save:
         dense, evaluation = evaluate_all(dense_models[0], [lambda: loaded], tokenizer, protocol, **shared)
         if processes.rank == 0:
-            save_scores(place.folder, protocol, dense, evaluation)
+            save_scores(place.folder, describe_protocol(tokenizer, protocol), dense, evaluation)
     else:
         evaluation = evaluate(loaded, tokenizer, protocol, against=next(iter(dense_models), None), **shared)
-    scores = evaluation.to_json() | asdict(size) | {"protocol": protocol.to_json()}
+    scores = evaluation.to_json() | asdict(size) | {"protocol": describe_protocol(tokenizer, protocol)}
     _write_scores(output if processes.rank == 0 else None, place, evaluation, scores)
     return scores
 
 
-def save_scores(folder: Path, protocol: Protocol, dense: Evaluation, compressed: Evaluation) -> None:
+def save_scores(folder: Path, protocol: Mapping[str, Any], dense: Evaluation, compressed: Evaluation) -> None:
     """Add the scores of a compressed checkpoint and of its dense model to the checkpoint, for its card and its page.
 
     Raises DiskError.
     """
     both = {"dense": dense.to_json(), "compressed": compressed.to_json(), "differences": compressed.differences(dense)}
-    entries = protocol.to_json() | {"versions": versions()} | both
+    entries = {**protocol, "versions": versions(), **both}
     add_file(folder, file_names.SCORES, json.dumps(entries, indent=2))
 
 
@@ -185,7 +185,7 @@ def compare(
         | {"differences": None if evaluation is evaluations[0] else evaluation.differences(evaluations[0])}
         for place, size, evaluation in zip(places, sizes, evaluations)
     ]
-    result = {"protocol": protocol.to_json(), "versions": versions(), "models": rows}
+    result = {"protocol": describe_protocol(tokenizer, protocol), "versions": versions(), "models": rows}
     if output is not None and processes.rank == 0:
         text = comparison_markdown(result) if output.suffix == ".md" else json.dumps(result, indent=2) + "\n"
         write_new_file(output, text)

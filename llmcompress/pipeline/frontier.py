@@ -199,7 +199,7 @@ def _run_sweep(
         "model": source.public_name,
         "revision": source.revision,
         "axis": "bytes" if sizes[0].target.bpw is None else "bpw",
-        "protocol": judge.protocol.to_json(),
+        "protocol": {key: value for key, value in judge.settings.items() if key not in ("digest", "versions")},
         "versions": versions(),
         "dense": dense | asdict(size_of(source.place)),
         "series": [],

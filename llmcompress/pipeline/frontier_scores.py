@@ -20,7 +20,7 @@ from llmcompress.errors import InputError
 from llmcompress.evaluation.distance import Distance
 from llmcompress.evaluation.evaluate import Evaluation, TextScores, evaluate
 from llmcompress.evaluation.logits import OnDisk
-from llmcompress.evaluation.perplexity import evaluation_windows
+from llmcompress.evaluation.perplexity import describe_protocol, evaluation_windows
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.tasks import find_tasks
 from llmcompress.models.dense.load import load_model
@@ -48,9 +48,13 @@ class Judge:
         Raises InputError for a text that is too short or cannot be read, RecipeError for too long windows and unknown
         tasks.
         """
-        ids = evaluation_windows(dense.tokenizer(), protocol, dense.config)
-        find_tasks(dense.tokenizer(), protocol)
-        settings = protocol.to_json() | {"digest": _digest(ids, protocol.tasks), "versions": versions()}
+        tokenizer = dense.tokenizer()
+        ids = evaluation_windows(tokenizer, protocol, dense.config)
+        find_tasks(tokenizer, protocol)
+        settings = describe_protocol(tokenizer, protocol) | {
+            "digest": _digest(ids, protocol.tasks),
+            "versions": versions(),
+        }
         return Judge(dense, protocol, device, json.loads(json.dumps(settings)))
 
     def _stored_entries(self, folder: Path) -> dict[str, Any] | None:

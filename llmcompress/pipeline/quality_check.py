@@ -20,6 +20,7 @@ from llmcompress.allocation.prices import damage
 from llmcompress.compression.job import Job
 from llmcompress.compression.memory_estimate import gate_bytes
 from llmcompress.compression.plan import unmeasured_warning
+from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import GateError, InputError, MemoryLimitError, RecipeError, format_bytes
 from llmcompress.evaluation.distance import distance
 from llmcompress.evaluation.logits import Counting, OnDisk, Readable
@@ -103,11 +104,10 @@ def is_unsettled(folder: Path) -> bool:
     return gates is not None and (gates.pending or gates.held is False or gates.text != "calibration")
 
 
-def gate_windows(held_out: Tensor) -> Tensor:
-    """Return the windows `[n, at most GATE_WINDOW]` to read of held-out sequences `[sequences, length]`."""
-    length = min(held_out.shape[1], GATE_WINDOW)
-    pieces = held_out[:, : held_out.shape[1] // length * length].reshape(-1, length)
-    return pieces[: max(GATE_TOKENS // length, 1)]
+def gate_windows(tokens: CalibrationTokens) -> Tensor:
+    """Return the windows `[n, at most GATE_WINDOW]` to read of the held-out sequences."""
+    windows = tokens.held_out_windows(GATE_WINDOW).flatten(0, 1)
+    return windows[: max(GATE_TOKENS // windows.shape[1], 1)]
 
 
 def measure(
@@ -148,7 +148,7 @@ def _windows(job: Job, device: str) -> tuple[Tensor | None, str | None]:
         reason = "the calibration text is one sequence, and none is held out"
     if reason is not None or tokens is None:
         return None, reason
-    return gate_windows(tokens.sequences[tokens.obtained - tokens.held_out :]), None
+    return gate_windows(tokens), None
 
 
 def _too_large(job: Job, device: str) -> str | None:

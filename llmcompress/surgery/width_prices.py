@@ -64,7 +64,7 @@ def measure_widths(
     the text to judge on. Raises NumericsError for a damage that is not finite.
     """
     source, tokens = judged.source, judged.tokens
-    windows = probe_windows(tokens.sequences[len(tokens.sequences) - tokens.held_out :])
+    windows = probe_windows(tokens)
     probe = Probe(source, judged.arch, windows, str(judged.device))
     needs = {cut.consumer.name: frozenset({"outer"}) for parts in cuts for cut in parts}
     for visit in judged.visits(needs, prefix="dense"):

@@ -24,6 +24,7 @@ from llmcompress.allocation.sensitivity import AT_ONCE, WINDOW, WINDOWS, Probe, 
 from llmcompress.calibration.gather import Statistics
 from llmcompress.calibration.walk import walk
 from llmcompress.compression.job import Job, prepare
+from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import Layer, StepConfig, methods, sketch, step
 from llmcompress.methods.moments import Moments
@@ -176,10 +177,12 @@ def test_the_dense_weight_changes_nothing_and_another_what_a_whole_forward_says(
 
 
 def test_probing_tokens_are_held_out_ones() -> None:
-    held_out = torch.arange(9 * 1100).reshape(9, 1100)
-    assert torch.equal(probe_windows(held_out), held_out[:WINDOWS, :WINDOW])
-    assert torch.equal(probe_windows(held_out[:1]), held_out[0, : WINDOWS * WINDOW].reshape(WINDOWS, WINDOW))
-    assert torch.equal(probe_windows(held_out[:1, :40]), held_out[:1, :40])
+    text = torch.arange(12 * 1100).reshape(12, 1100)
+    held_out = text[3:]
+    assert torch.equal(probe_windows(CalibrationTokens(text, 9, "", 12)), held_out[:WINDOWS, :WINDOW])
+    last = text[-1, : WINDOWS * WINDOW].reshape(WINDOWS, WINDOW)
+    assert torch.equal(probe_windows(CalibrationTokens(text, 1, "", 12)), last)
+    assert torch.equal(probe_windows(CalibrationTokens(text[:, :40], 1, "", 12)), text[-1:, :40])
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------

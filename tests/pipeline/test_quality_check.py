@@ -23,6 +23,7 @@ from llmcompress.compression.job import prepare
 from llmcompress.compression.memory_estimate import gate_bytes
 from llmcompress.compression.plan import plan_of
 from llmcompress.compression.time_estimate import estimate_seconds
+from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.distillation.run import distill
 from llmcompress.errors import GateError
 from llmcompress.evaluation.verify import verify
@@ -150,8 +151,8 @@ def test_it_is_what_eval_measures_on_the_same_tokens(family: str, place: Path, t
     report = lc.compress(dense, recipe(place, rules=rules, **EDITED[family]), tmp_path / "out").report
     tokens = prepare(resolve(str(dense)), read_recipe(recipe(place))).tokens
     assert tokens is not None and report.gates is not None
-    read_there = quality_check.gate_windows(tokens.sequences[-tokens.held_out :])
-    text = tiny_tokenizer().decode(read_there.flatten())
+    read_there = quality_check.gate_windows(tokens)
+    text = tiny_tokenizer().decode(read_there[:, 1:].flatten())  # BOS comes again
     found = lc.score(tmp_path / "out", lc.Protocol(text=text, windows=4, length=48), against=str(dense))
     alone = lc.score(dense, lc.Protocol(text=text, windows=4, length=48))
     assert report.gates.tokens == found["tokens"] == 4 * 47
@@ -160,10 +161,10 @@ def test_it_is_what_eval_measures_on_the_same_tokens(family: str, place: Path, t
 
 
 def test_windows_are_whole_and_few() -> None:
-    held_out = torch.arange(6 * 1100).reshape(6, 1100)
-    windows = quality_check.gate_windows(held_out)
-    assert windows.shape == (8, 256) and windows[4].tolist() == list(range(1100, 1356)), "four of each sequence"
-    assert quality_check.gate_windows(held_out[:, :40]).shape == (6, 40)
+    text = torch.arange(7 * 1100).reshape(7, 1100)
+    windows = quality_check.gate_windows(CalibrationTokens(text, 6, "", 7))
+    assert windows.shape == (8, 256) and windows[4].tolist() == list(range(2200, 2456)), "four of each sequence"
+    assert quality_check.gate_windows(CalibrationTokens(text[:, :40], 6, "", 7)).shape == (6, 40)
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------
