@@ -16,7 +16,10 @@ from llmcompress.errors import RecipeError
 Command = Callable[..., None]
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file, a Hub id (org/name or org/name@revision), or smollm2.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A folder, a .gguf file, a Hub id (org/name or org/name@revision), or smollm2."
+    ),
 ]
 Checkpoint = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder with a compressed model.")]
 Out = Annotated[Path, typer.Option("--output-dir", "-o", metavar="OUT", help="Folder to write: new or empty.")]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import llmcompress as lc
 from llmcompress.cli.terminal import verdict
 from llmcompress.compression import run, run_files
-from llmcompress.distillation import run as distilling
+from llmcompress.distillation import result as distillation_result
 from llmcompress.distillation.run import distill
 from llmcompress.errors import DiskError, InputError, LLMCompressError, LockedError
 from llmcompress.evaluation.verify import verify
@@ -304,7 +304,7 @@ def test_a_bit_of_a_kept_training_that_flips(place: Path, tmp_path: Path) -> Non
 
 
 def test_a_distilled_output_is_checked_too(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distilling, "check_written", nth(0, lambda *_: None, InputError("cannot load")))
+    monkeypatch.setattr(distillation_result, "check_written", nth(0, lambda *_: None, InputError("cannot load")))
     with pytest.raises(InputError, match="cannot load"):
         distill(student(place, tmp_path / "small"), place / "dense", lesson(place), tmp_path / "out")
     assert not (tmp_path / "out").exists() and (tmp_path / "out.training" / "state.safetensors").is_file()

@@ -20,6 +20,7 @@ from tests.rules.source_tree import ROOT
 from tests.tiny import save_tiny
 
 PLACEHOLDERS = {"methods/mine.py", "org/name", "org/model", "me/small", "parts/base", "parts/adapter"}
+PLACEHOLDERS |= {"org/name/file.gguf", "org/name/path/file.gguf", "path/file.gguf"}
 PLACEHOLDERS |= {"OWNER/NAME", "curve/bpw-1.25", "curve/frontier.md", "small-gguf/model.gguf"}
 OUTSIDE = {"pip", "hf", "python"}  # commands that are not ours
 PROGRAMS = [document for document in DOCUMENTS if document.startswith("docs/") and blocks("python", document)]
