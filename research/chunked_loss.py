@@ -19,9 +19,10 @@ MOST_WHOLE = 4096  # tokens of which whole logits fit in a small machine
 WORK = """
 import json, sys, time
 import torch
-from llmcompress.distillation.head import Online, chunked_loss
-from llmcompress.distillation.losses.forward_kl import ForwardKL
-from llmcompress.distillation.losses.loss import Predictions, measure
+from llmcompress.distillation.objective.chunked_loss import chunked_loss
+from llmcompress.distillation.teacher.predictions import Online
+from llmcompress.losses.forward_kl import ForwardKL
+from llmcompress.losses.loss import Predictions, measure
 
 width, vocabulary, tokens, repeats = (int(value) for value in sys.argv[1:5])
 ways = sys.argv[5].split(",")

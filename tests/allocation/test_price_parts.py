@@ -117,5 +117,5 @@ def test_the_command_line_measures_a_part(place: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [*words, "--price-part", "2/2", "--json"])
     assert json.loads(done.stdout) == {"part": "2/2", "file": str(tmp_path / "out.prices-2-of-2.json")}
     shown = CliRunner().invoke(app, [*words, "--price-part", "1/2"])
-    assert "next    the same command without --price-part, when all parts are there" in shown.stdout
+    assert "next    the same command without --price-part, once all parts are done" in shown.stdout
     assert CliRunner().invoke(app, words).exit_code == 0

@@ -410,11 +410,12 @@ PEAK = """
 import sys
 import torch
 torch.set_num_threads(1)
+from llmcompress.calibration.gather import Statistics
 from llmcompress.calibration.walk import walk
 from llmcompress.compression.block import swap
 from llmcompress.models.dense.model import resolve
 from llmcompress.models.dense.families import architecture
-from llmcompress.weight.modules import packed
+from llmcompress.weight.layout import pack_weight
 from llmcompress.weight.nodes import Dense
 
 def peak_kilobytes():
@@ -426,7 +427,7 @@ for folder in sys.argv[1:]:
     arch = architecture(source.config, source.skeleton())
     for block in walk(source, arch, torch.arange(256).reshape(4, 64), Statistics(frozenset({"outer"})), held_out=1):
         names = [name for group in block.groups for name in group.names]
-        swap(block, {name: packed(Dense(block.weight(name).bfloat16())) for name in names})
+        swap(block, {name: pack_weight(Dense(block.weight(name).bfloat16())) for name in names})
     print(peak_kilobytes())
 """
 

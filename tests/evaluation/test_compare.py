@@ -204,7 +204,7 @@ def test_models_by_name_make_one_table(folders: Path, tmp_path: Path, monkeypatc
     dense, small, again = found["models"]
     alone = lc.score("small", protocol, against="dense")
     assert alone == {name: small[name] for name in alone.keys() - {"protocol"}} | {"protocol": found["protocol"]}
-    assert found["protocol"] == alone["protocol"] == protocol.to_json()
+    assert found["protocol"] == alone["protocol"] == protocol.to_json() | {"bos": True}
     assert (dense["differences"], again["differences"]["nll"]["value"]) == (None, 0.0)
     assert [row["model"] for row in found["models"]] == ["dense", "small", "dense"]
     found = lc.compare(["dense", "small"], protocol, output=tmp_path / "table.md")

@@ -395,8 +395,8 @@ BUDGET = """
 import resource, sys
 from pathlib import Path
 from llmcompress.errors import InputError
-from llmcompress.models.files.compressed import Opened
-from llmcompress.models.dense.model import load_model, open_source
+from llmcompress.models.dense.load import load_model
+from llmcompress.models.dense.model import open_source
 from llmcompress.models.dense.locate import Place
 load = {"open": lambda place: open_source(place), "load": lambda place: load_model(place)}[sys.argv[1]]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,87 @@
+"""The commands of the documents run as they are written, on tiny models in the place of those that they name."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import llmcompress as lc
+from llmcompress.cli.app import app
+from llmcompress.recipe.read import read_recipe
+from tests.formats.gguf_files import tiny_llama
+from tests.rules.documents import DOCUMENTS, blocks, commands
+
+# Words of commands that need data or a model of the Hub, a repository to push to, or a model that has learned.
+ELSEWHERE = {"arc_easy", "arc_easy,hellaswag", "org/another-lora", "Qwen/Qwen3-30B-A3B", "model.gguf", "push"}
+ELSEWHERE |= {"passport", "--kl", "target.engine=vllm"}
+ENGINES = ("docs/how-to/for-vllm.md", "docs/how-to/for-llama-cpp.md", "docs/how-to/for-mlx.md")
+PAGES = [name for name in DOCUMENTS if commands(name) and not name.startswith(("docs/reference/", "docs/install"))]
+SIZES = {"40MB": "1MB", "50MB": "1MB", "5GB": "1MB", "1.25,1.6,2,2.5,3": "3,4"}  # of a tiny model
+BLOCKS = {"docs/how-to/drop-blocks.md": 20}  # that commands of the page name
+SHORT = ("calibration.samples=4", "calibration.length=32", "calibration.held_out=1", "gates.kl=null")
+LESSON = ("steps=2", "batch=2", "micro_batch=2", "evaluate_every=1")
+TEXT = "The mill by the river grinds corn. " * 200
+
+
+@pytest.fixture
+def place(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with tiny models under the names of the documents, compressed ones, recipes, and texts."""
+    monkeypatch.chdir(tmp_path)
+    dense = tmp_path / "smollm2"
+    sizes = {"intermediate_size": 128, "hidden_size": 64, "num_hidden_layers": BLOCKS.get(document, 2)}
+    tiny_llama(dense, max_position_embeddings=2048, tie_word_embeddings=True, **sizes)
+    shutil.copytree(dense, tmp_path / "org" / "model")
+    for name in ("small", "smaller", "recovered"):
+        lc.compress(dense, read_recipe("gptq-4-g64", list(SHORT)), tmp_path / name)
+    recipe = next(text for text in blocks("yaml", "docs/quickstart.md") if "version" in text)
+    own = next((text for text in blocks("yaml", document) if "version" in text), recipe)
+    (tmp_path / "recipe.yaml").write_text(own)
+    (tmp_path / "other.yaml").write_text(recipe)
+    (tmp_path / "mine.txt").write_text(TEXT)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "mills.txt").write_text(TEXT)
+    chat = {"messages": [{"role": "user", "content": "What grinds corn?"}]}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(chat) + "\n")
+    chat["messages"].append({"role": "assistant", "content": "The mill."})
+    (tmp_path / "chats-with-answers.jsonl").write_text(json.dumps(chat) + "\n")
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "document",
+    [pytest.param(page, marks=pytest.mark.slow if page in ENGINES else pytest.mark.nightly) for page in PAGES],
+)
+def test_commands_run(document: str, place: Path) -> None:
+    errors = []
+    for words in commands(document):
+        if words[0] == "llmcompress" and not ELSEWHERE & {*words}:
+            words = shorten([SIZES.get(word, word) for word in words[1:]])
+            if "-o" in words:  # a page's commands may name one output twice
+                shutil.rmtree(words[words.index("-o") + 1], ignore_errors=True)
+            result = CliRunner().invoke(app, words)
+            if result.exit_code:
+                errors.append(f"{shlex.join(words)}: {result.output[-300:]}")
+    assert not errors, "\n".join(errors)
+
+
+def shorten(words: list[str]) -> list[str]:
+    """Return a command with settings behind its own that make it short."""
+    name, more = words[0], list[str]()
+    if name in ("compress", "plan", "frontier") and "data-free" not in words:
+        more = [part for setting in SHORT for part in ("--set", setting)]
+    if name == "distill":
+        data = "data=[{name: mine, dataset: mine.txt, samples: 4, length: 32, held_out: 2}]"
+        more = [part for setting in (data, *LESSON) for part in ("--set", setting)]
+    if name in ("eval", "compare", "drift"):
+        more = ["--length", "64", *(["--windows", "2"] if "--windows" not in words else [])]
+    if name == "bench":
+        more = ["--prompt", "8", "--tokens", "4", *(["--rounds", "2"] if "--rounds" not in words else [])]
+    if name == "answer":
+        more = ["--max-tokens", "8"]
+    return [*words, *more]
