@@ -18,6 +18,11 @@ def tiered(cases: Iterable[Any], fast: Callable[[Any], bool], name: Callable[[An
     return [pytest.param(case, id=name(case), marks=() if fast(case) else pytest.mark.slow) for case in cases]
 
 
+def tiered_nightly(cases: Iterable[Any], slow: Callable[[Any], bool]) -> list[ParameterSet]:
+    """Return the values of one parameter of a test; those that are not `slow` are marked nightly."""
+    return [pytest.param(case, marks=pytest.mark.slow if slow(case) else pytest.mark.nightly) for case in cases]
+
+
 def first_of_each(cases: Iterable[Any], kind: Callable[[Any], Any]) -> Callable[[Any], bool]:
     """A question for `tiered`: True if no earlier case is of this one's kind."""
     first: dict[Any, Any] = {}

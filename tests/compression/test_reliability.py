@@ -10,7 +10,7 @@ import pytest
 from tests.rules.source_tree import ROOT
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="trials are forks")
 def test_nothing_is_lost_mixed_or_let_in() -> None:
     counts = ["--kills", "10", "--faults", "6", "--mutations", "30", "--inputs", "20", "--seed", "7000"]

@@ -9,6 +9,8 @@ import tables
 from families import support
 
 from tests.models.test_families import FAMILIES
+from tests.tiers import tiered_nightly
+from tests.tiny import FAMILY_CONFIGS
 from tests.zoo import ENCODERS, EVERY, MIXTURES
 
 RECORDS = {record["arm"]: record["numbers"] for record in tables.current("support", tables.all_records())}
@@ -27,7 +29,6 @@ def test_a_family_that_can_be_planned_can_be_compressed_and_loaded() -> None:
             assert row["generate"] == ("it predicts no next token" if family in ENCODERS else "yes"), family
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("family", tiered_nightly(EVERY, FAMILY_CONFIGS.__contains__))
 def test_row_is_made_again(family: str, tmp_path: Path) -> None:
     assert support(family, tmp_path) == RECORDS[family]

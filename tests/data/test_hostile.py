@@ -245,7 +245,7 @@ def test_any_bytes_are_a_text_or_refused(tmp_path: Path, data: bytes) -> None:
     judge(data, ".txt", tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @settings(FAST, max_examples=3000)
 @given(
     data=st.lists((ROWS | CHATS).map(json.dumps), max_size=4).map("\n".join).map(str.encode) | st.binary(max_size=99)

@@ -34,6 +34,7 @@ from llmcompress.models.files.integrity import INDEX, SINGLE, weight_files, weig
 from llmcompress.models.files.reading import MOST_HEADER, MOST_JSON, open_tensors, read_json
 from llmcompress.models.transformers.hf_quantizer import LLMCompressConfig
 from tests.mutations import changed, places, values
+from tests.tiers import tiered_nightly
 from tests.tiny import save_tiny
 
 LAW = settings(
@@ -286,7 +287,7 @@ def test_any_change_of_an_index(packed: Path, tmp_path: Path, data: st.DataObjec
     assert all(file.parent == tmp_path for file in weight_files(tmp_path))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_index_of_a_million_entries(packed: Path, dense: Path, tmp_path: Path) -> None:
     for whole, loads in ((packed, OF_COMPRESSED), (dense, OF_DENSE)):
         folder = copied(whole, tmp_path)
@@ -413,8 +414,7 @@ print(peak() - before)
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("family", tiered_nightly(["llama", "gpt2", "opt"], "llama".__eq__))
 @pytest.mark.parametrize("how", ["open", "load"])
 def test_a_hostile_config_is_refused_in_little_memory(tmp_path: Path, family: str, how: str) -> None:
     """Sizes that a model could have, beside the weights of a tiny one: no more than 500 MB besides what it takes."""

@@ -107,7 +107,7 @@ def test_the_figure_of_the_cpu_has_the_same_texts(
     assert figure(given, other, windows, name, arm) is None
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_stage_runs_on_the_cpu(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="needs triton, whose interpreter stands for a GPU's kernels")
     found = tmp_path / "found.jsonl"

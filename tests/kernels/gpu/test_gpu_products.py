@@ -165,7 +165,7 @@ def test_a_product_can_be_traced_without_a_device() -> None:
 
 
 @needs_triton
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_interpreted_kernels_agree_with_the_decoded_weight(tmp_path: Path) -> None:
     found = tmp_path / "answers.json"
     command = [sys.executable, "-m", "tests.kernels.gpu.interpreted", str(found)]

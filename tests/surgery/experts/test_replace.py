@@ -21,7 +21,7 @@ from llmcompress.surgery.experts.mixture import open_mixture
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import compressed_linears
 from llmcompress.weight.nodes import LowRank, shape
-from tests.tiers import tiered
+from tests.tiers import tiered, tiered_nightly
 from tests.tiny import save_tiny
 from tests.zoo import NO_GATE, expert_slices, save_zoo, text_for_calibration, zoo
 
@@ -65,8 +65,7 @@ def test_replace_stores_the_least_used_experts_as_factors_only(family: str, tmp_
     assert lc.verify(tmp_path / "out").layers == len(layers)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3"])
+@pytest.mark.parametrize("family", tiered_nightly(["qwen3_moe", "mixtral", "olmoe", "deepseek_v3"], "mixtral".__eq__))
 def test_replaced_checkpoint_computes_its_factors_in_a_new_process(family: str, tmp_path: Path) -> None:
     save_zoo(family, tmp_path / "dense")
     text = str(text_for_calibration(tmp_path))
