@@ -63,9 +63,6 @@ PARTICIPLES_WITHOUT_ED = {
 NO_PARTICIPLES = {"embed", "need", "seed", "shed", "speed", "feed", "exceed", "proceed", "shared", "weed", "bed", "red"}
 PUBLIC_API = {"decoded"}  # names that users import from `llmcompress`
 SMALL_FILE = 60
-UNMENDED = {
-    "recipe",
-}
 REGISTRIES = ("methods", "losses", "cli", "latents")  # one method, loss, command or strategy a file
 ENTRY_POINTS = {"__init__", "__main__", "plugin", "worker"}  # run or found by another program
 
@@ -73,7 +70,7 @@ ENTRY_POINTS = {"__init__", "__main__", "plugin", "worker"}  # run or found by a
 def test_functions_and_classes_are_not_bare_participles() -> None:
     wrong = [
         f"{module}:{node.lineno} {node.name}"
-        for module in _mended_modules()
+        for module in modules()
         for node in ast.walk(module.tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
         if not _is_property(node) and _is_participle(node.name.lower())
@@ -83,10 +80,7 @@ def test_functions_and_classes_are_not_bare_participles() -> None:
 
 def test_names_that_live_say_what_they_hold() -> None:
     wrong = [
-        f"{module}:{line} {name}"
-        for module in _mended_modules()
-        for name, line in _lasting_names(module)
-        if name in STOP_WORDS
+        f"{module}:{line} {name}" for module in modules() for name, line in _lasting_names(module) if name in STOP_WORDS
     ]
     assert not wrong, f"{wrong}: use a noun of the field; {sorted(STOP_WORDS)} may live {A_FEW_LINES} lines"
 
@@ -98,15 +92,11 @@ def test_a_small_file_has_more_than_one_reader() -> None:
             importers[name].add(module.name)
     wrong = [
         f"{module} ({len(module.text.splitlines())} lines, for {', '.join(importers[module.name]) or 'nobody'})"
-        for module in _mended_modules()
+        for module in modules()
         if len(module.text.splitlines()) < SMALL_FILE and len(importers[module.name] - {"llmcompress"}) < 2
         if not {*module.path.parts} & {*REGISTRIES} and module.path.stem not in ENTRY_POINTS
     ]
     assert not wrong, f"{wrong}: a file under {SMALL_FILE} lines with one reader belongs into that reader"
-
-
-def _mended_modules() -> list[Module]:
-    return [module for module in modules() if module.room not in UNMENDED]
 
 
 def _is_property(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> bool:
