@@ -25,12 +25,12 @@ SIXTEEN = (
     *("phi3", "gpt2", "gpt_neox", "falcon", "bloom", "opt"),  # fused, or by other names
     *("mixtral", "qwen3_moe"),
 )
-# Fast: every recipe on a plain model and on a mixture, and the two first recipes of most users on all families.
+# Fast: every recipe on a plain model, and the two first recipes of most users on all families.
 PAIRS = [
     pytest.param(
         recipe,
         family,
-        marks=() if family in ("llama", "mixtral") or recipe in ("default", "quick") else pytest.mark.slow,
+        marks=() if family == "llama" or recipe in ("default", "quick") else pytest.mark.slow,
     )
     for recipe in RECIPES
     for family in SIXTEEN

@@ -505,8 +505,8 @@ def gradients_are_checkpointed(folder: Path, place: Path) -> None:
     same_training(found[0].train(), found[1].train())
 
 
-SCALED = {"lora_trains", "tables_are_resized", "adapters_are_folded"}  # where the scale of rows matters
-SLOW = {"trl_trains_by_preferences"}
+SCALED = {"lora_trains", "tables_are_resized"}  # where the scale of rows matters
+SLOW = {"trl_trains_by_preferences", "is_one_program"}
 
 
 def cases() -> list[Any]:

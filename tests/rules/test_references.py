@@ -1,4 +1,4 @@
-"""Rules on what texts refer to: each back-quoted name and each path in docstrings, comments and documents exists."""
+"""Rules on what texts refer to: each back-quoted name and path in the package's docstrings and in documents exists."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from tests.rules.source_tree import ROOT, read, repository_files
+from tests.rules.source_tree import PACKAGE, ROOT, read, repository_files
 
 QUOTED = re.compile(r"(?<!`)`([A-Za-z_][\w.]*)(?:\(\))?`(?!`)")
 PATH = re.compile(
@@ -16,6 +16,7 @@ PATH = re.compile(
 )
 COMMENT = re.compile(r"#\s(.*)")
 NAMES = ("id", "attr", "arg", "name", "asname", "module")  # of nodes of a syntax tree
+CODE = {".py", ".yaml", ".yml", ".toml", ".jsonl", ".json", ".html", ".css"}
 HISTORY = ("research/log", "CHANGELOG.md")  # these name what was there at the time
 # Names of other libraries, of formats and of mathematics that no code here spells.
 ELSEWHERE = {
@@ -46,11 +47,11 @@ def test_paths_exist() -> None:
 
 
 def texts() -> Iterator[tuple[Path, str]]:
-    """Docstrings and comments of every Python file, and whole documents."""
+    """Docstrings and comments of the package, and whole documents."""
     for path in repository_files():
         if path.relative_to(ROOT).as_posix().startswith(HISTORY):
             continue
-        if path.suffix == ".py":
+        if path.suffix == ".py" and path.is_relative_to(PACKAGE):
             yield path, _words(path)[0]
         elif path.suffix == ".md":
             yield path, path.read_text(encoding="utf-8")
@@ -61,12 +62,9 @@ def vocabulary() -> frozenset[str]:
     """Every word of code, of strings in code, and of recipes, records and settings."""
     words: set[str] = set()
     for path in repository_files():
-        if path.suffix == ".py":
+        if path.suffix == ".py" and path.is_relative_to(PACKAGE):
             words |= _words(path)[1]
-        elif (
-            path.suffix in {".yaml", ".yml", ".toml", ".jsonl", ".json", ".html", ".css"}
-            or path.parent.name == "scripts"
-        ):
+        elif path.suffix in CODE or path.parent.name == "scripts":
             words |= set(re.findall(r"\w+", path.read_text(encoding="utf-8")))
         words |= {path.stem, *path.parent.parts}
     return frozenset(words)
