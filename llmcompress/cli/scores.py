@@ -221,7 +221,8 @@ def score_view(scores: Row, every: bool) -> Iterator[RenderableType]:
     yield f"size    {size} · {bpw} bpw · model_bpw {model_bpw}"
     perplexity = with_error(scores["perplexity"], scores["perplexity_stderr"], 3)
     sure = f"calibration error {scores['calibration_error']:.4f}"
-    yield f"text    perplexity {perplexity} over {scores['tokens']:,} tokens · {sure}"
+    behind = ", each window behind BOS" if scores.get("protocol", {}).get("bos") else ""
+    yield f"text    perplexity {perplexity} over {scores['tokens']:,} tokens{behind} · {sure}"
     if scores["kl"] is not None:
         kl = with_error(scores["kl"], scores["kl_stderr"])
         agreement = with_error(scores["top1_agreement"], scores["top1_agreement_stderr"])

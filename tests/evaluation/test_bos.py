@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from typer.testing import CliRunner
 
 import llmcompress as lc
 from llmcompress.allocation.sensitivity import probe_windows
+from llmcompress.cli.app import app
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.evaluation.perplexity import describe_protocol, text_windows
 from llmcompress.evaluation.protocol import Protocol
@@ -141,3 +143,12 @@ def test_windows_of_calibration_begin_as_its_sequences(bos: bool) -> None:
         assert torch.equal(behind.flatten(), sequence[int(bos) :][: behind.numel()])
     assert tokens.held_out_windows(10**6).shape == (2, 1, 300)
     assert (probe_windows(tokens)[:, 0] == BOS).all() or not bos
+
+
+def test_the_command_line_and_the_page_say_so(folders: Path, tmp_path: Path) -> None:
+    words = ["eval", str(folders / "small"), "--against", str(folders / "dense"), "--text", str(folders / "text.txt")]
+    shown = CliRunner().invoke(app, [*words, "--windows", "2", "--length", "32", "--save"])
+    assert "over 62 tokens, each window behind BOS" in " ".join(shown.output.split())
+    page = CliRunner().invoke(app, ["report", str(folders / "small"), "-o", str(tmp_path / "page.html")])
+    assert page.exit_code == 0
+    assert "each window behind BOS" in (tmp_path / "page.html").read_text(encoding="utf-8")

@@ -163,6 +163,7 @@ def _protocol(scores: Facts) -> str:
     """Return a sentence on the text and the settings of the scores."""
     tokens = scores["compressed"]["tokens"]
     said = f"Perplexity, KL and agreement on {tokens:,} tokens of {without_folders(scores['text'])}"
+    said += ", each window behind BOS" if scores.get("bos") else ""
     if scores["compressed"]["tasks"]:
         limit = "all items" if scores.get("limit") is None else f"a limit of {scores['limit']} items"
         said += f"; tasks with {limit}, seed {scores.get('seed', 0)}"
