@@ -113,7 +113,11 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(file: Path, tmp_path: Path
     (tmp_path / "model.bin").write_bytes(whole)
     edited(file, tmp_path / "family.gguf", "general.architecture", "lxama")
     edited(file, tmp_path / "cut.gguf", "tokenizer.ggml.pre", "x" * len(pre(file)))
+    at = whole.index(b"tokenizer.ggml.merges") + len(b"tokenizer.ggml.merges") + 4 + 4 + 8  # the first merge
+    length = int.from_bytes(whole[at : at + 8], "little")
+    (tmp_path / "merges.gguf").write_bytes(whole[: at + 8] + b"x" * length + whole[at + 8 + length :])
     cases = {
+        "merges.gguf": "has no tokenizer that can be read",
         "text.gguf": "does not begin with the letters GGUF",
         "short.gguf": "is shorter than its header says",
         "model.bin": "or a .gguf file",

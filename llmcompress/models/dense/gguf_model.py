@@ -24,6 +24,7 @@ from llmcompress.errors import DiskError, InputError, first_line
 from llmcompress.models.dense.pre_tokenizers import BY_NAME, build_pre_tokenizer
 from llmcompress.models.files.gguf_header import GGUFHeader, read_gguf_header
 from llmcompress.models.files.output import sync
+from llmcompress.models.files.reading import TokenizerReading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +35,7 @@ FLOATS = {"F32", "F16", "BF16", "F64"}
 TOKENIZER = "tokenizer.ggml"
 CONTROL, USER_DEFINED = 3, 4  # types of tokens
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+ORIGINAL = "give the folder or the Hub id of the model that it was made of"
 SENTENCES = (  # that a tokenizer must read and write unchanged
     "Water boils at 100 degrees.",
     "  two  spaces,\n\n\ta tab and 1234567 digits",
@@ -113,15 +115,14 @@ def _write_model(file: Path, header: GGUFHeader, name: str, folder: Path) -> Non
     if hasattr(transformers, "GgufConfig"):  # later releases keep the weights packed unless told otherwise
         dequantize = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     loaded: Any
+    tokenizer = _read_tokenizer(file, header)  # first: weights take longer
     try:
-        tokenizer = _read_tokenizer(file, header)  # first: weights take longer
         loaded = transformers.AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.bfloat16, output_loading_info=True, **dequantize
         )
     except (ValueError, KeyError, NotImplementedError, RuntimeError, OSError, TypeError, AttributeError) as error:
         raise InputError(
-            f"transformers {transformers.__version__} does not read {file} ({first_line(error)}); give the folder or "
-            f"the Hub id of the model that it was made of"
+            f"transformers {transformers.__version__} does not read {file} ({first_line(error)}); {ORIGINAL}"
         ) from error
     model, loading = loaded
     if loading["missing_keys"]:
@@ -140,9 +141,14 @@ def _read_tokenizer(file: Path, header: GGUFHeader) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     if header.entries.get(f"{TOKENIZER}.model") == "gpt2":
-        tokenizer: PreTrainedTokenizerBase = _byte_level(file, header)
+        name = header.entries.get(f"{TOKENIZER}.pre")
+        if name not in BY_NAME:
+            raise InputError(f"{file} cuts text by {name!r}, which is not known here; {ORIGINAL}")
+        with TokenizerReading(file, ORIGINAL):
+            tokenizer: PreTrainedTokenizerBase = _byte_level(file, header, *BY_NAME[name])
     else:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        with TokenizerReading(file, ORIGINAL):
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     if len(tokenizer) > header.vocabulary:
         raise InputError(
             f"{file} has {len(tokenizer)} tokens and a token table of {header.vocabulary} rows; give another file"
@@ -158,7 +164,7 @@ def _read_tokenizer(file: Path, header: GGUFHeader) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _byte_level(file: Path, header: GGUFHeader) -> PreTrainedTokenizerBase:
+def _byte_level(file: Path, header: GGUFHeader, steps: tuple[str, ...], whole_words: bool) -> PreTrainedTokenizerBase:
     """Return a byte-level BPE tokenizer by the file's own entries.
 
     transformers' reader passes over the way in which text is cut, and adds tokens that the model has no rows for.
@@ -167,13 +173,6 @@ def _byte_level(file: Path, header: GGUFHeader) -> PreTrainedTokenizerBase:
     from tokenizers import AddedToken, Tokenizer, decoders, models, processors
     from transformers import PreTrainedTokenizerFast
 
-    name = header.entries.get(f"{TOKENIZER}.pre")
-    if name not in BY_NAME:
-        raise InputError(
-            f"{file} cuts text by {name!r}, which is not known here; give the folder or the Hub id of the model that "
-            f"it was made of"
-        )
-    steps, whole_words = BY_NAME[name]
     fields = gguf.GGUFReader(file).fields
     tokens, kinds, merges = (fields[f"{TOKENIZER}.{key}"].contents() for key in ("tokens", "token_type", "merges"))
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]

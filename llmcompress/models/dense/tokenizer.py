@@ -10,19 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from llmcompress.errors import InputError
 from llmcompress.models.dense.config import MODEL, load_config, needs_code, tokenizer_code, valid_config
 from llmcompress.models.dense.locate import Place
 from llmcompress.models.files.identity import check_tokenizer, tokenizer_digest
-from llmcompress.models.files.reading import error_text
+from llmcompress.models.files.reading import TokenizerReading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRIAL = "A word.\n"
-PANIC = "PanicException"  # of the tokenizers library, which makes it no Exception
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -37,31 +36,12 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     trusted = tokenizer_code(folder, trust_remote_code)
     own = trust_remote_code and needs_code(folder, MODEL)  # else transformers looks up what it needs of the config
     options = {"config": load_config(folder, trust_remote_code)} if own else {}
-    with _Reading(folder):
+    with TokenizerReading(folder):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trusted, **options
         )
         _check(tokenizer)
         return tokenizer
-
-
-class _Reading:
-    """Turns errors of the tokenizers library into InputError: a plain Exception, or a panic, which is none."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> Literal[False]:
-        is_plain = isinstance(error, Exception) and not isinstance(error, MemoryError)
-        if error is not None and (is_plain or type(error).__name__ == PANIC):
-            raise InputError(
-                f"{self.folder} has no tokenizer that can be read ({error_text(error)}); put the model's tokenizer "
-                f"files beside its weights"
-            ) from error
-        return False
 
 
 def _check(tokenizer: PreTrainedTokenizerBase) -> None:

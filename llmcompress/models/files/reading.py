@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
@@ -18,6 +18,7 @@ from llmcompress.errors import InputError
 
 MOST_JSON = 2**26  # bytes; an index of 90,000 tensors has 9 MB
 MOST_HEADER = 2**25  # bytes; about 300,000 tensors in one file
+PANIC = "PanicException"  # of the tokenizers library, which makes it no Exception
 
 
 def check_regular(path: Path) -> None:
@@ -87,3 +88,21 @@ def is_text(path: Path) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+class TokenizerReading:
+    """Turns errors of the tokenizers library into InputError: a plain Exception, or a panic, which is none."""
+
+    def __init__(self, source: Path, advice: str = "put the model's tokenizer files beside its weights") -> None:
+        self.source, self.advice = source, advice
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> Literal[False]:
+        is_plain = isinstance(error, Exception) and not isinstance(error, MemoryError)
+        if error is not None and (is_plain or type(error).__name__ == PANIC):
+            raise InputError(
+                f"{self.source} has no tokenizer that can be read ({error_text(error)}); {self.advice}"
+            ) from error
+        return False
