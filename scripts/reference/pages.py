@@ -226,7 +226,7 @@ def losses_page() -> str:
     introduction = (
         "A distillation's `losses` are a list of these, each with a weight. Each part is the docstring of the loss's "
         "file. p is the teacher's prediction, q the student's. All are tested against their formulas, and were "
-        "measured on a real model ([results](../results/distillation.md))."
+        "measured on a real model ([results](../results/distillation-arms.md))."
     )
     return page("Losses", introduction, parts)
 
