@@ -20,6 +20,7 @@ import llmcompress as lc
 from llmcompress.cli.app import app
 from llmcompress.errors import InputError
 from llmcompress.models.dense import gguf_model, packaged
+from llmcompress.models.dense.companions import companions
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import resolve
 from llmcompress.models.dense.packaged import PackagedModel
@@ -75,6 +76,7 @@ def test_a_file_is_unpacked_once(file: Path, cache: Path, monkeypatch: pytest.Mo
     first = locate(file)
     monkeypatch.setattr(gguf_model, "_write_model", lambda *_: pytest.fail("unpacked again"))
     assert locate(file) == first
+    assert companions(first.folder).left == (), "a run has nothing to say of the files"
     assert [path.name for path in cache.iterdir()] == [first.folder.name]
 
 

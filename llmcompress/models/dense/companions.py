@@ -50,7 +50,13 @@ OURS = {  # written by llmcompress, or written anew
     *CARD,
     *("config.json", INDEX, MANIFEST, file_names.REPORT, file_names.RECIPE, file_names.SCORES, file_names.ALLOCATION),
     *(file_names.EXPERTS, file_names.NARROWED, file_names.DISTILLATION, file_names.DISTILLATION_RECIPE),
-    *(file_names.DISTILLATION_PLOT, file_names.PASSPORT, file_names.GENERATIONS, file_names.METRICS),
+    *(
+        file_names.DISTILLATION_PLOT,
+        file_names.PASSPORT,
+        file_names.GENERATIONS,
+        file_names.METRICS,
+        file_names.GGUF_SOURCE,
+    ),
 }
 
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import DiskError, InputError, first_line
 from llmcompress.models.dense.pre_tokenizers import BY_NAME, build_pre_tokenizer
+from llmcompress.models.files.file_names import GGUF_SOURCE
 from llmcompress.models.files.gguf_header import GGUFHeader, read_gguf_header
 from llmcompress.models.files.output import sync
 from llmcompress.models.files.reading import TokenizerReading
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 UNPACKING = 3  # counts the ways in which files were unpacked: part of a folder's name in the cache
-SOURCE = "gguf_source.json"  # in an unpacked folder: the types in which its weights were stored
 FLOATS = {"F32", "F16", "BF16", "F64"}
 TOKENIZER = "tokenizer.ggml"
 CONTROL, USER_DEFINED = 3, 4  # types of tokens
@@ -95,13 +95,13 @@ def unpack_to(target: Path, file: Path, name: str) -> UnpackedModel:
         header = read_gguf_header(file)
         with stage(target) as folder:
             _write_model(file, header, name, folder)
-            (folder / SOURCE).write_text(json.dumps({"file": file.name, "types": header.types}) + "\n")
+            (folder / GGUF_SOURCE).write_text(json.dumps({"file": file.name, "types": header.types}) + "\n")
     return unpacked_model(target)
 
 
 def unpacked_model(folder: Path) -> UnpackedModel:
     """Return the model that was unpacked into a folder."""
-    return UnpackedModel(folder, json.loads((folder / SOURCE).read_text())["types"])
+    return UnpackedModel(folder, json.loads((folder / GGUF_SOURCE).read_text())["types"])
 
 
 def _write_model(file: Path, header: GGUFHeader, name: str, folder: Path) -> None:

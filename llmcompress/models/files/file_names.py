@@ -7,6 +7,7 @@ RECIPE = "recipe.yaml"
 SCORES = "eval.json"  # scores of `eval --save`, for the model card
 ALLOCATION = "allocation.json"  # prices behind a target's plan, predicted and measured results
 EXPERTS = "experts.json"  # fate of every expert of a mixture that was pruned, condensed or replaced
+GGUF_SOURCE = "gguf_source.json"  # in an unpacked folder: the types in which its weights were stored
 NARROWED = "narrowed.json"  # neurons and heads that stay in every block of a narrower model
 DISTILLATION = "distillation.json"  # result of `distill`, its recipe, and its curve
 DISTILLATION_RECIPE = "distillation.yaml"
