@@ -26,8 +26,8 @@ from llmcompress.cli.stages import Stage
 from llmcompress.distillation.run import distill
 from llmcompress.errors import LLMCompressError, Termination
 from llmcompress.evaluation.evaluate import Evaluation, evaluate_all
+from llmcompress.evaluation.local_tasks import PAIRS
 from llmcompress.evaluation.score import save_scores
-from llmcompress.evaluation.tasks import PAIRS
 from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.tokenizer import load_tokenizer

@@ -40,6 +40,14 @@ if TYPE_CHECKING:
 
 Shots = Annotated[int | None, typer.Option(min=0, help="Examples in each prompt; by default the task's own number.")]
 ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Write the prompts of tasks as chats.")]
+Generate = Annotated[
+    bool,
+    typer.Option(
+        "--generate",
+        help="Let the model write answers (GSM8K) and programs (HumanEval) of task files, and check them. "
+        "Programs are run, in processes with limits of time and memory, but no sandbox.",
+    ),
+]
 TaskSeed = Annotated[int, typer.Option(help="Random seed for few-shot examples and sampling.")]
 Domains = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Folder of .txt files, one kind of text each, to score as well.")
@@ -58,6 +66,7 @@ def evaluate(
     num_fewshot: Shots = None,
     batch_size: BatchSize = Protocol.batch_size,
     chat_template: ChatTemplate = False,
+    generate: Generate = False,
     against: Annotated[
         str | None, typer.Option(metavar="DENSE", help="Also measure KL and top-1 agreement with this model.")
     ] = None,
@@ -82,7 +91,7 @@ def evaluate(
     from llmcompress.evaluation.score import score
 
     protocol = build_protocol(
-        text, windows, length, tasks, limit, num_fewshot, batch_size, chat_template, seed, domains
+        text, windows, length, tasks, limit, num_fewshot, batch_size, chat_template, seed, domains, generate
     )
     with join_processes(device) as processes:
         scores = score(
@@ -117,6 +126,7 @@ def compare(
     num_fewshot: Shots = None,
     batch_size: BatchSize = Protocol.batch_size,
     chat_template: ChatTemplate = False,
+    generate: Generate = False,
     seed: TaskSeed = Protocol.seed,
     domains: Domains = None,
     output: Annotated[
@@ -134,7 +144,7 @@ def compare(
     from llmcompress.evaluation.score import compare as run
 
     protocol = build_protocol(
-        text, windows, length, tasks, limit, num_fewshot, batch_size, chat_template, seed, domains
+        text, windows, length, tasks, limit, num_fewshot, batch_size, chat_template, seed, domains, generate
     )
     with join_processes(device) as processes:
         comparison = run(

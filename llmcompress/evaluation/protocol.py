@@ -19,13 +19,14 @@ class Protocol(JsonRecord):
     text: str | Path | None = None  # a text, a UTF-8 file, or None: Python's documentation, unseen in calibration
     windows: int = 32  # at most
     length: int = 1024  # tokens in a window
-    tasks: tuple[str, ...] = ()  # lm-eval's names, "llmcompress_pairs", .yaml files, folders of them, .jsonl files
+    tasks: tuple[str, ...] = ()  # lm-eval's names, "llmcompress_pairs", .yaml and .jsonl files, folders of them
     limit: int | float | None = None  # items per task, or a share below 1; do not quote such scores
     num_fewshot: int | None = None  # examples in a prompt; None: the task's own number
     batch_size: int = 8  # of tasks; changes their scores slightly
     chat_template: bool = False  # True: prompts of tasks are written as chats
     seed: int = 0  # of few-shot examples and samples
     domains: Path | None = None  # a folder of .txt files, one kind of text each, which are scored as well
+    generate: bool = False  # True: tasks of .jsonl files let the model write answers and programs, and run these
 
     def __post_init__(self) -> None:
         """Raise RecipeError for a limit that is neither a number of items nor a share of them."""

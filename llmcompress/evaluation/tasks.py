@@ -1,4 +1,4 @@
-"""The tasks of a protocol: found by name, in YAML files, or as minimal pairs in a .jsonl file, and checked.
+"""The tasks of a protocol: found by name, in YAML files or in .jsonl files, and checked.
 
 `llmcompress_pairs` is our own small task: 168 English sentences, each with an ungrammatical twin, 12 for each of 14
 phenomena; the model is right where the good sentence is likelier. It needs no network.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
-import json
 import logging
 import os
 import random
@@ -23,8 +22,8 @@ import torch
 import yaml
 
 from llmcompress.data.chat import render_chat
-from llmcompress.data.text import read_text
 from llmcompress.errors import InputError, RecipeError, first_line
+from llmcompress.evaluation.local_tasks import PAIRS, PAIRS_FILE, local_task
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.task_failures import FAILURES, describe_failure
 from llmcompress.recipe.yaml import fault
@@ -32,8 +31,6 @@ from llmcompress.recipe.yaml import fault
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PAIRS = "llmcompress_pairs"
-PAIRS_FILE = Path(__file__).with_name("minimal_pairs.jsonl")
 IGNORED = {"__pycache__", ".ipynb_checkpoints"}  # folders that lm-eval does not look into
 
 
@@ -53,8 +50,8 @@ class FoundTasks:
 def find_tasks(tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> FoundTasks | None:
     """Return the tasks of `protocol`, loaded once as a check; None if it names none.
 
-    A task is a name that lm-eval knows, "llmcompress_pairs", a .yaml file, a folder of them, or a .jsonl file of
-    minimal pairs. A YAML file may name Python functions, which lm-eval then runs: use files you trust. Raises
+    A task is a name that lm-eval knows, "llmcompress_pairs", a .yaml file, a .jsonl file of `local_tasks`, or a folder
+    of files of either form. A YAML file may name Python functions, which lm-eval then runs: use files you trust. Raises
     RecipeError if lm-eval is missing, a task unknown or the tokenizer unsuitable, InputError for a task that cannot be
     loaded.
     """
@@ -75,7 +72,7 @@ def _locate_tasks(manager_class: Any, protocol: Protocol) -> FoundTasks:
     from datasets.exceptions import DatasetsError
 
     tasks = protocol.tasks
-    local = [_local_task(task) for task in tasks]
+    local = [_local_task(task, protocol) for task in tasks]
     folders = [spec for spec in local if isinstance(spec, Path)]
     for sentence in (sentence for folder in folders for sentence in _yaml_faults(folder)):
         raise InputError(sentence)
@@ -89,7 +86,7 @@ def _locate_tasks(manager_class: Any, protocol: Protocol) -> FoundTasks:
     for task, spec in zip(tasks, local):
         if isinstance(spec, Path):
             if not inside[spec].all_subtasks:
-                raise InputError(f"the folder {task} has no lm-eval task files (.yaml with a `task` key)")
+                raise InputError(f"the folder {task} has no task files (.yaml with a `task` key, or .jsonl)")
             specs.extend(inside[spec].all_subtasks)
         elif spec is None and task not in manager.all_tasks:
             near = difflib.get_close_matches(task, [*manager.all_tasks, PAIRS], n=1)
@@ -104,64 +101,21 @@ def _locate_tasks(manager_class: Any, protocol: Protocol) -> FoundTasks:
     return FoundTasks(specs, manager)
 
 
-def _local_task(task: str) -> dict[str, Any] | str | Path | None:
-    """Return the config of minimal pairs, the path of a YAML file, or a folder; None for lm-eval's own tasks."""
+def _local_task(task: str, protocol: Protocol) -> dict[str, Any] | str | Path | None:
+    """Return the config of .jsonl files, the path of a YAML file, or a folder; None for lm-eval's own tasks."""
     path = Path(os.path.expanduser(task))
     if task == PAIRS:
-        return minimal_pairs_task(PAIRS_FILE, PAIRS)
+        return local_task([PAIRS_FILE], protocol, PAIRS)
     if path.suffix == ".jsonl":
-        return minimal_pairs_task(path)
+        return local_task([path], protocol, path.stem)
     if path.suffix in (".yaml", ".yml"):
         if not os.path.isfile(path):
             raise InputError(f"there is no task file {task}")
         return str(path.resolve())
-    return path if os.path.isdir(path) else None
-
-
-def minimal_pairs_task(path: Path, name: str | None = None) -> dict[str, Any]:
-    """Return an lm-eval task config: which of `sentence_good` and `sentence_bad` in lines of a .jsonl file is likelier.
-
-    The task is called `name`, or as the file. Raises InputError for a file of another form.
-    """
-    pairs = _read_pairs(path)
-
-    def dataset(**_: Any) -> Any:
-        from datasets import Dataset
-
-        return {"validation": Dataset.from_list(pairs)}
-
-    return {
-        "task": name or path.stem,
-        "custom_dataset": dataset,  # in memory: lm-eval's own loader would write a cache
-        "validation_split": "validation",
-        "output_type": "multiple_choice",
-        "doc_to_text": "",
-        "doc_to_choice": "{{[sentence_good, sentence_bad]}}",
-        "doc_to_target": 0,
-        "target_delimiter": "",  # the default, a space, would be glued to the front of both sentences
-        "num_fewshot": 0,
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        "metadata": {"version": 1.0},
-    }
-
-
-def _read_pairs(path: Path) -> list[dict[str, str]]:
-    pairs = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            pairs.append({key: str(row[key]) for key in ("sentence_good", "sentence_bad")})
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(
-                f"{path}, line {number} is no minimal pair; it has to be an object with sentence_good and sentence_bad"
-            ) from error
-        if "" in pairs[-1].values():
-            raise InputError(f"{path}, line {number} is no minimal pair; both sentences have to have text")
-    if not pairs:
-        raise InputError(f"{path} has no minimal pairs; write one object with sentence_good and sentence_bad per line")
-    return pairs
+    if not os.path.isdir(path):
+        return None
+    files = [] if any(path.rglob("*.yaml")) else sorted(path.glob("*.jsonl"))
+    return local_task(files, protocol, path.resolve().name) if files else path
 
 
 def _yaml_faults(folder: Path) -> Iterator[str]:

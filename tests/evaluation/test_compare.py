@@ -28,9 +28,9 @@ from llmcompress.cli.app import app
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.evaluation.evaluate import evaluate_all
 from llmcompress.evaluation.lm_eval import TaskScores, _items, run_tasks
+from llmcompress.evaluation.local_tasks import PAIRS
 from llmcompress.evaluation.processes import Processes
 from llmcompress.evaluation.protocol import Protocol
-from llmcompress.evaluation.tasks import PAIRS
 from llmcompress.evaluation.uncertainty import paired_difference, stderr
 from llmcompress.reporting.tables import comparison_markdown
 from tests.rules.source_tree import ROOT

@@ -26,10 +26,10 @@ from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.evaluation.distance import Distance, distance
 from llmcompress.evaluation.evaluate import evaluate, evaluate_all
 from llmcompress.evaluation.lm_eval import _scores, run_tasks
+from llmcompress.evaluation.local_tasks import PAIRS, PAIRS_FILE
 from llmcompress.evaluation.perplexity import POSITIONS, perplexity, text_windows
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.score import compare, score
-from llmcompress.evaluation.tasks import PAIRS, PAIRS_FILE
 from tests.tiny import VOCABULARY, save_tiny, tiny, tiny_tokenizer
 
 TEXT = "Some plain text for windows, long enough for a few of them. " * 20

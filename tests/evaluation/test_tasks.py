@@ -21,8 +21,9 @@ from llmcompress.cli.app import app
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluation.evaluate import evaluate, evaluate_all
 from llmcompress.evaluation.lm_eval import run_tasks
+from llmcompress.evaluation.local_tasks import PAIRS
 from llmcompress.evaluation.protocol import Protocol
-from llmcompress.evaluation.tasks import PAIRS, find_tasks
+from llmcompress.evaluation.tasks import find_tasks
 from llmcompress.reporting.tables import comparison_markdown
 from tests.tiny import save_tiny, tiny, tiny_tokenizer
 
@@ -140,7 +141,7 @@ def test_failures_of_files_name_the_line(write: Write, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             find_tasks(tiny_tokenizer(), Protocol(tasks=(str(task),)))
     (tmp_path / "empty.jsonl").write_text('{"sentence_good": "a", "sentence_bad": ""}\n')
-    with pytest.raises(InputError, match="empty.jsonl, line 1 is no minimal pair; both sentences have to have text"):
+    with pytest.raises(InputError, match="empty.jsonl, line 1 has no text under sentence_bad"):
         find_tasks(tiny_tokenizer(), Protocol(tasks=(str(tmp_path / "empty.jsonl"),)))
 
 

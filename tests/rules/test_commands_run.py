@@ -25,6 +25,18 @@ SIZES = {"40MB": "1MB", "50MB": "1MB", "5GB": "1MB", "1.25,1.6,2,2.5,3": "3,4"} 
 BLOCKS = {"docs/how-to/drop-blocks.md": 20}  # that commands of the page name
 SHORT = ("calibration.samples=4", "calibration.length=32", "calibration.held_out=1", "gates.kl=null")
 LESSON = ("steps=2", "batch=2", "micro_batch=2", "evaluate_every=1")
+TASKS = {
+    "piqa_valid.jsonl": {"goal": "grind corn", "sol1": "use a mill", "sol2": "use a river", "label": 0},
+    "lambada_test.jsonl": {"text": "the mill grinds corn"},
+    "blimp/agreement.jsonl": {"sentence_good": "The mill grinds.", "sentence_bad": "The mill grind."},
+    "gsm8k_test.jsonl": {"question": "How much is 1 + 1?", "answer": "1 + 1 = 2\n#### 2"},
+    "humaneval.jsonl": {
+        "prompt": "def one():\n",
+        "canonical_solution": "    return 1\n",
+        "test": "def check(candidate):\n    assert candidate() == 1\n",
+        "entry_point": "one",
+    },
+}
 TEXT = "The mill by the river grinds corn. " * 200
 
 
@@ -49,6 +61,10 @@ def place(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     (tmp_path / "prompts.jsonl").write_text(json.dumps(chat) + "\n")
     chat["messages"].append({"role": "assistant", "content": "The mill."})
     (tmp_path / "chats-with-answers.jsonl").write_text(json.dumps(chat) + "\n")
+    for name, item in TASKS.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(item) + "\n")
     return tmp_path
 
 
