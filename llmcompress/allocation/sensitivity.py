@@ -7,11 +7,11 @@ compressing it makes. Memory holds the hidden states of the probing tokens for e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from llmcompress.calibration.walk import Block
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.evaluation.distance import kl_divergence
 from llmcompress.evaluation.logits import OnDisk, Readable, window_logits
-from llmcompress.evaluation.perplexity import POSITIONS
+from llmcompress.evaluation.perplexity import chunks_of_parts
 from llmcompress.models.dense.families import Architecture
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.runtime.devices import device_of
@@ -30,40 +30,40 @@ WINDOW = 128  # tokens
 # See the log, "how many tokens to probe with"; 84 GFLOP a layer on SmolLM2-135M, a third of it for the logits.
 WINDOWS = 4
 AT_ONCE = 2  # windows whose logits are in memory together
+Logits: TypeAlias = Iterator[tuple[Tensor, Iterator[Tensor]]]
 
 
 class DensePredictions:
     """The dense model's predictions on `windows`, int64 `[windows, length]`, at every token but each window's last.
 
-    `logits [part, length, vocabulary]`, here and below: a few windows at a time, as `logits_in_parts` yields them.
+    `logits`, here and below: of a few windows at a time, each in parts, as `window_logits` yields them.
     """
 
-    def __init__(self, windows: Tensor, logits: Iterable[Tensor]) -> None:
+    def __init__(self, windows: Tensor, logits: Logits) -> None:
         self.windows = windows
-        self.expected = list(_log_probabilities(logits))
+        self.expected = list(self._log_probabilities(logits))
 
     @property
     def tokens(self) -> int:
         """The number of predictions that are compared."""
         return self.windows.shape[0] * (self.windows.shape[1] - 1)
 
-    def divergence(self, logits: Iterable[Tensor]) -> float:
+    def divergence(self, logits: Logits) -> float:
         """Return the mean KL(dense || other) in nats per token; `logits`: the other model's."""
-        pairs = zip(self.expected, _log_probabilities(logits), strict=True)
+        pairs = zip(self.expected, self._log_probabilities(logits), strict=True)
         total = sum(float(kl_divergence(p, q).double().sum()) for p, q in pairs)
         return total / self.tokens
 
+    def _log_probabilities(self, logits: Logits) -> Iterator[Tensor]:
+        """Yield log-probabilities, float32 `[positions, vocabulary]`, a few positions at a time."""
+        for windows, parts in logits:
+            for _, chunk, _ in chunks_of_parts(parts, windows):
+                yield chunk
 
-def _log_probabilities(logits: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield log-probabilities, float32 `[positions, vocabulary]`, a few positions at a time."""
-    for row in chain.from_iterable(logits):
-        for chunk in row[:-1].split(POSITIONS):
-            yield chunk.float().log_softmax(-1)
 
-
-def logits_in_parts(model: Readable, windows: Tensor) -> Iterator[Tensor]:
-    """Yield the model's logits on `windows [windows, length]`, `[part, length, vocabulary]` of a few at a time."""
-    return (logits for _, logits in window_logits(model, windows, AT_ONCE))
+def logits_in_parts(model: Readable, windows: Tensor) -> Logits:
+    """Return the model's logits on `windows [windows, length]`, of a few at a time."""
+    return window_logits(model, windows, AT_ONCE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,10 +137,10 @@ class Probe:
         with self.model.at_the_end():
             return DensePredictions(self.windows, self._logits(self.states.hidden))
 
-    def _logits(self, hidden: Tensor) -> Iterator[Tensor]:
+    def _logits(self, hidden: Tensor) -> Logits:
         for start in range(0, len(self.windows), AT_ONCE):
             rows = slice(start, start + AT_ONCE)
-            yield self.model.predict(self.states, hidden[rows], rows)
+            yield self.windows[rows], self.model.predict_parts(self.states, hidden[rows], rows)
 
     def _run_block(self, block: Block, hidden: Tensor) -> Tensor:
         return run_block(block.module, block.index, self.states, hidden, slice(0, len(hidden)))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.calibration.blocks import TOKENS_PER_BATCH
-from llmcompress.calibration.streaming import States, StreamedModel, from_disk, run_block
+from llmcompress.calibration.streaming import States, StreamedModel, from_disk, position_parts, run_block
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.models.dense.experts import Experts, experts_of, holder
 from llmcompress.models.dense.families import Architecture
@@ -182,13 +182,17 @@ def _label_gradients(model: StreamedModel, states: States, seed: int) -> Tensor:
     with model.at_the_end():
         for number, ids in enumerate(states.ids):
             row = slice(number, number + 1)
-            hidden = states.hidden[row].clone().requires_grad_()
-            logits = model.predict(states, hidden, row)
-            error = logits.detach().float().softmax(-1)  # becomes the gradient by the logits
-            # the same labels for any other sequences, in any process
-            labels = draw_labels(error[0], generator(seed, "labels", *ids.tolist()))
-            error[0].scatter_add_(1, labels, torch.full_like(labels, -1, dtype=error.dtype))
-            (gradients[row],) = torch.autograd.grad(logits, hidden, error.to(logits.dtype))
+            draw = generator(seed, "labels", *ids.tolist())  # the same for any other sequences, in any process
+            gradients[row] = 0
+            for positions in position_parts(model.model.config, 1, len(ids)):
+                hidden = states.hidden[row].clone().requires_grad_()
+                logits = model.predict(states, hidden, row, positions)
+                error = logits.detach().float().softmax(-1)  # becomes the gradient by the logits
+                labels = draw_labels(error[0], draw)
+                error[0].scatter_add_(1, labels, torch.full_like(labels, -1, dtype=error.dtype))
+                (part,) = torch.autograd.grad(logits, hidden, error.to(logits.dtype))
+                gradients[row] += part
+                del logits, error  # before the next part
     return gradients
 
 

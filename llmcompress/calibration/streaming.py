@@ -4,11 +4,12 @@
     states = model.embed(ids, size=1)
     for index in range(model.depth):
         model.advance(states, index)
-    for batch, logits in zip(states.batches, model.logits(states)):
-        ...
+    for batch, parts in zip(states.batches, model.logits(states)):
+        for logits in parts:  # of consecutive positions
+            ...
 
 Numbers are those of the whole model, computed in the same order. Memory holds one block and the hidden states, then
-the layers after the blocks.
+the layers after the blocks and at most LOGITS logits.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -29,8 +31,10 @@ from llmcompress.models.dense.model import DenseModel
 from llmcompress.weight.modules import decoded
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
+STEP = 256  # positions that a part is a multiple of, so that sums over fewer have their order
+LOGITS = 1 << 26  # in memory at once, 268 MB: a window of 1024 tokens by a vocabulary of 49,152, a quarter by 262,144
 Hold = Callable[[nn.Module, Sequence[nn.Module]], AbstractContextManager[None]]  # (module, its parts to leave out)
 
 
@@ -78,12 +82,18 @@ class StreamedModel:
             for batch in states.batches:
                 states.hidden[batch.rows] = run_block(block, index, states, states.hidden[batch.rows], batch.rows)
 
-    @torch.no_grad()
-    def logits(self, states: States) -> Generator[Tensor]:
-        """Yield the logits `[windows, length, vocabulary]` of each batch, from the outputs of the last block."""
+    def logits(self, states: States) -> Generator[Iterator[Tensor]]:
+        """Yield the logits of each batch, from the outputs of the last block: parts to read before the next batch."""
         with self.at_the_end():
             for batch in states.batches:
-                yield self.predict(states, states.hidden[batch.rows], batch.rows)
+                yield self.predict_parts(states, states.hidden[batch.rows], batch.rows)
+
+    def predict_parts(self, states: States, hidden: Tensor, rows: slice) -> Iterator[Tensor]:
+        """Yield the logits `[rows, positions, vocabulary]` of some windows in `position_parts`, `at_the_end`."""
+        for positions in position_parts(self.model.config, *hidden.shape[:2]):
+            with torch.no_grad():
+                logits = self.predict(states, hidden, rows, positions)
+            yield logits
 
     @contextmanager
     def at_the_end(self) -> Iterator[None]:
@@ -93,18 +103,21 @@ class StreamedModel:
                 stack.enter_context(self.hold(module, skip))
             yield
 
-    def predict(self, states: States, hidden: Tensor, rows: slice) -> Tensor:
-        """Return the logits `[rows, length, vocabulary]` of some windows from their `hidden` states, `at_the_end`.
+    def predict(self, states: States, hidden: Tensor, rows: slice, positions: slice) -> Tensor:
+        """Return the logits `[rows, positions, vocabulary]` of some windows from their `hidden` states, `at_the_end`.
 
         They have a graph if the hidden states require gradients.
         """
         ids = states.ids[rows].to(self.device)
+        kept = {}
+        if positions != slice(0, ids.shape[1]) and "logits_to_keep" in signature(self.model.forward).parameters:
+            kept["logits_to_keep"] = torch.arange(ids.shape[1], device=self.device)[positions]
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(hidden.requires_grad))
             stack.enter_context(skip_blocks(self.model, self.stack, self.depth, hidden, states.extra))
             stack.enter_context(without_table(self.model, self.device))
-            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
-        return logits
+            logits: Tensor = self.model(input_ids=ids, use_cache=False, **kept).logits
+            return logits if kept else logits[:, positions]
 
     def _blocks(self) -> nn.ModuleList:
         return cast(nn.ModuleList, self.model.get_submodule(self.stack))
@@ -116,6 +129,13 @@ class StreamedModel:
             return [(self.model, aside)]
         head = self.model.get_output_embeddings()  # images and sounds are not read
         return [(body(self.model), aside), *([(head, ())] if isinstance(head, nn.Module) else [])]
+
+
+def position_parts(config: PreTrainedConfig, windows: int, length: int) -> list[slice]:
+    """Return consecutive positions of windows, with at most LOGITS logits of all windows in each part."""
+    vocabulary = config.get_text_config(decoder=True).vocab_size
+    count = max(LOGITS // (windows * vocabulary) // STEP * STEP, STEP)
+    return [slice(first, min(first + count, length)) for first in range(0, length, count)]
 
 
 def run_block(block: nn.Module, index: int, states: States, hidden: Tensor, rows: slice) -> Tensor:

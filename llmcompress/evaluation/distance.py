@@ -6,6 +6,7 @@ the same windows also gives both perplexities.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from llmcompress.evaluation.logits import Counting, Readable, window_logits
 from llmcompress.evaluation.perplexity import (
     BINS,
     Perplexity,
-    log_probability_chunks,
+    chunks_of_parts,
     negative_log_likelihood,
     predicted_tokens,
     reliability,
@@ -69,7 +70,7 @@ def distance(
         for (batch, wanted), (_, given) in zip(
             window_logits(teacher, share, batch_size, blocks), window_logits(student, share, batch_size, blocks)
         ):
-            rows += [_compare_window(*logits) for logits in zip(wanted, given.to(wanted.device), batch)]
+            rows += _compare_windows(wanted, given, batch)
             if progress is not None:
                 progress(len(rows), len(share))
     divergence, same, of_teacher, in_teacher, of_student, in_student = zip(*processes.gather_items(rows))
@@ -84,19 +85,27 @@ def distance(
     )
 
 
-def _compare_window(teacher: Tensor, student: Tensor, window: Tensor) -> _Window:
-    """Return the means over a window, from both models' logits [length, vocabulary]."""
-    divergence, same = 0.0, 0
-    losses, bins = [0.0, 0.0], [torch.zeros(3, BINS, dtype=torch.float64) for _ in range(2)]
-    chunks = zip(log_probability_chunks(teacher, window), log_probability_chunks(student, window))
-    for (p, targets), (q, _) in chunks:
-        divergence += float(kl_divergence(p, q).double().sum())
-        same += int((p.argmax(-1) == q.argmax(-1)).sum())
-        for side, log_probabilities in enumerate((p, q)):
-            losses[side] += negative_log_likelihood(log_probabilities, targets)
-            bins[side] += reliability(log_probabilities, targets).cpu()
-    count = len(window) - 1
-    return divergence / count, same / count, losses[0] / count, bins[0], losses[1] / count, bins[1]
+def _compare_windows(teacher: Iterable[Tensor], student: Iterable[Tensor], windows: Tensor) -> list[_Window]:
+    """Return the means over each of the windows [n, length]; logits are as `window_logits` yields them."""
+    bins = torch.zeros(3, BINS, dtype=torch.float64)
+    sums = [(0.0, 0, 0.0, bins, 0.0, bins) for _ in windows]
+    pairs = zip(chunks_of_parts(teacher, windows), chunks_of_parts(student, windows), strict=True)
+    for (number, p, targets), (_, on_student, _) in pairs:
+        q = on_student.to(p.device)
+        divergence, same, of_teacher, in_teacher, of_student, in_student = sums[number]
+        sums[number] = (
+            divergence + float(kl_divergence(p, q).double().sum()),
+            same + int((p.argmax(-1) == q.argmax(-1)).sum()),
+            of_teacher + negative_log_likelihood(p, targets),
+            in_teacher + reliability(p, targets).cpu(),
+            of_student + negative_log_likelihood(q, targets),
+            in_student + reliability(q, targets).cpu(),
+        )
+    count = windows.shape[1] - 1
+    return [
+        (divergence / count, same / count, of_teacher / count, in_teacher, of_student / count, in_student)
+        for divergence, same, of_teacher, in_teacher, of_student, in_student in sums
+    ]
 
 
 def kl_divergence(p: Tensor, q: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Logits of windows of tokens, from a model in memory or on disk.
 
 A dense model on disk runs block by block, for all windows at once, and is never in memory as a whole. A compressed one
-in memory runs likewise, and decodes its linears on the way. The logits equal those of the whole model.
+in memory runs likewise, and decodes its linears on the way. The logits equal those of the whole model. Those of a large
+vocabulary come in parts, a few positions at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from llmcompress.calibration.streaming import States, StreamedModel, from_disk, in_memory
+from llmcompress.calibration.streaming import States, StreamedModel, from_disk, in_memory, position_parts
 from llmcompress.errors import InputError
 from llmcompress.models.dense.load import check_fits, check_outline, load_model
 from llmcompress.models.dense.locate import Place
@@ -70,8 +71,10 @@ def open_model(place: Place, device: str, whole: bool = False) -> Readable:
 @torch.no_grad()
 def window_logits(
     model: Readable, ids: Tensor, batch_size: int = 1, blocks: Counting | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (windows [batch, length], logits [batch, length, vocabulary]), on the device of the model.
+) -> Iterator[tuple[Tensor, Iterator[Tensor]]]:
+    """Yield windows [batch, length] with their logits, on the device of the model.
+
+    The logits are [batch, positions, vocabulary] of consecutive positions, to be read before the next windows are.
 
     `blocks` receives (blocks, blocks in all) of a model that runs block by block. A model whose blocks cannot be run
     one by one is read whole.
@@ -86,7 +89,8 @@ def window_logits(
         whole = model.load() if isinstance(model, OnDisk) else model
         with decoded(whole):
             for batch in ids.to(whole.device).split(batch_size):
-                yield batch, whole(input_ids=batch, use_cache=False).logits
+                logits = whole(input_ids=batch, use_cache=False).logits
+                yield batch, (logits[:, part] for part in position_parts(whole.config, *batch.shape))
 
 
 def _run_blocks(

@@ -8,7 +8,7 @@ before a text, every window begins with it. Each is read on its own; its first t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,12 +133,12 @@ def perplexity(
     """
     scores: list[tuple[float, Tensor]] = []
     share = processes.share(ids)
-    for batch, logits in window_logits(model, share, batch_size, blocks):
-        for window, row in zip(batch, logits):
-            chunks = log_probability_chunks(row, window)
-            parts = [(negative_log_likelihood(*chunk), reliability(*chunk)) for chunk in chunks]
-            total, bins = (sum(each) for each in zip(*parts))
-            scores.append((total / (len(window) - 1), bins))
+    for batch, parts in window_logits(model, share, batch_size, blocks):
+        sums = [(0.0, torch.zeros(3, BINS, dtype=torch.float64)) for _ in batch]
+        for row, log_p, targets in chunks_of_parts(parts, batch):
+            total, binned = sums[row]
+            sums[row] = total + negative_log_likelihood(log_p, targets), binned + reliability(log_p, targets).cpu()
+        scores += [(total / (batch.shape[1] - 1), binned) for total, binned in sums]
         if progress is not None:
             progress(len(scores), len(share))
     losses, bins = zip(*processes.gather_items(scores))
@@ -150,10 +150,20 @@ def predicted_tokens(ids: Tensor) -> int:
     return ids.shape[0] * (ids.shape[1] - 1)
 
 
+def chunks_of_parts(parts: Iterable[Tensor], windows: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yield (window, log-probabilities, next tokens) in chunks, from logits as `window_logits` yields them."""
+    first = 0
+    for part in parts:
+        following = windows[:, first + 1 : first + 1 + part.shape[1]]
+        for number, (logits, targets) in enumerate(zip(part, following)):
+            for chunk, wanted in zip(logits[: len(targets)].split(POSITIONS), targets.split(POSITIONS)):
+                yield number, chunk.float().log_softmax(-1), wanted
+        first += part.shape[1]
+
+
 def log_probability_chunks(logits: Tensor, window: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (log-probabilities, float32 [positions, vocabulary], next tokens [positions]) of a window, in chunks."""
-    for chunk, targets in zip(logits[:-1].split(POSITIONS), window[1:].split(POSITIONS)):
-        yield chunk.float().log_softmax(-1), targets
+    return ((chunk, targets) for _, chunk, targets in chunks_of_parts([logits[None]], window[None]))
 
 
 def negative_log_likelihood(log_probabilities: Tensor, targets: Tensor) -> float:

@@ -297,8 +297,8 @@ def _run_blocks(streamed: StreamedModel, states: States, blocks: Iterable[int]) 
 
 def _logits(streamed: StreamedModel, states: States, hidden: Tensor) -> Tensor:
     """Return the logits `[length, vocabulary]` of one sequence, from its states `hidden` after the last block."""
-    [logits] = streamed.logits(replace(states, hidden=hidden))
-    return logits[0]
+    [parts] = streamed.logits(replace(states, hidden=hidden))
+    return torch.cat([part[0] for part in parts])
 
 
 def _cross_entropy(probabilities: Tensor, logits: Tensor) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import llmcompress as lc
-from llmcompress.calibration import gradients
+from llmcompress.calibration import gradients, streaming
 from llmcompress.calibration.gather import InputGroup, Statistics
 from llmcompress.calibration.gradients import Importance, draw_labels, measure_importance
 from llmcompress.calibration.walk import walk
@@ -113,6 +113,16 @@ def test_it_is_that_of_the_whole_model(family: str, tmp_path: Path, monkeypatch:
     for key, total in merged.items():
         torch.testing.assert_close(found.tokens[key], relative(total).float(), rtol=2e-3, atol=2e-4)
     assert all(torch.equal(value, torch.ones_like(value)) for name, value in found.rows.items() if name not in expected)
+
+
+def test_a_large_vocabulary_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, arch = opened(save_any("gemma2", tmp_path / "model"))
+    whole = measure_importance(source, arch, sequences())
+    monkeypatch.setattr(streaming, "LOGITS", 1)
+    monkeypatch.setattr(streaming, "STEP", 10)  # of 24 positions
+    parts = measure_importance(source, arch, sequences())
+    for name, shares in whole.tensors().items():
+        torch.testing.assert_close(parts.tensors()[name], shares, rtol=1e-4, atol=1e-5)
 
 
 def test_labels_are_drawn_by_their_probabilities() -> None:

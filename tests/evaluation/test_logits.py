@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import llmcompress as lc
+from llmcompress.calibration import streaming
 from llmcompress.evaluation.distance import distance
 from llmcompress.evaluation.logits import OnDisk, open_model, window_logits
 from llmcompress.evaluation.perplexity import perplexity
@@ -40,6 +41,22 @@ def test_scores_are_those_of_whole_models(tmp_path: Path) -> None:
     assert found == wanted
     assert seen == [(1, 2), (2, 2)] * 2
     assert perplexity(open_model(dense, "cpu"), windows()) == wanted.teacher
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_large_vocabulary_is_scored_in_parts(batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = locate(str(save_tiny("qwen3", tmp_path / "dense")))
+    small = locate(str(lc.compress(dense.folder, RTN, tmp_path / "small").folder))
+    wanted = distance(open_model(dense, "cpu"), open_model(small, "cpu"), windows())
+    monkeypatch.setattr(streaming, "LOGITS", 1)
+    monkeypatch.setattr(streaming, "STEP", 16)  # of 40 positions
+    sizes = [[part.shape[1] for part in parts] for _, parts in window_logits(open_model(dense, "cpu"), windows())]
+    assert sizes == [[16, 16, 8]] * 3
+    for student in (open_model(small, "cpu"), load_model(small)):  # in parts, and whole
+        found = distance(open_model(dense, "cpu"), student, windows(), batch)
+        assert found.kl_windows == pytest.approx(wanted.kl_windows, rel=1e-5)
+        assert found.teacher.windows == pytest.approx(wanted.teacher.windows, rel=1e-6)
+        assert found.top1_agreement == wanted.top1_agreement
 
 
 def test_what_was_compressed_stays_compressed(tmp_path: Path) -> None:
