@@ -40,7 +40,8 @@ from llmcompress.weight.rows import check_rows
 RATES = (1, 1.5, 2, 2.5, 3, 4)  # of trellises, in bits a weight: the default options of linears
 LOW_RATES = (0.5, 0.65, 0.8)  # of binary factors, in bits a weight: more of them where a target is low
 LOW = 1.25  # bits a weight: a target is low below it
-WIDTHS = (3, 4, 5, 6, 8)  # of grids, in bits: the options of tables
+TABLE_RATES = (2, 2.5, 3)  # of trellises, in bits a weight: options of tables, which may be most of a model
+WIDTHS = (4, 5, 6, 8)  # of grids, in bits: their other options
 AROUND = (-0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2)  # a target's sparsity: that of the default options
 MOST_ZEROS = 0.98  # of a default option
 TABLE_GROUP = 64  # columns that share a scale in a table that is only looked up
@@ -230,14 +231,15 @@ def _steps(*arguments: dict[str, Any]) -> Steps:
 def _tables(job: Job) -> list[Matrix]:
     """Return the token table and an untied output head that the recipe gives no steps for."""
     arch, recipe = job.arch, job.recipe
+    trellises = tuple(_steps({"method": "trellis", "bits": rate}) for rate in TABLE_RATES)
     grids = tuple(_steps({"method": "gptq", "bits": width}) for width in WIDTHS)
     plain = {"method": "rtn", "group_size": TABLE_GROUP, "symmetric": False}
     only_looked_up = tuple((step(plain | {"bits": width}),) for width in WIDTHS)
     options = {}
     if not recipe.embeddings and job.has_plain_table:
-        options[arch.embedding] = grids if arch.tied else only_looked_up
+        options[arch.embedding] = (*trellises, *(grids if arch.tied else only_looked_up))
     if recipe.head is None and not arch.tied and f"{arch.head}.weight" in job.source.tensors:
-        options[arch.head] = grids
+        options[arch.head] = (*trellises, *grids)
     return [
         _matrix(name, _shape(job, name), each, is_table=True)
         for name, each in options.items()

@@ -14,6 +14,7 @@ from llmcompress.allocation.distortion import ROWS, rough
 from llmcompress.allocation.prices import (
     middle_option,
     options_to_run,
+    probed_options,
     sequence_counts,
     smallest_matrix,
     statistics_needs,
@@ -54,7 +55,7 @@ def pricing_bytes(job: Job, choices: Choices, tokens: int, processes: int = 1) -
     options = {config.method for matrix in choices.matrices for steps in matrix.options for config in steps}
     tables = [matrix.name for matrix in choices.matrices if matrix.is_table]
     walked = peak_bytes(job, tables, statistics_needs(job, matrices), options)
-    probed = sum(_change_count(job, matrix) for matrix in choices.matrices if not matrix.is_table)
+    probed = sum(len(_probed(job, matrix)) for matrix in choices.matrices if not matrix.is_table)
     exchanged = max((prod(matrix.shape) for matrix in choices.matrices if not matrix.is_table), default=0)
     return walked + FLOAT32 * (exchanged + probed * tokens * width_of(job.arch) // processes)
 
@@ -84,18 +85,19 @@ def _walk_operations(job: Job, tokens: int, shares: dict[str, float]) -> float:
 def _trial_work(job: Job, choices: Choices) -> Work:
     """Return the work of options on matrices, and of their errors."""
     smallest = smallest_matrix([matrix for matrix in choices.matrices if not matrix.is_table])
-    trials = {matrix.name: _trials(matrix, matrix is smallest) for matrix in choices.matrices}
+    trials = {matrix.name: _trials(job, matrix, matrix is smallest) for matrix in choices.matrices}
     sizes = [(rows, width) for each in trials.values() for _, rows, width in each]
     errors = sum(4 * (rows if rows < MANY else SAMPLED) * width**2 for rows, width in sizes)
     return Work(exact=errors, other=step_seconds(job, trials))
 
 
-def _trials(matrix: Matrix, is_reference: bool) -> list[Trial]:
+def _trials(job: Job, matrix: Matrix, is_reference: bool) -> list[Trial]:
     """Return the steps that are run on a matrix."""
     (rows, width), middle = matrix.shape, middle_option(matrix)
     if matrix.is_table:
         some_rows = [Trial(steps, min(rows, ROWS), width) for steps in matrix.options]
-        return [*some_rows, Trial(rough(matrix.options[middle]), rows, width)]
+        whole = [Trial(rough(matrix.options[number]), rows, width) for number in _probed(job, matrix)]
+        return [*some_rows, *whole]
     trials = [Trial(steps, rows, width) for steps in matrix.options] if is_reference else []
     for number in options_to_run(matrix):
         fast = rough(matrix.options[number])
@@ -106,7 +108,7 @@ def _trials(matrix: Matrix, is_reference: bool) -> list[Trial]:
 
 def _probing_work(job: Job, choices: Choices, tokens: int, shares: dict[str, float]) -> Work:
     """Return the work of the dense model and of every change to it on the probing tokens."""
-    changes = {matrix.name: _change_count(job, matrix) for matrix in choices.matrices}
+    changes = {matrix.name: len(_probed(job, matrix)) for matrix in choices.matrices}
     weights, begun = 0.0, 1  # the dense model goes all the way
     for layout in job.arch.blocks:
         begun += sum(changes.get(linear.name, 0) for group in layout.groups for linear in group)
@@ -120,6 +122,5 @@ def _probing_work(job: Job, choices: Choices, tokens: int, shares: dict[str, flo
     return Work(2 * tokens * weights, 2 * logits * width, LOGIT * logits + reads)
 
 
-def _change_count(job: Job, matrix: Matrix) -> int:
-    """Return the number of a matrix's changes that are judged."""
-    return len(options_to_run(matrix)) if job.recipe.damage == "kl" else 1
+def _probed(job: Job, matrix: Matrix) -> list[int]:
+    return probed_options(matrix, job.recipe.damage)

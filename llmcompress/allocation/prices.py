@@ -223,6 +223,17 @@ def middle_option(matrix: Matrix) -> int:
     return largest[(len(largest) - 1) // 2]
 
 
+def probed_options(matrix: Matrix, by: Damage) -> list[int]:
+    """Return the options that the predictions are measured with: a middle one, by `kl` all that are run.
+
+    Of a table also the cheapest, since tables may be most of a model and change it much.
+    """
+    if by == "kl":
+        return options_to_run(matrix)
+    cheapest = {matrix.bytes.index(min(matrix.bytes))} if matrix.is_table and by != "noise" else set()
+    return sorted({middle_option(matrix), *cheapest})
+
+
 def sequence_counts(fitted: int, held_out: int, length: int) -> tuple[int, int]:
     """Return how many of so many sequences options are fitted to, and how many they are judged on."""
     return max(1, min(fitted, TOKENS // length)), max(1, min(held_out, TOKENS // 4 // length))
@@ -286,14 +297,14 @@ def _run_options(
 ) -> tuple[dict[int, float], dict[int, tuple[int, float]]]:
     """Run a few options of a linear roughly, or all options of a table on some of its rows.
 
-    Probes with a middle one, by `kl` with each that is run, by `noise` with noise. Returns the error of each option;
-    and of those that were probed, the number of the change and the error that it made.
+    Probes with the `probed_options`, by `noise` with noise. Returns the error of each option; and of those that were
+    probed, the number of the change and the error that it made.
     """
     rows = sample_rows(layer, matrix.is_table)
-    middle = middle_option(matrix)
+    probed = probed_options(matrix, by)
     errors, changes = {}, {}
     for number in options_to_run(matrix):
-        fast, is_probed = rough(matrix.options[number]), by == "kl" or number == middle
+        fast, is_probed = rough(matrix.options[number]), number in probed
         if is_probed:
             change = add_noise(layer, held_out) if by == "noise" else compress_roughly(layer, fast, held_out)
             changes[number] = probe.exchange(block, layer.name, change.weight), change.error

@@ -226,7 +226,7 @@ def test_default_options_suit_a_llama_and_stop_at_its_tables(tmp_path: Path) -> 
     assert all(not one.is_table and len(one.options) == len(RATES) for one in linears.matrices)
     assert {steps[-2].method for one in linears.matrices for steps in one.options} == {"trellis"}
     everything = find_choices(prepare(source, read_recipe(base | {"target": {"kl": 0.1}})))
-    assert [one.options[0][0].method for one in everything.matrices if one.is_table] == ["rtn", "rotate"]
+    assert [one.options[0][0].method for one in everything.matrices if one.is_table] == ["rotate", "rotate"]
     fixed = base | {"target": {"kl": 0.1}, "embeddings": [{"method": "rtn"}]}
     fixed["rules"] = [{"match": "lm_head", "steps": []}]
     assert len(find_choices(prepare(source, read_recipe(fixed))).matrices) == len(linears.matrices)

@@ -29,6 +29,7 @@ from llmcompress.models.files.file_names import ALLOCATION, RECIPE
 from llmcompress.recipe.read import dump, parse_recipe, read_recipe
 from llmcompress.recipe.target import Target, parse_size
 from llmcompress.reporting.report import read_allocation
+from llmcompress.runtime.precision import fast_float32
 from tests.allocation.aimed import OPTIONS, make, recipe
 from tests.tiny import save_tiny
 
@@ -40,6 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("targets"))
 
 
+@fast_float32()  # as the run that it is compared with
 def allocated(place: Path, target: dict[str, Any], **more: Any) -> Allocation:
     return allocate(prepare(resolve(str(place / "dense")), read_recipe(recipe(place, target, **more))))
 
