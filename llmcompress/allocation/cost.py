@@ -55,7 +55,7 @@ def pricing_bytes(job: Job, choices: Choices, tokens: int, processes: int = 1) -
     options = {config.method for matrix in choices.matrices for steps in matrix.options for config in steps}
     tables = [matrix.name for matrix in choices.matrices if matrix.is_table]
     walked = peak_bytes(job, tables, statistics_needs(job, matrices), options)
-    probed = sum(len(_probed(job, matrix)) for matrix in choices.matrices if not matrix.is_table)
+    probed = sum(len(_options_to_probe(job, matrix)) for matrix in choices.matrices if not matrix.is_table)
     exchanged = max((prod(matrix.shape) for matrix in choices.matrices if not matrix.is_table), default=0)
     return walked + FLOAT32 * (exchanged + probed * tokens * width_of(job.arch) // processes)
 
@@ -96,7 +96,7 @@ def _trials(job: Job, matrix: Matrix, is_reference: bool) -> list[Trial]:
     (rows, width), middle = matrix.shape, middle_option(matrix)
     if matrix.is_table:
         some_rows = [Trial(steps, min(rows, ROWS), width) for steps in matrix.options]
-        whole = [Trial(rough(matrix.options[number]), rows, width) for number in _probed(job, matrix)]
+        whole = [Trial(rough(matrix.options[number]), rows, width) for number in _options_to_probe(job, matrix)]
         return [*some_rows, *whole]
     trials = [Trial(steps, rows, width) for steps in matrix.options] if is_reference else []
     for number in options_to_run(matrix):
@@ -108,7 +108,7 @@ def _trials(job: Job, matrix: Matrix, is_reference: bool) -> list[Trial]:
 
 def _probing_work(job: Job, choices: Choices, tokens: int, shares: dict[str, float]) -> Work:
     """Return the work of the dense model and of every change to it on the probing tokens."""
-    changes = {matrix.name: len(_probed(job, matrix)) for matrix in choices.matrices}
+    changes = {matrix.name: len(_options_to_probe(job, matrix)) for matrix in choices.matrices}
     weights, begun = 0.0, 1  # the dense model goes all the way
     for layout in job.arch.blocks:
         begun += sum(changes.get(linear.name, 0) for group in layout.groups for linear in group)
@@ -122,5 +122,5 @@ def _probing_work(job: Job, choices: Choices, tokens: int, shares: dict[str, flo
     return Work(2 * tokens * weights, 2 * logits * width, LOGIT * logits + reads)
 
 
-def _probed(job: Job, matrix: Matrix) -> list[int]:
+def _options_to_probe(job: Job, matrix: Matrix) -> list[int]:
     return probed_options(matrix, job.recipe.damage)

@@ -11,10 +11,12 @@ hidden states of at most TOKENS tokens before every block.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,7 @@ from llmcompress.runtime.precision import is_finite, products
 from llmcompress.runtime.ranks import ALONE, Ranks
 from llmcompress.runtime.seeding import generator
 
+LOG = logging.getLogger("llmcompress")
 TOKENS = 4096  # whose hidden states are in memory at a time; each time every block is read twice
 MOST = 30.0  # largest weight of a token, in means
 ROWS = (0.05, 20.0)  # smallest and largest weight of a row, in means
@@ -101,10 +104,19 @@ def measure_importance(
     model = from_disk(source, torch.device(device))
     sums = _GradientSums(sequences.shape)
     with ranks.agree_on_errors():
-        for first in range(0, len(sequences), at_once := max(1, TOKENS // sequences.shape[1])):
+        at_once = max(1, TOKENS // sequences.shape[1])
+        count = partial(next, _announce_blocks(2 * model.depth * -(-len(sequences) // at_once)))
+        for first in range(0, len(sequences), at_once):
             chunk = slice(first, min(first + at_once, len(sequences)))
-            _add_gradients(model, arch, sequences[chunk], dtype, seed, sums.of(chunk))
+            _add_gradients(model, arch, sequences[chunk], dtype, seed, sums.of(chunk), count)
     return sums.relative(arch, ranks)
+
+
+def _announce_blocks(total: int) -> Iterator[None]:
+    """Log each block that was passed as progress, which a command shows."""
+    for done in range(1, total + 1):
+        LOG.info("gradients: %d of %d blocks", done, total, extra={"progress": ("gradient", done, total)})
+        yield
 
 
 class _GradientSums:
@@ -160,17 +172,23 @@ def _add_gradients(
     dtype: torch.dtype,
     seed: int,
     sums: Callable[[slice], Read],
+    count: Callable[[], object],
 ) -> None:
-    """Run one backward pass over `ids [sequences, length]`, and add its gradients to `sums`."""
+    """Run one backward pass over `ids [sequences, length]`, and add its gradients to `sums`.
+
+    Calls `count` after each block, forwards and then backwards.
+    """
     states = model.embed(ids, max(1, TOKENS_PER_BATCH // ids.shape[1]))
     inputs = []
     with torch.no_grad(), products(model.device, dtype):
         for index in range(model.depth):
             inputs.append(states.hidden.clone())
             model.advance(states, index)
+            count()
         gradients = _label_gradients(model, states, seed)
         for index in reversed(range(model.depth)):
             _pass_block(model, arch, index, states, inputs.pop(), gradients, sums)
+            count()
 
 
 def _label_gradients(model: StreamedModel, states: States, seed: int) -> Tensor:

@@ -39,16 +39,19 @@ WIDE = 160  # columns, where the output is not a terminal
 LOG = logging.getLogger("llmcompress")
 
 
-class _WarningHandler(logging.Handler):
-    """Shows messages of the library as warnings of a command."""
+class _MessageHandler(logging.Handler):
+    """Shows warnings of the library, and what it logs as `progress`: (what is counted, done, in all)."""
 
-    def __init__(self, warn: Callable[[Iterable[str]], None]) -> None:
-        super().__init__(logging.WARNING)
-        self._warn = warn
+    def __init__(self, warn: Callable[[Iterable[str]], None], report: Callable[[str, int, int], None]) -> None:
+        super().__init__(logging.INFO)
+        self._warn, self._report = warn, report
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
-        self._warn([record.getMessage()])
+        if (progress := getattr(record, "progress", None)) is not None:
+            self._report(*progress)
+        elif record.levelno >= logging.WARNING:
+            self._warn([record.getMessage()])
 
 
 class Terminal:
@@ -64,7 +67,8 @@ class Terminal:
         self.as_json, self.verbose, self.quiet = as_json, verbose, quiet or not self.first
         self._output: TextIO = sys.stdout
         self._descriptor: int | None = None
-        self._warnings = _WarningHandler(self.warn)
+        self._messages = _MessageHandler(self.warn, self._report)
+        self._level = LOG.level
         self._stops = StopRequests()
         self._result: dict[str, Any] | None = None
         self._stage: Stage | None = None
@@ -78,7 +82,8 @@ class Terminal:
             os.dup2(2, 1)
             sys.stdout = sys.stderr
         self._stops.install()
-        LOG.addHandler(self._warnings)
+        LOG.addHandler(self._messages)
+        LOG.setLevel(logging.INFO)
         return self
 
     def __exit__(
@@ -186,7 +191,8 @@ class Terminal:
             self._stage = None
 
     def _restore(self) -> None:
-        LOG.removeHandler(self._warnings)
+        LOG.removeHandler(self._messages)
+        LOG.setLevel(self._level)
         if self._stage is not None:
             self._stage.close()
         self._stops.restore()

@@ -15,6 +15,7 @@ from llmcompress.calibration import gradients, streaming
 from llmcompress.calibration.gather import InputGroup, Statistics
 from llmcompress.calibration.gradients import Importance, draw_labels, measure_importance
 from llmcompress.calibration.walk import walk
+from llmcompress.cli.terminal import Terminal
 from llmcompress.compression.job import prepare
 from llmcompress.errors import InputError
 from llmcompress.methods.layer import Layer, apply, step
@@ -113,6 +114,16 @@ def test_it_is_that_of_the_whole_model(family: str, tmp_path: Path, monkeypatch:
     for key, total in merged.items():
         torch.testing.assert_close(found.tokens[key], relative(total).float(), rtol=2e-3, atol=2e-4)
     assert all(torch.equal(value, torch.ones_like(value)) for name, value in found.rows.items() if name not in expected)
+
+
+def test_the_pass_is_shown_block_by_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, arch = opened(save_any("llama", tmp_path / "model"))
+    with Terminal():
+        measure_importance(source, arch, sequences())
+    assert "gradient 4/4 ..." in capsys.readouterr().err, "two blocks, forwards and backwards"
+    with Terminal(quiet=True):
+        measure_importance(source, arch, sequences())
+    assert not capsys.readouterr().err
 
 
 def test_a_large_vocabulary_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
