@@ -25,6 +25,7 @@ from llmcompress.evaluation.perplexity import chunks_of_parts
 from llmcompress.models.dense.families import Architecture
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.runtime.devices import device_of
+from llmcompress.runtime.progress import count_steps
 
 WINDOW = 128  # tokens
 # See the log, "how many tokens to probe with"; 84 GFLOP a layer on SmolLM2-135M, a third of it for the logits.
@@ -124,12 +125,13 @@ class Probe:
 
     def divergences(self) -> list[float]:
         """Return the KL of every change, in nats per token, once the last block was left."""
-        dense = self.dense
+        dense, count = self.dense, count_steps("prediction", len(self.streams))
+        divergences = []
         with self.model.at_the_end():
-            return [
-                stream if isinstance(stream, float) else dense.divergence(self._logits(stream))
-                for stream in self.streams
-            ]
+            for stream in self.streams:
+                divergences.append(stream if isinstance(stream, float) else dense.divergence(self._logits(stream)))
+                count()
+        return divergences
 
     @cached_property
     def dense(self) -> DensePredictions:

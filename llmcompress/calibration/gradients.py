@@ -11,12 +11,10 @@ hidden states of at most TOKENS tokens before every block.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +27,12 @@ from llmcompress.models.dense.families import Architecture
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.models.dense.skeleton import CAUSAL, MASKED, MULTIMODAL, auto_name
 from llmcompress.runtime.precision import is_finite, products
+from llmcompress.runtime.progress import count_steps
 from llmcompress.runtime.ranks import ALONE, Ranks
 from llmcompress.runtime.seeding import generator
 
-LOG = logging.getLogger("llmcompress")
 TOKENS = 4096  # whose hidden states are in memory at a time; each time every block is read twice
+DRAWN = 32  # labels that are drawn at once
 MOST = 30.0  # largest weight of a token, in means
 ROWS = (0.05, 20.0)  # smallest and largest weight of a row, in means
 NUMBER = re.compile(r"\.\d+(\.[^.]+)$")  # of an expert, in the name of one of its linears
@@ -105,18 +104,11 @@ def measure_importance(
     sums = _GradientSums(sequences.shape)
     with ranks.agree_on_errors():
         at_once = max(1, TOKENS // sequences.shape[1])
-        count = partial(next, _announce_blocks(2 * model.depth * -(-len(sequences) // at_once)))
+        count = count_steps("gradient", 2 * model.depth * -(-len(sequences) // at_once) + len(sequences))
         for first in range(0, len(sequences), at_once):
             chunk = slice(first, min(first + at_once, len(sequences)))
             _add_gradients(model, arch, sequences[chunk], dtype, seed, sums.of(chunk), count)
     return sums.relative(arch, ranks)
-
-
-def _announce_blocks(total: int) -> Iterator[None]:
-    """Log each block that was passed as progress, which a command shows."""
-    for done in range(1, total + 1):
-        LOG.info("gradients: %d of %d blocks", done, total, extra={"progress": ("gradient", done, total)})
-        yield
 
 
 class _GradientSums:
@@ -172,11 +164,11 @@ def _add_gradients(
     dtype: torch.dtype,
     seed: int,
     sums: Callable[[slice], Read],
-    count: Callable[[], object],
+    count: Callable[[], None],
 ) -> None:
     """Run one backward pass over `ids [sequences, length]`, and add its gradients to `sums`.
 
-    Calls `count` after each block, forwards and then backwards.
+    Calls `count` after each block, forwards and then backwards, and after each sequence's predictions.
     """
     states = model.embed(ids, max(1, TOKENS_PER_BATCH // ids.shape[1]))
     inputs = []
@@ -185,13 +177,13 @@ def _add_gradients(
             inputs.append(states.hidden.clone())
             model.advance(states, index)
             count()
-        gradients = _label_gradients(model, states, seed)
+        gradients = _label_gradients(model, states, seed, count)
         for index in reversed(range(model.depth)):
             _pass_block(model, arch, index, states, inputs.pop(), gradients, sums)
             count()
 
 
-def _label_gradients(model: StreamedModel, states: States, seed: int) -> Tensor:
+def _label_gradients(model: StreamedModel, states: States, seed: int, count: Callable[[], None]) -> Tensor:
     """Return the gradient of the loss by the last block's outputs, in their shape.
 
     The loss is the sum over tokens of minus the log-probability of a label that is drawn from the model's prediction.
@@ -211,6 +203,7 @@ def _label_gradients(model: StreamedModel, states: States, seed: int) -> Tensor:
                 (part,) = torch.autograd.grad(logits, hidden, error.to(logits.dtype))
                 gradients[row] += part
                 del logits, error  # before the next part
+            count()
     return gradients
 
 
@@ -219,9 +212,12 @@ def draw_labels(shares: Tensor, draw: torch.Generator) -> Tensor:
 
     Much faster on a CPU than `torch.multinomial`.
     """
-    sums = shares.cumsum(-1)
-    height = torch.rand(len(shares), 1, generator=draw).to(shares.device) * sums[:, -1:]
-    return torch.searchsorted(sums, height, right=True).clamp_max(shares.shape[1] - 1)
+    labels = []
+    for part in shares.split(DRAWN):
+        sums = part.cumsum(-1)
+        height = torch.rand(len(part), 1, generator=draw).to(part.device) * sums[:, -1:]
+        labels.append(torch.searchsorted(sums, height, right=True).clamp_max(part.shape[1] - 1))
+    return torch.cat(labels)
 
 
 def _pass_block(

@@ -152,13 +152,17 @@ def predicted_tokens(ids: Tensor) -> int:
 
 def chunks_of_parts(parts: Iterable[Tensor], windows: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield (window, log-probabilities, next tokens) in chunks, from logits as `window_logits` yields them."""
-    first = 0
+    following = windows[:, 1:]
     for part in parts:
-        following = windows[:, first + 1 : first + 1 + part.shape[1]]
-        for number, (logits, targets) in enumerate(zip(part, following)):
-            for chunk, wanted in zip(logits[: len(targets)].split(POSITIONS), targets.split(POSITIONS)):
-                yield number, chunk.float().log_softmax(-1), wanted
-        first += part.shape[1]
+        targets, following = following[:, : part.shape[1]], following[:, part.shape[1] :]
+        yield from _chunks_of_part(part, targets)
+        del part  # before the next one is computed
+
+
+def _chunks_of_part(part: Tensor, targets: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    for number, (logits, following) in enumerate(zip(part, targets)):
+        for chunk, wanted in zip(logits[: len(following)].split(POSITIONS), following.split(POSITIONS)):
+            yield number, chunk.float().log_softmax(-1), wanted
 
 
 def log_probability_chunks(logits: Tensor, window: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -17,7 +17,7 @@ from llmcompress.runtime.json_values import JsonRecord
 
 BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 GATE_TOKENS = 2048  # read for the gates, at most: a few percent of a calibration of 128 sequences
-GATE_WINDOW = 256  # tokens in a window of them, at most; memory holds logits of two windows of each model
+GATE_WINDOW = 256  # tokens in a window of them, at most
 PENDING = "the run ended before it was measured"
 
 

@@ -120,7 +120,7 @@ def test_the_pass_is_shown_block_by_block(tmp_path: Path, capsys: pytest.Capture
     source, arch = opened(save_any("llama", tmp_path / "model"))
     with Terminal():
         measure_importance(source, arch, sequences())
-    assert "gradient 4/4 ..." in capsys.readouterr().err, "two blocks, forwards and backwards"
+    assert "gradient 7/7 ..." in capsys.readouterr().err, "two blocks, forwards and backwards, and three predictions"
     with Terminal(quiet=True):
         measure_importance(source, arch, sequences())
     assert not capsys.readouterr().err
