@@ -4,8 +4,8 @@
 
 MODEL is what the command line takes: smollm2, gemma3-270m, a folder, or a GGUF file. Each door of `DOORS` compresses it
 in a process of its own. Its result is scored on windows of WikiText-2's test split and of HumanEval's problems with
-their solutions, and on PIQA and LAMBADA, beside the dense model. `--jsonl` collects a record of each row, and skips what
-it has. Folders of results are removed once they are scored.
+their solutions, and on PIQA and LAMBADA, beside the dense model. `--jsonl` collects a record of each row; what it has
+is not measured again. Folders of results are removed once they are scored.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ single matrices are not.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from math import prod
@@ -20,6 +21,8 @@ from llmcompress.compression.plan import Plan, plan_of
 from llmcompress.compression.time_estimate import estimate_seconds
 from llmcompress.recipe.target import Target
 
+TABLE_SHARE = 0.4  # of a model's weights in tables: with more, bits per weight say little about its size
+
 
 def forecast(job: Job) -> Plan:
     """Return the plan of a job with a target. Raises RecipeError for a target that no choice reaches."""
@@ -29,10 +32,22 @@ def forecast(job: Job) -> Plan:
     planned, pricing = plan_of(settled), pricing_bytes(job, choices, probing_tokens(text))
     return replace(
         planned,
+        warnings=(*planned.warnings, *_table_warnings(job, target)),
         peak_memory_bytes=max(planned.peak_memory_bytes, pricing),
         target=target.model_dump(mode="json", exclude_none=True),
         timed=lambda: estimate_seconds(settled) + pricing_seconds(job, choices, text),
     )
+
+
+def _table_warnings(job: Job, target: Target) -> Iterator[str]:
+    """Yield a sentence for bits per weight of a model whose weights are mostly in tables, which these do not count."""
+    source, tables = job.source, (job.arch.embedding, job.arch.head)
+    weights = sum(prod(source.tensors[f"{name}.weight"].shape) for name in tables if f"{name}.weight" in source.tensors)
+    if target.bpw is not None and weights > TABLE_SHARE * source.parameters and not job.tables:
+        yield (
+            f"{weights / source.parameters:.0%} of the weights are in token tables, which bits per weight leave out; "
+            f"a target in bytes (--size) counts all of them, and chooses for the table too"
+        )
 
 
 def spread_evenly(choices: Choices, target: Target) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import llmcompress as lc
 from llmcompress.allocation import cost
 from llmcompress.allocation.choices import find_choices
-from llmcompress.allocation.forecast import spread_evenly
+from llmcompress.allocation.forecast import forecast, spread_evenly
 from llmcompress.cli.app import app
 from llmcompress.compression import time_estimate
 from llmcompress.compression.job import prepare
@@ -23,6 +23,7 @@ from llmcompress.models.files.file_names import RECIPE
 from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.target import Target
 from tests.allocation.aimed import OPTIONS, make, recipe
+from tests.tiny import save_tiny
 from tests.zoo import save_zoo
 
 
@@ -79,6 +80,17 @@ def of_known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("of_known_speed")
+def test_bits_per_weight_say_little_about_a_model_of_tables(tmp_path: Path) -> None:
+    def warnings(vocabulary: int, target: dict[str, Any]) -> str:
+        folder = save_tiny("llama", tmp_path / f"{vocabulary}", vocab_size=vocabulary, hidden_size=64)
+        asked = {"version": 1, "calibration": {"samples": 4, "length": 32}, "target": target}
+        return " ".join(forecast(prepare(resolve(str(folder)), read_recipe(asked))).warnings)
+
+    assert "% of the weights are in token tables" in warnings(2000, {"bpw": 2.5})
+    assert "token tables" not in warnings(2000, {"bytes": "1MB"})
+    assert "token tables" not in warnings(264, {"bpw": 2.5})
+
+
 def test_prices_are_counted(place: Path) -> None:
     rules = [{"match": "*", "steps": OPTIONS[1]}]
 
