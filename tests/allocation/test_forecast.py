@@ -82,7 +82,7 @@ def of_known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("of_known_speed")
 def test_bits_per_weight_say_little_about_a_model_of_tables(tmp_path: Path) -> None:
     def warnings(vocabulary: int, target: dict[str, Any]) -> str:
-        folder = save_tiny("llama", tmp_path / f"{vocabulary}", vocab_size=vocabulary, hidden_size=64)
+        folder = save_tiny("llama", tmp_path / f"{vocabulary}", vocab_size=vocabulary, num_hidden_layers=6)
         asked = {"version": 1, "calibration": {"samples": 4, "length": 32}, "target": target}
         return " ".join(forecast(prepare(resolve(str(folder)), read_recipe(asked))).warnings)
 
