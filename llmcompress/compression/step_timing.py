@@ -5,15 +5,19 @@ the width, since a column changes later ones; and for the cube of the width, a f
 The first is timed on as many rows and few columns, the others on few rows and more columns.
 
 Trials of many steps take seconds, so their results are stored in a file, beside the speed of products at that moment.
-That speed is measured again at each estimate: if products take longer, steps do by the same ratio. On a busy machine
-nothing is stored, and products have the speed of the last quiet moment.
+That speed is measured again at each estimate: if products take longer, steps do by the same ratio.
+
+On a busy machine nothing is stored, and products have the speed of the last quiet moment. Trials run there on one
+thread and count the processor's time: threads that wait for each other on cores that others take need many times as
+long. Without a quiet moment, all threads count as so many times as fast as one.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from functools import lru_cache
@@ -43,6 +47,7 @@ CODE = ("methods", "kernels", "weight")  # rooms whose code decides how fast ste
 LOOK = 30  # seconds for which a look at the load holds
 
 T = TypeVar("T")
+Clock = Callable[[], float]
 Steps = tuple[StepConfig, ...]
 
 
@@ -70,16 +75,18 @@ class TimedMoments(Moments):
     """Moments that measure the time of computing what layers share."""
 
     clock: list[float] = field(default_factory=list)
+    now: Clock = time.perf_counter
 
     def memo(self, key: Any, compute: Callable[[], T]) -> T:
         """See `Moments.memo`."""
         if key in self.derived:
             return super().memo(key, compute)
-        started, inner = time.perf_counter(), sum(self.clock)
+        started, inner = self.now(), sum(self.clock)
         value: Any = super().memo(key, compute)
-        self.clock.append(time.perf_counter() - started - (sum(self.clock) - inner))
+        self.clock.append(self.now() - started - (sum(self.clock) - inner))
         if isinstance(value, Moments):  # those of another basis
-            value = TimedMoments(value.tokens, value.square, value.outer, value.cross, value.derived, self.clock)
+            parts = value.tokens, value.square, value.outer, value.cross, value.derived
+            value = TimedMoments(*parts, self.clock, self.now)
             self.derived[key] = value
         return cast("T", value)
 
@@ -150,30 +157,32 @@ def time_steps(steps: Steps, rows: int, width: int, data: bool) -> tuple[float, 
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, width, generator=generator)
     inputs = Moments.of(torch.randn(2 * width, width, generator=generator), STATISTICS) if data else Moments(0.0)
-    first, times = time.perf_counter(), list[tuple[float, float]]()
-    while not times or (len(times) < TRIALS and time.perf_counter() - first < BRIEF):
-        moments = TimedMoments(inputs.tokens, inputs.square, inputs.outer)
-        started = time.perf_counter()
-        layer = Layer("trial", weight, Dense(weight.to(torch.bfloat16)), moments, "0")
-        done = apply(layer, steps).expression()
-        pack_weight(done)
-        for _ in range(2):  # for its error, and when the next block reads its outputs
-            dense(done)
-        shared = sum(moments.clock)
-        times.append((time.perf_counter() - started - shared, shared))
+    with _trial_clock() as now:
+        first, times = now(), list[tuple[float, float]]()
+        while not times or (len(times) < TRIALS and now() - first < BRIEF):
+            moments = TimedMoments(inputs.tokens, inputs.square, inputs.outer, now=now)
+            started = now()
+            layer = Layer("trial", weight, Dense(weight.to(torch.bfloat16)), moments, "0")
+            done = apply(layer, steps).expression()
+            pack_weight(done)
+            for _ in range(2):  # for its error, and when the next block reads its outputs
+                dense(done)
+            shared = sum(moments.clock)
+            times.append((now() - started - shared, shared))
     return min(own for own, _ in times), min(shared for _, shared in times)
 
 
 def product_speed(dtype: torch.dtype) -> float:
     """Return the floating-point operations per second of a product on this machine when it is quiet.
 
-    On a busy machine it is the speed of the last quiet moment, if that is stored.
+    On a busy machine it is the speed of the last quiet moment, if that is stored, or else that of one thread by their
+    number.
     """
     store, name = _machine_store(), str(dtype)
     stored = _read(store, "products")
     if busy_warning() is not None:
         last = stored.get(name)
-        return time_products(dtype) if last is None else float(last["speed"])
+        return torch.get_num_threads() * time_products(dtype) if last is None else float(last["speed"])
     now, today = time_products(dtype), date.today().isoformat()
     if name not in stored or stored[name]["date"] != today:
         _write(store, "products", stored | {name: {"speed": now, "date": today}})
@@ -181,16 +190,34 @@ def product_speed(dtype: torch.dtype) -> float:
 
 
 def time_products(dtype: torch.dtype) -> float:
-    """Measure the floating-point operations per second of a product at this moment, the best of a few times."""
+    """Measure the floating-point operations per second of a product at this moment, the best of a few times.
+
+    On a busy machine it is that of one thread.
+    """
     a = torch.ones(1024, 1024, dtype=dtype)
-    a @ a
-    first, times = time.perf_counter(), list[float]()
-    while not times or (len(times) < TRIALS and time.perf_counter() - first < BRIEF):
-        started = time.perf_counter()
-        for _ in range(4):
-            a @ a
-        times.append(time.perf_counter() - started)
+    with _trial_clock() as now:
+        a @ a
+        first, times = now(), list[float]()
+        while not times or (len(times) < TRIALS and now() - first < BRIEF):
+            started = now()
+            for _ in range(4):
+                a @ a
+            times.append(now() - started)
     return 4 * 2 * 1024**3 / min(times)
+
+
+@contextmanager
+def _trial_clock() -> Iterator[Clock]:
+    """Yield the clock of trials: on a busy machine the processor's, with one thread while the context lasts."""
+    threads = torch.get_num_threads()
+    if busy_warning() is None:
+        yield time.perf_counter
+        return
+    torch.set_num_threads(1)
+    try:
+        yield time.process_time
+    finally:
+        torch.set_num_threads(threads)
 
 
 def busy_warning() -> str | None:
@@ -200,7 +227,7 @@ def busy_warning() -> str | None:
         return None
     days = [entry["date"] for entry in _read(_machine_store(), "products").values()]
     if not days:
-        return f"{note}, and how fast it is when quiet is not known yet: times may be far too long"
+        return f"{note}, and how fast it is when quiet is not known yet: times are judged by one thread's speed"
     return f"{note}: times are for a quiet one, as measured on {max(days)}"
 
 

@@ -21,7 +21,7 @@ from llmcompress.compression.step_timing import (
     paces,
     time_steps,
 )
-from llmcompress.methods.layer import step
+from llmcompress.methods.layer import Layer, apply, step
 from llmcompress.methods.moments import Moments
 
 RTN, GPTQ = {"method": "rtn", "bits": 4}, {"method": "gptq", "bits": 4, "group_size": 32}
@@ -47,20 +47,37 @@ def test_trials_tell_what_grows_with_rows_width_and_its_cube(
             assert found.cube * width**3 == pytest.approx(shared)
 
 
-def test_what_layers_share_is_counted_once_and_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_layers_share_is_counted_once_and_apart() -> None:
     now = 0.0
-    monkeypatch.setattr(step_timing.time, "perf_counter", lambda: now)
 
     def takes(seconds: float, found: Any) -> Any:
         nonlocal now
         now += seconds
         return found
 
-    moments = TimedMoments(1.0)
+    moments = TimedMoments(1.0, now=lambda: now)
     turned = moments.memo("rotated", lambda: takes(2.0, Moments(1.0)))
     for _ in range(2):
         moments.memo("outer", lambda: takes(1.0, turned.memo("inner", lambda: takes(4.0, 7))))
     assert sum(moments.clock) == 7.0
+
+
+def test_trials_on_a_busy_machine_are_of_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_load(monkeypatch, "this machine is busy")
+    before, seen = torch.get_num_threads(), set[int]()
+
+    def watch(layer: Layer, steps: Any) -> Layer:
+        seen.add(torch.get_num_threads())
+        return apply(layer, steps)
+
+    monkeypatch.setattr(step_timing, "apply", watch)
+    monkeypatch.setattr(step_timing.time, "perf_counter", lambda: pytest.fail("the wall's clock counts waiting"))
+    torch.set_num_threads(2)
+    try:
+        time_steps(STEPS, 8, 16, True)
+        assert seen == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("data", [False, True])
@@ -126,7 +143,9 @@ def test_beside_other_work_the_last_quiet_speeds_hold(counted: list[Any], monkey
     set_load(monkeypatch, "this machine is busy")
     monkeypatch.setattr(step_timing, "time_products", lambda dtype: 2.5e7)
     counted.clear()
-    assert step_timing.product_speed(torch.float32) == 1e9 and step_timing.product_speed(torch.bfloat16) == 2.5e7
+    threads = torch.get_num_threads()
+    assert step_timing.product_speed(torch.float32) == 1e9
+    assert step_timing.product_speed(torch.bfloat16) == 2.5e7 * threads, "never measured in a quiet moment"
     assert paces({STEPS: [(64, 64)]}, True)[STEPS] == quiet and not counted
     said = f"this machine is busy: times are for a quiet one, as measured on {date.today().isoformat()}"
     assert step_timing.busy_warning() == said
@@ -147,9 +166,9 @@ def test_trials_beside_other_work_are_scaled_and_not_kept(counted: list[Any], mo
 def test_a_machine_that_was_never_quiet_is_told_of(counted: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     set_load(monkeypatch, "this machine is busy")
     assert step_timing.busy_warning() == (
-        "this machine is busy, and how fast it is when quiet is not known yet: times may be far too long"
+        "this machine is busy, and how fast it is when quiet is not known yet: times are judged by one thread's speed"
     )
-    assert step_timing.product_speed(torch.float32) == 1e9
+    assert step_timing.product_speed(torch.float32) == 1e9 * torch.get_num_threads()
 
 
 @pytest.mark.parametrize("content", ["", "{}", "nonsense", None])
