@@ -22,7 +22,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from records import append, provenance
+from records import Record, append, provenance
 from torch import Tensor
 
 from llmcompress.evaluation.perplexity import evaluation_windows, perplexity
@@ -31,6 +31,7 @@ from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.tokenizer import load_tokenizer
 
+TEXT = "wikitext2-test.raw"
 OPAQUE = 4096  # bytes, more than any of llama.cpp's structs of settings: it reads and writes its own size of them
 
 
@@ -65,17 +66,25 @@ def main() -> None:
     options = parser.parse_args()
     for name, _, path in (entry.partition("=") for entry in options.models):
         place = locate(path)
-        protocol = Protocol(options.data / "wikitext2-test.raw", options.windows, options.length)
+        protocol = Protocol(options.data / TEXT, options.windows, options.length)
         windows = evaluation_windows(load_tokenizer(place.folder), protocol)
         own = perplexity(load_model(place), windows).value
         with tempfile.TemporaryDirectory() as folder:
             write_f16(Path(path), Path(folder, "f16.gguf"))
             theirs = llama_perplexity(Path(folder, "f16.gguf"), windows)
         print(f"{name}: llmcompress {own:.3f}, llama.cpp {theirs:.3f}, ratio {own / theirs:.4f}", flush=True)
-        numbers = {"llmcompress": own, "llama.cpp": theirs, "windows": len(windows), "length": options.length}
+        numbers = {
+            "own": own,
+            "llama": theirs,
+            "ratio": own / theirs,
+            "windows": len(windows),
+            "length": options.length,
+        }
         if options.jsonl:
             command = f"python research/llama_perplexity.py --data DATA {name}=MODEL.gguf"
-            append(options.jsonl, {"command": command, "model": name, **provenance(), "numbers": numbers})
+            record: Record = {"table": "dense-models", "arm": name, "model": name, "command": command}
+            record |= {"text": TEXT, "calibration": None, **provenance()}
+            append(options.jsonl, record | {"numbers": numbers})
 
 
 def write_f16(source: Path, target: Path) -> None:

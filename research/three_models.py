@@ -36,6 +36,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "--size a sixth": ("--size", "{sixth}"),
     "quick --tune": ("quick", "--tune"),
 }
+TEXT = "wikitext2-test.raw"
 TASKS = ("piqa_valid.jsonl", "lambada_test.jsonl")
 
 
@@ -58,8 +59,8 @@ def main() -> None:
             if arm not in known:
                 numbers = measure_row(model, door, known.get(f"{name}, dense"), options)
                 command = "llmcompress " + " ".join(command_of(name, door, numbers["dense_bytes"]))
-                record: Record = {"table": TABLE, "arm": arm, "model": name, "command": command, **provenance()}
-                append(options.jsonl, record | {"numbers": numbers})
+                record: Record = {"table": TABLE, "arm": arm, "model": name, "command": command, "calibration": None}
+                append(options.jsonl, record | {"text": TEXT, **provenance(), "numbers": numbers})
                 print(arm, json.dumps(numbers), flush=True)
 
 
@@ -87,7 +88,7 @@ def measure_row(model: str, door: str, dense: Record | None, options: argparse.N
         before = time.monotonic()
         report = run_command([*command_of(model, door, dense["dense_bytes"]), "-o", str(out)])
         numbers = {"seconds": time.monotonic() - before, "peak_memory_bytes": report["peak_memory_bytes"]}
-    text = ["--text", str(options.data / "wikitext2-test.raw"), "--windows", "8", "--length", "512"]
+    text = ["--text", str(options.data / TEXT), "--windows", "8", "--length", "512"]
     tasks = ",".join(str(options.data / "tasks" / name) for name in TASKS)
     text += ["--domains", str(options.work / "kinds"), "--tasks", tasks, "--limit", str(options.limit)]
     scores = run_command(
