@@ -15,6 +15,7 @@ from llmcompress.kernels import ops
 from llmcompress.kernels.cpu.matmul import FEW, MODES, Mode
 from llmcompress.kernels.cpu.prefill import decode_rows
 from llmcompress.kernels.cpu.prepare import PreparedWeight
+from llmcompress.kernels.one_token import restore_blocks, shorten_blocks
 from llmcompress.weight.modules import CompressedEmbedding, Multiplying, multiplying
 
 SWITCH = "LLMCOMPRESS_FAST"
@@ -94,6 +95,7 @@ class Lookup:
 def accelerate(model: nn.Module, mode: str = "auto") -> Acceleration:
     """Let every compressed linear of a model multiply by kernels for its device, a CPU or an NVIDIA GPU.
 
+    On a CPU, blocks of the Llama kind also take fewer steps around their linears for one token (`one_token`).
     `from_pretrained` calls this, unless the environment variable LLMCOMPRESS_FAST is 0; its value may also be a mode.
     Weights are repacked at their first use. The stored payloads stay, so the model saves and loads as before.
     Gradients, other devices and forms without a kernel are computed without kernels. GPUs need Triton.
@@ -126,6 +128,7 @@ def accelerate(model: nn.Module, mode: str = "auto") -> Acceleration:
     for table in _tables(model):
         head = heads.get(id(table.weight))
         table.fast = None if head is None else Lookup(head)
+    shorten_blocks(model)
     return Acceleration(MODES[mode], tuple(kernels), decoded)
 
 
@@ -144,9 +147,10 @@ def accelerate_loaded(model: nn.Module) -> None:
 
 @contextmanager
 def plain(model: nn.Module) -> Iterator[None]:
-    """Let a model multiply without kernels while the context lasts."""
+    """Let a model multiply without kernels, and take all steps around, while the context lasts."""
     layers = {layer: layer.fast for layer in multiplying(model).values()}
     tables = {table: table.fast for table in _tables(model)}
+    blocks = restore_blocks(model)
     try:
         for layer in layers:
             layer.fast = None
@@ -158,6 +162,8 @@ def plain(model: nn.Module) -> Iterator[None]:
             layer.fast = fast
         for table, lookup in tables.items():
             table.fast = lookup
+        for block, forward in blocks:
+            vars(block)["forward"] = forward
 
 
 def _tables(model: nn.Module) -> list[CompressedEmbedding]:

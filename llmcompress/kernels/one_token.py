@@ -1,0 +1,128 @@
+"""Decoder blocks of the Llama kind at one token: what surrounds their linears, in few calls of torch.
+
+transformers runs some fifty small operations a block, which for one token of a small model take longer than the
+kernels of its linears. Here are twenty, with the same roundings. All else runs as the block's class has it: other
+tokens and batches, masks, gradients, attention other than torch's own, and modules that somebody hooked or replaced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from llmcompress.weight.modules import CompressedLinear
+
+BLOCKS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+IGNORED = {"use_cache", "position_ids", "cache_position"}  # arguments that change nothing for one token in a cache
+
+
+@dataclass(eq=False)
+class Rotation:
+    """The sines of the last token's rotary embedding with the sign of each half; blocks of a model share it."""
+
+    sines: Tensor | None = None
+    signed: Tensor | None = None
+
+    def turn(self, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        """Return rotated heads `[heads, dimension]`; `cosines`, `sines`: `[1, 1, dimension]`."""
+        half = heads.shape[-1] // 2
+        if self.sines is not sines or self.signed is None:
+            self.sines, self.signed = sines, torch.cat((-sines[..., :half], sines[..., half:]), -1)[0]
+        return heads * cosines[0] + heads.roll(half, -1) * self.signed
+
+
+@dataclass(eq=False)
+class OneTokenBlock:
+    """The forward of a decoder block, which is short for one token. `parts`: the modules that it leaves aside."""
+
+    block: Any
+    parts: tuple[nn.Module, ...]
+    rotation: Rotation
+
+    def __call__(self, hidden_states: Tensor, *given: Any, **named: Any) -> Any:
+        """Return the hidden states behind the block: see the module."""
+        if given or not self._takes(hidden_states, named):
+            return type(self.block).forward(self.block, hidden_states, *given, **named)
+        return self._run(hidden_states, named["position_embeddings"], named["past_key_values"])
+
+    def _takes(self, hidden: Tensor, named: dict[str, Any]) -> bool:
+        """True for one token on a CPU that reads a cache, with nothing else asked for."""
+        if hidden.shape[0] != 1 or hidden.shape[1] != 1 or hidden.device.type != "cpu" or self.block.training:
+            return False
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+            return False
+        if named.get("past_key_values") is None or named.get("position_embeddings") is None:
+            return False
+        expected = {"past_key_values", "position_embeddings", *IGNORED}
+        if any(value is not None for name, value in named.items() if name not in expected):
+            return False
+        attention = self.block.self_attn
+        if attention.config._attn_implementation != "sdpa":
+            return False
+        if named["position_embeddings"][0].shape[-1] != attention.head_dim:
+            return False
+        return not any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in self.parts)
+
+    def _run(self, hidden: Tensor, positions: tuple[Tensor, Tensor], cache: Any) -> Tensor:
+        block = self.block
+        attention, mlp = block.self_attn, block.mlp
+        size, groups = attention.head_dim, attention.num_key_value_groups
+        x = _normalize(block.input_layernorm, hidden)
+        queries, keys = (project.forward(x).view(-1, size) for project in (attention.q_proj, attention.k_proj))
+        if hasattr(attention, "q_norm"):
+            queries, keys = _normalize(attention.q_norm, queries), _normalize(attention.k_norm, keys)
+        values = attention.v_proj.forward(x).view(1, -1, 1, size)
+        heads, turned = len(keys), self.rotation.turn(torch.cat((queries, keys)), *positions)
+        queries = turned[: heads * groups].view(1, heads, groups, size)
+        keys = turned[heads * groups :].view(1, heads, 1, size)
+        keys, values = cache.update(keys, values, attention.layer_idx)
+        mixed = functional.scaled_dot_product_attention(queries, keys, values, scale=attention.scaling)
+        hidden = hidden + attention.o_proj.forward(mixed.reshape(1, 1, -1))
+        x = _normalize(block.post_attention_layernorm, hidden)
+        gated = functional.silu(mlp.gate_proj.forward(x)) * mlp.up_proj.forward(x)
+        output: Tensor = hidden + mlp.down_proj.forward(gated)
+        return output
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OneTokenBlock, (self.block, self.parts, self.rotation)
+
+
+def _normalize(norm: Any, x: Tensor) -> Tensor:
+    """Return `x [..., width]` as the RMS norm has it, which rounds before it multiplies by its weight."""
+    normal: Tensor = functional.rms_norm(x, x.shape[-1:], None, norm.variance_epsilon) * norm.weight
+    return normal
+
+
+def shorten_blocks(model: nn.Module) -> int:
+    """Let decoder blocks of the Llama kind with compressed linears take few steps for one token; return how many."""
+    restore_blocks(model)
+    rotation = Rotation()
+    blocks = [module for module in model.modules() if type(module).__name__ in BLOCKS and _is_known(module)]
+    for block in blocks:
+        parts = tuple(module for module in block.modules() if module is not block)
+        vars(block)["forward"] = OneTokenBlock(block, parts, rotation)
+    return len(blocks)
+
+
+def restore_blocks(model: nn.Module) -> list[tuple[nn.Module, OneTokenBlock]]:
+    """Give decoder blocks the forward of their class again; return those that had another, with it."""
+    shortened = [(block, vars(block).get("forward")) for block in model.modules()]
+    found = [(block, forward) for block, forward in shortened if isinstance(forward, OneTokenBlock)]
+    for block, _ in found:
+        del vars(block)["forward"]
+    return found
+
+
+def _is_known(block: Any) -> bool:
+    """True if a block has the parts that `OneTokenBlock` computes, compressed linears, and the forward of its class."""
+    if not type(block).__module__.startswith("transformers.models.") or "forward" in vars(block):
+        return False
+    linears = [block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj, block.self_attn.o_proj]
+    linears += [block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj]
+    if not any(isinstance(linear, CompressedLinear) for linear in linears):
+        return False
+    return type(block.mlp.act_fn).__name__.startswith("SiLU") and hasattr(block.input_layernorm, "variance_epsilon")

@@ -1,0 +1,164 @@
+"""Blocks that take few steps for one token: they give what transformers gives, and stand aside for all else."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
+
+import llmcompress as lc
+from llmcompress.kernels import one_token
+from llmcompress.kernels.accelerate import accelerate, plain
+from llmcompress.kernels.one_token import OneTokenBlock, restore_blocks
+from tests.tiers import tiered
+from tests.tiny import save_tiny
+
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral"]
+GRIDS = {"version": 1, "rules": [{"match": "*", "steps": [{"method": "rtn", "bits": 4, "group_size": 16}]}]}
+GRIDS |= {"calibration": None, "gates": {"kl": None, "perplexity_ratio": None}}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+PROMPT = torch.randint(3, 250, (1, 9), generator=torch.Generator().manual_seed(0))
+MORE = torch.randint(3, 250, (6, 1, 1), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[OneTokenBlock]:
+    """The blocks that took the short way, each time they did."""
+    taken: list[OneTokenBlock] = []
+    run = OneTokenBlock._run
+
+    def count(self: OneTokenBlock, *given: Any) -> Tensor:
+        taken.append(self)
+        return run(self, *given)
+
+    monkeypatch.setattr(OneTokenBlock, "_run", count)
+    return taken
+
+
+def compressed(family: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    place = save_tiny(family, folder / "dense", **(HEADS if family != "gpt2" else {}), **changes)
+    lc.compress(place, GRIDS, folder / "small")
+    model = AutoModelForCausalLM.from_pretrained(folder / "small").to(dtype).eval()
+    accelerate(model, "exact")
+    return model
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, cache: Any = None, tokens: Tensor = MORE, **more: Any) -> Tensor:
+    """The model's predictions after a prompt and after each of some tokens."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    model(input_ids=PROMPT.expand(tokens.shape[1], -1), past_key_values=cache, use_cache=True)
+    each = [model(input_ids=ids, past_key_values=cache, use_cache=True, **more).logits for ids in tokens]
+    return torch.cat(each, 1).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", tiered(FAMILIES, {"llama", "qwen2"}.__contains__))
+def test_one_token_gives_what_transformers_gives(
+    family: str, dtype: torch.dtype, tmp_path: Path, steps: list[OneTokenBlock]
+) -> None:
+    whole = {"layer_types": ["full_attention"] * 2} if family == "qwen2" else {}
+    model = compressed(family, tmp_path, dtype, **whole)
+    short = logits(model)
+    assert len(steps) == 2 * len(MORE)
+    blocks = restore_blocks(model)
+    assert len(blocks) == 2
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05  # of logits of about 3
+    torch.testing.assert_close(short, logits(model), rtol=tolerance, atol=tolerance)
+    assert len(steps) == 2 * len(MORE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_roundings_are_those_of_transformers(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Norms and rotations alone, where nothing is summed up in another order: bit for bit."""
+    model = compressed("llama", tmp_path, dtype)
+    block: Any = model.get_submodule("model.layers.0")
+    x = torch.randn(1, 1, 32).to(dtype)
+    torch.testing.assert_close(
+        one_token._normalize(block.input_layernorm, x), block.input_layernorm(x), rtol=1e-6, atol=0
+    )
+    positions = model.get_submodule("model.rotary_emb")(x, torch.tensor([[7]]))
+    heads = torch.randn(6, 8).to(dtype)
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    expected, _ = apply_rotary_pos_emb(heads.view(1, 6, 1, 8), heads.view(1, 6, 1, 8), *positions)
+    assert torch.equal(one_token.Rotation().turn(heads, *positions), expected.view(6, 8))
+
+
+def test_a_window_that_slides_is_kept_to(tmp_path: Path, steps: list[OneTokenBlock]) -> None:
+    model = compressed("mistral", tmp_path, sliding_window=5)
+    short = logits(model)
+    restore_blocks(model)
+    torch.testing.assert_close(short, logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["two tokens", "two rows", "a mask", "gradients", "attentions", "a hook", "eager"])
+def test_all_else_is_left_to_transformers(how: str, tmp_path: Path, steps: list[OneTokenBlock]) -> None:
+    model = compressed("llama", tmp_path)
+    tokens, more = MORE, dict[str, Any]()
+    match how:
+        case "two tokens":
+            tokens = MORE.view(3, 1, 2)
+        case "two rows":
+            tokens = MORE.view(3, 2, 1)
+        case "a mask":
+            more["attention_mask"] = torch.ones(1, 10, dtype=torch.long).index_fill(1, torch.tensor([0]), 0)
+            tokens = MORE[:1]
+        case "attentions":
+            model.set_attn_implementation("eager")
+            more["output_attentions"] = True
+        case "a hook":
+            seen: list[Tensor] = []
+            for layer in (0, 1):
+                attention = model.get_submodule(f"model.layers.{layer}.self_attn.o_proj")
+                attention.register_forward_hook(lambda module, given, output: seen.append(output))
+        case "eager":
+            model.set_attn_implementation("eager")
+    if how == "gradients":
+        cache = DynamicCache(config=model.config)
+        model(input_ids=PROMPT, past_key_values=cache, use_cache=True)
+        model(input_ids=MORE[0], past_key_values=cache, use_cache=True)
+    else:
+        found = logits(model, tokens=tokens, **more)
+        restore_blocks(model)
+        assert torch.equal(found, logits(model, tokens=tokens, **more))
+    assert not steps
+    assert how != "a hook" or len(seen) == 2 * 2 * (len(MORE) + 1)
+
+
+def test_generation_takes_the_short_way(tmp_path: Path, steps: list[OneTokenBlock]) -> None:
+    model = compressed("llama", tmp_path)
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 257, "eos_token_id": None}
+    found = model.generate(PROMPT, **settings)
+    assert len(steps) == 2 * 4
+    with plain(model):
+        assert torch.equal(model.generate(PROMPT, **settings), found)
+    assert len(steps) == 2 * 4
+    model.generate(PROMPT, **settings)
+    assert len(steps) == 2 * 8, "again, behind the context"
+    static = StaticCache(config=model.config, max_cache_len=32)
+    torch.testing.assert_close(logits(model, static), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_it_is_copied_and_saved_with_its_model(tmp_path: Path, steps: list[OneTokenBlock]) -> None:
+    model = compressed("llama", tmp_path)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
+        torch.testing.assert_close(logits(other), logits(model), rtol=1e-5, atol=1e-5)
+        own = {id(module) for module in other.modules()}
+        assert all(id(forward.block) in own for _, forward in restore_blocks(other))
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    accelerate(again, "exact")
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_dense_models_and_other_blocks_are_left_alone(tmp_path: Path) -> None:
+    model = compressed("gpt2", tmp_path)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert one_token.shorten_blocks(nn.Linear(2, 2)) == 0
