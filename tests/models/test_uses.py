@@ -103,7 +103,8 @@ def same_training(model: Any, dense: Any) -> None:
     expected = {name: value.grad for name, value in dense.named_parameters() if value.grad is not None}
     found = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
     assert expected and found.keys() == expected.keys()
-    near(found, expected)
+    for name, gradient in expected.items():  # sums of many terms: on another processor their roundings differ
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
 
 
 def adapted(folder: Path, config: Any) -> tuple[Any, Any]:
