@@ -21,7 +21,7 @@ IGNORED = {"use_cache", "position_ids", "cache_position"}  # arguments that chan
 
 
 @dataclass(eq=False)
-class Rotation:
+class TurnedSines:
     """The sines of the last token's rotary embedding with the sign of each half; blocks of a model share it."""
 
     sines: Tensor | None = None
@@ -41,7 +41,7 @@ class OneTokenBlock:
 
     block: Any
     parts: tuple[nn.Module, ...]
-    rotation: Rotation
+    rotation: TurnedSines
 
     def __call__(self, hidden_states: Tensor, *given: Any, **named: Any) -> Any:
         """Return the hidden states behind the block: see the module."""
@@ -100,7 +100,7 @@ def _normalize(norm: Any, x: Tensor) -> Tensor:
 def shorten_blocks(model: nn.Module) -> int:
     """Let decoder blocks of the Llama kind with compressed linears take few steps for one token; return how many."""
     restore_blocks(model)
-    rotation = Rotation()
+    rotation = TurnedSines()
     blocks = [module for module in model.modules() if type(module).__name__ in BLOCKS and _is_known(module)]
     for block in blocks:
         parts = tuple(module for module in block.modules() if module is not block)

@@ -88,7 +88,7 @@ def test_roundings_are_those_of_transformers(dtype: torch.dtype, tmp_path: Path)
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     expected, _ = apply_rotary_pos_emb(heads.view(1, 6, 1, 8), heads.view(1, 6, 1, 8), *positions)
-    assert torch.equal(one_token.Rotation().turn(heads, *positions), expected.view(6, 8))
+    assert torch.equal(one_token.TurnedSines().turn(heads, *positions), expected.view(6, 8))
 
 
 def test_a_window_that_slides_is_kept_to(tmp_path: Path, steps: list[OneTokenBlock]) -> None:
