@@ -12,17 +12,24 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from llmcompress.allocation.baselines import predicted_baselines
 from llmcompress.allocation.choices import Choices, Steps, find_choices
 from llmcompress.allocation.cost import pricing_bytes
 from llmcompress.allocation.distortion import families
 from llmcompress.allocation.prices import MatrixPrices, Progress, damage, measure_matrices, prices_of
-from llmcompress.allocation.sensitivity import DensePredictions, Probe, logits_in_parts, probe_windows
+from llmcompress.allocation.sensitivity import (
+    Probe,
+    dense_predictions,
+    logits_in_parts,
+    probe_windows,
+)
 from llmcompress.allocation.solve import monotone, solve
 from llmcompress.compression.job import Job
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
@@ -46,15 +53,15 @@ LOG = logging.getLogger("llmcompress")
 class Allocation:
     """The chosen options and their prices; another `chosen` makes another plan.
 
-    `job`: the job with the target. `dense`: returns the dense model's predictions on the probing tokens, which the
-    finished model is compared with.
+    `job`: the job with the target. `windows`: the probing tokens `[windows, length]`, on which the finished model is
+    compared with the dense one.
     """
 
     job: Job
     choices: Choices
     prices: tuple[MatrixPrices, ...]
     chosen: tuple[int, ...]
-    dense: Callable[[], DensePredictions]
+    windows: Tensor
     seconds: float
 
     @property
@@ -70,8 +77,8 @@ class Allocation:
     def measure_kl(self, folder: Path, device: str = "cpu") -> float:
         """Return KL(dense || the model in `folder`) on the probing tokens, in nats per token."""
         place = locate(str(folder), trust_remote_code=self.job.source.trust_remote_code)
-        model, dense = load_model(place, device), self.dense()
-        return dense.divergence(logits_in_parts(model, dense.windows))
+        dense = dense_predictions(self.job.source, self.windows, device)
+        return dense.divergence(logits_in_parts(load_model(place, device), self.windows))
 
     def summary(self, measured_kl: float, size: int) -> dict[str, Any]:
         """Return the target, predictions and measurements; `size`: bytes of the finished weight files."""
@@ -85,7 +92,7 @@ class Allocation:
             "measured_bytes": size,
             "bpw": self.choices.bpw(self.chosen),
             "sparsity": self.choices.sparsity(self.chosen),
-            "probing_tokens": self.dense().tokens,
+            "probing_tokens": self.windows.numel() - len(self.windows),
             "seconds": self.seconds,
             "notes": list(self.choices.notes),
         }
@@ -102,13 +109,13 @@ class Allocation:
 class PriceList:
     """The size and cost of every option of a job's matrices, for all targets of the kind that its recipe has.
 
-    `dense`: as in an `Allocation`; `seconds`: the time of the measurements.
+    `windows`: as in an `Allocation`; `seconds`: the time of the measurements.
     """
 
     job: Job
     choices: Choices
     prices: tuple[MatrixPrices, ...]
-    dense: Callable[[], DensePredictions]
+    windows: Tensor
     seconds: float
 
     def reaching(self, target: Target) -> Allocation:
@@ -121,7 +128,7 @@ class PriceList:
         target = target.for_engine(target_of(self.job).engine)
         job = replace(self.job, recipe=self.job.recipe.model_copy(update={"target": target}))
         seconds = self.seconds + time.monotonic() - started
-        return Allocation(job, self.choices, self.prices, chosen, self.dense, seconds)
+        return Allocation(job, self.choices, self.prices, chosen, self.windows, seconds)
 
 
 def allocate(job: Job, *, device: str = "cpu", progress: Progress | None = None) -> Allocation:
@@ -182,8 +189,8 @@ def measure_prices(
         probe = make_probe(job, choices, tokens, device, ranks)
     with ranks.agree_on_errors():
         own = measure_matrices(job, choices, tokens, probe, device, progress, ranks)
-    prices, dense = prices_of(choices, ranks.gather(own)), probe.dense
-    return PriceList(job, choices, prices, lambda: dense, time.monotonic() - started)
+    prices = prices_of(choices, ranks.gather(own))
+    return PriceList(job, choices, prices, probe.windows, time.monotonic() - started)
 
 
 def make_probe(job: Job, choices: Choices, tokens: CalibrationTokens, device: str, ranks: Ranks) -> Probe:

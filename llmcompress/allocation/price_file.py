@@ -7,7 +7,6 @@ Independent jobs, such as those of a Slurm array, can measure parts of a list, e
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import time
@@ -30,13 +29,11 @@ from llmcompress.allocation.allocate import (
 )
 from llmcompress.allocation.choices import Choices, goes_low
 from llmcompress.allocation.prices import MatrixPrices, Measurements, measure_matrices, prices_of
-from llmcompress.allocation.sensitivity import DensePredictions, logits_in_parts, probe_windows
+from llmcompress.allocation.sensitivity import probe_windows
 from llmcompress.calibration.walk import Progress
 from llmcompress.compression.job import Job
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import DiskError, InputError, RecipeError, first_line, list_names
-from llmcompress.evaluation.logits import OnDisk
-from llmcompress.models.dense.model import DenseModel
 from llmcompress.models.files.store import Store
 from llmcompress.runtime.facts import versions
 from llmcompress.runtime.ranks import ALONE, Ranks
@@ -91,11 +88,10 @@ def price_list(
     entry = ranks.first(lambda: _read_entry(path, job, tokens.hash) or _join_parts(path, job, choices, tokens))
     if entry is not None:
         with ranks.agree_on_errors():
-            return _parse_entry(_store(path, job), entry, job, choices, device)
+            return _parse_entry(_store(path, job), entry, job, choices)
     ranks.compare(identity_of(job) | {TOKENS: tokens.hash})
     prices = measure_prices(job, choices, tokens, device=device, progress=progress, ranks=ranks)
-    windows = prices.dense().windows
-    ranks.first(lambda: _write_entry(path, job, prices.prices, windows, prices.seconds, tokens.hash))
+    ranks.first(lambda: _write_entry(path, job, prices.prices, prices.windows, prices.seconds, tokens.hash))
     return prices
 
 
@@ -193,19 +189,13 @@ def _read_entry(path: Path, job: Job, tokens: str) -> dict[str, Any] | None:
     return None if record is None else record.entry
 
 
-def _parse_entry(store: Store, entry: Mapping[str, Any], job: Job, choices: Choices, device: str) -> PriceList:
+def _parse_entry(store: Store, entry: Mapping[str, Any], job: Job, choices: Choices) -> PriceList:
     try:
         matrices = tuple(MatrixPrices.from_json(matrix) for matrix in entry["matrices"])
         windows = torch.tensor(entry["windows"], dtype=torch.int64)
-        dense = functools.cache(partial(_dense_predictions, job.source, windows, device))
-        return PriceList(job, choices, matrices, dense, float(entry["seconds"]))
+        return PriceList(job, choices, matrices, windows, float(entry["seconds"]))
     except (ValueError, KeyError, TypeError) as error:
         raise store.damage(error) from error
-
-
-def _dense_predictions(source: DenseModel, windows: torch.Tensor, device: str) -> DensePredictions:
-    """Compute the dense model's predictions on the probing tokens again."""
-    return DensePredictions(windows, logits_in_parts(OnDisk(source, device), windows))
 
 
 def check_prices(path: Path, job: Job) -> None:

@@ -67,6 +67,11 @@ def logits_in_parts(model: Readable, windows: Tensor) -> Logits:
     return window_logits(model, windows, AT_ONCE)
 
 
+def dense_predictions(source: DenseModel, windows: Tensor, device: str) -> DensePredictions:
+    """Compute the dense model's predictions on the probing tokens."""
+    return DensePredictions(windows, logits_in_parts(OnDisk(source, device), windows))
+
+
 @dataclass(frozen=True, eq=False)
 class ExchangedSource(DenseModel):
     """A dense model on disk with other tensors in place of some, by the names that they are stored under."""

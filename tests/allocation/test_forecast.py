@@ -79,7 +79,6 @@ def of_known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "text_seconds", lambda: 0.0)
 
 
-@pytest.mark.usefixtures("of_known_speed")
 def test_bits_per_weight_say_little_about_a_model_of_tables(tmp_path: Path) -> None:
     def warnings(vocabulary: int, target: dict[str, Any]) -> str:
         folder = save_tiny("llama", tmp_path / f"{vocabulary}", vocab_size=vocabulary, num_hidden_layers=6)
@@ -91,6 +90,7 @@ def test_bits_per_weight_say_little_about_a_model_of_tables(tmp_path: Path) -> N
     assert "token tables" not in warnings(264, {"bpw": 2.5})
 
 
+@pytest.mark.usefixtures("of_known_speed")
 def test_prices_are_counted(place: Path) -> None:
     rules = [{"match": "*", "steps": OPTIONS[1]}]
 
