@@ -100,7 +100,10 @@ def test_answers_have_bits_a_byte(model: PreTrainedModel, tmp_path: Path, chat: 
     assert result.scores["gsm8k"]["bits_per_byte"] == pytest.approx(wanted, rel=1e-4)
 
 
-def test_solutions_have_bits_a_byte(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_solutions_have_bits_a_byte_and_are_not_run(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_tasks, "run_program", lambda *_: pytest.fail("a program was run"))
     found = scores(model, write_lines(tmp_path / "code.jsonl", [PROGRAM]))
     wanted = -log_probability(model, ADD[:-1], "\n" + PROGRAM["canonical_solution"]) / math.log(2) / 18
     assert found["bits_per_byte"] == pytest.approx(wanted, rel=1e-4)
@@ -117,13 +120,13 @@ def test_a_chat_asks_for_a_program_and_begins_the_answer(model: PreTrainedModel,
 
 
 @pytest.mark.parametrize(
-    ("row", "written", "metric", "score"),
+    ("row", "chat", "written", "metric", "score"),
     [
-        (GSM8K[0], " it is 5, so\n#### 5", "exact_match", 1),
-        (GSM8K[0], " the answer is $5.", "exact_match", 1),
-        (GSM8K[0], " 5 minus 1 is 4", "exact_match", 0),
-        (PROGRAM, "    return a + b\n", "pass@1", 1),
-        (PROGRAM, "    return a - b\n", "pass@1", 0),
+        (GSM8K[0], False, " it is 5, so\n#### 5", "exact_match", 1),
+        (GSM8K[0], True, " the answer is $5.", "exact_match", 1),
+        (GSM8K[0], False, " 5 minus 1 is 4", "exact_match", 0),
+        (PROGRAM, True, "    return a + b\n", "pass@1", 1),
+        (PROGRAM, False, "    return a - b\n", "pass@1", 0),
     ],
 )
 def test_written_answers_are_checked(
@@ -131,33 +134,28 @@ def test_written_answers_are_checked(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     row: dict[str, str],
+    chat: bool,
     written: str,
     metric: str,
     score: int,
 ) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    asked: list[str] = []
+    prompts: list[str] = []
 
     def write(self: HFLM, requests: list[Any], **_: Any) -> list[str]:
-        asked.extend(request.args[0] for request in requests)
+        prompts.extend(request.args[0] for request in requests)
         return [written] * len(requests)
 
     monkeypatch.setattr(HFLM, "generate_until", write)
-    assert scores(model, write_lines(tmp_path / "task.jsonl", [row]), generate=True)[metric] == score
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT
-    chats = Protocol(tasks=(str(tmp_path / "task.jsonl"),), generate=True, chat_template=True)
-    assert run_tasks(model, tokenizer, chats).scores["task"][metric] == score
-    assert not asked[0].startswith("<user>") and asked[1].startswith("<user>") and "<assistant>" in asked[1]
-    assert row.get("question", ADD.strip()) in asked[1]
-
-
-def test_nothing_is_run_unless_asked_for(
-    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(local_tasks, "run_program", lambda *_: pytest.fail("a program was run"))
-    scores(model, write_lines(tmp_path / "code.jsonl", [PROGRAM]))
+    tasks = (write_lines(tmp_path / "task.jsonl", [row]),)
+    result = run_tasks(model, tokenizer, Protocol(tasks=tasks, generate=True, chat_template=chat))
+    assert result.scores["task"][metric] == score
+    [prompt] = prompts
+    assert prompt.startswith("<user>") == chat == ("<assistant>" in prompt)
+    assert row.get("question", ADD.strip()) in prompt
 
 
 def test_a_folder_of_files_is_one_task(model: PreTrainedModel, tmp_path: Path) -> None:
