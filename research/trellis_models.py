@@ -55,7 +55,7 @@ def name_arm(bits: float, code: str, seed: int, model: str) -> str:
 
 def measured(bits: float, code: str, seed: int, options: argparse.Namespace) -> Record:
     """Compress and score one arm."""
-    text = calibration(options.data)
+    text = calibration(options.data) | {"bos": "auto"}
     steps = [{"method": "rotate"}, {"method": "trellis", "bits": bits, "memory": options.memory, "code": code}]
     recipe: dict[str, Any] = {
         "version": 1,
