@@ -37,11 +37,15 @@ class TurnedSines:
 
 @dataclass(eq=False)
 class OneTokenBlock:
-    """The forward of a decoder block, which is short for one token. `parts`: the modules that it leaves aside."""
+    """The forward of a decoder block, which is short for one token.
+
+    `direct`: the modules of its attention and MLP when it last looked, and `parts` all below the block.
+    """
 
     block: Any
-    parts: tuple[nn.Module, ...]
     rotation: TurnedSines
+    direct: tuple[nn.Module, ...] = ()
+    parts: tuple[nn.Module, ...] = ()
 
     def __call__(self, hidden_states: Tensor, *given: Any, **named: Any) -> Any:
         """Return the hidden states behind the block: see the module."""
@@ -65,6 +69,9 @@ class OneTokenBlock:
             return False
         if named["position_embeddings"][0].shape[-1] != attention.head_dim:
             return False
+        direct = (*attention._modules.values(), *self.block.mlp._modules.values())
+        if direct != self.direct:  # adapters take the places of linears
+            self.direct, self.parts = direct, tuple(self.block.modules())[1:]
         return not any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in self.parts)
 
     def _run(self, hidden: Tensor, positions: tuple[Tensor, Tensor], cache: Any) -> Tensor:
@@ -88,7 +95,7 @@ class OneTokenBlock:
         return output
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OneTokenBlock, (self.block, self.parts, self.rotation)
+        return OneTokenBlock, (self.block, self.rotation)
 
 
 def _normalize(norm: Any, x: Tensor) -> Tensor:
@@ -103,8 +110,7 @@ def shorten_blocks(model: nn.Module) -> int:
     rotation = TurnedSines()
     blocks = [module for module in model.modules() if type(module).__name__ in BLOCKS and _is_known(module)]
     for block in blocks:
-        parts = tuple(module for module in block.modules() if module is not block)
-        vars(block)["forward"] = OneTokenBlock(block, parts, rotation)
+        vars(block)["forward"] = OneTokenBlock(block, rotation)
     return len(blocks)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
@@ -130,6 +131,18 @@ def test_all_else_is_left_to_transformers(how: str, tmp_path: Path, steps: list[
         assert torch.equal(found, logits(model, tokens=tokens, **more))
     assert not steps
     assert how != "a hook" or len(seen) == 2 * 2 * (len(MORE) + 1)
+
+
+def test_adapters_take_the_places_of_linears(tmp_path: Path, steps: list[OneTokenBlock]) -> None:
+    model = compressed("llama", tmp_path)
+    logits(model)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    adapted.eval()
+    before = len(steps)
+    short = logits(adapted)
+    assert len(steps) == before + 2 * len(MORE)
+    restore_blocks(adapted)
+    torch.testing.assert_close(short, logits(adapted), rtol=1e-5, atol=1e-5)
 
 
 def test_generation_takes_the_short_way(tmp_path: Path, steps: list[OneTokenBlock]) -> None:
