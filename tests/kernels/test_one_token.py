@@ -23,6 +23,10 @@ from tests.tiny import save_tiny
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral"]
 GRIDS = {"version": 1, "rules": [{"match": "*", "steps": [{"method": "rtn", "bits": 4, "group_size": 16}]}]}
 GRIDS |= {"calibration": None, "gates": {"kl": None, "perplexity_ratio": None}}
+WHOLE: dict[str, dict[str, Any]] = {  # without windows, whose layers get masks
+    "qwen2": {"layer_types": ["full_attention"] * 2},
+    "mistral": {"sliding_window": None},
+}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 PROMPT = torch.randint(3, 250, (1, 9), generator=torch.Generator().manual_seed(0))
 MORE = torch.randint(3, 250, (6, 1, 1), generator=torch.Generator().manual_seed(1))
@@ -64,8 +68,7 @@ def logits(model: PreTrainedModel, cache: Any = None, tokens: Tensor = MORE, **m
 def test_one_token_gives_what_transformers_gives(
     family: str, dtype: torch.dtype, tmp_path: Path, steps: list[OneTokenBlock]
 ) -> None:
-    whole = {"layer_types": ["full_attention"] * 2} if family == "qwen2" else {}
-    model = compressed(family, tmp_path, dtype, **whole)
+    model = compressed(family, tmp_path, dtype, **WHOLE.get(family, {}))
     short = logits(model)
     assert len(steps) == 2 * len(MORE)
     blocks = restore_blocks(model)
