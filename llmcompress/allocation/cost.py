@@ -21,7 +21,7 @@ from llmcompress.allocation.prices import (
 )
 from llmcompress.allocation.sensitivity import WINDOW, WINDOWS
 from llmcompress.compression.job import Job
-from llmcompress.compression.memory_estimate import peak_bytes, width_of
+from llmcompress.compression.memory_estimate import COMPILER, LIBRARIES, peak_bytes, width_of
 from llmcompress.compression.step_timing import Trial
 from llmcompress.compression.time_estimate import (
     FORWARD_SHARE,
@@ -40,6 +40,7 @@ from llmcompress.recipe.calibration import Calibration
 from llmcompress.runtime.precision import fast_float32
 
 FLOAT32 = 4  # bytes
+EXCHANGED_TABLE = 22  # bytes for each weight of a table while the model is read with another: itself thrice, and work
 LOGIT = 1e-9  # seconds of a logit beside its product: for its log-probability, and in a divergence
 
 
@@ -57,7 +58,9 @@ def pricing_bytes(job: Job, choices: Choices, tokens: int, processes: int = 1) -
     walked = peak_bytes(job, tables, statistics_needs(job, matrices), options)
     probed = sum(len(_options_to_probe(job, matrix)) for matrix in choices.matrices if not matrix.is_table)
     exchanged = max((prod(matrix.shape) for matrix in choices.matrices if not matrix.is_table), default=0)
-    return walked + FLOAT32 * (exchanged + probed * tokens * width_of(job.arch) // processes)
+    changed = FLOAT32 * (exchanged + probed * tokens * width_of(job.arch) // processes)
+    table = max((matrix.shape for matrix in choices.matrices if matrix.is_table), default=(0, 0))
+    return max(walked + changed, LIBRARIES + COMPILER + FLOAT32 * table[0] * tokens + EXCHANGED_TABLE * prod(table))
 
 
 @fast_float32()

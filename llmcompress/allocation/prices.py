@@ -307,6 +307,8 @@ def _run_options(
         fast, is_probed = rough(matrix.options[number]), number in probed
         if is_probed:
             change = add_noise(layer, held_out) if by == "noise" else compress_roughly(layer, fast, held_out)
+            if matrix.is_table:  # may be most of a model, which is read beside it
+                change = change._replace(weight=change.weight.to(torch.bfloat16))
             changes[number] = probe.exchange(block, layer.name, change.weight), change.error
         rowwise = matrix.is_table or all(config.rowwise for config in fast)
         target = rows if rowwise else layer  # some rows tell of all
