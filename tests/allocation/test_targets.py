@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import llmcompress as lc
 from llmcompress.allocation.allocate import Allocation, allocate, choose, reachable_choices
 from llmcompress.allocation.baselines import random_plan, uniform_plan
-from llmcompress.allocation.prices import MatrixPrices, damage
+from llmcompress.allocation.prices import MatrixPrices, damage, middle_option
 from llmcompress.cli.app import app
 from llmcompress.compression import run
 from llmcompress.compression.job import prepare
@@ -99,7 +99,7 @@ def test_bits_per_weight_are_those_that_the_report_counts(place: Path, tmp_path:
 
 @pytest.mark.slow
 def test_less_damage_takes_more_bytes_and_is_predicted_to_be_kept(plan: Allocation) -> None:
-    least = damage(plan.prices, [len(OPTIONS) - 1] * 21 + [4])
+    least = damage(plan.prices, [len(matrix.options) - 1 for matrix in plan.choices.matrices])
     sizes = []
     for kl in (20 * least, 5 * least, 2 * least):
         chosen = choose(plan.choices, plan.prices, Target(kl=kl))
@@ -120,8 +120,8 @@ def test_by_kl_an_option_costs_what_a_model_with_it_alone_loses(place: Path, pla
         [offer.error for offer in one.offers] for one in plan.prices
     ]
     assert probed.recipe.damage == "distortion" and probed.recipe.target is None, "the driver's recipe has no target"
-    for one, other in zip(probed.prices, plan.prices, strict=True):
-        middle = 2  # of six widths, the one that sensitivities are measured with
+    for one, other, matrix in zip(probed.prices, plan.prices, plan.choices.matrices, strict=True):
+        middle = middle_option(matrix)  # the one that sensitivities are measured with
         assert one.offers[middle].damage == pytest.approx(other.offers[middle].damage)
     for name, option in (("model.layers.0.mlp.up_proj", 0), ("model.layers.2.self_attn.v_proj", 0)):
         rules = [{"match": name, "steps": OPTIONS[option]}, {"match": "*", "steps": []}]

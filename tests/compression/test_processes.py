@@ -347,7 +347,8 @@ def test_two_processes_compress_what_one_compresses(place: Path, tmp_path: Path)
 @pytest.mark.slow
 def test_two_processes_price_what_one_prices(place: Path, tmp_path: Path) -> None:
     """The same list, number for number, and so the same plan, for tables too."""
-    entries: dict[str, Any] = recipe(place, rules=[], target={"bytes": "90KB"})
+    grids = [[{"method": "gptq", "bits": bits}] for bits in (2, 3, 4)]
+    entries: dict[str, Any] = recipe(place, rules=[], target={"bytes": "60KB"}, options=grids)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(entries))
     alone = lc.compress(place / "dense", entries, tmp_path / "alone")
     words = ["compress", str(place / "dense"), str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / "two"), "--json"]

@@ -245,8 +245,8 @@ def test_tasks_that_cannot_run(tmp_path: Path) -> None:
         (str(tmp_path / "missing.jsonl"), InputError, "cannot be read"),
         (str(broken), InputError, "cannot be loaded"),
         (str(divides), InputError, "cannot be loaded at item 0, counted from 0 .ZeroDivisionError: division by zero"),
-        (str(no_pairs), InputError, "line 1 is no minimal pair"),
-        (str(tmp_path / "empty"), InputError, "has no lm-eval task files"),
+        (str(no_pairs), InputError, "line 1 is of no kind of task"),
+        (str(tmp_path / "empty"), InputError, "has no task files"),
     ):
         with pytest.raises(kind, match=message):
             run_tasks(reader(), tiny_tokenizer(), Protocol(tasks=(task,)))
