@@ -9,7 +9,7 @@ import pytest
 from _pytest.mark import ParameterSet
 
 from llmcompress.weight.expression import describe
-from llmcompress.weight.nodes import Where
+from llmcompress.weight.nodes import Weight, Where
 from tests.builders import every_node, random_nestings
 
 
@@ -35,9 +35,15 @@ def first_of_each(cases: Iterable[Any], kind: Callable[[Any], Any]) -> Callable[
 def expressions(seed: int, count: int, fast: int = 10) -> list[ParameterSet]:
     """Return the cases that judge a law of weights: every node, and `count` random nestings.
 
-    Fast: a node of each kind, and so many nestings.
+    Fast: a node of each kind, and so many nestings. Nightly: the second half of the nestings.
     """
     nodes, nestings = every_node(), random_nestings(seed, count)
     is_first = first_of_each(nodes, lambda w: (type(w), type(w.index) if isinstance(w, Where) else None))
     taken = {id(w) for w in nestings[:fast]}
-    return tiered(nodes + nestings, lambda w: is_first(w) or id(w) in taken, lambda w: describe(w)[:60])
+    half = max(fast, count // 2)
+    early = tiered(nodes + nestings[:half], lambda w: is_first(w) or id(w) in taken, _name)
+    return early + [pytest.param(w, id=_name(w), marks=pytest.mark.nightly) for w in nestings[half:]]
+
+
+def _name(w: Weight) -> str:
+    return describe(w)[:60]

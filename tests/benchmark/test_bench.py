@@ -291,7 +291,7 @@ def test_two_tiny_models_from_the_command_line(folders: Path, tmp_path: Path) ->
     assert found["bandwidth"]["threads"]["1"]["median"] > 1e8, "slower than any memory of this century"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(find_spec("xllamacpp") is None, reason="needs llama.cpp, the package xllamacpp (`dev`)")
 def test_a_gguf_file_beside_its_model(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedded model's own file, and one whose tensors llama.cpp misses."""

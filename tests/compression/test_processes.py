@@ -37,7 +37,7 @@ from llmcompress.runtime.ranks import Ranks
 from tests.distillation.launched import free_port
 from tests.lockstep import in_lockstep
 from tests.rules.source_tree import ROOT
-from tests.tiers import tiered
+from tests.tiers import tiered, tiered_nightly
 from tests.tiny import save_tiny
 from tests.zoo import save_zoo
 
@@ -361,7 +361,7 @@ def test_two_processes_price_what_one_prices(place: Path, tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "recipe.yaml", "two"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_sweep_what_one_sweeps(place: Path, tmp_path: Path) -> None:
     recipes, protocol = line_of(place), Protocol(place / "text.txt", 4, 32)
     (tmp_path / "recipe.yaml").write_text(dump(recipes[0]))
@@ -379,8 +379,7 @@ def test_two_processes_sweep_what_one_sweeps(place: Path, tmp_path: Path) -> Non
         check_alike(tmp_path / "alone" / name, tmp_path / "two" / name, place / "dense", place / "text.txt")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dies", [0, 1])
+@pytest.mark.parametrize("dies", tiered_nightly([0, 1], lambda dies: dies == 1))
 def test_the_others_stop_if_one_dies(dies: int, place: Path, tmp_path: Path) -> None:
     """Killed without a word after two blocks; nobody but the other process notices, since no launcher looks on."""
     asked = recipe(place)

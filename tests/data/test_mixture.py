@@ -180,7 +180,7 @@ def test_blocks_are_recovered_on_domains_of_unequal_lengths(folders: Path, tmp_p
         distill(folders / "small", folders / "dense", asked | {"data": domains(folders)}, tmp_path / "apart")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_learn_from_a_mixture_what_one_learns(folders: Path, tmp_path: Path) -> None:
     """Answers in one domain, so that processes count unequally, and shares that both have to agree on."""
     chats = {"name": "chats", "dataset": str(folders / "chats.jsonl"), "samples": 16, "length": 56, "held_out": 2}

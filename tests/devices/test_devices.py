@@ -140,7 +140,7 @@ def answers(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     return of_kind
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", [name for name, *_ in scenarios(Path())])
 def test_scenarios_on_a_second_device_equal_the_cpu(name: str, answers: Callable[[str], dict[str, str | None]]) -> None:
     wrong = answers(kind_of_scenario(name))[name]

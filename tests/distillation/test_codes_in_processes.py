@@ -43,7 +43,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[st
 
 
 @launches
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])  # DeepSpeed refuses it, see test_zero.py
+@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.nightly), "fsdp2"])  # DeepSpeed: test_zero.py
 def test_two_processes_freeze_as_one_does(engine: str, alone: Any) -> None:
     place, single, wanted = alone
     out = place / engine

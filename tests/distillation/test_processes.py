@@ -225,6 +225,7 @@ def test_every_process_begins_with_the_weights_of_one(name: str, alone: Any, tog
     assert {each["held"]["digest"] for each in together[1][name]} == {alone[1][name]["held"]["digest"]}
 
 
+@pytest.mark.nightly
 @launches
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_models_are_in_memory_no_more_than_they_have_to(engine: str, place: Path, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def python(hub: StandInHub, cache: Path, code: str, *words: str, token: str | No
     return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_pushed_checkpoint_loads_from_the_hub(hub: StandInHub, folders: dict[str, Path], tmp_path: Path) -> None:
     dry = json.loads(python(hub, tmp_path / "a", PUSH, str(folders["out"]), "me/small", "dry"))
     assert dry["commit"] is None and hub.commits == {}

@@ -327,7 +327,7 @@ for name in sys.argv[1:]:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_hub_models(copied: Path, tmp_path: Path) -> None:
     """In processes of their own: huggingface_hub reads its environment when it is imported."""
     (copied / "pytorch_model.bin").write_bytes(b"never downloaded")

@@ -150,7 +150,7 @@ def test_a_payload_overwritten_from_outside_is_noticed(folder: Path) -> None:
         logits(model)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("first", ["llmcompress", "peft"])
 def test_the_order_of_imports_does_not_matter(first: str) -> None:
     """PEFT learns of compressed weights whoever comes first; llmcompress alone does not import it."""

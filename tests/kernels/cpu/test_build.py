@@ -282,7 +282,7 @@ for w in FORMS:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="maps memory as Linux does")
 def test_kernels_load_where_free_memory_lies_far_apart() -> None:
     """A page here and the rest gigabytes below: parts of one kernel must not be put into both."""

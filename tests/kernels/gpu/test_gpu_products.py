@@ -215,7 +215,7 @@ def _type(value: Any) -> Any:
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize("tokens", [1, pytest.param(16, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("form", ["4 bits", "7 bits", "3 bits, zero points, low rank", "signs and salient weights"])
 def test_grids_compile_for_a_chip(
     form: str, tokens: int, chip: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -25,7 +25,7 @@ from llmcompress.surgery.experts.prune import plan_fewer_experts
 from tests.compression.test_towers import saved
 from tests.models.test_experts import DAMAGES
 from tests.surgery.experts.checkpoints import load_complete, logits, random_ids
-from tests.tiers import tiered
+from tests.tiers import tiered, tiered_nightly
 from tests.tiny import save_tiny
 from tests.zoo import COUNT, MIXTURES, save_zoo, text_for_calibration
 
@@ -75,8 +75,9 @@ def test_pruned_checkpoint_equals_a_manual_selection(family: str, tmp_path: Path
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "olmoe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "family", tiered_nightly(["mixtral", "qwen3_moe", "olmoe", "deepseek_v3"], lambda family: family == "mixtral")
+)
 def test_pruned_checkpoint_loads_without_llmcompress(family: str, tmp_path: Path) -> None:
     save_zoo(family, tmp_path / "dense")
     text = str(text_for_calibration(tmp_path))
