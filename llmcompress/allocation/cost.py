@@ -59,8 +59,9 @@ def pricing_bytes(job: Job, choices: Choices, tokens: int, processes: int = 1) -
     probed = sum(len(_options_to_probe(job, matrix)) for matrix in choices.matrices if not matrix.is_table)
     exchanged = max((prod(matrix.shape) for matrix in choices.matrices if not matrix.is_table), default=0)
     changed = FLOAT32 * (exchanged + probed * tokens * width_of(job.arch) // processes)
-    table = max((matrix.shape for matrix in choices.matrices if matrix.is_table), default=(0, 0))
-    return max(walked + changed, LIBRARIES + COMPILER + FLOAT32 * table[0] * tokens + EXCHANGED_TABLE * prod(table))
+    shapes = [matrix.shape for matrix in choices.matrices if matrix.is_table]
+    read = [FLOAT32 * rows * tokens + EXCHANGED_TABLE * rows * width for rows, width in shapes]
+    return max([walked + changed, *(LIBRARIES + COMPILER + each for each in read)])
 
 
 @fast_float32()

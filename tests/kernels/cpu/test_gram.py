@@ -56,8 +56,8 @@ def test_moments_are_as_good_as_without_the_kernel(weighted: bool, monkeypatch: 
     x = torch.randn(3, 200, 128, generator=seeded(0)).bfloat16()
     weights = torch.rand(3, 200, generator=seeded(1)) if weighted else None
     found = []
-    for fits in (True, False):
-        monkeypatch.setattr(gram, "fits", lambda width, fits=fits: fits)
+    for supported in (True, False):
+        monkeypatch.setattr(gram, "supports_width", lambda width, supported=supported: supported)
         sums = RunningMoments(STATISTICS)
         for index, batch in enumerate(x):
             sums.add(batch, None if weights is None else weights[index], batch.flip(0))
