@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -273,7 +273,7 @@ def path_damages(streamed: StreamedModel, ids: Tensor, paths: Sequence[Sequence[
         for sequence in ids.to(streamed.device).split(1):
             start = streamed.embed(sequence, 1)
             dense = _run_blocks(streamed, start, range(streamed.depth))
-            probabilities = _logits(streamed, start, dense).float().softmax(-1)
+            probabilities = torch.cat([part.float().softmax(-1) for part in _logits(streamed, start, dense)])
             entropy = float(torch.special.entr(probabilities).sum(dtype=torch.float64))
             path: Sequence[int] = ()
             states = [start.hidden]  # before each block of the path, and after the last
@@ -295,19 +295,22 @@ def _run_blocks(streamed: StreamedModel, states: States, blocks: Iterable[int]) 
     return passing.hidden
 
 
-def _logits(streamed: StreamedModel, states: States, hidden: Tensor) -> Tensor:
-    """Return the logits `[length, vocabulary]` of one sequence, from its states `hidden` after the last block."""
-    [parts] = streamed.logits(replace(states, hidden=hidden))
-    return torch.cat([part[0] for part in parts])
+def _logits(streamed: StreamedModel, states: States, hidden: Tensor) -> Iterator[Tensor]:
+    """Yield the logits `[positions, vocabulary]` of one sequence in parts, from its states after the last block."""
+    with streamed.at_the_end():
+        for part in streamed.predict_parts(states, hidden, slice(0, 1)):
+            yield from part[0].split(POSITIONS)
 
 
-def _cross_entropy(probabilities: Tensor, logits: Tensor) -> float:
-    """Return the sum over tokens of the cross-entropy; both `[length, vocabulary]`.
+def _cross_entropy(probabilities: Tensor, logits: Iterable[Tensor]) -> float:
+    """Return the sum over tokens of the cross-entropy: `[length, vocabulary]`, and `[positions, vocabulary]` in parts.
 
     Log-probabilities are not written out: this is most of the time of a set.
     """
-    total = 0.0
-    for expected, given in zip(probabilities.split(POSITIONS), logits.split(POSITIONS), strict=True):
+    total, first = 0.0, 0
+    for given in logits:
+        expected = probabilities[first : first + len(given)]
+        first += len(given)
         given = given.float()
         normalizers = torch.logsumexp(given, -1)
         total += float((normalizers - (expected * given).sum(-1)).double().sum())

@@ -17,12 +17,14 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import llmcompress as lc
-from llmcompress.calibration.streaming import in_memory
+from llmcompress.calibration import streaming
+from llmcompress.calibration.streaming import from_disk, in_memory
 from llmcompress.cli.app import app
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.models.dense.blocks import KEPT
 from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
+from llmcompress.models.dense.model import resolve
 from llmcompress.surgery.block_choice import choose_blocks, path_damages, run_cosines, runs_of, search_blocks
 from tests.tiers import tiered
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny, tiny_tokenizer
@@ -185,6 +187,19 @@ def test_path_damages_are_the_kl_of_skipping_blocks(family: str, tmp_path: Path)
         given = whole(ids, use_cache=False).logits.double().log_softmax(-1)
         slow = float((wanted.exp() * (wanted - given)).sum(-1).mean())
         assert float(found[place]) == pytest.approx(slow, rel=2e-2, abs=1e-6)
+
+
+@pytest.mark.parametrize("step", [32, 8])  # of 20 positions
+def test_path_damages_read_a_model_on_disk_and_its_logits_in_parts(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_tiny("llama", tmp_path / "model", **four("llama"))
+    ids, paths = torch.randint(3, 250, (2, 20), generator=torch.Generator().manual_seed(0)), [(2, 3), (0, 1, 2, 3)]
+    whole = path_damages(in_memory(load_model(locate(folder))), ids, paths)
+    monkeypatch.setattr(streaming, "LOGITS", 1)
+    monkeypatch.setattr(streaming, "STEP", step)
+    found = path_damages(from_disk(resolve(str(folder)), torch.device("cpu")), ids, paths)
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-6)
 
 
 def with_idle_blocks(folder: Path) -> Path:
