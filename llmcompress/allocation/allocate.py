@@ -24,16 +24,12 @@ from llmcompress.allocation.choices import Choices, Steps, find_choices
 from llmcompress.allocation.cost import pricing_bytes
 from llmcompress.allocation.distortion import families
 from llmcompress.allocation.prices import MatrixPrices, Progress, damage, measure_matrices, prices_of
-from llmcompress.allocation.sensitivity import (
-    Probe,
-    dense_predictions,
-    logits_in_parts,
-    probe_windows,
-)
+from llmcompress.allocation.sensitivity import Probe, dense_predictions, logits_in_parts, probe_windows
 from llmcompress.allocation.solve import monotone, solve
 from llmcompress.compression.job import Job
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
 from llmcompress.errors import InputError, MemoryLimitError, RecipeError, format_bytes
+from llmcompress.evaluation.perplexity import predicted_tokens
 from llmcompress.methods.solvers.sparsity import kept_count
 from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
@@ -92,7 +88,7 @@ class Allocation:
             "measured_bytes": size,
             "bpw": self.choices.bpw(self.chosen),
             "sparsity": self.choices.sparsity(self.chosen),
-            "probing_tokens": self.windows.numel() - len(self.windows),
+            "probing_tokens": predicted_tokens(self.windows),
             "seconds": self.seconds,
             "notes": list(self.choices.notes),
         }

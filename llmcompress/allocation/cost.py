@@ -54,13 +54,13 @@ def pricing_bytes(job: Job, choices: Choices, tokens: int, processes: int = 1) -
     """Return the peak memory of each of some `processes` that measure prices together, with so many probing tokens."""
     matrices = {matrix.name: matrix for matrix in choices.matrices}
     options = {config.method for matrix in choices.matrices for steps in matrix.options for config in steps}
-    tables = [matrix.name for matrix in choices.matrices if matrix.is_table]
-    walked = peak_bytes(job, tables, statistics_needs(job, matrices), options)
-    probed = sum(len(_options_to_probe(job, matrix)) for matrix in choices.matrices if not matrix.is_table)
-    exchanged = max((prod(matrix.shape) for matrix in choices.matrices if not matrix.is_table), default=0)
+    tables = [matrix for matrix in choices.matrices if matrix.is_table]
+    linears = [matrix for matrix in choices.matrices if not matrix.is_table]
+    walked = peak_bytes(job, [table.name for table in tables], statistics_needs(job, matrices), options)
+    probed = sum(len(_options_to_probe(job, matrix)) for matrix in linears)
+    exchanged = max((prod(matrix.shape) for matrix in linears), default=0)
     changed = FLOAT32 * (exchanged + probed * tokens * width_of(job.arch) // processes)
-    shapes = [matrix.shape for matrix in choices.matrices if matrix.is_table]
-    read = [FLOAT32 * rows * tokens + EXCHANGED_TABLE * rows * width for rows, width in shapes]
+    read = [table.shape[0] * (FLOAT32 * tokens + EXCHANGED_TABLE * table.shape[1]) for table in tables]
     return max([walked + changed, *(LIBRARIES + COMPILER + each for each in read)])
 
 

@@ -40,7 +40,7 @@ def forecast(job: Job) -> Plan:
 
 
 def _table_warnings(job: Job, target: Target) -> Iterator[str]:
-    """Yield a sentence for bits per weight of a model whose weights are mostly in tables, which these do not count."""
+    """Yield a sentence for a target in bits per weight that leaves out TABLE_SHARE of the weights, those of tables."""
     source, tables = job.source, (job.arch.embedding, job.arch.head)
     weights = sum(prod(source.tensors[f"{name}.weight"].shape) for name in tables if f"{name}.weight" in source.tensors)
     if target.bpw is not None and weights > TABLE_SHARE * source.parameters and not job.tables:

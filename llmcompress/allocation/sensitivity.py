@@ -21,7 +21,7 @@ from llmcompress.calibration.walk import Block
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.evaluation.distance import kl_divergence
 from llmcompress.evaluation.logits import OnDisk, Readable, window_logits
-from llmcompress.evaluation.perplexity import chunks_of_parts
+from llmcompress.evaluation.perplexity import chunks_of_parts, predicted_tokens
 from llmcompress.models.dense.families import Architecture
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.runtime.devices import device_of
@@ -42,24 +42,20 @@ class DensePredictions:
 
     def __init__(self, windows: Tensor, logits: Logits) -> None:
         self.windows = windows
-        self.expected = list(self._log_probabilities(logits))
-
-    @property
-    def tokens(self) -> int:
-        """The number of predictions that are compared."""
-        return self.windows.shape[0] * (self.windows.shape[1] - 1)
+        self.expected = list(_log_probabilities(logits))
 
     def divergence(self, logits: Logits) -> float:
         """Return the mean KL(dense || other) in nats per token; `logits`: the other model's."""
-        pairs = zip(self.expected, self._log_probabilities(logits), strict=True)
+        pairs = zip(self.expected, _log_probabilities(logits), strict=True)
         total = sum(float(kl_divergence(p, q).double().sum()) for p, q in pairs)
-        return total / self.tokens
+        return total / predicted_tokens(self.windows)
 
-    def _log_probabilities(self, logits: Logits) -> Iterator[Tensor]:
-        """Yield log-probabilities, float32 `[positions, vocabulary]`, a few positions at a time."""
-        for windows, parts in logits:
-            for _, chunk, _ in chunks_of_parts(parts, windows):
-                yield chunk
+
+def _log_probabilities(logits: Logits) -> Iterator[Tensor]:
+    """Yield log-probabilities, float32 `[positions, vocabulary]`, a few positions at a time."""
+    for windows, parts in logits:
+        for _, chunk, _ in chunks_of_parts(parts, windows):
+            yield chunk
 
 
 def logits_in_parts(model: Readable, windows: Tensor) -> Logits:

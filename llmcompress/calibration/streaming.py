@@ -131,9 +131,13 @@ class StreamedModel:
 
 def position_parts(config: PreTrainedConfig, windows: int, length: int) -> list[slice]:
     """Return consecutive positions of windows, with at most LOGITS logits of all windows in each part."""
-    vocabulary = config.get_text_config(decoder=True).vocab_size
-    count = max(LOGITS // (windows * vocabulary) // STEP * STEP, STEP)
+    count = positions_at_once(windows * config.get_text_config(decoder=True).vocab_size)
     return [slice(first, min(first + count, length)) for first in range(0, length, count)]
+
+
+def positions_at_once(classes: int) -> int:
+    """Return how many positions with so many logits each are in memory at once."""
+    return max(LOGITS // classes // STEP * STEP, STEP)
 
 
 def run_block(block: nn.Module, index: int, states: States, hidden: Tensor, rows: slice) -> Tensor:

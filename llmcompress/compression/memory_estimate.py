@@ -12,7 +12,7 @@ from math import prod
 
 from llmcompress.calibration.blocks import TOKENS_PER_BATCH
 from llmcompress.calibration.gradients import TOKENS
-from llmcompress.calibration.streaming import LOGITS, STEP
+from llmcompress.calibration.streaming import positions_at_once
 from llmcompress.compression.job import Job
 from llmcompress.models.dense.families import Architecture, BlockLayout
 from llmcompress.recipe.compression import Recipe
@@ -70,15 +70,11 @@ def gate_bytes(job: Job) -> int:
         return 0
     vocabulary, width = table.shape
     states = 2 * 4 * tokens * width_of(arch)
-    ends = 2 * 4 * vocabulary * (width + _positions(vocabulary, min(GATE_WINDOW, tokens)))  # both heads, and logits
+    predicted = min(GATE_WINDOW, tokens, positions_at_once(vocabulary))
+    ends = 2 * 4 * vocabulary * (width + predicted)  # of both models: the head, and logits
     linears = [[prod(linear.shape) for group in layout.groups for linear in group] for layout in arch.blocks]
     block = max(4 * sum(sizes) + LAYER_BYTES * max(sizes) for sizes in linears)
     return LIBRARIES + states + max(ends, ends // 2 + block)
-
-
-def _positions(vocabulary: int, length: int) -> int:
-    """Return how many positions of a window have their logits in memory at once."""
-    return min(length, max(LOGITS // vocabulary, STEP))
 
 
 def by_gradient(recipe: Recipe) -> bool:
@@ -97,7 +93,7 @@ def _importance_bytes(job: Job) -> int:
     graph = max(4 * TOKENS_PER_BATCH * sum(GRAPH * sum(linear.shape) for linear in block) for block in linears)
     block = max(4 * sum(prod(linear.shape) for linear in block) for block in linears)
     vocabulary, width = job.source.tensors[f"{arch.embedding}.weight"].shape
-    head = 4 * vocabulary * (width + 2 * _positions(vocabulary, text.length))  # logits and probabilities
+    head = 4 * vocabulary * (width + 2 * min(text.length, positions_at_once(vocabulary)))  # logits and probabilities
     return int(states + max(block + graph, head))
 
 
