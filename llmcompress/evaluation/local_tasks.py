@@ -14,14 +14,13 @@ over items is the score. They tell models apart that write no right answer yet.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmcompress.data.text import read_text
+from llmcompress.data.text import parse_line, read_text
 from llmcompress.errors import InputError
 from llmcompress.evaluation.generated_code import run_program
 from llmcompress.evaluation.protocol import Protocol
@@ -34,12 +33,11 @@ Config = dict[str, Any]  # of lm-eval
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of task. keys: of every line; `optional` have text that may be empty. config: what lm-eval is told."""
+    """A kind of task. keys: of every line. config: what lm-eval is told."""
 
     name: str
     keys: tuple[str, ...]
     config: Callable[[Protocol], Config]
-    optional: tuple[str, ...] = ()
 
 
 def local_task(paths: Sequence[Path], protocol: Protocol, name: str) -> Config:
@@ -68,15 +66,12 @@ def _read_items(paths: Sequence[Path]) -> tuple[Kind, list[dict[str, Any]]]:
     """Return the kind of the files and their lines, each cut to the keys of the kind."""
     items: list[dict[str, Any]] = []
     kind: Kind | None = None
-    lines = [(path, *line) for path in paths for line in enumerate(read_text(path).splitlines(), start=1)]
+    lines = [(path, *line) for path in paths for line in enumerate(read_text(path).split("\n"), start=1)]
     for path, number, line in lines:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
+        row = parse_line(line, where)
         if not isinstance(row, dict):
             raise InputError(f"{where} is no JSON object; write one item in each line")
         kind = kind or next((kind for kind in KINDS if row.keys() >= set(kind.keys)), None)
@@ -97,7 +92,7 @@ def _checked_item(row: Mapping[str, Any], kind: Kind, where: str) -> dict[str, A
         if key == "label":
             if value not in (0, 1) or isinstance(value, bool):
                 raise InputError(f"{where} has the label {value!r}; it has to be 0 for sol1 or 1 for sol2")
-        elif not isinstance(value, str) or not (value.strip() or key in kind.optional):
+        elif not isinstance(value, str) or not value.strip():
             raise InputError(f"{where} has no text under {key}")
     if kind is LAST_WORD and len(item["text"].split(" ")) < 2:
         raise InputError(f"{where} has a text of one word; the last word is asked for after the others")

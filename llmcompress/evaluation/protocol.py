@@ -37,7 +37,10 @@ class Protocol(JsonRecord):
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values, keys as in the fields; the text as its source, domains as their names."""
+        """Return plain values, keys as in the fields; the text as its source, domains as their names.
+
+        Without `domains` and `generate` where they are not asked for: scores from before there were any compare.
+        """
         match self.text:
             case None:
                 source = STANDARD_TEXT
@@ -47,7 +50,7 @@ class Protocol(JsonRecord):
                 source = f"a text of {len(self.text):,} characters"
         tasks = [Path(task).name if Path(task).expanduser().exists() else task for task in self.tasks]
         values = super().to_json() | {"text": source, "tasks": tasks, "domains": list(self.by_domain())}
-        return {name: value for name, value in values.items() if name != "domains" or value}
+        return {name: value for name, value in values.items() if name not in ("domains", "generate") or value}
 
     def by_domain(self) -> dict[str, Protocol]:
         """Return the protocol of each kind of text by its name; none without a folder of them.

@@ -191,6 +191,17 @@ def test_a_damaged_file_is_refused(rows: list[Any], message: str, tmp_path: Path
         local_task([Path(write_lines(tmp_path / "task.jsonl", rows))], Protocol(), "task")
 
 
+def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
+    item = {"question": "one\u2028two", "answer": "three"}
+    (tmp_path / "task.jsonl").write_text(json.dumps(item, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    made = local_task([tmp_path / "task.jsonl"], Protocol(), "task")
+    assert list(made["custom_dataset"]()["test"]) == [item]
+
+
+def test_scores_of_before_have_the_protocol_of_today() -> None:
+    assert "generate" not in Protocol().to_json() and Protocol(generate=True).to_json()["generate"] is True
+
+
 def test_no_kind_hides_another() -> None:
     for number, kind in enumerate(KINDS):
         assert not any(set(kind.keys) >= set(earlier.keys) for earlier in KINDS[:number]), kind.name
