@@ -2,7 +2,7 @@
 
 transformers runs some fifty small operations a block, which for one token of a small model take longer than the
 kernels of its linears. Here are twenty, with the same roundings. All else runs as the block's class has it: other
-tokens and batches, masks, gradients, attention other than torch's own, and modules that somebody hooked or replaced.
+tokens and batches, masks, gradients, attention other than torch's own, and modules that somebody hooked.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch.nn import functional
 from llmcompress.weight.modules import CompressedLinear
 
 BLOCKS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
-IGNORED = {"use_cache", "position_ids", "cache_position"}  # arguments that change nothing for one token in a cache
+READ = {"past_key_values", "position_embeddings"}  # arguments of a block for one token
+KNOWN = READ | {"use_cache", "position_ids", "cache_position"}  # and those that change nothing then
 
 
 @dataclass(eq=False)
@@ -59,10 +60,9 @@ class OneTokenBlock:
             return False
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return False
-        if named.get("past_key_values") is None or named.get("position_embeddings") is None:
+        if any(named.get(name) is None for name in READ):
             return False
-        expected = {"past_key_values", "position_embeddings", *IGNORED}
-        if any(value is not None for name, value in named.items() if name not in expected):
+        if any(value is not None for name, value in named.items() if name not in KNOWN):
             return False
         attention = self.block.self_attn
         if attention.config._attn_implementation != "sdpa":
