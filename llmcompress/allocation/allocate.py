@@ -40,6 +40,7 @@ from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.rules import Rule
 from llmcompress.recipe.target import Target
 from llmcompress.runtime.memory import total_memory
+from llmcompress.runtime.phases import time_phases
 from llmcompress.runtime.ranks import ALONE, Ranks
 
 LOG = logging.getLogger("llmcompress")
@@ -183,7 +184,7 @@ def measure_prices(
     started = time.monotonic()
     with ranks.agree_on_errors():
         probe = make_probe(job, choices, tokens, device, ranks)
-    with ranks.agree_on_errors():
+    with time_phases("prices"), ranks.agree_on_errors():
         own = measure_matrices(job, choices, tokens, probe, device, progress, ranks)
     prices = prices_of(choices, ranks.gather(own))
     return PriceList(job, choices, prices, probe.windows, time.monotonic() - started)

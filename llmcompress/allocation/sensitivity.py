@@ -25,6 +25,7 @@ from llmcompress.evaluation.perplexity import chunks_of_parts, predicted_tokens
 from llmcompress.models.dense.families import Architecture
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.runtime.devices import device_of
+from llmcompress.runtime.phases import phase
 from llmcompress.runtime.progress import count_steps
 
 WINDOW = 128  # tokens
@@ -97,6 +98,7 @@ class Probe:
         self.waiting: dict[int, Tensor] = {}  # outputs of the block that the walk is at
 
     @torch.no_grad()
+    @phase("changes")
     def exchange(self, block: Block, name: str, weight: Tensor) -> int:
         """Put `weight [out, in]` into the linear or table at module path `name`; return the number of the change.
 
@@ -114,6 +116,7 @@ class Probe:
         return number
 
     @torch.no_grad()
+    @phase("changes")
     def leave(self, block: Block) -> None:
         """Move all hidden states on to the outputs of a block, whose weights are the dense model's again."""
         if not block.path:
@@ -124,6 +127,7 @@ class Probe:
                 stream.copy_(self._run_block(block, stream))
         self.waiting.clear()
 
+    @phase("predictions")
     def divergences(self) -> list[float]:
         """Return the KL of every change, in nats per token, once the last block was left."""
         dense, count = self.dense, count_steps("prediction", len(self.streams))

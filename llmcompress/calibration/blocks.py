@@ -19,6 +19,7 @@ from llmcompress.errors import InputError, NumericsError
 from llmcompress.models.dense.experts import Experts, experts_of, holder
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.runtime.memory import trim_memory
+from llmcompress.runtime.phases import phase
 from llmcompress.runtime.precision import is_finite, products
 from llmcompress.weight.modules import decoded
 
@@ -92,6 +93,7 @@ class BlockForward:
     index: int
     dtype: torch.dtype = torch.float32  # of products; hidden states and weights are float32 in any case
 
+    @phase("forward")
     def __call__(
         self,
         hidden: Tensor,

@@ -21,6 +21,7 @@ from llmcompress.methods.moments import Moments, RunningMoments, capped_weights
 from llmcompress.models.dense.experts import DOWN, GATE, UP, Expert, Experts, experts_of, holder
 from llmcompress.models.dense.families import BlockLayout
 from llmcompress.recipe.calibration import TokenWeights
+from llmcompress.runtime.phases import phase
 from llmcompress.runtime.ranks import ALONE, Ranks
 
 HELD_OUT = frozenset({"outer"})  # the statistic that layer errors are computed from
@@ -243,6 +244,7 @@ def _align_dense(inputs: Inputs, dense: Inputs) -> Tensor:
     return result
 
 
+@phase("moments")
 def add_batch(
     sums: RunningMoments,
     x: Tensor,

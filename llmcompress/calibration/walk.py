@@ -48,6 +48,7 @@ from llmcompress.methods.moments import Moments, RunningMoments
 from llmcompress.models.dense.families import Architecture, Linear
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.runtime.memory import trim_memory
+from llmcompress.runtime.phases import phase
 from llmcompress.runtime.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -152,7 +153,8 @@ class _Walk:
         execution, statistics = self.execution, self.statistics
         size = execution.batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1])
         batches = in_batches(len(sequences), held_out, size)
-        hidden, calls, extra = embed(self.model, self.source, self.arch, sequences, batches, self.device)
+        with phase("forward"):
+            hidden, calls, extra = embed(self.model, self.source, self.arch, sequences, batches, self.device)
         dense = None
         if window or statistics.cross:
             dense = hidden[: len(hidden) if window else len(hidden) - held_out].clone()
@@ -194,7 +196,8 @@ class _Walk:
             for index in range(first, len(self.arch.blocks)):
                 path = self.arch.blocks[index].path
                 module = self.model.get_submodule(path)
-                load(module, path, self.source, device, read=ahead.take())
+                with phase("load"):
+                    load(module, path, self.source, device, read=ahead.take())
                 if index + 1 < len(self.arch.blocks):
                     following = self.arch.blocks[index + 1].path
                     ahead.start(stored_names(self.model.get_submodule(following), following, self.source))

@@ -30,7 +30,7 @@ from llmcompress.cli.tables import build_table
 from llmcompress.cli.terminal import Terminal
 from llmcompress.errors import RecipeError, format_bytes
 from llmcompress.evaluation.protocol import Protocol
-from llmcompress.reporting.formatting import duration, number, target_text
+from llmcompress.reporting.formatting import duration, number, phases_text, target_text
 from llmcompress.reporting.report import GateReport
 from llmcompress.reporting.tables import Row, frontier_table, group_rows, merge_sentences
 
@@ -290,6 +290,8 @@ def report_view(report: Row, every: bool) -> Iterator[RenderableType]:
             clauses += [f"nothing helped {left.count(1)}"] if 1 in left else []
         yield " · ".join(clauses)
     yield f"cost    {duration(report['seconds'])} · {format_bytes(report['peak_memory_bytes'])} of memory at the peak"
+    if phases := phases_text(report.get("phases", {})):  # older reports do not have them
+        yield f"phases  {phases}"
     if "allocation" in report:
         yield _target_line(report["allocation"])
     if report["gates"] is not None:

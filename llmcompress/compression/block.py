@@ -21,6 +21,7 @@ from llmcompress.compression.run_files import BlockEntry
 from llmcompress.distillation.reconstruct import BlockTuner
 from llmcompress.reporting.report import LayerReport
 from llmcompress.runtime.memory import trim_memory
+from llmcompress.runtime.phases import phase
 from llmcompress.runtime.ranks import ALONE, Ranks
 from llmcompress.runtime.side_by_side import workers_on
 from llmcompress.weight.layout import Layout, PackedWeight
@@ -179,7 +180,8 @@ def _learn(run: CompressionState, tune: BlockTuner, block: Block, last: bool) ->
     together = run.open if last else run.open[-1:]
     blocks = (block,) if len(together) == 1 or block.before is None else (block.before, block)
     weights = {name: weight for each in together for name, weight in each.weights.items()}
-    tuned = tune.learn(blocks, weights, run.held_out)
+    with phase("learn"):
+        tuned = tune.learn(blocks, weights, run.held_out)
     for each in together:
         inside = f"{each.block.path}."
         linears = {name: linear for name, linear in tuned.linears.items() if name.startswith(inside)}

@@ -24,6 +24,7 @@ from llmcompress.models.dense.model import DenseModel
 from llmcompress.models.dense.skeleton import architectures, check_causal, is_causal
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.matching import Assignment, assign
+from llmcompress.runtime.phases import phase
 from llmcompress.runtime.precision import product_dtype
 from llmcompress.runtime.ranks import ALONE, Ranks
 from llmcompress.weight.rows import is_plain_table, row_scale
@@ -98,6 +99,7 @@ class Job:
         return self if recipe.distill is None else replace(self, recipe=recipe.model_copy(update={"distill": None}))
 
     @cached_property
+    @phase("text")
     def tokens(self) -> CalibrationTokens | None:
         """The calibration tokens, read once; None for a recipe without calibration."""
         config, source = self.recipe.calibration, self.source
@@ -256,7 +258,7 @@ def gradient_importance(
     if recipe.token_weights is None or recipe.token_weights.by != "gradient":
         return None
     compute = partial(
-        measure_importance,
+        phase("gradients")(measure_importance),
         job.source,
         job.arch,
         sequences,

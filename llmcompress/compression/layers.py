@@ -28,6 +28,7 @@ from llmcompress.methods.moments import Moments
 from llmcompress.methods.row_chunks import Outcome, apply_in_runs, apply_to_run, join_runs, runs
 from llmcompress.methods.solvers.hessian import inverse_factor, outer_of
 from llmcompress.reporting.report import LayerReport
+from llmcompress.runtime.phases import phase
 from llmcompress.runtime.ranks import Ranks
 from llmcompress.runtime.side_by_side import side_by_side
 from llmcompress.weight.algebra import add_to_base
@@ -102,7 +103,9 @@ def _compress_items(
 
     def compress_rows(name: str, group: InputGroup) -> tuple[Layer, dict[int, Outcome]]:
         layer, steps = layer_of(job, block, name, group), job.all_steps[name]
-        return layer, {item.rows.start: apply_to_run(layer, steps, item.rows) for item in items if item.name == name}
+        with phase("methods"):
+            parts = {item.rows.start: apply_to_run(layer, steps, item.rows) for item in items if item.name == name}
+        return layer, parts
 
     tasks = [partial(compress_rows, name, groups[number]) for number, name in names]
     outcomes = side_by_side(tasks, workers, next(block.module.parameters()).device)
@@ -177,6 +180,7 @@ def to_dense_outputs(weight: Tensor, inputs: Moments, cross: Tensor, readers: in
     layers that read X; several share D.
     """
 
+    @phase("factor")
     def solve(left: Tensor | None) -> Tensor:
         gap = (cross - outer_of(inputs)).div_(max(inputs.tokens, 1e-30))
         gap = gap if left is None else left @ gap
@@ -192,8 +196,10 @@ def to_dense_outputs(weight: Tensor, inputs: Moments, cross: Tensor, readers: in
 def _pack_layer(job: Job, layer: Layer, outcome: Outcome, group: InputGroup) -> PackedLayer:
     """Return the packed weight of a layer, and its row of the report. Raises NumericsError for NaN or Inf in it."""
     stored = outcome.weight
-    row = _report_row(job, layer, dense(stored), bits(stored), describe(stored), outcome.notes, group)
-    return pack_weight(stored), row
+    with phase("report"):
+        row = _report_row(job, layer, dense(stored), bits(stored), describe(stored), outcome.notes, group)
+    with phase("pack"):
+        return pack_weight(stored), row
 
 
 def _report_row(

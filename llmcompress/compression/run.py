@@ -34,6 +34,7 @@ from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.facts import versions
 from llmcompress.runtime.load import SlowBlocks
 from llmcompress.runtime.memory import peak_memory
+from llmcompress.runtime.phases import Phases, time_phases
 from llmcompress.runtime.precision import fast_float32, product_dtype
 from llmcompress.runtime.ranks import ALONE, Ranks
 
@@ -68,7 +69,7 @@ def compress(
         output = Path(temporary.name) / "model"
     output = Path(output)
     kind = device if ranks.count == 1 else ranks.requested_device
-    with RunFiles(job, planned, output, kind, resume, resumable=temporary is None) as files:
+    with time_phases() as phases, RunFiles(job, planned, output, kind, resume, temporary is None) as files:
         if (report := ranks.first(files.begin)) is not None:  # an earlier run ended just before this one
             return Result(output, report)
         tokens = ranks.first(lambda: job.tokens)
@@ -81,7 +82,7 @@ def compress(
         _compress_blocks(run, tokens, files, progress, started)
         with ranks.agree_on_errors():
             _check_fallbacks(run)
-        report = ranks.first(lambda: _finish(run, tokens, files, len(finished), started))
+        report = ranks.first(lambda: _finish(run, tokens, files, len(finished), started, phases))
     return Result(output, report, temporary)
 
 
@@ -160,13 +161,18 @@ def _check_fallbacks(run: CompressionState) -> None:
 
 
 def _finish(
-    run: CompressionState, tokens: CalibrationTokens | None, files: RunFiles, before: int, started: float
+    run: CompressionState,
+    tokens: CalibrationTokens | None,
+    files: RunFiles,
+    before: int,
+    started: float,
+    phases: Phases,
 ) -> Report:
     """Write everything outside of the blocks, and return the report; an earlier run had finished `before` blocks."""
     size = files.write_rest(run.layouts, {name: tie.name for name, tie in run.job.ties.items()})
     report = _report(run, tokens, size, time.monotonic() - started)
     warnings = (*files.planned.warnings, *(() if tokens is None else tokens.notes), *_warnings(run, before))
-    return files.close(replace(report, warnings=warnings))
+    return files.close(replace(report, warnings=warnings, phases=phases.seconds()))
 
 
 def _report(run: CompressionState, tokens: CalibrationTokens | None, size: int, seconds: float) -> Report:

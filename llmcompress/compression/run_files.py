@@ -48,6 +48,7 @@ from llmcompress.recipe.read import dump, hide_folders
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.report import LayerReport, Report
 from llmcompress.runtime.facts import versions
+from llmcompress.runtime.phases import phase
 from llmcompress.runtime.precision import is_finite
 from llmcompress.weight.layout import Layout, payload_texts
 
@@ -164,6 +165,7 @@ class RunFiles:
         except (InputError, OSError, ValueError) as error:
             raise self._store.damage(error) from error
 
+    @phase("write")
     def add(self, entry: BlockEntry, closed: Sequence[dict[str, Tensor]], pending: Mapping[str, Tensor]) -> None:
         """Write a finished block.
 
@@ -181,6 +183,7 @@ class RunFiles:
         self._store.remove(_open(self.count - 1))
         self.count += 1
 
+    @phase("write")
     def write_rest(self, layouts: dict[str, Layout], ties: Mapping[str, str]) -> int:
         """Write everything outside of the blocks: embeddings, head, config, tokenizer, other files of the dense folder.
 

@@ -1,22 +1,26 @@
 """Decoder blocks of the Llama kind at one token: what surrounds their linears, in few calls of torch.
 
 transformers runs some fifty small operations a block, which for one token of a small model take longer than the
-kernels of its linears. Here are twenty, with the same roundings. All else runs as the block's class has it: other
-tokens and batches, masks, gradients, attention other than torch's own, and modules that somebody hooked.
+kernels of its linears. Here are twenty, with the same roundings; in bfloat16, with a cache that grows, a block is one
+call (`compiled_block`). All else runs as the block's class has it: other tokens and batches, masks, gradients,
+attention other than torch's own, and modules that somebody hooked.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llmcompress.weight.modules import CompressedLinear
+from llmcompress.kernels.compiled_block import CompiledBlock, compile_block, growing_layer
+from llmcompress.weight.modules import BASE, CompressedLinear
 
 BLOCKS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 READ = {"past_key_values", "position_embeddings"}  # arguments of a block for one token
 KNOWN = READ | {"use_cache", "position_ids", "cache_position"}  # and those that change nothing then
 
@@ -40,19 +44,27 @@ class TurnedSines:
 class OneTokenBlock:
     """The forward of a decoder block, which is short for one token.
 
-    `direct`: the modules of its attention and MLP when it last looked, and `parts` all below the block.
+    `direct`: the modules of its attention and MLP when it last looked, and `parts` all below the block. `compiled`: for
+    each thread, the prepared weights of its linears and the block made of them, if any.
     """
 
     block: Any
     rotation: TurnedSines
     direct: tuple[nn.Module, ...] = ()
     parts: tuple[nn.Module, ...] = ()
+    compiled: dict[int, tuple[list[Any], CompiledBlock | None]] = field(default_factory=dict)
 
     def __call__(self, hidden_states: Tensor, *given: Any, **named: Any) -> Any:
         """Return the hidden states behind the block: see the module."""
         if given or not self._takes(hidden_states, named):
             return type(self.block).forward(self.block, hidden_states, *given, **named)
-        return self._run(hidden_states, named["position_embeddings"], named["past_key_values"])
+        positions, cache = named["position_embeddings"], named["past_key_values"]
+        compiled = self._compiled(hidden_states, positions[0]) if hidden_states.dtype == torch.bfloat16 else None
+        if compiled is not None:
+            layer = growing_layer(cache, self.block.self_attn.layer_idx, compiled.heads, compiled.attend.size)
+            if layer is not None:
+                return compiled.run(hidden_states, positions, layer)
+        return self._run(hidden_states, positions, cache)
 
     def _takes(self, hidden: Tensor, named: dict[str, Any]) -> bool:
         """True for one token on a CPU that reads a cache, with nothing else asked for."""
@@ -73,6 +85,27 @@ class OneTokenBlock:
         if direct != self.direct:  # adapters take the places of linears
             self.direct, self.parts = direct, tuple(self.block.modules())[1:]
         return not any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in self.parts)
+
+    def _compiled(self, hidden: Tensor, cosines: Tensor) -> CompiledBlock | None:
+        """Return the compiled block of this thread; None if it has none, or a linear was not prepared yet."""
+        attention, mlp = self.block.self_attn, self.block.mlp
+        linears = {name: (attention if name in ATTENTION else mlp)._modules[name] for name in (*ATTENTION, *MLP)}
+        weights = []
+        for linear in linears.values():
+            if type(linear) is not CompressedLinear or BASE in vars(linear) or linear.fast is None:
+                return None
+            fast: Any = linear.fast
+            weight, payload = fast.weight, linear._parameters["weight"]
+            if weight is None or payload is None or not weight.holds(payload, hidden.dtype):
+                return None
+            weights.append(weight)
+        if not hidden.is_contiguous() or cosines.dtype != hidden.dtype or not cosines.is_contiguous():
+            return None
+        known, block = self.compiled.get(threading.get_ident(), ([], None))
+        if known != weights or (block is not None and not block.is_current()):
+            block = compile_block(self.block, {name: linear.fast for name, linear in linears.items()})
+            self.compiled[threading.get_ident()] = weights, block
+        return block
 
     def _run(self, hidden: Tensor, positions: tuple[Tensor, Tensor], cache: Any) -> Tensor:
         block = self.block
@@ -127,8 +160,7 @@ def _is_known(block: Any) -> bool:
     """True if a block has the parts that `OneTokenBlock` computes, compressed linears, and the forward of its class."""
     if not type(block).__module__.startswith("transformers.models.") or "forward" in vars(block):
         return False
-    linears = [block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj, block.self_attn.o_proj]
-    linears += [block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj]
+    linears = [getattr(block.self_attn, name) for name in ATTENTION] + [getattr(block.mlp, name) for name in MLP]
     if not any(isinstance(linear, CompressedLinear) for linear in linears):
         return False
     return type(block.mlp.act_fn).__name__.startswith("SiLU") and hasattr(block.input_layernorm, "variance_epsilon")

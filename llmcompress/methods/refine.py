@@ -28,6 +28,7 @@ from llmcompress.methods.solvers.projection import FloatPoints, GridPoints, Kept
 from llmcompress.methods.solvers.scales import divide_columns, refit_scales
 from llmcompress.methods.solvers.streams import TrellisStreams
 from llmcompress.methods.solvers.vectors import books_of, move_codebooks, visit_vectors
+from llmcompress.runtime.phases import phase
 from llmcompress.weight.expression import dense, describe, repeat_groups
 from llmcompress.weight.nodes import (
     Codebook,
@@ -66,6 +67,7 @@ class Refine(StepConfig):
 
 
 @method("refine", Refine, needs={"outer"}, data_free=True, rowwise=True)
+@phase("refine")
 def refine(layer: Layer, config: Refine) -> Layer:
     """The base with better stored values, in the same bits."""
     base, target = _compressed_base(layer.approx), base_target(layer)

@@ -41,6 +41,7 @@ from llmcompress.recipe.read import hide_folders, read_as, read_recipe
 from llmcompress.reporting import report as reports
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.notebook import progress_line
+from llmcompress.runtime.phases import time_phases
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.ranks import ALONE, Ranks, join_ranks, process_count
 
@@ -124,7 +125,7 @@ def compress(
     pricing = pricing or progress_line("priced block", "tokens/s")
     training = training or progress_line("step", "loss", "tokens/s", "held-out KL")
     judging = judging or progress_line("block read for the gates")
-    with join_ranks(device) as ranks:
+    with join_ranks(device) as ranks, time_phases():
         with ranks.agree_on_errors():
             job = _open_job(model, recipe, revision, trust_remote_code)
         finish = partial(

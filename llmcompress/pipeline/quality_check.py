@@ -165,7 +165,8 @@ def _with_gates(before: Report, gates: GateReport | None, seconds: float) -> Rep
     more = () if warning is None or warning in before.warnings else (warning,)
     peak = max(before.peak_memory_bytes, peak_memory()) if seconds else before.peak_memory_bytes
     warnings = (*before.warnings, *more)
-    return replace(before, gates=gates, seconds=before.seconds + seconds, peak_memory_bytes=peak, warnings=warnings)
+    report = replace(before, gates=gates, seconds=before.seconds + seconds, peak_memory_bytes=peak, warnings=warnings)
+    return replace(report, phases=report.phases | {"gates": {"host": seconds}}) if seconds else report
 
 
 def _options_within(plan: Allocation, gates: GateReport) -> tuple[int, ...] | None:

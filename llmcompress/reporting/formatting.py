@@ -17,6 +17,12 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def phases_text(phases: Mapping[str, Mapping[str, float]], most: int = 5) -> str:
+    """Return the longest phases of a report and their seconds, as "search 2 min 10 s, forward 31 s"; "" for none."""
+    ranked = sorted(phases, key=lambda name: -phases[name]["host"])
+    return ", ".join(f"{name} {duration(phases[name]['host'])}" for name in ranked[:most])
+
+
 def target_text(target: Mapping[str, Any]) -> str:
     """Return a target of an allocation, such as "40.0 MB for vllm"."""
     [(kind, value)] = [(key, value) for key, value in target.items() if key != "engine"]

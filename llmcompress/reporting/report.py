@@ -138,6 +138,8 @@ class Report(JsonRecord):
     blocks: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a recipe that reconstructs: the last training
     # of each, and the share of its error that all of them `left`
     fused: tuple[str, ...] = ()  # into the dense blocks
+    phases: dict[str, dict[str, float]] = field(default_factory=dict)  # seconds on `host` and `device` by phase, of the
+    # process that ended the run, not of those that it resumed
     run: str = ""  # a digest of everything that determines the compressed weights
     auto_class: str = "AutoModelForCausalLM"  # of transformers, that loads it
     trust_remote_code: bool = False  # the model's own code was run, and is needed to load it

@@ -119,7 +119,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def told(report: Report) -> dict[str, Any]:
     """A report without what depends on the day."""
-    cuts = ("seconds", "peak_memory_bytes", "warnings")
+    cuts = ("seconds", "phases", "peak_memory_bytes", "warnings")
     return {name: value for name, value in report.to_json().items() if name not in cuts}
 
 

@@ -87,6 +87,16 @@ def test_plan_announces_what_the_run_does(folder: Path, tmp_path: Path, text: Pa
     assert planned.peak_memory_bytes > 0 and planned.seconds > 0
 
 
+def test_a_report_tells_where_the_seconds_went(folder: Path, tmp_path: Path, text: Path) -> None:
+    steps = [{"method": "trellis", "memory": 8}, {"method": "refine"}]
+    report = lc.compress(folder, recipe(text, steps), tmp_path / "out").report
+    hosts = {name: seconds["host"] for name, seconds in report.phases.items()}
+    named = {"text", "load", "forward", "moments", "factor", "search", "refine", "methods", "report", "pack", "write"}
+    assert hosts.keys() - {"gates"} == named
+    assert 0.6 * report.seconds <= sum(hosts.values()) <= report.seconds
+    assert lc.read(tmp_path / "out").phases == report.phases
+
+
 def test_the_same_run_gives_the_same_files(folder: Path, tmp_path: Path, text: Path) -> None:
     for name in ("a", "b"):
         lc.compress(folder, recipe(text), tmp_path / name)

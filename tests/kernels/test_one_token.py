@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, St
 import llmcompress as lc
 from llmcompress.kernels import one_token
 from llmcompress.kernels.accelerate import accelerate, plain
+from llmcompress.kernels.compiled_block import CompiledBlock
 from llmcompress.kernels.one_token import OneTokenBlock, restore_blocks
 from tests.tiers import tiered
 from tests.tiny import save_tiny
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral"]
-GRIDS = {"version": 1, "rules": [{"match": "*", "steps": [{"method": "rtn", "bits": 4, "group_size": 16}]}]}
+GRIDS = {"version": 1, "rules": [{"match": "*", "steps": [{"method": "rtn", "bits": 4}]}]}
 GRIDS |= {"calibration": None, "gates": {"kl": None, "perplexity_ratio": None}}
 WHOLE: dict[str, dict[str, Any]] = {  # without windows, whose layers get masks
     "qwen2": {"layer_types": ["full_attention"] * 2},
@@ -35,14 +36,25 @@ MORE = torch.randint(3, 250, (6, 1, 1), generator=torch.Generator().manual_seed(
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[OneTokenBlock]:
     """The blocks that took the short way, each time they did."""
-    taken: list[OneTokenBlock] = []
-    run = OneTokenBlock._run
+    return counted(OneTokenBlock, "_run", monkeypatch)
 
-    def count(self: OneTokenBlock, *given: Any) -> Tensor:
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[CompiledBlock]:
+    """The compiled blocks that ran, each time they did."""
+    return counted(CompiledBlock, "run", monkeypatch)
+
+
+def counted(kind: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Note the objects whose method `name` is called."""
+    taken: list[Any] = []
+    run = getattr(kind, name)
+
+    def count(self: Any, *given: Any) -> Tensor:
         taken.append(self)
         return run(self, *given)
 
-    monkeypatch.setattr(OneTokenBlock, "_run", count)
+    monkeypatch.setattr(kind, name, count)
     return taken
 
 
@@ -66,16 +78,17 @@ def logits(model: PreTrainedModel, cache: Any = None, tokens: Tensor = MORE, **m
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", tiered(FAMILIES, {"llama", "qwen2"}.__contains__))
 def test_one_token_gives_what_transformers_gives(
-    family: str, dtype: torch.dtype, tmp_path: Path, steps: list[OneTokenBlock]
+    family: str, dtype: torch.dtype, tmp_path: Path, steps: list[OneTokenBlock], calls: list[CompiledBlock]
 ) -> None:
     model = compressed(family, tmp_path, dtype, **WHOLE.get(family, {}))
     short = logits(model)
-    assert len(steps) == 2 * len(MORE)
+    taken, others = (calls, steps) if dtype == torch.bfloat16 else (steps, calls)
+    assert len(taken) == 2 * len(MORE) and not others
     blocks = restore_blocks(model)
     assert len(blocks) == 2
     tolerance = 1e-5 if dtype == torch.float32 else 0.05  # of logits of about 3
     torch.testing.assert_close(short, logits(model), rtol=tolerance, atol=tolerance)
-    assert len(steps) == 2 * len(MORE)
+    assert len(taken) == 2 * len(MORE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -93,6 +106,68 @@ def test_roundings_are_those_of_transformers(dtype: torch.dtype, tmp_path: Path)
 
     expected, _ = apply_rotary_pos_emb(heads.view(1, 6, 1, 8), heads.view(1, 6, 1, 8), *positions)
     assert torch.equal(one_token.TurnedSines().turn(heads, *positions), expected.view(6, 8))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_compiled_block_gives_what_its_steps_give(
+    threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long enough for the cache to be moved to a longer one."""
+    model = compressed("llama", tmp_path, torch.bfloat16)
+    tokens = torch.randint(3, 250, (90, 1, 1), generator=torch.Generator().manual_seed(2))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        short = logits(model, tokens=tokens)
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setattr(OneTokenBlock, "_compiled", lambda *_: None)
+    torch.testing.assert_close(short, logits(model, tokens=tokens), rtol=0.05, atol=0.05)
+
+
+@torch.no_grad()
+def test_a_cache_that_others_change_is_read_as_it_is(tmp_path: Path, calls: list[CompiledBlock]) -> None:
+    model = compressed("llama", tmp_path, torch.bfloat16)
+
+    def step(cache: DynamicCache, *numbers: int) -> Tensor:
+        return torch.cat([model(MORE[n], past_key_values=cache, use_cache=True).logits for n in numbers], 1).float()
+
+    def begun(*numbers: int) -> DynamicCache:
+        """A cache of the prompt and tokens, filled by one pass."""
+        cache = DynamicCache(config=model.config)
+        ids = torch.cat([PROMPT, *(MORE[n] for n in numbers)], 1)
+        model(ids, past_key_values=cache, use_cache=True)
+        return cache
+
+    close = {"rtol": 0.05, "atol": 0.05}
+    cache = begun()
+    step(cache, 0, 1)
+    copied, shallow = copy.deepcopy(cache), copy.copy(cache)
+    shallow.layers = [copy.copy(layer) for layer in cache.layers]
+    first = step(cache, 2)
+    torch.testing.assert_close(step(copied, 3), step(begun(0, 1), 3), **close)
+    torch.testing.assert_close(step(shallow, 4), step(begun(0, 1), 4), **close)
+    torch.testing.assert_close(step(cache, 5), step(begun(0, 1, 2), 5), **close)
+    cache.crop(-2)
+    torch.testing.assert_close(step(cache, 2), first, **close)
+    model(MORE[:3].view(1, 3), past_key_values=cache, use_cache=True)  # three at once, by transformers
+    torch.testing.assert_close(step(cache, 4), step(begun(0, 1, 2, 0, 1, 2), 4), **close)
+    cache.batch_select_indices(torch.tensor([0]))
+    torch.testing.assert_close(step(cache, 5), step(begun(0, 1, 2, 0, 1, 2, 4), 5), **close)
+    assert len(calls) == 2 * 14
+    assert cache.get_seq_length() == 9 + 8
+
+
+def test_parameters_that_move_are_read_where_they_are(tmp_path: Path, calls: list[CompiledBlock]) -> None:
+    model = compressed("qwen2", tmp_path, torch.bfloat16, **WHOLE["qwen2"])
+    logits(model)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:
+            parameter.data = parameter.data * 0.5
+    short = logits(model)
+    assert len(calls) == 4 * len(MORE)
+    restore_blocks(model)
+    torch.testing.assert_close(short, logits(model), rtol=0.05, atol=0.05)
 
 
 def test_a_window_that_slides_is_kept_to(tmp_path: Path, steps: list[OneTokenBlock]) -> None:

@@ -24,6 +24,8 @@ DIGEST = 32  # bytes of SHA-256 before the object in a cached file
 class Kernel(Protocol):
     """The description of a kernel, with a repr of its own."""
 
+    def __hash__(self) -> int: ...
+
     def write(self, f: KernelFunction) -> None:
         """Write the body of the function."""
 

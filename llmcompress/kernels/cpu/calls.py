@@ -121,11 +121,12 @@ def launch(kernel: LoadedKernel, values: Any, blocks: int, weights: int) -> None
 
 @dataclass(frozen=True, eq=False)
 class Team:
-    """OpenMP's entry points: `parallel(function, data, threads, flags)`, and the addresses of two more functions."""
+    """OpenMP's entry points: `parallel(function, data, threads, flags)`, and the addresses of three more functions."""
 
     parallel: Any
     count: int
     number: int
+    barrier: int
 
 
 def find_team() -> Team | None:
@@ -144,11 +145,9 @@ def _openmp() -> Team | None:
             continue
         parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         parallel.restype = None
-        count, number = (
-            ctypes.cast(function, ctypes.c_void_p).value or 0
-            for function in (library.omp_get_num_threads, library.omp_get_thread_num)
-        )
-        return Team(parallel, count, number)
+        others = (library.omp_get_num_threads, library.omp_get_thread_num, library.GOMP_barrier)
+        addresses = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in others)
+        return Team(parallel, *addresses)
     return None
 
 

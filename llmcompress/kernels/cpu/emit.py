@@ -92,6 +92,10 @@ class Value:
     def __floordiv__(self, other: Value | Number) -> Value:
         return self._binary("sdiv", None, other)
 
+    def over(self, divisor: Value) -> Value:
+        """Floats divided by others."""
+        return Value(self.function, self.function.builder.fdiv(self.raw, divisor.raw))
+
     def fma(self, factor: Value, addend: Value) -> Value:
         """`self * factor + addend`, rounded once where the processor can."""
         if not self.function.fused:
@@ -216,6 +220,10 @@ class Function:
         """Read what lies `offset` bytes behind an address, aligned or not."""
         loaded = self.builder.load(self._at(address, offset).as_type(kind.as_pointer()).raw, align=1)
         return Value(self, loaded)
+
+    def load_bfloat16(self, address: Value, count: int, place: Value | int = 0) -> Value:
+        """Read so many bfloat16 numbers, from number `place` on, as a vector of float32."""
+        return (self.load(address, vector(I16, count), place * 2).wider(I32, False) << 16).as_type(vector(F32, count))
 
     def store(self, value: Value, address: Value, offset: Value | int = 0) -> None:
         """Write a value `offset` bytes behind an address."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 from llmcompress.kernels.cpu.calls import Argument, KernelFunction
-from llmcompress.kernels.cpu.emit import F16, F32, FLOATS, I8, I16, I32, I64, INTEGERS, LANES, Value, Variable, vector
+from llmcompress.kernels.cpu.emit import F16, F32, FLOATS, I8, I32, I64, INTEGERS, LANES, Value, Variable, vector
 from llmcompress.kernels.cpu.formats import FloatCodes, Format
 from llmcompress.kernels.cpu.instruction_sets import join
 from llmcompress.kernels.cpu.quantize_inputs import FINER
@@ -181,7 +181,7 @@ def scales_of(f: KernelFunction, form: Format, place: Value) -> Value:
     """Write the scales of the rows of a tile, from number `place` on, times the unit of the form: float32 `[16]`."""
     start = f.pointer(Argument.SCALES)
     if isinstance(form, FloatCodes):
-        return (f.load(start, vector(I16, LANES), place * 2).wider(I32, False) << 16).as_type(FLOATS) * form.unit
+        return f.load_bfloat16(start, LANES, place) * form.unit
     return f.load(start, vector(F16, LANES), place * 2).to_float() * form.unit
 
 

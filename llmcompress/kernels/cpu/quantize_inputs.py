@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.kernels.cpu.calls import Argument, KernelFunction, Values
-from llmcompress.kernels.cpu.emit import F32, FLOATS, I8, I16, I32, I64, LANES, Value, vector
+from llmcompress.kernels.cpu.emit import F32, FLOATS, I8, I32, I64, LANES, Value, vector
 from llmcompress.kernels.cpu.instruction_sets import join
 
 BLOCK = 64  # columns of a block of inputs, unless a kernel wants others
@@ -62,10 +62,7 @@ class Inputs:
 
         def copy(place: Value, lanes: int) -> None:
             kind = vector(F32, lanes)
-            if self.bfloat16:
-                x = (f.load(row, vector(I16, lanes), place * 2).wider(I32, False) << 16).as_type(kind)
-            else:
-                x = f.load(row, kind, place * 4)
+            x = f.load_bfloat16(row, lanes, place) if self.bfloat16 else f.load(row, kind, place * 4)
             f.store(x * f.load(factors, kind, place * 4) if self.factors else x, work, place * 4)
 
         _each(f, 0, self.width, copy)
@@ -114,11 +111,11 @@ class Inputs:
         if not self.numbers:
             for number, value in enumerate(values):
                 f.store(value, f.pointer(Argument.X), (start + LANES * number) * 4)
-            f.store(_fold(reduce(Value.__add__, values), Value.__add__), f.pointer(Argument.X_SUM), at)
+            f.store(fold(reduce(Value.__add__, values), Value.__add__), f.pointer(Argument.X_SUM), at)
             return
-        top = _fold(reduce(Value.larger, map(Value.magnitude, values)), Value.larger)
+        top = fold(reduce(Value.larger, map(Value.magnitude, values)), Value.larger)
         some = f.builder.fcmp_ordered(">", top.raw, f.constant(F32, 0.0).raw)
-        inverse = f.builder.fdiv(f.constant(F32, LARGEST).raw, top.raw)
+        inverse = f.constant(F32, LARGEST).over(top).raw
         inverse = Value(f, f.builder.select(some, inverse, f.constant(F32, 0.0).raw)).splat(LANES)
         scaled = [value * inverse for value in values]
         high = [_round_to_whole(value) for value in scaled]
@@ -129,7 +126,7 @@ class Inputs:
         scale = top * (1 / LARGEST)
         f.store(scale, f.pointer(Argument.X_SCALE), at)
         parts = [whole + fine * (1 / FINER) for whole, fine in zip(high, low)] if self.numbers == 2 else high
-        f.store(_fold(reduce(Value.__add__, parts), Value.__add__) * scale, f.pointer(Argument.X_SUM), at)
+        f.store(fold(reduce(Value.__add__, parts), Value.__add__) * scale, f.pointer(Argument.X_SUM), at)
 
 
 def _transform(values: list[Value]) -> list[Value]:
@@ -160,7 +157,7 @@ def _each(f: KernelFunction, start: int, stop: int, write: Callable[[Value, int]
             whole += lanes
 
 
-def _fold(values: Value, combine: Callable[[Value, Value], Value]) -> Value:
+def fold(values: Value, combine: Callable[[Value, Value], Value]) -> Value:
     """Return all numbers of a vector combined, halves with halves."""
     while values.length > 1:
         half = values.length // 2

@@ -16,6 +16,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from llmcompress.runtime.phases import phase
 from llmcompress.runtime.side_by_side import alone
 from llmcompress.weight.nodes import Weight
 
@@ -55,6 +56,7 @@ class BlockProjection(Protocol):
         """Return the expression for the projected matrix `values [out, in]`."""
 
 
+@phase("search")
 def feedback(
     weight: Tensor, factor: Tensor | None, projection: Projection | BlockProjection, order: Tensor | None = None
 ) -> Weight:

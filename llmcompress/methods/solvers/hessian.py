@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmcompress.errors import NumericsError
 from llmcompress.methods.moments import Moments
+from llmcompress.runtime.phases import phase
 
 LADDER = (1.0, 10.0, 100.0)  # times the damping asked for
 FLOAT32 = 1e-3  # damping from which on float32, twice as fast, factors H: its rounding is far below what is added
@@ -51,6 +52,7 @@ def inverse_factor(moments: Moments, damping: float, order: Tensor | None = None
     `order [in]` permutes the channels first. Raises NumericsError if even 100 times the damping fails.
     """
 
+    @phase("factor")
     def compute() -> tuple[Tensor, tuple[str, ...]]:
         for step in LADDER:
             precision = torch.float32 if damping * step >= FLOAT32 else torch.float64

@@ -14,7 +14,7 @@ from typing import Any
 from llmcompress.errors import InputError, format_bytes
 from llmcompress.models.files import file_names
 from llmcompress.models.files.integrity import MENDING
-from llmcompress.reporting.formatting import duration, target_text, without_folders
+from llmcompress.reporting.formatting import duration, phases_text, target_text, without_folders
 from llmcompress.reporting.html.charts import Curve, curve
 from llmcompress.reporting.html.layers import layer_context
 from llmcompress.reporting.plots import running_count
@@ -250,6 +250,8 @@ def _origin(report: Report) -> list[tuple[str, str, str | None]]:
     else:
         rows.append(("calibration", "none: errors are those of the weights alone", None))
     rows.append(("time to compress", duration(report.seconds), None))
+    if report.phases:
+        rows.append(("most of it", phases_text(report.phases), None))
     rows.append(("peak memory", format_bytes(report.peak_memory_bytes), None))
     rows += [(name, version, None) for name, version in report.versions.items()]
     return rows

@@ -1,0 +1,255 @@
+"""A decoder block of the Llama kind at one token in bfloat16, compiled: one call instead of some forty of torch.
+
+Its linears multiply by the kernels that they have anyway, called in sequence with those of `cpu/token_steps`. The cache
+is transformers' own; its tensors become the beginnings of longer ones, so that a token is written behind the others
+instead of copying all of them.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from llmcompress.kernels.cpu.calls import address_of, own_values
+from llmcompress.kernels.cpu.matmul import NUMBERS, Mode
+from llmcompress.kernels.cpu.prepare import KernelTerm, PreparedWeight
+from llmcompress.kernels.cpu.quantize_inputs import InputBuffers, input_values
+from llmcompress.kernels.cpu.sequence import CallSequence
+from llmcompress.kernels.cpu.token_steps import (
+    Attend,
+    AttendArgument,
+    Combine,
+    CombineArgument,
+    Norm,
+    NormArgument,
+)
+
+LEAST_ROOM = 64  # tokens that a cache has at least room for, behind those that it holds
+
+
+@dataclass(eq=False)
+class CompiledBlock:
+    """The calls of a block, with the arguments that change from token to token.
+
+    `places`: the parameters that kernels read where they lie, as (module, name, address).
+    """
+
+    calls: CallSequence
+    places: list[tuple[nn.Module, str, int]]
+    entry: Any  # of the norm that reads the block's input
+    middle: Any  # of the norm that adds to it
+    attend: Attend
+    attended: Any
+    exit: Any  # of the sum that is the block's output
+    heads: int
+
+    def is_current(self) -> bool:
+        """True if all parameters are where they were."""
+        for module, name, address in self.places:
+            parameter = module._parameters[name]
+            if parameter is None or parameter.data_ptr() != address:
+                return False
+        return True
+
+    def run(self, hidden: Tensor, positions: tuple[Tensor, Tensor], layer: DynamicLayer) -> Tensor:
+        """Return the block's output for `hidden [1, 1, width]`; its key and value go into the cache's `layer`."""
+        room, output = _room_of(layer), torch.empty_like(hidden)
+        count = room.count
+        self.entry[NormArgument.HIDDEN] = self.middle[NormArgument.HIDDEN] = hidden.data_ptr()
+        self.exit[CombineArgument.RESULT] = output.data_ptr()
+        values, scores = self.attended, self.attend.scores_room(count + 1)
+        values[AttendArgument.COSINES], values[AttendArgument.SINES] = (part.data_ptr() for part in positions)
+        values[AttendArgument.KEYS], values[AttendArgument.VALUES] = room.addresses
+        values[AttendArgument.STRIDE], values[AttendArgument.COUNT] = room.stride, count
+        values[AttendArgument.SCORES], values[AttendArgument.ROOM] = _scores(scores * self.heads), scores
+        self.calls.run()
+        room.grow(layer)
+        return output
+
+
+def compile_block(block: Any, linears: dict[str, Any]) -> CompiledBlock | None:
+    """Return a block's calls for this thread; None for one that the kernels do not compute.
+
+    `linears`: what multiplies in each linear's place by its name, with a prepared weight (`accelerate.Fast`).
+    """
+    attention, mlp = block.self_attn, block.mlp
+    terms = {name: plain_term(fast.weight.prepared) for name, fast in linears.items()}
+    modes = {fast.mode for fast in linears.values()}
+    parameters = _parameters(block)
+    if None in terms.values() or len(modes) > 1 or not _is_known(block, parameters):
+        return None
+    calls = _Builder(modes.pop(), CallSequence(), {name: term for name, term in terms.items() if term is not None})
+    size, group = attention.head_dim, attention.num_key_value_groups
+    heads, width = attention.k_proj.out_features // size, attention.q_proj.in_features
+    x, total = calls.room("x", width), calls.room("sum", width)
+    norms = (block.input_layernorm, block.post_attention_layernorm)
+    first, second = (own_values([0, 0, total, address_of(norm.weight), x]) for norm in norms)
+    calls.add(Norm(width, norms[0].variance_epsilon, False), first)
+    read = [calls.multiply(name, x) for name in ("q_proj", "k_proj", "v_proj")]
+    biases = [address_of(linear.bias) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    of_heads = [norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)) is not None]
+    weights = [address_of(norm.weight) for norm in of_heads] or [0, 0]
+    mixed = calls.room("mixed", heads * group * size)
+    epsilon = of_heads[0].variance_epsilon if of_heads else None
+    attend = Attend(size, group, attention.scaling, any(biases), epsilon)
+    changing = AttendArgument.MIXED - AttendArgument.COSINES  # from token to token
+    attended = own_values([*read, *biases, *weights, *[0] * changing, mixed])
+    calls.add(attend, attended, heads)
+    second[NormArgument.MORE] = calls.multiply("o_proj", mixed)
+    calls.add(Norm(width, norms[1].variance_epsilon, True), second)
+    gate, up = calls.multiply("gate_proj", x), calls.multiply("up_proj", x)
+    calls.add(Combine(mlp.up_proj.out_features, True), own_values([gate, up, gate]))
+    last = own_values([total, calls.multiply("down_proj", gate), 0])
+    calls.add(Combine(width, False), last)
+    places = [(module, name, tensor.data_ptr()) for module, name, tensor in parameters]
+    return CompiledBlock(calls.sequence, places, first, second, attend, attended, last, heads)
+
+
+def _parameters(block: Any) -> list[tuple[nn.Module, str, Tensor]]:
+    """Return the weights of norms and the biases that kernels read, each with its module and its name there."""
+    attention = block.self_attn
+    norms = [block.input_layernorm, block.post_attention_layernorm]
+    norms += [getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+    biases = [(linear, "bias", linear.bias) for linear in linears if linear.bias is not None]
+    return [*((norm, "weight", norm.weight) for norm in norms), *biases]
+
+
+def _is_known(block: Any, parameters: list[tuple[nn.Module, str, Tensor]]) -> bool:
+    """True if a block has biases, sizes and dtypes that the kernels take."""
+    attention, mlp = block.self_attn, block.mlp
+    biased = sum(name == "bias" for _, name, _ in parameters)
+    others = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    if biased not in (0, 3) or any(linear.bias is not None for linear in others) or attention.head_dim % 2:
+        return False
+    return all(x.dtype == torch.bfloat16 and x.is_contiguous() for _, _, x in parameters)
+
+
+@dataclass(eq=False)
+class _Builder:
+    """Calls being put together. `ready`: the inputs that buffers hold by then, as (basis, address)."""
+
+    mode: Mode
+    sequence: CallSequence
+    terms: dict[str, KernelTerm]
+    ready: dict[object, tuple[object, int]] = field(default_factory=dict)
+
+    def add(self, kernel: Any, values: Any, blocks: int = 1) -> None:
+        """Add a call that is no product."""
+        self.sequence.add(kernel, values, blocks)
+        self.ready.clear()  # it may have written there
+
+    def room(self, name: str, count: int) -> int:
+        """Return the address of `count` bfloat16 numbers, which all blocks use by that name."""
+        key = (name, count)
+        if key not in _HERE.tensors:
+            _HERE.tensors[key] = torch.empty(count, dtype=torch.bfloat16)
+        self.sequence.owned.append(_HERE.tensors[key])
+        return _HERE.tensors[key].data_ptr()
+
+    def multiply(self, name: str, x: int) -> int:
+        """Add the product of a linear with the vector at `x`; return the address of the result."""
+        term = self.terms[name]
+        basis, packed, numbers = term.basis, term.packed, term.numbers(NUMBERS[self.mode])
+        block = packed.input_block
+        key = (basis.width, block, numbers)
+        if key not in _HERE.inputs:
+            _HERE.inputs[key] = InputBuffers.allocate(basis.width, block, 1, numbers)
+        buffers = _HERE.inputs[key]
+        if self.ready.get(key) != (basis.name, x):
+            self.ready[key] = basis.name, x
+            values = input_values(basis.all_factors, x, buffers.addresses)
+            self.sequence.add(basis.inputs(block, numbers, True), values)
+        y = self.room(name, packed.rows)
+        values = packed.product_values(buffers.addresses[:3], y)
+        self.sequence.add(packed.product(1, numbers, True), values, packed.rows // packed.form.block_rows)
+        self.sequence.owned += [buffers, packed, basis]
+        return y
+
+
+@dataclass
+class _ThreadRoom(threading.local):
+    """Memory of a thread: vectors and prepared inputs, which all blocks write one after the other, and scores."""
+
+    tensors: dict[object, Tensor] = field(default_factory=dict)
+    inputs: dict[object, InputBuffers] = field(default_factory=dict)
+    scores: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+_HERE = _ThreadRoom()
+
+
+def _scores(count: int) -> int:
+    """Return the address of so many float32 numbers."""
+    if len(_HERE.scores) < count:
+        _HERE.scores = torch.empty(2 * count)
+    return _HERE.scores.data_ptr()
+
+
+@dataclass(eq=False)
+class _CacheRoom:
+    """The keys and values of a cache's layer, `[1, heads, length, size]` each, with room behind them.
+
+    `shown`: the tensors that the layer holds, the beginnings of `buffers`. If it holds others, they were replaced.
+    """
+
+    buffers: tuple[Tensor, Tensor]
+    shown: tuple[Tensor, Tensor]
+    count: int
+    addresses: tuple[int, int]
+    stride: int
+
+    @staticmethod
+    def of(layer: Any) -> _CacheRoom:
+        """Return room for a quarter more tokens than a layer holds, those among them."""
+        keys, values = layer.keys, layer.values
+        count = keys.shape[-2]
+        buffers = tuple(
+            x.new_empty(*x.shape[:2], count + max(count // 4, LEAST_ROOM), x.shape[3]) for x in (keys, values)
+        )
+        for buffer, x in zip(buffers, (keys, values), strict=True):
+            buffer[:, :, :count] = x
+        addresses = buffers[0].data_ptr(), buffers[1].data_ptr()
+        return _CacheRoom((buffers[0], buffers[1]), (keys, values), count, addresses, buffers[0].stride(1))
+
+    def grow(self, layer: DynamicLayer) -> None:
+        """Let a layer hold one more token, which was written."""
+        self.count += 1
+        keys, values = (buffer[:, :, : self.count] for buffer in self.buffers)
+        self.shown = layer.keys, layer.values = keys, values
+
+
+_ROOMS: WeakKeyDictionary[DynamicLayer, _CacheRoom] = WeakKeyDictionary()
+
+
+def _room_of(layer: DynamicLayer) -> _CacheRoom:
+    """Return a layer's keys and values with room for one more token."""
+    room = _ROOMS.get(layer)
+    is_current = room is not None and room.shown[0] is layer.keys and room.shown[1] is layer.values
+    if room is None or not is_current or room.count == room.buffers[0].shape[2]:
+        room = _ROOMS[layer] = _CacheRoom.of(layer)
+    return room
+
+
+def growing_layer(cache: Any, number: int, heads: int, size: int) -> DynamicLayer | None:
+    """Return a cache's layer of one sequence in bfloat16 that grows token by token; None if it is of another kind."""
+    if type(cache) is not DynamicCache or cache.offloading or number >= len(cache.layers):
+        return None
+    layer = cache.layers[number]
+    if type(layer) is not DynamicLayer or not layer.is_initialized:
+        return None
+    keys, values = layer.keys, layer.values
+    if keys is None or values is None or keys.shape != values.shape or keys.shape[:2] != (1, heads):
+        return None
+    return layer if keys.dtype == values.dtype == torch.bfloat16 and keys.shape[3] == size else None
+
+
+def plain_term(prepared: object) -> KernelTerm | None:
+    """Return the term of a weight that one kernel multiplies; None for others."""
+    return prepared.plain if isinstance(prepared, PreparedWeight) else None
