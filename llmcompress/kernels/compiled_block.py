@@ -37,11 +37,13 @@ LEAST_ROOM = 64  # tokens that a cache has at least room for, behind those that 
 class CompiledBlock:
     """The calls of a block, with the arguments that change from token to token.
 
-    `places`: the parameters that kernels read where they lie, as (module, name, address).
+    `objects`: what kernels were made for, as (attributes, name, value). `tensors`: what they read, with address and
+    version, None for one that is read as it is then.
     """
 
     calls: CallSequence
-    places: list[tuple[nn.Module, str, int]]
+    objects: list[tuple[dict[str, Any], str, object]]
+    tensors: list[tuple[Tensor, int, int | None]]
     entry: Any  # of the norm that reads the block's input
     middle: Any  # of the norm that adds to it
     attend: Attend
@@ -50,10 +52,12 @@ class CompiledBlock:
     heads: int
 
     def is_current(self) -> bool:
-        """True if all parameters are where they were."""
-        for module, name, address in self.places:
-            parameter = module._parameters[name]
-            if parameter is None or parameter.data_ptr() != address:
+        """True if nothing was exchanged or changed since."""
+        for attributes, name, value in self.objects:
+            if attributes[name] is not value:
+                return False
+        for tensor, address, version in self.tensors:
+            if tensor.data_ptr() != address or (version is not None and tensor._version != version):
                 return False
         return True
 
@@ -76,11 +80,11 @@ class CompiledBlock:
 def compile_block(block: Any, linears: dict[str, Any]) -> CompiledBlock | None:
     """Return a block's calls for this thread; None for one that the kernels do not compute.
 
-    `linears`: what multiplies in each linear's place by its name, with a prepared weight (`accelerate.Fast`).
+    `linears`: the compressed ones by name, with prepared weights.
     """
     attention, mlp = block.self_attn, block.mlp
-    terms = {name: plain_term(fast.weight.prepared) for name, fast in linears.items()}
-    modes = {fast.mode for fast in linears.values()}
+    terms = {name: plain_term(linear.fast.weight.prepared) for name, linear in linears.items()}
+    modes = {linear.fast.mode for linear in linears.values()}
     parameters = _parameters(block)
     if None in terms.values() or len(modes) > 1 or not _is_known(block, parameters):
         return None
@@ -107,8 +111,17 @@ def compile_block(block: Any, linears: dict[str, Any]) -> CompiledBlock | None:
     calls.add(Combine(mlp.up_proj.out_features, True), own_values([gate, up, gate]))
     last = own_values([total, calls.multiply("down_proj", gate), 0])
     calls.add(Combine(width, False), last)
-    places = [(module, name, tensor.data_ptr()) for module, name, tensor in parameters]
-    return CompiledBlock(calls.sequence, places, first, second, attend, attended, last, heads)
+    payloads = [linear._parameters["weight"] for linear in linears.values()]
+    objects: list[tuple[dict[str, Any], str, object]] = [
+        *((vars(linear), "fast", linear.fast) for linear in linears.values()),
+        *((linear._parameters, "weight", payload) for linear, payload in zip(linears.values(), payloads, strict=True)),
+        *((module._parameters, name, tensor) for module, name, tensor in parameters),
+    ]
+    tensors: list[tuple[Tensor, int, int | None]] = [
+        *((payload, payload.data_ptr(), None if payload.is_inference() else payload._version) for payload in payloads),
+        *((tensor, tensor.data_ptr(), None) for _, _, tensor in parameters),
+    ]
+    return CompiledBlock(calls.sequence, objects, tensors, first, second, attend, attended, last, heads)
 
 
 def _parameters(block: Any) -> list[tuple[nn.Module, str, Tensor]]:
@@ -221,8 +234,8 @@ class _CacheRoom:
     def grow(self, layer: DynamicLayer) -> None:
         """Let a layer hold one more token, which was written."""
         self.count += 1
-        keys, values = (buffer[:, :, : self.count] for buffer in self.buffers)
-        self.shown = layer.keys, layer.values = keys, values
+        keys, values = self.buffers
+        self.shown = layer.keys, layer.values = keys.narrow(2, 0, self.count), values.narrow(2, 0, self.count)
 
 
 _ROOMS: WeakKeyDictionary[DynamicLayer, _CacheRoom] = WeakKeyDictionary()

@@ -44,67 +44,72 @@ class TurnedSines:
 class OneTokenBlock:
     """The forward of a decoder block, which is short for one token.
 
-    `direct`: the modules of its attention and MLP when it last looked, and `parts` all below the block. `compiled`: for
-    each thread, the prepared weights of its linears and the block made of them, if any.
+    `direct`: the modules of its attention and MLP when it last looked; of all below the block, `parts` are the
+    attributes and `hooks` those of calls. `compiled`: the block of each thread; None where it cannot be compiled.
     """
 
     block: Any
     rotation: TurnedSines
     direct: tuple[nn.Module, ...] = ()
-    parts: tuple[nn.Module, ...] = ()
-    compiled: dict[int, tuple[list[Any], CompiledBlock | None]] = field(default_factory=dict)
+    parts: tuple[dict[str, Any], ...] = ()
+    hooks: tuple[dict[int, Any], ...] = ()
+    compiled: dict[int, CompiledBlock | None] = field(default_factory=dict)
 
     def __call__(self, hidden_states: Tensor, *given: Any, **named: Any) -> Any:
         """Return the hidden states behind the block: see the module."""
         if given or not self._takes(hidden_states, named):
             return type(self.block).forward(self.block, hidden_states, *given, **named)
         positions, cache = named["position_embeddings"], named["past_key_values"]
-        compiled = self._compiled(hidden_states, positions[0]) if hidden_states.dtype == torch.bfloat16 else None
+        compiled = self._compiled() if hidden_states.dtype == positions[0].dtype == torch.bfloat16 else None
         if compiled is not None:
             layer = growing_layer(cache, self.block.self_attn.layer_idx, compiled.heads, compiled.attend.size)
-            if layer is not None:
+            if layer is not None and hidden_states.is_contiguous():
                 return compiled.run(hidden_states, positions, layer)
         return self._run(hidden_states, positions, cache)
 
     def _takes(self, hidden: Tensor, named: dict[str, Any]) -> bool:
         """True for one token on a CPU that reads a cache, with nothing else asked for."""
-        if hidden.shape[0] != 1 or hidden.shape[1] != 1 or hidden.device.type != "cpu" or self.block.training:
+        if hidden.shape[:2] != (1, 1) or not hidden.is_cpu or self.block.training:
             return False
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
             return False
-        if any(named.get(name) is None for name in READ):
+        if named.get("past_key_values") is None or named.get("position_embeddings") is None:
             return False
-        if any(value is not None for name, value in named.items() if name not in KNOWN):
-            return False
-        attention = self.block.self_attn
+        for name, value in named.items():
+            if value is not None and name not in KNOWN:
+                return False
+        modules = self.block._modules
+        attention, mlp = modules["self_attn"], modules["mlp"]
         if attention.config._attn_implementation != "sdpa":
             return False
         if named["position_embeddings"][0].shape[-1] != attention.head_dim:
             return False
-        direct = (*attention._modules.values(), *self.block.mlp._modules.values())
+        direct = (*attention._modules.values(), *mlp._modules.values())
         if direct != self.direct:  # adapters take the places of linears
-            self.direct, self.parts = direct, tuple(self.block.modules())[1:]
-        return not any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in self.parts)
+            below = tuple(self.block.modules())[1:]
+            self.direct, self.parts = direct, tuple(map(vars, below))
+            self.hooks = tuple(hooks for part in below for hooks in (part._forward_hooks, part._forward_pre_hooks))
+            self.compiled.clear()
+        for part in self.parts:
+            if "forward" in part:
+                return False
+        return not any(self.hooks)
 
-    def _compiled(self, hidden: Tensor, cosines: Tensor) -> CompiledBlock | None:
+    def _compiled(self) -> CompiledBlock | None:
         """Return the compiled block of this thread; None if it has none, or a linear was not prepared yet."""
+        thread = threading.get_ident()
+        block = self.compiled.get(thread)
+        if block is not None and block.is_current():
+            return block
+        if block is None and thread in self.compiled:
+            return None
         attention, mlp = self.block.self_attn, self.block.mlp
         linears = {name: (attention if name in ATTENTION else mlp)._modules[name] for name in (*ATTENTION, *MLP)}
-        weights = []
-        for linear in linears.values():
-            if type(linear) is not CompressedLinear or BASE in vars(linear) or linear.fast is None:
+        if all(type(linear) is CompressedLinear and BASE not in vars(linear) for linear in linears.values()):
+            if not all(_is_prepared(linear) for linear in linears.values()):
                 return None
-            fast: Any = linear.fast
-            weight, payload = fast.weight, linear._parameters["weight"]
-            if weight is None or payload is None or not weight.holds(payload, hidden.dtype):
-                return None
-            weights.append(weight)
-        if not hidden.is_contiguous() or cosines.dtype != hidden.dtype or not cosines.is_contiguous():
-            return None
-        known, block = self.compiled.get(threading.get_ident(), ([], None))
-        if known != weights or (block is not None and not block.is_current()):
-            block = compile_block(self.block, {name: linear.fast for name, linear in linears.items()})
-            self.compiled[threading.get_ident()] = weights, block
+            block = compile_block(self.block, linears)
+        self.compiled[thread] = block
         return block
 
     def _run(self, hidden: Tensor, positions: tuple[Tensor, Tensor], cache: Any) -> Tensor:
@@ -129,6 +134,14 @@ class OneTokenBlock:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OneTokenBlock, (self.block, self.rotation)
+
+
+def _is_prepared(linear: CompressedLinear) -> bool:
+    """True if the kernels of a linear have the weight as it is."""
+    fast: Any = linear.fast
+    payload = linear._parameters["weight"]
+    known = None if fast is None or payload is None else fast.weight
+    return known is not None and known.holds(payload, torch.bfloat16)
 
 
 def _normalize(norm: Any, x: Tensor) -> Tensor:

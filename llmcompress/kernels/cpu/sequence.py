@@ -11,7 +11,15 @@ import torch
 from llvmlite import ir
 
 from llmcompress.kernels.cpu.build import Kernel, load_kernel
-from llmcompress.kernels.cpu.calls import OWN, WORTH_THREADS, KernelFunction, find_team, launch, own_values
+from llmcompress.kernels.cpu.calls import (
+    OWN,
+    WORTH_THREADS,
+    KernelFunction,
+    LoadedKernel,
+    find_team,
+    launch,
+    own_values,
+)
 from llmcompress.kernels.cpu.emit import ADDRESS, I64
 
 
@@ -51,6 +59,7 @@ class CallSequence:
     entries: list[int] = field(default_factory=list)
     owned: list[Any] = field(default_factory=list)  # what addresses point to
     values: Any = None  # the arguments of `Sequence`, once it has run
+    kernel: LoadedKernel = field(default_factory=lambda: load_kernel(Sequence()))
 
     def add(self, kernel: Kernel, values: Any, blocks: int = 1) -> Any:
         """Add a kernel over so many blocks; return its arguments."""
@@ -68,6 +77,7 @@ class CallSequence:
         threads = torch.get_num_threads()
         team = find_team() if threads > 1 else None
         threads = 1 if team is None else threads
-        self.values[SequenceArgument.TEAM] = threads
-        self.values[SequenceArgument.BARRIER] = 0 if team is None else team.barrier
-        launch(load_kernel(Sequence()), self.values, threads, WORTH_THREADS)
+        if self.values[SequenceArgument.TEAM] != threads:
+            self.values[SequenceArgument.TEAM] = threads
+            self.values[SequenceArgument.BARRIER] = 0 if team is None else team.barrier
+        launch(self.kernel, self.values, threads, WORTH_THREADS)
