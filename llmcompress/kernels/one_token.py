@@ -1,4 +1,4 @@
-"""Decoder blocks of the Llama kind at one token: what surrounds their linears, in few calls of torch.
+"""Decoder blocks of the Llama kind, and of Gemma 3, at one token: what surrounds their linears, in few calls.
 
 transformers runs some fifty small operations a block, which for one token of a small model take longer than the
 kernels of its linears. Here are twenty, with the same roundings; in bfloat16, with a cache that grows, a block is one
@@ -20,17 +20,27 @@ from llmcompress.kernels.compiled_block import CompiledBlock, compile_block, gro
 from llmcompress.weight.modules import BASE, CompressedLinear
 
 BLOCKS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+COMPILED_BLOCKS = BLOCKS | {"Gemma3DecoderLayer"}  # the last one only so
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 READ = {"past_key_values", "position_embeddings"}  # arguments of a block for one token
 KNOWN = READ | {"use_cache", "position_ids", "cache_position"}  # and those that change nothing then
 
 
 @dataclass(eq=False)
-class TurnedSines:
-    """The sines of the last token's rotary embedding with the sign of each half; blocks of a model share it."""
+class TokenFacts:
+    """What blocks of a model share of a token: the last mask seen, and whether it lets all keys be read; the sines of
+    its rotary embedding, with the sign of each half."""
 
+    mask: object = None
+    has_all: bool = False
     sines: Tensor | None = None
     signed: Tensor | None = None
+
+    def lets_all(self, mask: object) -> bool:
+        """True if a mask of torch's attention, which nobody changes, hides nothing."""
+        if mask is not self.mask:
+            self.mask, self.has_all = mask, isinstance(mask, Tensor) and mask.dtype == torch.bool and bool(mask.all())
+        return self.has_all
 
     def turn(self, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         """Return rotated heads `[heads, dimension]`; `cosines`, `sines`: `[1, 1, dimension]`."""
@@ -49,7 +59,7 @@ class OneTokenBlock:
     """
 
     block: Any
-    rotation: TurnedSines
+    shared: TokenFacts
     direct: tuple[nn.Module, ...] = ()
     parts: tuple[dict[str, Any], ...] = ()
     hooks: tuple[dict[int, Any], ...] = ()
@@ -65,6 +75,8 @@ class OneTokenBlock:
             layer = growing_layer(cache, self.block.self_attn.layer_idx, compiled.heads, compiled.attend.size)
             if layer is not None and hidden_states.is_contiguous():
                 return compiled.run(hidden_states, positions, layer)
+        if type(self.block).__name__ not in BLOCKS or named.get("attention_mask") is not None:
+            return type(self.block).forward(self.block, hidden_states, **named)
         return self._run(hidden_states, positions, cache)
 
     def _takes(self, hidden: Tensor, named: dict[str, Any]) -> bool:
@@ -76,7 +88,11 @@ class OneTokenBlock:
         if named.get("past_key_values") is None or named.get("position_embeddings") is None:
             return False
         for name, value in named.items():
-            if value is not None and name not in KNOWN:
+            if (
+                value is not None
+                and name not in KNOWN
+                and not (name == "attention_mask" and self.shared.lets_all(value))
+            ):
                 return False
         modules = self.block._modules
         attention, mlp = modules["self_attn"], modules["mlp"]
@@ -121,7 +137,7 @@ class OneTokenBlock:
         if hasattr(attention, "q_norm"):
             queries, keys = _normalize(attention.q_norm, queries), _normalize(attention.k_norm, keys)
         values = attention.v_proj.forward(x).view(1, -1, 1, size)
-        heads, turned = len(keys), self.rotation.turn(torch.cat((queries, keys)), *positions)
+        heads, turned = len(keys), self.shared.turn(torch.cat((queries, keys)), *positions)
         queries = turned[: heads * groups].view(1, heads, groups, size)
         keys = turned[heads * groups :].view(1, heads, 1, size)
         keys, values = cache.update(keys, values, attention.layer_idx)
@@ -133,7 +149,7 @@ class OneTokenBlock:
         return output
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OneTokenBlock, (self.block, self.rotation)
+        return OneTokenBlock, (self.block, self.shared)
 
 
 def _is_prepared(linear: CompressedLinear) -> bool:
@@ -153,10 +169,10 @@ def _normalize(norm: Any, x: Tensor) -> Tensor:
 def shorten_blocks(model: nn.Module) -> int:
     """Let decoder blocks of the Llama kind with compressed linears take few steps for one token; return how many."""
     restore_blocks(model)
-    rotation = TurnedSines()
-    blocks = [module for module in model.modules() if type(module).__name__ in BLOCKS and _is_known(module)]
+    shared = TokenFacts()
+    blocks = [module for module in model.modules() if type(module).__name__ in COMPILED_BLOCKS and _is_known(module)]
     for block in blocks:
-        vars(block)["forward"] = OneTokenBlock(block, rotation)
+        vars(block)["forward"] = OneTokenBlock(block, shared)
     return len(blocks)
 
 
@@ -176,4 +192,6 @@ def _is_known(block: Any) -> bool:
     linears = [getattr(block.self_attn, name) for name in ATTENTION] + [getattr(block.mlp, name) for name in MLP]
     if not any(isinstance(linear, CompressedLinear) for linear in linears):
         return False
+    if type(block).__name__ not in BLOCKS:
+        return True
     return type(block.mlp.act_fn).__name__.startswith("SiLU") and hasattr(block.input_layernorm, "variance_epsilon")

@@ -105,7 +105,7 @@ def test_roundings_are_those_of_transformers(dtype: torch.dtype, tmp_path: Path)
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     expected, _ = apply_rotary_pos_emb(heads.view(1, 6, 1, 8), heads.view(1, 6, 1, 8), *positions)
-    assert torch.equal(one_token.TurnedSines().turn(heads, *positions), expected.view(6, 8))
+    assert torch.equal(one_token.TokenFacts().turn(heads, *positions), expected.view(6, 8))
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -170,11 +170,20 @@ def test_parameters_that_move_are_read_where_they_are(tmp_path: Path, calls: lis
     torch.testing.assert_close(short, logits(model), rtol=0.05, atol=0.05)
 
 
-def test_a_window_that_slides_is_kept_to(tmp_path: Path, steps: list[OneTokenBlock]) -> None:
-    model = compressed("mistral", tmp_path, sliding_window=5)
-    short = logits(model)
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [5, 12])
+def test_a_window_that_slides_is_kept_to(
+    family: str, dtype: torch.dtype, window: int, tmp_path: Path, calls: list[CompiledBlock]
+) -> None:
+    """A prompt of 9 tokens and many behind it, so that a cache is moved once more."""
+    tokens = torch.randint(3, 250, (90, 1, 1), generator=torch.Generator().manual_seed(2))
+    model = compressed(family, tmp_path, dtype, sliding_window=window)
+    short = logits(model, tokens=tokens)
+    assert len(calls) == (2 * len(tokens) if dtype == torch.bfloat16 else 0)
     restore_blocks(model)
-    torch.testing.assert_close(short, logits(model), rtol=1e-5, atol=1e-5)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(short, logits(model, tokens=tokens), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("how", ["two tokens", "two rows", "a mask", "gradients", "attentions", "a hook", "eager"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum, auto
+from typing import Literal
 
 from llmcompress.kernels.cpu.calls import OWN, KernelFunction
 from llmcompress.kernels.cpu.emit import F32, FLOATS, I32, I64, LANES, Value, Variable, vector
@@ -18,6 +19,7 @@ LEAST = -1e30  # a score that counts for nothing
 LOG2 = 1.44269504  # of e
 LN2 = (0.693359375, -2.12194440e-4)  # its high bits, and the rest
 EXPONENTIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+GELU = (0.7978845608, 0.044715)  # the root of 2 / pi, and the factor of the cube
 AT_ONCE = 16  # vectors of outputs that attention sums up side by side
 
 Pieces = list[tuple[int, Value]]  # (place, numbers) of a vector in parts
@@ -35,10 +37,14 @@ class NormArgument(IntEnum):
 
 @dataclass(frozen=True)
 class Norm:
-    """The RMS norm of hidden states, or of the sum with `MORE` if it is an `addition`, which is written too."""
+    """The RMS norm of hidden states, or of the sum with `MORE` if it is an `addition`, which is written too.
+
+    `shifted`: weights are stored less 1, and what they multiply is not rounded before, as in Gemma.
+    """
 
     width: int
     epsilon: float
+    shifted: bool
     addition: bool
 
     def write(self, f: KernelFunction) -> None:
@@ -60,8 +66,8 @@ class Norm:
             size = root_of_mean(f, fold(squares.get(), Value.__add__) + rest.get().at(0), self.width, self.epsilon)
 
             def scale(place: Value, lanes: int) -> None:
-                normal = rounded(f.load_bfloat16(source, lanes, place).over(size.splat(lanes)))
-                f.store((normal * f.load_bfloat16(weight, lanes, place)).to_bfloat16(), x, place * 2)
+                normal = f.load_bfloat16(source, lanes, place).over(size.splat(lanes))
+                f.store(weigh(normal, f.load_bfloat16(weight, lanes, place), self.shifted), x, place * 2)
 
             f.each(width, scale)
 
@@ -76,10 +82,10 @@ class CombineArgument(IntEnum):
 
 @dataclass(frozen=True)
 class Combine:
-    """The sum of two vectors; `gated`: the product of the second with the SiLU of the first."""
+    """The sum of two vectors, or the second times a function of the first (`gelu` by tanh)."""
 
     width: int
-    gated: bool
+    gate: Literal["silu", "gelu"] | None
 
     def write(self, f: KernelFunction) -> None:
         """Write the kernel, for one block."""
@@ -87,15 +93,16 @@ class Combine:
 
         def combine(place: Value, lanes: int) -> None:
             a, b = (f.load_bfloat16(source, lanes, place) for source in (first, second))
-            if self.gated:
-                one = f.constant(a.type, 1.0)
-                value = rounded(a.over(one + exponential(f.constant(a.type, 0.0) - a))) * b
-            else:
-                value = a + b
+            value = a + b if self.gate is None else rounded(a.over(self._divisor(a))) * b
             f.store(value.to_bfloat16(), result, place * 2)
 
         with f.loop(f.first, f.last):
             f.each(f.constant(I64, self.width), combine)
+
+    def _divisor(self, x: Value) -> Value:
+        """Return what the gate divides x by: 1 + exp(-x) or, as (1 + tanh(z)) / 2 is 1 / (1 + exp(-2 z)), likewise."""
+        power = x * -1.0 if self.gate == "silu" else (x * x * x * GELU[1] + x) * (-2.0 * GELU[0])
+        return exponential(power) + 1.0
 
 
 class AttendArgument(IntEnum):
@@ -125,7 +132,7 @@ class Attend:
     """Attention of one token: rotated queries to rotated keys, this token's with its value among them.
 
     A block is a head of keys, which `group` heads of queries of `size` numbers read. `norm`: the epsilon of the norms
-    of queries and keys; None for none.
+    of queries and keys; None for none. `shifted`: as of `Norm`.
     """
 
     size: int
@@ -133,6 +140,7 @@ class Attend:
     scaling: float
     bias: bool
     norm: float | None
+    shifted: bool = False
 
     def scores_room(self, count: int) -> int:
         """Return the numbers in `SCORES` that a head needs for so many keys: its queries, then their scores."""
@@ -185,9 +193,11 @@ class Attend:
             weight = f.pointer(AttendArgument(what + 6))
             total = add_up([part * part for _, part in pieces])
             size = root_of_mean(f, total, self.size, self.norm)
+            normals = [(at, part.over(size.splat(part.length))) for at, part in pieces]
+            weights = [f.load_bfloat16(weight, part.length, at) for at, part in normals]
             pieces = [
-                (at, rounded(rounded(part.over(size.splat(part.length))) * f.load_bfloat16(weight, part.length, at)))
-                for at, part in pieces
+                (at, from_bfloat16(weigh(part, own, self.shifted)))
+                for (at, part), own in zip(normals, weights, strict=True)
             ]
         half = len(pieces) // 2
         cosines, sines = f.pointer(AttendArgument.COSINES), f.pointer(AttendArgument.SINES)
@@ -254,7 +264,17 @@ class Attend:
 
 def rounded(value: Value) -> Value:
     """Return float32 numbers rounded to bfloat16."""
-    return (value.to_bfloat16().wider(I32, False) << 16).as_type(value.type)
+    return from_bfloat16(value.to_bfloat16())
+
+
+def from_bfloat16(bits: Value) -> Value:
+    """Return numbers of bfloat16, as int16, in float32."""
+    return (bits.wider(I32, False) << 16).as_type(vector(F32, bits.length))
+
+
+def weigh(normal: Value, weight: Value, shifted: bool) -> Value:
+    """Return numbers of a norm times its weights, as bfloat16; `shifted`: as of `Norm`."""
+    return (normal * (weight + 1.0) if shifted else rounded(normal) * weight).to_bfloat16()
 
 
 def root_of_mean(f: KernelFunction, total: Value, count: int, epsilon: float) -> Value:

@@ -35,33 +35,38 @@ def addresses(*tensors: Tensor | None) -> list[int]:
 
 @pytest.mark.parametrize("width", [16, 30, 576])
 @pytest.mark.parametrize("addition", [False, True])
-def test_a_norm_is_that_of_float64(width: int, addition: bool) -> None:
+@pytest.mark.parametrize("shifted", [False, True])
+def test_a_norm_is_that_of_float64(width: int, addition: bool, shifted: bool) -> None:
     hidden, more, weight = (random(width, seed=seed) for seed in range(3))
     total, x = torch.empty(2, width, dtype=torch.bfloat16)
-    call(Norm(width, 1e-5, addition), addresses(hidden, more, total, weight, x))
+    call(Norm(width, 1e-5, shifted, addition), addresses(hidden, more, total, weight, x))
     read = hidden + more if addition else hidden
     if addition:
         assert torch.equal(total, read)
     exact = read.double() / (read.double().square().mean() + 1e-5).sqrt()
-    torch.testing.assert_close(x.double(), exact.bfloat16().double() * weight.double(), rtol=1.01 * ULP, atol=0)
+    scaled = exact * (weight.double() + 1) if shifted else exact.bfloat16().double() * weight.double()
+    torch.testing.assert_close(x.double(), scaled, rtol=1.01 * ULP, atol=0)
 
 
 @pytest.mark.parametrize("width", [16, 30, 1536])
 def test_sums_and_gates_are_those_of_torch(width: int) -> None:
     first, second = random(width, seed=3, scale=8), random(width, seed=4)
     result = torch.empty_like(first)
-    call(Combine(width, False), addresses(first, second, result))
+    call(Combine(width, None), addresses(first, second, result))
     assert torch.equal(result, first + second)
-    call(Combine(width, True), addresses(first, second, first))  # in place, as blocks have it
-    read = random(width, seed=3, scale=8)
-    exact = torch.nn.functional.silu(read.double()) * second.double()
-    torch.testing.assert_close(first.double(), exact, rtol=2.1 * ULP, atol=1e-30)
+    silu = torch.nn.functional.silu(first.double()) * second.double()
+    gelu = torch.nn.functional.gelu(first.double(), approximate="tanh") * second.double()
+    call(Combine(width, "gelu"), addresses(first, second, result))
+    torch.testing.assert_close(result.double(), gelu, rtol=2.1 * ULP, atol=1e-9)
+    call(Combine(width, "silu"), addresses(first, second, first))  # in place, as blocks have it
+    torch.testing.assert_close(first.double(), silu, rtol=2.1 * ULP, atol=1e-30)
 
 
-def test_gates_of_large_numbers_are_their_limits() -> None:
+@pytest.mark.parametrize("gate", ["silu", "gelu"])
+def test_gates_of_large_numbers_are_their_limits(gate: Any) -> None:
     first = torch.tensor([-1e4, -200.0, -90.0, 0.0, 90.0, 200.0, 1e4, 3e38] * 2).bfloat16()
     second, result = torch.ones(16).bfloat16(), torch.empty(16).bfloat16()
-    call(Combine(16, True), addresses(first, second, result))
+    call(Combine(16, gate), addresses(first, second, result))
     torch.testing.assert_close(result, torch.where(first > 0, first, 0.0).bfloat16(), rtol=0, atol=1e-30)
 
 
@@ -93,17 +98,18 @@ def rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("count", [0, 1, 15, 16, 100])
 @pytest.mark.parametrize(
-    ("size", "group", "heads", "bias", "norm"),
+    ("size", "group", "heads", "bias", "norm", "shifted"),
     [
-        (8, 2, 2, False, None),
-        (64, 3, 3, False, None),
-        (64, 7, 2, True, None),
-        (128, 4, 2, False, 1e-6),
-        (96, 1, 2, True, 1e-6),
+        (8, 2, 2, False, None, False),
+        (64, 3, 3, False, None, False),
+        (64, 7, 2, True, None, False),
+        (128, 4, 2, False, 1e-6, False),
+        (256, 4, 1, False, 1e-6, True),
+        (96, 1, 2, True, 1e-6, False),
     ],
 )
 def test_attention_is_that_of_float64(
-    size: int, group: int, heads: int, bias: bool, norm: float | None, count: int
+    size: int, group: int, heads: int, bias: bool, norm: float | None, shifted: bool, count: int
 ) -> None:
     queries, key, value = random(heads * group, size, seed=1), random(heads, size, seed=2), random(heads, size, seed=3)
     biases = [random(heads * g, size, seed=4 + n) for n, g in enumerate((group, 1, 1))] if bias else [None] * 3
@@ -113,7 +119,7 @@ def test_attention_is_that_of_float64(
     room = count + 5
     keys, values = random(heads, room, size, seed=10), random(heads, room, size, seed=11)
     before = keys.clone(), values.clone()
-    attend = Attend(size, group, size**-0.5, bias, norm)
+    attend = Attend(size, group, size**-0.5, bias, norm, shifted)
     needed = attend.scores_room(count + 1)
     scores, mixed = torch.full((heads * needed + 8,), 77.0), torch.empty_like(queries)
     call(
@@ -134,7 +140,8 @@ def test_attention_is_that_of_float64(
         x = x if added is None else x + added
         if weight is not None and norm is not None:
             scale = x.double().square().mean(-1, keepdim=True) + norm
-            x = (x.double() / scale.sqrt()).bfloat16() * weight
+            normal = x.double() / scale.sqrt()
+            x = (normal * (weight.double() + 1)).bfloat16() if shifted else normal.bfloat16() * weight
         return x
 
     turned = [rotated(head(x, b, w), cosines, sines) for x, b, w in zip((queries, key), biases, norms)]
@@ -157,7 +164,7 @@ def test_calls_in_sequence_read_what_was_written_before(threads: int) -> None:
     calls = CallSequence()
     for step in range(steps):
         values = own_values([vectors[step].data_ptr(), vectors[step].data_ptr(), vectors[step + 1].data_ptr()])
-        calls.add(Combine(width, False), values, 1)
+        calls.add(Combine(width, None), values, 1)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
