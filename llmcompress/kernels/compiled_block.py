@@ -7,8 +7,7 @@ instead of copying all of them.
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -17,18 +16,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from llmcompress.kernels.cpu.calls import address_of, own_values
-from llmcompress.kernels.cpu.matmul import NUMBERS, Mode
-from llmcompress.kernels.cpu.prepare import KernelTerm, PreparedWeight
-from llmcompress.kernels.cpu.quantize_inputs import InputBuffers, input_values
+from llmcompress.kernels.cpu.matmul import NUMBERS
 from llmcompress.kernels.cpu.sequence import CallSequence
-from llmcompress.kernels.cpu.token_steps import (
-    Attend,
-    AttendArgument,
-    Combine,
-    CombineArgument,
-    Norm,
-    NormArgument,
-)
+from llmcompress.kernels.cpu.token_calls import TokenCalls, has_calls, scores_address
+from llmcompress.kernels.cpu.token_steps import Attend, AttendArgument, Norm, NormArgument
+from llmcompress.kernels.cpu.vectors import Combine, CombineArgument
 
 GATES: dict[str, Literal["silu", "gelu"]] = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu"}
 NORMS = [f"{name}_layernorm" for name in ("input", "post_attention", "pre_feedforward", "post_feedforward")]
@@ -74,7 +66,7 @@ class CompiledBlock:
         values[AttendArgument.COSINES], values[AttendArgument.SINES] = (part.data_ptr() for part in positions)
         values[AttendArgument.KEYS], values[AttendArgument.VALUES] = room.addresses()
         values[AttendArgument.STRIDE], values[AttendArgument.COUNT] = room.buffers[0].stride(1), count
-        values[AttendArgument.SCORES], values[AttendArgument.ROOM] = _scores(scores * self.heads), scores
+        values[AttendArgument.SCORES], values[AttendArgument.ROOM] = scores_address(scores * self.heads), scores
         self.calls.run()
         room.grow(layer)
         return output
@@ -86,16 +78,19 @@ def compile_block(block: Any, linears: dict[str, Any]) -> CompiledBlock | None:
     `linears`: the compressed ones by name, with prepared weights.
     """
     attention, mlp = block.self_attn, block.mlp
-    terms = {name: plain_term(linear.fast.weight.prepared) for name, linear in linears.items()}
+    weights = {name: linear.fast.weight.prepared for name, linear in linears.items()}
     modes = {linear.fast.mode for linear in linears.values()}
     parameters = _parameters(block)
-    if None in terms.values() or len(modes) > 1 or not _is_known(block, parameters):
+    if not all(map(has_calls, weights.values())) or len(modes) > 1 or not _is_known(block, parameters):
         return None
-    calls = _Builder(modes.pop(), CallSequence(), {name: term for name, term in terms.items() if term is not None})
+    calls = TokenCalls(NUMBERS[modes.pop()])
     size, group = attention.head_dim, attention.num_key_value_groups
     heads, width = attention.k_proj.out_features // size, attention.q_proj.in_features
     shifted = hasattr(block, "pre_feedforward_layernorm")
     x, total = calls.room("x", width), calls.room("sum", width)
+
+    def multiply(name: str, source: int) -> int:
+        return calls.multiply(weights[name], source, name)
 
     def add_norm(norm: Any, source: int, more: int | None, target: int) -> Any:
         values = own_values([source, more or 0, total, address_of(norm.weight), target])
@@ -109,22 +104,22 @@ def compile_block(block: Any, linears: dict[str, Any]) -> CompiledBlock | None:
         return y
 
     first = add_norm(block.input_layernorm, 0, None, x)
-    read = [calls.multiply(name, x) for name in ("q_proj", "k_proj", "v_proj")]
+    read = [multiply(name, x) for name in ("q_proj", "k_proj", "v_proj")]
     biases = [address_of(linear.bias) for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
     of_heads = [norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)) is not None]
-    weights = [address_of(norm.weight) for norm in of_heads] or [0, 0]
+    of_norms = [address_of(norm.weight) for norm in of_heads] or [0, 0]
     mixed = calls.room("mixed", heads * group * size)
     epsilon = _epsilon(of_heads[0]) if of_heads else None
     attend = Attend(size, group, attention.scaling, any(biases), epsilon, shifted)
     changing = AttendArgument.MIXED - AttendArgument.COSINES  # from token to token
-    attended = own_values([*read, *biases, *weights, *[0] * changing, mixed])
+    attended = own_values([*read, *biases, *of_norms, *[0] * changing, mixed])
     calls.add(attend, attended, heads)
-    given = after("post_attention_layernorm", calls.multiply("o_proj", mixed))
+    given = after("post_attention_layernorm", multiply("o_proj", mixed))
     before_mlp = block.pre_feedforward_layernorm if shifted else block.post_attention_layernorm
     second = add_norm(before_mlp, 0, given, x)
-    gate, up = calls.multiply("gate_proj", x), calls.multiply("up_proj", x)
+    gate, up = multiply("gate_proj", x), multiply("up_proj", x)
     calls.add(Combine(mlp.up_proj.out_features, GATES[type(mlp.act_fn).__name__]), own_values([gate, up, gate]))
-    last = own_values([total, after("post_feedforward_layernorm", calls.multiply("down_proj", gate)), 0])
+    last = own_values([total, after("post_feedforward_layernorm", multiply("down_proj", gate)), 0])
     calls.add(Combine(width, None), last)
     payloads = [linear._parameters["weight"] for linear in linears.values()]
     objects: list[tuple[dict[str, Any], str, object]] = [
@@ -166,67 +161,6 @@ def _is_known(block: Any, parameters: list[tuple[nn.Module, str, Tensor]]) -> bo
     ):
         return False
     return all(x.dtype == torch.bfloat16 and x.is_contiguous() for _, _, x in parameters)
-
-
-@dataclass(eq=False)
-class _Builder:
-    """Calls being put together. `ready`: the inputs that buffers hold by then, as (basis, address)."""
-
-    mode: Mode
-    sequence: CallSequence
-    terms: dict[str, KernelTerm]
-    ready: dict[object, tuple[object, int]] = field(default_factory=dict)
-
-    def add(self, kernel: Any, values: Any, blocks: int = 1) -> None:
-        """Add a call that is no product."""
-        self.sequence.add(kernel, values, blocks)
-        self.ready.clear()  # it may have written there
-
-    def room(self, name: str, count: int) -> int:
-        """Return the address of `count` bfloat16 numbers, which all blocks use by that name."""
-        key = (name, count)
-        if key not in _HERE.tensors:
-            _HERE.tensors[key] = torch.empty(count, dtype=torch.bfloat16)
-        self.sequence.owned.append(_HERE.tensors[key])
-        return _HERE.tensors[key].data_ptr()
-
-    def multiply(self, name: str, x: int) -> int:
-        """Add the product of a linear with the vector at `x`; return the address of the result."""
-        term = self.terms[name]
-        basis, packed, numbers = term.basis, term.packed, term.numbers(NUMBERS[self.mode])
-        block = packed.input_block
-        key = (basis.width, block, numbers)
-        if key not in _HERE.inputs:
-            _HERE.inputs[key] = InputBuffers.allocate(basis.width, block, 1, numbers)
-        buffers = _HERE.inputs[key]
-        if self.ready.get(key) != (basis.name, x):
-            self.ready[key] = basis.name, x
-            values = input_values(basis.all_factors, x, buffers.addresses)
-            self.sequence.add(basis.inputs(block, numbers, True), values)
-        y = self.room(name, packed.rows)
-        values = packed.product_values(buffers.addresses[:3], y)
-        self.sequence.add(packed.product(1, numbers, True), values, packed.rows // packed.form.block_rows)
-        self.sequence.owned += [buffers, packed, basis]
-        return y
-
-
-@dataclass
-class _ThreadRoom(threading.local):
-    """Memory of a thread: vectors and prepared inputs, which all blocks write one after the other, and scores."""
-
-    tensors: dict[object, Tensor] = field(default_factory=dict)
-    inputs: dict[object, InputBuffers] = field(default_factory=dict)
-    scores: Tensor = field(default_factory=lambda: torch.empty(0))
-
-
-_HERE = _ThreadRoom()
-
-
-def _scores(count: int) -> int:
-    """Return the address of so many float32 numbers."""
-    if len(_HERE.scores) < count:
-        _HERE.scores = torch.empty(2 * count)
-    return _HERE.scores.data_ptr()
 
 
 @dataclass(eq=False)
@@ -296,8 +230,3 @@ def growing_layer(cache: Any, number: int, heads: int, size: int) -> DynamicLaye
         return None
     growing: DynamicLayer = layer
     return growing if keys.dtype == values.dtype == torch.bfloat16 and keys.shape[3] == size else None
-
-
-def plain_term(prepared: object) -> KernelTerm | None:
-    """Return the term of a weight that one kernel multiplies; None for others."""
-    return prepared.plain if isinstance(prepared, PreparedWeight) else None

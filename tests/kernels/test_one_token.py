@@ -58,9 +58,11 @@ def counted(kind: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return taken
 
 
-def compressed(family: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+def compressed(
+    family: str, folder: Path, dtype: torch.dtype = torch.float32, recipe: dict[str, Any] = GRIDS, **changes: Any
+) -> PreTrainedModel:
     place = save_tiny(family, folder / "dense", **(HEADS if family != "gpt2" else {}), **changes)
-    lc.compress(place, GRIDS, folder / "small")
+    lc.compress(place, recipe, folder / "small")
     model = AutoModelForCausalLM.from_pretrained(folder / "small").to(dtype).eval()
     accelerate(model, "exact")
     return model
@@ -106,6 +108,29 @@ def test_roundings_are_those_of_transformers(dtype: torch.dtype, tmp_path: Path)
 
     expected, _ = apply_rotary_pos_emb(heads.view(1, 6, 1, 8), heads.view(1, 6, 1, 8), *positions)
     assert torch.equal(one_token.TokenFacts().turn(heads, *positions), expected.view(6, 8))
+
+
+TERMS: dict[str, list[dict[str, Any]]] = {
+    "a sum": [{"method": "rtn", "bits": 3}, {"method": "svd", "rank": 3}],
+    "a sum in a rotated basis": [{"method": "rotate"}, {"method": "rtn", "bits": 3}, {"method": "svd", "rank": 3}],
+    "factors of few bits": [{"method": "rtn", "bits": 2}, {"method": "svd", "rank": 4, "factor_bits": 8}],
+    "signs and columns": [{"method": "pb_llm", "structure": "columns"}],
+    "signs and elements": [{"method": "pb_llm"}],
+    "a stream": [{"method": "rotate"}, {"method": "trellis", "memory": 8, "code": "linear"}],
+}
+
+
+@pytest.mark.parametrize("terms", TERMS)
+def test_linears_of_several_terms_are_compiled(
+    terms: str, tmp_path: Path, calls: list[CompiledBlock], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = [{"match": "*", "steps": TERMS[terms]}]
+    text = {"dataset": "stdlib", "samples": 4, "length": 32, "held_out": 1}
+    model = compressed("llama", tmp_path, torch.bfloat16, {**GRIDS, "rules": rules, "calibration": text})
+    short = logits(model)
+    assert len(calls) == 2 * len(MORE)
+    monkeypatch.setattr(OneTokenBlock, "_compiled", lambda *_: None)
+    torch.testing.assert_close(short, logits(model), rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

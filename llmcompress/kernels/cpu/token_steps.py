@@ -9,17 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum, auto
-from typing import Literal
 
 from llmcompress.kernels.cpu.calls import OWN, KernelFunction
-from llmcompress.kernels.cpu.emit import F32, FLOATS, I32, I64, LANES, Value, Variable, vector
-from llmcompress.kernels.cpu.quantize_inputs import ROUNDING, fold
+from llmcompress.kernels.cpu.emit import F32, FLOATS, I64, LANES, Value, Variable, vector
+from llmcompress.kernels.cpu.quantize_inputs import fold
+from llmcompress.kernels.cpu.vectors import exponential, from_bfloat16, rounded
 
 LEAST = -1e30  # a score that counts for nothing
-LOG2 = 1.44269504  # of e
-LN2 = (0.693359375, -2.12194440e-4)  # its high bits, and the rest
-EXPONENTIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
-GELU = (0.7978845608, 0.044715)  # the root of 2 / pi, and the factor of the cube
 AT_ONCE = 16  # vectors of outputs that attention sums up side by side
 
 Pieces = list[tuple[int, Value]]  # (place, numbers) of a vector in parts
@@ -70,39 +66,6 @@ class Norm:
                 f.store(weigh(normal, f.load_bfloat16(weight, lanes, place), self.shifted), x, place * 2)
 
             f.each(width, scale)
-
-
-class CombineArgument(IntEnum):
-    """The place of an argument; tensors are bfloat16 `[width]`."""
-
-    FIRST = OWN
-    SECOND = auto()
-    RESULT = auto()
-
-
-@dataclass(frozen=True)
-class Combine:
-    """The sum of two vectors, or the second times a function of the first (`gelu` by tanh)."""
-
-    width: int
-    gate: Literal["silu", "gelu"] | None
-
-    def write(self, f: KernelFunction) -> None:
-        """Write the kernel, for one block."""
-        first, second, result = map(f.pointer, CombineArgument)
-
-        def combine(place: Value, lanes: int) -> None:
-            a, b = (f.load_bfloat16(source, lanes, place) for source in (first, second))
-            value = a + b if self.gate is None else rounded(a.over(self._divisor(a))) * b
-            f.store(value.to_bfloat16(), result, place * 2)
-
-        with f.loop(f.first, f.last):
-            f.each(f.constant(I64, self.width), combine)
-
-    def _divisor(self, x: Value) -> Value:
-        """Return what the gate divides x by: 1 + exp(-x) or, as (1 + tanh(z)) / 2 is 1 / (1 + exp(-2 z)), likewise."""
-        power = x * -1.0 if self.gate == "silu" else (x * x * x * GELU[1] + x) * (-2.0 * GELU[0])
-        return exponential(power) + 1.0
 
 
 class AttendArgument(IntEnum):
@@ -262,16 +225,6 @@ class Attend:
                 f.store(total.get().over(sums[q].splat(lanes)).to_bfloat16(), mixed, (start + at) * 2)
 
 
-def rounded(value: Value) -> Value:
-    """Return float32 numbers rounded to bfloat16."""
-    return from_bfloat16(value.to_bfloat16())
-
-
-def from_bfloat16(bits: Value) -> Value:
-    """Return numbers of bfloat16, as int16, in float32."""
-    return (bits.wider(I32, False) << 16).as_type(vector(F32, bits.length))
-
-
 def weigh(normal: Value, weight: Value, shifted: bool) -> Value:
     """Return numbers of a norm times its weights, as bfloat16; `shifted`: as of `Norm`."""
     return (normal * (weight + 1.0) if shifted else rounded(normal) * weight).to_bfloat16()
@@ -280,22 +233,6 @@ def weigh(normal: Value, weight: Value, shifted: bool) -> Value:
 def root_of_mean(f: KernelFunction, total: Value, count: int, epsilon: float) -> Value:
     """Return the root of the mean of `count` numbers whose sum is `total`, and of `epsilon`."""
     return f.call("llvm.sqrt", F32, total * (1 / count) + epsilon, overloads=(F32,))
-
-
-def exponential(x: Value) -> Value:
-    """Return e to these floats, to 7 digits (Cephes' expf); 0 below -87."""
-    f = x.function
-    bounded = x.smaller(f.constant(x.type, 88.0)).larger(f.constant(x.type, -87.3))
-    shifted = bounded * LOG2 + ROUNDING
-    power = shifted - ROUNDING
-    rest = bounded - power * LN2[0] - power * LN2[1]
-    series = f.constant(x.type, EXPONENTIAL[0])
-    for factor in EXPONENTIAL[1:]:
-        series = series.fma(rest, f.constant(x.type, factor))
-    series = series.fma(rest * rest, rest + 1.0)
-    whole = vector(I32, x.length)
-    bits = f.constant(x.type, ROUNDING).as_type(whole)
-    return series * ((shifted.as_type(whole) - bits + 127) << 23).as_type(x.type)
 
 
 def pieces_of(size: int) -> list[tuple[int, int]]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from llmcompress.kernels.cpu.build import load_kernel
 from llmcompress.kernels.cpu.calls import address_of, own_values
 from llmcompress.kernels.cpu.sequence import CallSequence
-from llmcompress.kernels.cpu.token_steps import Attend, Combine, Norm, exponential
+from llmcompress.kernels.cpu.token_steps import Attend, Norm
+from llmcompress.kernels.cpu.vectors import Combine, CombineArgument, exponential
 
 ULP = 2.0**-8  # largest relative change of a number rounded to bfloat16
 
@@ -76,7 +77,6 @@ class Exponentials:
     def write(self, f: Any) -> None:
         """Write the kernel, for a range of 16 numbers each."""
         from llmcompress.kernels.cpu.emit import FLOATS
-        from llmcompress.kernels.cpu.token_steps import CombineArgument
 
         with f.loop(f.first, f.last) as block:
             x = f.load(f.pointer(CombineArgument.FIRST), FLOATS, block * 64)
