@@ -80,6 +80,15 @@ MAIN_JOB: Columns = {
     "seconds": "{seconds:.0f}",
     "peak MB": "{peak_megabytes:.0f}",
 }
+SPEED = {
+    "model": "{arm}",
+    "MB": "{megabytes:.1f}",
+    "tokens/s": "{decode:.1f}",
+    "to dense": "{decode_ratio:.2f}",
+    "tokens/s of a prompt": "{prefill:.0f}",
+    "to dense ": "{prefill_ratio:.2f}",
+    "peak MB": "{peak_megabytes:.0f}",
+}
 TABLES: dict[str, Columns] = {
     "summary": {"": "{topic}", "what was measured": "{verdict}"},
     "main": MAIN_JOB,
@@ -127,15 +136,8 @@ TABLES: dict[str, Columns] = {
         "32 windows": "{perplexity:.2f}",
         "gap, ln(perplexity / dense) on 32": "{gap:.3f}",
     },
-    "speed": {
-        "model": "{arm}",
-        "MB": "{megabytes:.1f}",
-        "tokens/s": "{decode:.1f}",
-        "to dense": "{decode_ratio:.2f}",
-        "tokens/s of a prompt": "{prefill:.0f}",
-        "to dense ": "{prefill_ratio:.2f}",
-        "peak MB": "{peak_megabytes:.0f}",
-    },
+    "speed": SPEED,
+    "speed-three": SPEED,
     "shapes": {
         "weights": "{arm}",
         "tokens/s": "{tokens_per_second:.2f}",

@@ -28,8 +28,11 @@ KNOWN = READ | {"use_cache", "position_ids", "cache_position"}  # and those that
 
 @dataclass(eq=False)
 class TokenFacts:
-    """What blocks of a model share of a token: the last mask seen, and whether it lets all keys be read; the sines of
-    its rotary embedding, with the sign of each half."""
+    """Facts of a token that blocks of a model share.
+
+    `mask`: the last one seen, `has_all`: True if it hides nothing. `signed`: the `sines` of its rotary embedding with
+    the sign of each half.
+    """
 
     mask: object = None
     has_all: bool = False
@@ -70,7 +73,7 @@ class OneTokenBlock:
         if given or not self._takes(hidden_states, named):
             return type(self.block).forward(self.block, hidden_states, *given, **named)
         positions, cache = named["position_embeddings"], named["past_key_values"]
-        compiled = self._compiled() if hidden_states.dtype == positions[0].dtype == torch.bfloat16 else None
+        compiled = self._compiled_block() if hidden_states.dtype == positions[0].dtype == torch.bfloat16 else None
         if compiled is not None:
             layer = growing_layer(cache, self.block.self_attn.layer_idx, compiled.heads, compiled.attend.size)
             if layer is not None and hidden_states.is_contiguous():
@@ -111,7 +114,7 @@ class OneTokenBlock:
                 return False
         return not any(self.hooks)
 
-    def _compiled(self) -> CompiledBlock | None:
+    def _compiled_block(self) -> CompiledBlock | None:
         """Return the compiled block of this thread; None if it has none, or a linear was not prepared yet."""
         thread = threading.get_ident()
         block = self.compiled.get(thread)

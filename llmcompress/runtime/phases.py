@@ -1,4 +1,4 @@
-"""Where the seconds of a run go, by phase, on the host and on a GPU.
+"""Seconds of a run by phase, on the host and on a GPU.
 
     with time_phases() as phases:
         with phase("forward"):

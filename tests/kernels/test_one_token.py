@@ -129,7 +129,7 @@ def test_linears_of_several_terms_are_compiled(
     model = compressed("llama", tmp_path, torch.bfloat16, {**GRIDS, "rules": rules, "calibration": text})
     short = logits(model)
     assert len(calls) == 2 * len(MORE)
-    monkeypatch.setattr(OneTokenBlock, "_compiled", lambda *_: None)
+    monkeypatch.setattr(OneTokenBlock, "_compiled_block", lambda *_: None)
     torch.testing.assert_close(short, logits(model), rtol=0.05, atol=0.05)
 
 
@@ -146,7 +146,7 @@ def test_a_compiled_block_gives_what_its_steps_give(
         short = logits(model, tokens=tokens)
     finally:
         torch.set_num_threads(before)
-    monkeypatch.setattr(OneTokenBlock, "_compiled", lambda *_: None)
+    monkeypatch.setattr(OneTokenBlock, "_compiled_block", lambda *_: None)
     torch.testing.assert_close(short, logits(model, tokens=tokens), rtol=0.05, atol=0.05)
 
 

@@ -13,7 +13,7 @@ from enum import IntEnum, auto
 from llmcompress.kernels.cpu.calls import OWN, KernelFunction
 from llmcompress.kernels.cpu.emit import F32, FLOATS, I64, LANES, Value, Variable, vector
 from llmcompress.kernels.cpu.quantize_inputs import fold
-from llmcompress.kernels.cpu.vectors import exponential, from_bfloat16, rounded
+from llmcompress.kernels.cpu.vectors import exponential, from_bfloat16, round_short
 
 LEAST = -1e30  # a score that counts for nothing
 AT_ONCE = 16  # vectors of outputs that attention sums up side by side
@@ -52,7 +52,7 @@ class Norm:
         def add(place: Value, lanes: int) -> None:
             value = f.load_bfloat16(hidden, lanes, place)
             if self.addition:
-                value = rounded(value + f.load_bfloat16(more, lanes, place))
+                value = round_short(value + f.load_bfloat16(more, lanes, place))
                 f.store(value.to_bfloat16(), total, place * 2)
             squared = squares if lanes == LANES else rest
             squared.set(value.fma(value, squared.get()))
@@ -146,7 +146,7 @@ class Attend:
         start = head * self.size
         pieces = [(at, f.load_bfloat16(source, lanes, start + at)) for at, lanes in pieces_of(self.size)]
         if self.bias:
-            pieces = [(at, rounded(part + f.load_bfloat16(bias, part.length, start + at))) for at, part in pieces]
+            pieces = [(at, round_short(part + f.load_bfloat16(bias, part.length, start + at))) for at, part in pieces]
         return pieces
 
     def _rotate(self, f: KernelFunction, what: AttendArgument, head: Value) -> Pieces:
@@ -168,8 +168,8 @@ class Attend:
         for number, (at, part) in enumerate(pieces):
             other = pieces[(number + half) % len(pieces)][1]
             other = f.constant(other.type, 0.0) - other if number < half else other
-            straight = rounded(part * f.load_bfloat16(cosines, part.length, at))
-            turned.append((at, rounded(straight + rounded(other * f.load_bfloat16(sines, part.length, at)))))
+            straight = round_short(part * f.load_bfloat16(cosines, part.length, at))
+            turned.append((at, round_short(straight + round_short(other * f.load_bfloat16(sines, part.length, at)))))
         return turned
 
     def _score(
@@ -227,7 +227,7 @@ class Attend:
 
 def weigh(normal: Value, weight: Value, shifted: bool) -> Value:
     """Return numbers of a norm times its weights, as bfloat16; `shifted`: as of `Norm`."""
-    return (normal * (weight + 1.0) if shifted else rounded(normal) * weight).to_bfloat16()
+    return (normal * (weight + 1.0) if shifted else round_short(normal) * weight).to_bfloat16()
 
 
 def root_of_mean(f: KernelFunction, total: Value, count: int, epsilon: float) -> Value:

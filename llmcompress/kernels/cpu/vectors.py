@@ -38,7 +38,7 @@ class Combine:
 
         def combine(place: Value, lanes: int) -> None:
             a, b = (f.load_bfloat16(source, lanes, place) for source in (first, second))
-            value = a + b if self.gate is None else rounded(a.over(self._divisor(a))) * b
+            value = a + b if self.gate is None else round_short(a.over(self._divisor(a))) * b
             f.store(value.to_bfloat16(), result, place * 2)
 
         with f.loop(f.first, f.last):
@@ -64,7 +64,7 @@ class Move:
     numbers to others, `gather` takes bfloat16 numbers from places."""
 
     width: int
-    how: Literal["clear", "round", "add", "gather"]
+    change: Literal["clear", "round", "add", "gather"]
 
     def write(self, f: KernelFunction) -> None:
         """Write the kernel, for one block."""
@@ -72,7 +72,7 @@ class Move:
 
         def move(place: Value, lanes: int) -> None:
             kind = vector(F32, lanes)
-            match self.how:
+            match self.change:
                 case "clear":
                     f.store(f.constant(kind, 0.0), result, place * 4)
                 case "round":
@@ -81,7 +81,7 @@ class Move:
                     f.store(f.load(result, kind, place * 4) + f.load(source, kind, place * 4), result, place * 4)
 
         with f.loop(f.first, f.last):
-            if self.how != "gather":
+            if self.change != "gather":
                 f.each(f.constant(I64, self.width), move)
                 return
             with f.loop(0, self.width) as place:
@@ -120,7 +120,7 @@ class DenseProduct:
             f.store(f.load(y, F32, row * 4) + product, y, row * 4)
 
 
-def rounded(value: Value) -> Value:
+def round_short(value: Value) -> Value:
     """Return float32 numbers rounded to bfloat16."""
     return from_bfloat16(value.to_bfloat16())
 

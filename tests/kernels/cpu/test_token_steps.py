@@ -1,4 +1,4 @@
-"""What surrounds the linears of a block at one token, by kernels, beside float64 and beside torch."""
+"""Kernels around the linears of a block at one token, beside float64 and beside torch."""
 
 from __future__ import annotations
 
