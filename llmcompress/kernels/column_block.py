@@ -1,9 +1,10 @@
 """Blocks of columns to store, each column's error fed on to the later ones: the input of the kernels that choose codes.
 
-`GridBlock` is rounded to grids (GPTQ, arXiv 2210.17323). `ColumnBlock` becomes streams of a trellis (QTIP, arXiv
-2406.11235) by the Viterbi algorithm. A column is cut into streams, each searched by itself; one call carries a stream
-through the whole block, since its errors move its rows of the later columns. A step extends the cheapest paths to all
-states. States that share all but their oldest code lead to the same states, so only the cheapest of them survives.
+`GridBlock` is rounded to grids (GPTQ, arXiv 2210.17323) or pruned (SparseGPT, arXiv 2301.00774). `ColumnBlock` becomes
+streams of a trellis (QTIP, arXiv 2406.11235) by the Viterbi algorithm. A column is cut into streams, each searched by
+itself; one call carries a stream through the whole block, since its errors move its rows of the later columns. A step
+extends the cheapest paths to all states. States that share all but their oldest code lead to the same states, so only
+the cheapest of them survives.
 
 Costs are whole numbers, so that all devices find the same paths: `weight (x - wanted)^2`, computed by fused
 multiply-adds, is rounded to whole numbers by adding 2^23. A key of 32 bits holds 20 bits of cost above the oldest code:
@@ -90,13 +91,13 @@ def longest_stream(block: ColumnBlock) -> int:
 
 @dataclass(frozen=True, eq=False)
 class GridBlock:
-    """Columns of which the first are rounded to grids, contiguous tensors of one device.
+    """Columns of which the first are rounded to grids, or pruned, contiguous tensors of one device.
 
     Attributes:
         current: float32 `[columns, out]`, the wanted numbers; those of rounded columns are replaced by the stored ones.
         parameters: 1 / scale, the code of 0, and the scale, float32 `[groups, out]` each.
         groups: int32 `[rounded]`, the group of each rounded column.
-        levels: the number of codes.
+        levels: the number of codes; 0 for numbers that become bfloat16 times their scale, which is 1 or, to prune, 0.
         shares, before: as in `ColumnBlock`.
     """
 

@@ -12,7 +12,7 @@ that of AQLM's code updates (arXiv 2401.06118), one weight, one vector, or one c
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import torch
 from pydantic import Field
@@ -24,7 +24,7 @@ from llmcompress.methods.solvers.bitplanes import Planes, planes_of
 from llmcompress.methods.solvers.feedback import few_threads
 from llmcompress.methods.solvers.grid import grid_of, round_to
 from llmcompress.methods.solvers.hessian import metric
-from llmcompress.methods.solvers.projection import FloatPoints, GridPoints, KeptValues, Zeros
+from llmcompress.methods.solvers.projection import FloatPoints, GridPoints, KeptValues, PrunedValues, Zeros
 from llmcompress.methods.solvers.scales import divide_columns, refit_scales
 from llmcompress.methods.solvers.streams import TrellisStreams
 from llmcompress.methods.solvers.vectors import books_of, move_codebooks, visit_vectors
@@ -94,6 +94,9 @@ def descend(base: Weight, target: Tensor, hessian: Tensor, rows: Tensor | None =
     if isinstance(base, Grid):
         _descend_blocks(GridPoints.like(base).choose, values, pull, hessian)
         return with_values(base, values.T.contiguous())
+    if _is_pruned(base):
+        _descend_blocks(PrunedValues.like(base).choose, values, pull, hessian)
+        return with_values(base, values.T.contiguous())
     move_to = nearest(base)
     for start in range(0, len(values), BLOCK):
         stop = min(start + BLOCK, len(values))
@@ -107,6 +110,13 @@ def descend(base: Weight, target: Tensor, hessian: Tensor, rows: Tensor | None =
         # rows before `stop` are not read again in this visit
         pull[stop:].addmm_(hessian[stop:, start:stop], moves, alpha=-1)
     return with_values(base, values.T.contiguous())
+
+
+def _is_pruned(w: Weight) -> TypeGuard[Where]:
+    """True if a matrix is bfloat16 where an index says so, and 0 elsewhere."""
+    if not isinstance(w, Where) or not isinstance(w.outside, Zero):
+        return False
+    return isinstance(w.inside, Dense) and w.inside.values.dtype == torch.bfloat16
 
 
 def _descend_blocks(

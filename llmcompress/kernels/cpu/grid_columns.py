@@ -1,4 +1,4 @@
-"""The kernel for CPUs that rounds the columns of a `GridBlock` to grids and feeds their errors on."""
+"""The kernel for CPUs that rounds the columns of a `GridBlock`, or prunes them, and feeds their errors on."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from llmcompress.kernels.cpu.build import load_kernel
 from llmcompress.kernels.cpu.calls import OWN, KernelFunction, address_of, launch, own_values
 from llmcompress.kernels.cpu.emit import F32, I32, I64, Value, vector
 from llmcompress.kernels.cpu.quantize_inputs import ROUNDING
+from llmcompress.kernels.cpu.vectors import round_short
 
 ROWS = 64  # of a thread, in a copy that fits its first cache
 COST = 64  # weights that a weight of this kernel counts as in `launch`
@@ -39,10 +40,11 @@ class GridArgument(IntEnum):
 
 @dataclass(frozen=True)
 class GridColumns:
-    """The kernel; `feeds` and `again` as in `ColumnSearch`."""
+    """The kernel; `feeds` and `again` as in `ColumnSearch`; `prunes`: a `GridBlock` without codes."""
 
     feeds: bool
     again: bool
+    prunes: bool = False
 
     def write(self, f: KernelFunction) -> None:
         """Write the kernel, for a range of blocks of rows."""
@@ -84,8 +86,11 @@ class GridColumns:
             )
             own = (column * ROWS + row) * 4
             wanted = f.load(tile, kind, own)
-            code = wanted.fma(inverse, middle).larger(f.constant(kind, 0.0)).smaller(top.splat(lanes))
-            stored = (code + ROUNDING - ROUNDING - middle) * scale
+            if self.prunes:
+                stored = round_short(wanted) * scale
+            else:
+                code = wanted.fma(inverse, middle).larger(f.constant(kind, 0.0)).smaller(top.splat(lanes))
+                stored = (code + ROUNDING - ROUNDING - middle) * scale
             f.store(stored, tile, own)
             if not self.feeds:
                 return
@@ -109,5 +114,5 @@ def round_columns(block: GridBlock, errors: Tensor) -> None:
     tensors = (block.current, *block.parameters, block.groups, block.shares, errors)
     sizes = len(block.groups), columns, out, block.levels - 1
     values = own_values([*map(address_of, tensors), *sizes, *map(address_of, (room, block.before))])
-    kernel = GridColumns(block.shares is not None, block.before is not None)
+    kernel = GridColumns(block.shares is not None, block.before is not None, block.levels == 0)
     launch(load_kernel(kernel), values, blocks, out * columns * COST)

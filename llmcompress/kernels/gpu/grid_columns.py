@@ -1,4 +1,4 @@
-"""The kernel that rounds a run of columns to grids and feeds their errors on, on GPUs: see `GridBlock`.
+"""The kernel that rounds or prunes a run of columns and feeds their errors on, on GPUs: see `GridBlock`.
 
 A program carries some rows through all columns: it subtracts earlier errors, and writes codes and errors. Only
 programs that round on GPUs import this file: Triton comes with torch for GPUs.
@@ -26,14 +26,15 @@ def round_columns(block: GridBlock, errors: Tensor) -> None:
     with torch.cuda.device_of(block.current):
         grid_columns[(triton.cdiv(out, ROWS),)](
             *given, errors, len(block.groups), columns, out, block.levels - 1,
-            FEEDS=feeds, AGAIN=block.before is not None, ROWS=ROWS, num_warps=4, enable_fp_fusion=False,
+            FEEDS=feeds, AGAIN=block.before is not None, PRUNES=block.levels == 0, ROWS=ROWS,
+            num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rounded", "columns", "top"])
 def grid_columns(
     current, inverse, middle, scale, groups, shares, before, errors, rounded, columns, out, top,
-    FEEDS: tl.constexpr, AGAIN: tl.constexpr, ROWS: tl.constexpr,
+    FEEDS: tl.constexpr, AGAIN: tl.constexpr, PRUNES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Round the rows of a program in the first columns, and move the others."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -41,10 +42,16 @@ def grid_columns(
     for column in range(rounded):
         wanted = _less_errors(current, shares, errors, column, column, columns, out, row, here, FEEDS)
         at = tl.load(groups + column) * out + row
-        centre = tl.load(middle + at, mask=here, other=0.0)
-        code = tl.fma(wanted, tl.load(inverse + at, mask=here, other=0.0), centre)
-        code = tl.minimum(tl.maximum(code, 0.0), top.to(tl.float32)) + ROUNDING - ROUNDING
-        stored = (code - centre) * tl.load(scale + at, mask=here, other=0.0)
+        factor = tl.load(scale + at, mask=here, other=0.0)
+        if PRUNES:
+            bits = wanted.to(tl.int32, bitcast=True)  # rounded to bfloat16, to even
+            bits = (bits + 0x7FFF + (bits >> 16 & 1)) & -0x10000
+            stored = bits.to(tl.float32, bitcast=True) * factor
+        else:
+            centre = tl.load(middle + at, mask=here, other=0.0)
+            code = tl.fma(wanted, tl.load(inverse + at, mask=here, other=0.0), centre)
+            code = tl.minimum(tl.maximum(code, 0.0), top.to(tl.float32)) + ROUNDING - ROUNDING
+            stored = (code - centre) * factor
         if FEEDS:
             error = stored - tl.load(before + column * out + row, mask=here, other=0.0) if AGAIN else wanted - stored
             tl.store(errors + column * out + row, error, mask=here)

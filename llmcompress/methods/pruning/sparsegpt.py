@@ -17,9 +17,8 @@ from llmcompress.methods.solvers.floats import LAYOUTS, FloatLayout, FloatName
 from llmcompress.methods.solvers.grid import GridFormat
 from llmcompress.methods.solvers.hessian import channel_energy, inverse_factor
 from llmcompress.methods.solvers.projection import (
-    KeptValues,
+    PrunedValues,
     Selection,
-    Side,
     Zeros,
     form_sketch,
     largest,
@@ -105,6 +104,9 @@ def sparsegpt(layer: Layer, config: SparseGPT) -> Layer:
     if structure is not None:
         check_pattern(*structure, width)
     form = config.form()
-    kept: Side = KeptValues() if form is None else points_of_form(form, width, channel_energy(layer.inputs).float())
-    projection = Selection(kept, Zeros(), choose, config.span(width), config.index)
+    span = config.span(width)
+    if form is None:
+        return with_base(layer, feedback(target, factor, PrunedValues(choose, span, config.index)), notes)
+    points = points_of_form(form, width, channel_energy(layer.inputs).float())
+    projection = Selection(points, Zeros(), choose, span, config.index)
     return with_base(layer, feedback(target, factor, projection), notes)

@@ -21,7 +21,7 @@ from llmcompress.methods.solvers.floats import (
 )
 from llmcompress.methods.solvers.grid import GridFormat, centre, fit_grid, grid_of, grid_sketch, reciprocal
 from llmcompress.weight.expression import float_steps
-from llmcompress.weight.nodes import Columns, Dense, Grid, Index, Minifloat, Weight, Where, Zero
+from llmcompress.weight.nodes import Columns, Dense, Grid, Index, Minifloat, Weight, Where, Zero, shape
 
 
 class KeptValues:
@@ -41,6 +41,57 @@ class KeptValues:
     def weight(self, values: Tensor) -> Weight:
         """`Dense`."""
         return Dense(values.to(self.dtype))
+
+
+class PrunedValues:
+    """Values as they are in bfloat16 where a selection is true, 0 elsewhere; see `Selection` for the arguments."""
+
+    def __init__(self, choose: Callable[[Tensor, int], Tensor], span: int, index: Callable[..., Index]) -> None:
+        self.pick, self.span, self.index = choose, span, index
+        self.strides: tuple[int, ...] = (span,)
+        self.chosen = torch.zeros(0, 0)  # float32 [in, out], 1 where values stay
+
+    @staticmethod
+    def like(pruned: Where) -> "PrunedValues":
+        """The places of a matrix that is pruned already."""
+        again = PrunedValues(lambda columns, start: columns != 0, 1, lambda chosen: pruned.index)
+        again.chosen = pruned.index.inside.expand(shape(pruned)).T.float().contiguous()
+        return again
+
+    def project_block(self, columns: slice, current: Tensor, shares: Tensor | None) -> Tensor:
+        """See `BlockProjection`: a call of `round_columns` for each run of columns of one selection."""
+        if columns.start == 0:
+            self.chosen = torch.zeros_like(current)
+        block = current[columns]
+        errors = torch.empty_like(block)
+        for start in range(columns.start, columns.stop, self.span if self.span < len(block) else len(block)):
+            if start % self.span == 0:
+                whole = slice(start, start + self.span)
+                self.chosen[whole] = self.pick(current[whole], start).float()
+            part = slice(start - columns.start, min(start + self.span, columns.stop) - columns.start)
+            rest = None if shares is None else shares[part.start :, part.start :]
+            self._prune(start, part.stop - part.start, block[part.start :], rest, errors[part.start :])
+        return errors
+
+    def choose(self, start: int, current: Tensor, shares: Tensor, before: Tensor) -> Tensor:
+        """Keep values in their places; see `TrellisStreams.choose`."""
+        errors = torch.empty_like(current)
+        self._prune(start, len(current), current, shares, errors, before)
+        return errors
+
+    def _prune(
+        self, start: int, count: int, block: Tensor, shares: Tensor | None, errors: Tensor, before: Tensor | None = None
+    ) -> None:
+        """Prune the first columns of a block, which is number `start` of the matrix, and move the later ones."""
+        chosen = self.chosen[start : start + count]
+        groups = torch.arange(count, dtype=torch.int32, device=block.device)
+        rest = None if shares is None else shares.contiguous()
+        round_columns(GridBlock(block, (chosen, chosen, chosen), groups, 0, rest, before), errors)
+
+    def weight(self, values: Tensor) -> Weight:
+        """`Where`."""
+        kept, size = self.chosen.T.bool().contiguous(), (values.shape[0], values.shape[1])
+        return Where(self.index(kept), Dense(values.to(torch.bfloat16)), Zero(size))
 
 
 class Zeros:

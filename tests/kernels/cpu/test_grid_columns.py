@@ -12,9 +12,17 @@ from llmcompress.kernels.cpu import build, grid_columns
 from llmcompress.kernels.cpu.instruction_sets import Tier
 from llmcompress.methods.solvers.feedback import BlockProjection, feedback
 from llmcompress.methods.solvers.grid import GridFormat
-from llmcompress.methods.solvers.projection import GridPoints
+from llmcompress.methods.solvers.projection import (
+    GridPoints,
+    KeptValues,
+    PrunedValues,
+    Selection,
+    Zeros,
+    largest,
+    largest_of_each,
+)
 from llmcompress.weight.expression import dense
-from llmcompress.weight.nodes import Weight
+from llmcompress.weight.nodes import Bitmap, Weight
 from tests.builders import correlated, seeded
 from tests.kernels.cpu.test_products import every_tier
 
@@ -61,6 +69,32 @@ def test_several_columns_are_rounded_as_one_after_the_other(form: Any, fed: bool
     weight, factor, *_ = given(form)
     losses = [float(((found - weight) @ torch.linalg.inv(factor)).square().sum()) for found in (found, expected)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("pattern", [None, (2, 4), (3, 5)])
+def test_several_columns_are_pruned_as_one_after_the_other(pattern: tuple[int, int] | None) -> None:
+    """But for places that roundings of sums decide, and then as well."""
+    rows, columns = 90, 320
+    weight, inputs = torch.randn(rows, columns, generator=seeded(1)), correlated(512, columns)
+    hessian = inputs.T @ inputs / 512 + 0.3 * torch.eye(columns)
+    factor = torch.linalg.cholesky(torch.linalg.inv(hessian)).T.contiguous()
+    pivots = factor.diagonal().square()[:, None]
+
+    def choose(current: Tensor, start: int) -> Tensor:
+        saliency = current.square() / pivots[start : start + len(current)]
+        return largest_of_each(saliency, *pattern) if pattern else largest(saliency, saliency.numel() // 2)
+
+    def index(chosen: Tensor) -> Bitmap:
+        return Bitmap(chosen)
+
+    span = pattern[1] if pattern else 128
+    ways = PrunedValues(choose, span, index), Selection(KeptValues(), Zeros(), choose, span, index)
+    assert isinstance(ways[0], BlockProjection) and not isinstance(ways[1], BlockProjection)
+    found, expected = (dense(feedback(weight, factor, way)) for way in ways)
+    assert float((found != expected).float().mean()) < 0.02
+    assert int((found != 0).sum()) == int((expected != 0).sum())
+    losses = [float(((each - weight) @ torch.linalg.inv(factor)).square().sum()) for each in (found, expected)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
 @every_tier

@@ -73,26 +73,30 @@ def round_once() -> None:
     interpreter.InterpreterBuilder.create_fma = fma
 
 
-GRIDS = [(fed, rounded) for fed in (True, False) for rounded in (5, 4, 3)]
+GRIDS = [(fed, rounded, levels) for fed in (True, False) for rounded in (5, 4, 3) for levels in (8, 0)]
 
 
-def grid_block(fed: bool, rounded: int, device: str) -> GridBlock:
-    """Return five columns of 150 rows in two groups, of which some are rounded; all five for the second time."""
+def grid_block(fed: bool, rounded: int, levels: int, device: str) -> GridBlock:
+    """Return five columns of 150 rows in two groups, of which some are rounded; all five for the second time.
+
+    Without `levels` they are pruned.
+    """
     random = seeded(4)
     current, scale = torch.randn(5, 150, generator=random), torch.rand(2, 150, generator=random) + 0.1
+    scale = scale if levels else (scale > 0.5).float()
     parameters = (1 / scale, torch.randint(8, (2, 150), generator=random).float(), scale)
     groups, shares = torch.tensor([0, 0, 1, 1, 1], dtype=torch.int32), torch.randn(5, 5, generator=random) / 3
     inverse, middle, scale = (each.to(device) for each in parameters)
     own = shares.to(device) if fed else None
     before = torch.randn(5, 150, generator=random).to(device) if fed and rounded == 5 else None
-    return GridBlock(current.to(device), (inverse, middle, scale), groups[:rounded].to(device), 8, own, before)
+    return GridBlock(current.to(device), (inverse, middle, scale), groups[:rounded].to(device), levels, own, before)
 
 
 def rounded_on(device: str, round_columns: Any) -> list[tuple[Tensor, Tensor]]:
     """Return what blocks of grids have become, and their errors."""
     answers = []
-    for fed, rounded in GRIDS:
-        block = grid_block(fed, rounded, device)
+    for fed, rounded, levels in GRIDS:
+        block = grid_block(fed, rounded, levels, device)
         errors = torch.zeros_like(block.current)
         round_columns(block, errors)
         answers.append((block.current.cpu(), errors.cpu()))
