@@ -10,17 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import llmcompress as lc
 from llmcompress.allocation.sensitivity import probe_windows
 from llmcompress.cli.app import app
 from llmcompress.data.calibration import CalibrationTokens
+from llmcompress.evaluation.adapter_transfer import passport
 from llmcompress.evaluation.perplexity import describe_protocol, text_windows
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.models.dense.tokenizer import load_tokenizer
+from llmcompress.pipeline.frontier import frontier
+from llmcompress.pipeline.frontier_inputs import budgets
+from llmcompress.recipe.read import read_recipe
+from scripts.demo import written
 from tests.tiny import save_tiny, tiny_tokenizer
 
 BOS = 256
@@ -100,10 +107,31 @@ def distill(place: Path, output: Path) -> None:
     lc.distill(place / "small", place / "dense", recipe, output)
 
 
+def sweep(place: Path, output: Path) -> None:
+    options = [[{"method": "rtn", "bits": bits, "group_size": 32}] for bits in (2, 4)]
+    text = {"dataset": str(place / "text.txt"), **CALIBRATION}
+    recipe = {"version": 1, "name": "mill", "calibration": text, "target": {"bpw": 3.6}, "options": options}
+    frontier(place / "dense", [read_recipe(recipe)], budgets("3.6", None), output, PROTOCOL)
+
+
+def hand_over(place: Path, output: Path) -> None:
+    """An adapter, from the dense model to the compressed one."""
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(place / "dense"), lora).save_pretrained(output)
+    passport(place / "small", [output], place / "dense", PROTOCOL)
+
+
+def write_sentences(place: Path, output: Path) -> None:
+    """The demo's."""
+    model = AutoModelForCausalLM.from_pretrained(place / "small")
+    assert all(ids[0] == BOS for ids in written(model, load_tokenizer(place / "small")))
+
+
+READERS = [score, compare, score_pairs, drift, verify, compress_to_a_size, distill, sweep, hand_over, write_sentences]
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "reads", [score, compare, score_pairs, drift, verify, compress_to_a_size, distill], ids=lambda each: each.__name__
-)
+@pytest.mark.parametrize("reads", READERS, ids=lambda each: each.__name__)
 def test_every_context_begins_with_bos(
     reads: Callable[[Path, Path], None], folders: Path, contexts: list[Tensor], tmp_path: Path
 ) -> None:
