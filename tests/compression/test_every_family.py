@@ -25,16 +25,18 @@ SIXTEEN = (
     *("phi3", "gpt2", "gpt_neox", "falcon", "bloom", "opt"),  # fused, or by other names
     *("mixtral", "qwen3_moe"),
 )
-# Fast: every recipe on a plain model, and the two first recipes of most users on all families.
-PAIRS = [
-    pytest.param(
-        recipe,
-        family,
-        marks=() if family == "llama" or recipe in ("default", "quick") else pytest.mark.slow,
-    )
-    for recipe in RECIPES
-    for family in SIXTEEN
-]
+EACH = 4  # a slow test has every recipe on this share of families, in turn, and a nightly one on the others
+
+
+def tier(recipe: str, family: str) -> Any:
+    """Return the marks of a pair. Fast: every recipe on a plain model, and the two first of most users on all."""
+    if family == "llama" or recipe in ("default", "quick"):
+        return ()
+    turn = (RECIPES.index(recipe) + SIXTEEN.index(family)) % EACH
+    return pytest.mark.nightly if turn else pytest.mark.slow
+
+
+PAIRS = [pytest.param(recipe, family, marks=tier(recipe, family)) for recipe in RECIPES for family in SIXTEEN]
 WIDER: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}  # ranks of the recipes fit
 WIDER_BY_FAMILY: dict[str, dict[str, Any]] = {
     **{family: {"num_key_value_heads": 4} for family in ("deepseek_v2", "deepseek_v3")},  # else they generate nothing

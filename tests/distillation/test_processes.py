@@ -155,7 +155,7 @@ def alone(place: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
     return out, {name: run(asked[name]) for name in asked if name not in later}
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=["ddp", "fsdp2", pytest.param("deepspeed", marks=pytest.mark.nightly)])
 def together(request: pytest.FixtureRequest, place: Path, alone: Any) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
     """The folder of the jobs' outputs, and what each of two processes says of them."""
     if request.param == "deepspeed" and find_spec("deepspeed") is None:
