@@ -12,17 +12,19 @@ from torch import Tensor
 
 from llmcompress.kernels.cpu.build import load_kernel
 from llmcompress.kernels.cpu.calls import address_of, own_values
+from llmcompress.kernels.cpu.instruction_sets import Tier
 from llmcompress.kernels.cpu.sequence import CallSequence
 from llmcompress.kernels.cpu.token_steps import Attend, Norm
 from llmcompress.kernels.cpu.vectors import Combine, CombineArgument, exponential
+from tests.kernels.cpu.test_products import every_tier
 
 ULP = 2.0**-8  # largest relative change of a number rounded to bfloat16
 
 
-def call(kernel: Any, values: list[int], blocks: int = 1) -> None:
+def call(kernel: Any, values: list[int], blocks: int = 1, tier: Tier | None = None) -> None:
     """Run a kernel in this thread."""
     arguments = own_values(values)
-    load_kernel(kernel).serial(ctypes.addressof(arguments), 0, blocks)
+    load_kernel(kernel, tier).serial(ctypes.addressof(arguments), 0, blocks)
 
 
 def random(*size: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -153,6 +155,25 @@ def test_attention_is_that_of_float64(
     shares = (q @ keys[:, : count + 1].double().mT / math.sqrt(size)).softmax(-1)
     exact = (shares @ values[:, : count + 1].double()).view(heads * group, size)
     torch.testing.assert_close(mixed.double(), exact, rtol=2 * ULP, atol=0.01)
+
+
+@every_tier
+def test_every_tier_gives_alike(tier: Tier) -> None:
+    """Up to sums in another order."""
+    hidden, weight = random(96, seed=1), random(96, seed=2)
+    queries, keys, values = random(4, 24, seed=3), random(2, 9, 24, seed=4), random(2, 9, 24, seed=5)
+    attend = Attend(24, 2, 0.2, False, None)
+    results = []
+    for way in (tier, None):
+        x, gated, mixed = torch.empty_like(hidden), torch.empty_like(hidden), torch.empty_like(queries)
+        call(Norm(96, 1e-5, False, False), addresses(hidden, None, None, weight, x), 1, way)
+        call(Combine(96, "gelu"), addresses(x, weight, gated), 1, way)
+        scores, needed = torch.empty(2 * attend.scores_room(9)), attend.scores_room(9)
+        read = addresses(queries, queries[:2], queries[2:], *[None] * 5, keys[0, 0], keys[0, 1], keys, values)
+        call(attend, [*read, 9 * 24, 8, scores.data_ptr(), needed, mixed.data_ptr()], 2, way)
+        results.append((x, gated, mixed))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=2 * ULP, atol=1e-3)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
