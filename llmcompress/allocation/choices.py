@@ -214,7 +214,12 @@ def _suitable_options(
 
 def _default_options() -> tuple[Steps, ...]:
     """Return the default options of linears: trellises in a rotated basis, with one `refine`."""
-    return tuple(_steps({"method": "trellis", "bits": rate}, {"method": "refine", "passes": 1}) for rate in RATES)
+    return tuple(_steps(_trellis(rate), {"method": "refine", "passes": 1}) for rate in RATES)
+
+
+def _trellis(rate: float) -> dict[str, Any]:
+    """Return the arguments of a trellis whose numbers processors look up fast."""
+    return {"method": "trellis", "bits": rate, "code": "linear"}
 
 
 def _sparse_options(sparsity: float) -> tuple[Steps, ...]:
@@ -231,7 +236,7 @@ def _steps(*arguments: dict[str, Any]) -> Steps:
 def _tables(job: Job) -> list[Matrix]:
     """Return the token table and an untied output head that the recipe gives no steps for."""
     arch, recipe = job.arch, job.recipe
-    trellises = tuple(_steps({"method": "trellis", "bits": rate}) for rate in TABLE_RATES)
+    trellises = tuple(_steps(_trellis(rate)) for rate in TABLE_RATES)
     grids = tuple(_steps({"method": "gptq", "bits": width}) for width in WIDTHS)
     plain = {"method": "rtn", "group_size": TABLE_GROUP, "symmetric": False}
     only_looked_up = tuple((step(plain | {"bits": width}),) for width in WIDTHS)

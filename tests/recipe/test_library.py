@@ -12,8 +12,10 @@ from records import read_records
 from typer.testing import CliRunner
 
 import llmcompress as lc
+from llmcompress.allocation.choices import _default_options
 from llmcompress.cli.app import app
 from llmcompress.errors import RecipeError
+from llmcompress.methods.trellises.trellis import TrellisConfig
 from llmcompress.recipe import library as room
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.library import find_recipe, library
@@ -30,6 +32,14 @@ def test_every_recipe_of_every_group_is_found_by_its_name() -> None:
     for one in library():
         assert find_recipe(one.name, distillation=one.group == "distillation") == one.path
         assert one.purpose.endswith((".", ".)")) and 10 < len(one.purpose) <= 125, f"{one.path}: {one.purpose}"
+
+
+def test_recommended_trellises_and_those_of_targets_have_the_fast_code() -> None:
+    recipes = [read_recipe(each.name) for each in library() if each.group == "recommended"]
+    lists = [*_default_options(), *(rule.steps for recipe in recipes for rule in recipe.rules)]
+    lists += [steps for recipe in recipes for steps in (recipe.embeddings, recipe.head or (), recipe.table or ())]
+    codes = [config.code for steps in lists for config in steps if isinstance(config, TrellisConfig)]
+    assert len(codes) > 10 and set(codes) == {"linear"}
 
 
 def test_a_name_reads_as_its_file_does() -> None:
