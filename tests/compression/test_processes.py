@@ -346,7 +346,10 @@ def test_two_processes_compress_what_one_compresses(place: Path, tmp_path: Path)
 
 @pytest.mark.slow
 def test_two_processes_price_what_one_prices(place: Path, tmp_path: Path) -> None:
-    """The same list, number for number, and so the same plan, for tables too."""
+    """The same list, number for number, and so the same plan.
+
+    Prices of tables are as near as trellises, their default options, whose paths a last bit of an input can turn.
+    """
     grids = [[{"method": "gptq", "bits": bits}] for bits in (2, 3, 4)]
     entries: dict[str, Any] = recipe(place, rules=[], target={"bytes": "60KB"}, options=grids)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(entries))
@@ -355,7 +358,14 @@ def test_two_processes_price_what_one_prices(place: Path, tmp_path: Path) -> Non
     done = launch(words)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (json.loads((tmp_path / name / "allocation.json").read_text()) for name in ("alone", "two"))
-    assert one["matrices"] == two["matrices"] and len(one["matrices"]) == DEPTH * 7 + 2
+    lists = [[each for each in found["matrices"] if not each["is_table"]] for found in (one, two)]
+    assert lists[0] == lists[1] and len(lists[0]) == DEPTH * 7
+    tables = [[each for each in found["matrices"] if each["is_table"]] for found in (one, two)]
+    assert [len(each) for each in tables] == [2, 2]
+    for here, elsewhere in zip(*tables, strict=True):
+        assert here["chosen"] == elsewhere["chosen"]
+        for offer, other in zip(here["offers"], elsewhere["offers"], strict=True):
+            assert offer["bytes"] == other["bytes"] and offer["error"] == pytest.approx(other["error"], rel=0.02)
     assert json.loads(done.stdout)["allocation"]["measured_kl"] == pytest.approx(one["measured_kl"], rel=0.2)
     check_alike(alone.folder, tmp_path / "two", place / "dense", place / "text.txt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "recipe.yaml", "two"]
