@@ -24,7 +24,7 @@ from llmcompress.methods.solvers.bitplanes import Planes, planes_of
 from llmcompress.methods.solvers.feedback import few_threads
 from llmcompress.methods.solvers.grid import grid_of, round_to
 from llmcompress.methods.solvers.hessian import metric
-from llmcompress.methods.solvers.projection import FloatPoints, GridPoints, KeptValues, PrunedValues, Zeros
+from llmcompress.methods.solvers.projection import FloatPoints, GridPoints, KeptValues, Zeros, keep_places
 from llmcompress.methods.solvers.scales import divide_columns, refit_scales
 from llmcompress.methods.solvers.streams import TrellisStreams
 from llmcompress.methods.solvers.vectors import books_of, move_codebooks, visit_vectors
@@ -95,7 +95,7 @@ def descend(base: Weight, target: Tensor, hessian: Tensor, rows: Tensor | None =
         _descend_blocks(GridPoints.like(base).choose, values, pull, hessian)
         return with_values(base, values.T.contiguous())
     if _is_pruned(base):
-        _descend_blocks(PrunedValues.like(base).choose, values, pull, hessian)
+        _descend_blocks(keep_places(base), values, pull, hessian)
         return with_values(base, values.T.contiguous())
     move_to = nearest(base)
     for start in range(0, len(values), BLOCK):

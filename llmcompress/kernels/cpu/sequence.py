@@ -61,12 +61,11 @@ class CallSequence:
     values: Any = None  # the arguments of `Sequence`, once it has run
     kernel: LoadedKernel = field(default_factory=lambda: load_kernel(Sequence()))
 
-    def add(self, kernel: Kernel, values: Any, blocks: int = 1) -> Any:
-        """Add a kernel over so many blocks; return its arguments."""
+    def add(self, kernel: Kernel, values: Any, blocks: int = 1) -> None:
+        """Add a kernel over so many blocks."""
         loaded = load_kernel(kernel)
         self.owned += [loaded, values]
         self.entries += [ctypes.cast(loaded.serial, ctypes.c_void_p).value or 0, ctypes.addressof(values), blocks]
-        return values
 
     def run(self) -> None:
         """Run all kernels, in torch's threads, which meet after each."""

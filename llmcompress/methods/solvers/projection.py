@@ -47,16 +47,9 @@ class PrunedValues:
     """Values as they are in bfloat16 where a selection is true, 0 elsewhere; see `Selection` for the arguments."""
 
     def __init__(self, choose: Callable[[Tensor, int], Tensor], span: int, index: Callable[..., Index]) -> None:
-        self.pick, self.span, self.index = choose, span, index
+        self.choose, self.span, self.index = choose, span, index
         self.strides: tuple[int, ...] = (span,)
         self.chosen = torch.zeros(0, 0)  # float32 [in, out], 1 where values stay
-
-    @staticmethod
-    def like(pruned: Where) -> "PrunedValues":
-        """The places of a matrix that is pruned already."""
-        again = PrunedValues(lambda columns, start: columns != 0, 1, lambda chosen: pruned.index)
-        again.chosen = pruned.index.inside.expand(shape(pruned)).T.float().contiguous()
-        return again
 
     def project_block(self, columns: slice, current: Tensor, shares: Tensor | None) -> Tensor:
         """See `BlockProjection`: a call of `round_columns` for each run of columns of one selection."""
@@ -64,34 +57,41 @@ class PrunedValues:
             self.chosen = torch.zeros_like(current)
         block = current[columns]
         errors = torch.empty_like(block)
-        for start in range(columns.start, columns.stop, self.span if self.span < len(block) else len(block)):
-            if start % self.span == 0:
+        for first in range(0, len(block), self.span):
+            start = columns.start + first
+            if start % self.span == 0:  # else a selection of more columns than a block goes on
                 whole = slice(start, start + self.span)
-                self.chosen[whole] = self.pick(current[whole], start).float()
-            part = slice(start - columns.start, min(start + self.span, columns.stop) - columns.start)
-            rest = None if shares is None else shares[part.start :, part.start :]
-            self._prune(start, part.stop - part.start, block[part.start :], rest, errors[part.start :])
+                self.chosen[whole] = self.choose(current[whole], start).float()
+            chosen = self.chosen[start : min(start + self.span, columns.stop)]
+            rest = None if shares is None else shares[first:, first:]
+            _prune_columns(block[first:], chosen, rest, errors[first:])
         return errors
-
-    def choose(self, start: int, current: Tensor, shares: Tensor, before: Tensor) -> Tensor:
-        """Keep values in their places; see `TrellisStreams.choose`."""
-        errors = torch.empty_like(current)
-        self._prune(start, len(current), current, shares, errors, before)
-        return errors
-
-    def _prune(
-        self, start: int, count: int, block: Tensor, shares: Tensor | None, errors: Tensor, before: Tensor | None = None
-    ) -> None:
-        """Prune the first columns of a block, which is number `start` of the matrix, and move the later ones."""
-        chosen = self.chosen[start : start + count]
-        groups = torch.arange(count, dtype=torch.int32, device=block.device)
-        rest = None if shares is None else shares.contiguous()
-        round_columns(GridBlock(block, (chosen, chosen, chosen), groups, 0, rest, before), errors)
 
     def weight(self, values: Tensor) -> Weight:
         """`Where`."""
         kept, size = self.chosen.T.bool().contiguous(), (values.shape[0], values.shape[1])
         return Where(self.index(kept), Dense(values.to(torch.bfloat16)), Zero(size))
+
+
+def keep_places(pruned: Where) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
+    """Return the function that keeps values where a pruned matrix has them; see `TrellisStreams.choose`."""
+    places = pruned.index.inside.expand(shape(pruned)).T.float().contiguous()
+
+    def choose(start: int, current: Tensor, shares: Tensor, before: Tensor) -> Tensor:
+        errors = torch.empty_like(current)
+        _prune_columns(current, places[start : start + len(current)], shares, errors, before)
+        return errors
+
+    return choose
+
+
+def _prune_columns(
+    block: Tensor, chosen: Tensor, shares: Tensor | None, errors: Tensor, before: Tensor | None = None
+) -> None:
+    """Keep the first columns of a block where `chosen` is 1, and move the later ones."""
+    groups = torch.arange(len(chosen), dtype=torch.int32, device=block.device)
+    rest = None if shares is None else shares.contiguous()
+    round_columns(GridBlock(block, (chosen, chosen, chosen), groups, 0, rest, before), errors)
 
 
 class Zeros:
