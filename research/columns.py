@@ -152,7 +152,9 @@ TABLES: dict[str, Columns] = {
     "three-models": {
         "model and command": "{arm}",
         "seconds": "{seconds:.0f}",
+        "planned": "{planned_seconds:.0f}",
         "peak MB": "{peak_megabytes:.0f}",
+        "planned MB": "{planned_megabytes:.0f}",
         "bytes": "{bytes:,}",
         "bpw": "{bpw:.3f}",
         "WikiText-2": "{perplexity:.2f}",

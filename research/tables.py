@@ -105,6 +105,8 @@ def fields(record: Record, records: list[Record]) -> Record:
         row["megabytes"] = row["bytes"] / 1e6
     if "peak_memory_bytes" in row:
         row["peak_megabytes"] = row["peak_memory_bytes"] / 1e6
+    if "planned_memory_bytes" in row:
+        row["planned_megabytes"] = row["planned_memory_bytes"] / 1e6
     row |= {key: ", ".join(map(str, value)) for key, value in row.items() if isinstance(value, list)}
     if "perplexity" in row:
         row["perplexity_short"] = short(row["perplexity"])

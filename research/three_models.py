@@ -85,9 +85,12 @@ def measure_row(model: str, door: str, dense: Record | None, options: argparse.N
     shutil.rmtree(out, ignore_errors=True)
     numbers: Record = {}
     if dense is not None:
+        words = command_of(model, door, dense["dense_bytes"])
+        plan = run_command(["plan", *words[1:]])
         before = time.monotonic()
-        report = run_command([*command_of(model, door, dense["dense_bytes"]), "-o", str(out)])
+        report = run_command([*words, "-o", str(out)])
         numbers = {"seconds": time.monotonic() - before, "peak_memory_bytes": report["peak_memory_bytes"]}
+        numbers |= {"planned_seconds": plan["seconds"], "planned_memory_bytes": plan["peak_memory_bytes"]}
     text = ["--text", str(options.data / TEXT), "--windows", "8", "--length", "512"]
     tasks = ",".join(str(options.data / "tasks" / name) for name in TASKS)
     text += ["--domains", str(options.work / "kinds"), "--tasks", tasks, "--limit", str(options.limit)]
