@@ -45,6 +45,7 @@ TRELLISES = (
     Trellis(2, 1, 10, "linear"),
     Trellis(3, 2, 8, "linear"),
 )
+RINGS = (Trellis(2, 1, 10, "linear", ring=True), Trellis(3, 2, 9, ring=True))
 LEVELS = (2, 3, 4, 5, 8, 16, 100, 256)
 FLOATS: tuple[FloatFormat, ...] = ("e2m1", "e2m3", "e3m2", "e4m3")
 SCALES: tuple[ScaleFormat, ...] = ("e8m0", "e4m3", "bfloat16")
@@ -191,6 +192,7 @@ def every_node() -> list[Weight]:
     nodes += [grid((5, 33), levels, 16, levels, symmetric) for levels in (2, 3, 8) for symmetric in (True, False)]
     nodes += [grid((1, 1), 4, 1, 0, symmetric=False), grid(size, 8, 7, 0, symmetric=True, one_row=True)]
     nodes += [streams(kind, steps, 24, run) for kind in TRELLISES for steps, run in ((7, 768), (50, 22), (1, 2))]
+    nodes += [streams(kind, steps, 24, run) for kind in RINGS for steps, run in ((7, 768), (50, 22))]
     nodes += [tiles(bits, bits) for bits in (1, 3)]
     nodes += [codebook(size, entries, length, entries) for entries, length in ((2, 1), (3, 2), (16, 4), (256, 8))]
     nodes += [codebook((5, 33), 6, 4, 0), codebook((1, 1), 256, 4, 0)]

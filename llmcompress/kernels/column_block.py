@@ -11,6 +11,9 @@ multiply-adds, is rounded to whole numbers by adding 2^23. A key of 32 bits hold
 the lowest key is the cheapest path, and of equally cheap ones the one with the lowest oldest code. Of equally cheap
 ends the lowest state wins. The lowest cost is subtracted every 16 steps, and costs are capped. `whole_weights` gives 12
 of the bits to the largest weight, so squared errors are as if costs were real numbers.
+
+A ring must end in the state in which it starts, its seam. First the cheapest path through the last steps of the column
+and on through the first ones is searched; the seam is its state between them. Then the column is searched from there.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ WIDEST = 10.0  # largest magnitude of a wanted number
 EVERY = 16  # steps between subtractions of the lowest cost
 WEIGHT_BITS = 12  # of the largest weight
 ABOVE = 8.0  # largest weight in multiples of the median one, whose costs need bits too
+SEAM = 64  # steps on each side of a seam that are searched for it
 SHORT_STATES = 12  # bits of a state above which registers of a GPU hold numbers of 16 bits
 
 
@@ -43,7 +47,7 @@ class ColumnBlock:
         factors: float32 `[out]`, the scales of numbers.
         edges: the first step of each stream, and the end.
         ends: int32 `[columns + 1, streams]`, the states before the first column and after each, without their oldest
-            code, -1 for any; replaced by the chosen ones.
+            code, -1 for any; replaced by the chosen ones. Rings only write them.
         shares: float32 `[columns, columns]`, the shares of an error of a column (first) that later ones lose, if any.
         before: like `current`, the numbers stored before: errors are then the new ones less these.
     """

@@ -94,7 +94,8 @@ def _header(w: Weight) -> dict[str, Any]:
             return {"node": "grid", **size, "levels": levels, "group_size": group_size, **affine}
         case TrellisCodes(trellis=trellis, run=run):
             name = CODES[trellis.code]  # of its own, so that readers of format 3 that lack a code refuse it
-            return {"node": name, **size, "run": run, **{key: getattr(trellis, key) for key in SIZES}}
+            ring = {"ring": True} if trellis.ring else {}  # which readers of format 3 that lack rings refuse
+            return {"node": name, **size, "run": run, **{key: getattr(trellis, key) for key in SIZES}, **ring}
         case Tiles(bits=bits):
             return {"node": "tiles", **size, "bits": bits}
         case Codebook(centroids=centroids):
@@ -121,7 +122,7 @@ def _header(w: Weight) -> dict[str, Any]:
 def trellis_of(header: dict[str, Any]) -> Trellis:
     """Return the trellis of a header."""
     code: Code = "table" if header["node"] == CODES["table"] else "linear"
-    return Trellis(header["bits"], header["values"], header["memory"], code)
+    return Trellis(header["bits"], header["values"], header["memory"], code, header.get("ring", False))
 
 
 @dataclass(frozen=True, eq=False)

@@ -138,12 +138,13 @@ def _trellis_rows(header: dict[str, Any], stored: Tensor, chosen: Tensor) -> Ten
     run = torch.bucketize(step, edges, right=True) - 1
     first, length = edges[run], edges[run + 1] - edges[run]
     stream = first * width  # where it begins, in codes
-    place = (stream + step - first)[:, None] + length[:, None] * torch.arange(width, device=chosen.device)
-    state = torch.zeros_like(place)
+    column = stream[:, None] + length[:, None] * torch.arange(width, device=chosen.device)
+    place = (step - first)[:, None]
+    state = torch.zeros_like(column)
     for back in range(-(-trellis.memory // trellis.bits)):
-        wanted = place - back
+        wanted = column + ((place - back) % length[:, None] if trellis.ring else place - back)
         codes = unpack_at(stored, 1 << trellis.bits, wanted.clamp_min(0).flatten())
-        held = codes.reshape(place.shape).long() << (back * trellis.bits)
+        held = codes.reshape(column.shape).long() << (back * trellis.bits)
         state |= torch.where(wanted >= stream[:, None], held, 0)  # before a stream begins, all is 0
     numbers = table(trellis).to(chosen.device)[state & ((1 << trellis.memory) - 1)]  # [n, in, values]
     return numbers.gather(2, (chosen % trellis.values)[:, None, None].expand(-1, width, 1))[..., 0]

@@ -62,6 +62,7 @@ class _Trellis(_Matrix):
     bits: int
     values: int
     memory: int
+    ring: bool = False
 
 
 class _Tiles(_Matrix):

@@ -2,8 +2,9 @@
 
 A step's code, `bits` wide, is shifted into a state of `memory` bits: state = (state << bits | code) mod 2^memory. A
 table has `values` numbers for every state. So a code decides its own numbers and, with later codes, those of the next
-steps: many more numbers than 2^bits, at `bits` a step. Streams start in state 0. Tables follow from the sizes alone;
-nothing of them is stored. There are two codes:
+steps: many more numbers than 2^bits, at `bits` a step. A chain starts in state 0 and goes on from column to column. A
+ring is a column of its own: it starts in the state in which it ends. Tables follow from the sizes alone; nothing of
+them is stored. There are two codes:
 
 - `table`: a number of its own for every state. Differs from the paper, whose tables are random: here the numbers of the
   2^bits states that can follow a state, and of those that it can follow, lie one in each of 2^bits equally likely parts
@@ -47,6 +48,7 @@ class Trellis:
     values: int  # that a step gives: 1 or 2
     memory: int  # bits of a state
     code: Code = "table"
+    ring: bool = False  # True if each column of a run goes round
 
     def __post_init__(self) -> None:
         if self.values not in (1, 2) or not 1 <= self.bits <= 7 or not 2 * self.bits <= self.memory <= 16:
@@ -98,32 +100,40 @@ def _gaussian(trellis: Trellis) -> Tensor:
 # --- streams and matrices -------------------------------------------------------------------------------------------
 
 
-def states(codes: Tensor, trellis: Trellis) -> Tensor:
-    """Return the states after each code of a stream, uint8 `[steps]`, that starts in state 0: int32 `[steps]`."""
-    window, held = codes.int(), 1  # codes that a number holds
+def states(codes: Tensor, width: int, trellis: Trellis) -> Tensor:
+    """Return the states after each code of a run of rows, uint8 `[width * steps]`: int32 `[width, steps]`."""
+    window, held = codes.reshape(width if trellis.ring else 1, -1).int(), 1  # codes that a number holds
     while held * trellis.bits < trellis.memory:
-        earlier = window[:-held] << (held * trellis.bits)
-        window[held:] |= earlier
+        earlier = window.roll(held, 1) << (held * trellis.bits)
+        if not trellis.ring:
+            earlier[:, :held] = 0
+        window |= earlier
         held *= 2
-    return window & ((1 << trellis.memory) - 1)
+    return (window & ((1 << trellis.memory) - 1)).reshape(width, -1)
 
 
 def cuts(rows: int, run: int, trellis: Trellis) -> list[int]:
-    """Return the step of a column at which each stream starts, and the end: `run` rows each, or what is left."""
-    return [row // trellis.values for row in (*range(0, rows, run), rows)]
+    """Return the step of a column at which each stream starts, and the end: `run` rows each, or what is left.
+
+    Less than half a run would be a ring of few steps, so the one before it goes on to the end.
+    """
+    starts = list(range(0, rows, run))
+    if trellis.ring and len(starts) > 1 and rows - starts[-1] < run / 2:
+        starts.pop()
+    return [row // trellis.values for row in (*starts, rows)]
 
 
 def matrix(codes: Tensor, rows: int, trellis: Trellis, run: int) -> Tensor:
     """Decode codes, flat uint8, to a matrix of so many rows, float32 `[rows, in]`.
 
-    Rows come in runs, so that several can be searched at a time; the streams of the runs follow each other. A stream
-    goes down its rows of the first column, a step giving `values` of them, and on with the next column.
+    Rows come in runs, so that several can be searched at a time; the codes of the runs follow each other. Those of a
+    run go down its rows of the first column, a step giving `values` of them, and on with the next column.
     """
     numbers, steps = table(trellis).to(codes.device), rows // trellis.values
     width = len(codes) // steps
     runs = []
     for first, last in pairwise(cuts(rows, run, trellis)):
-        stream = numbers[states(codes[first * width : last * width], trellis)]
+        stream = numbers[states(codes[first * width : last * width], width, trellis)]
         runs.append(stream.reshape(width, -1).T)
     return torch.cat(runs) if len(runs) > 1 else runs[0]
 

@@ -21,6 +21,7 @@ from llmcompress.kernels.column_block import (
     CAP,
     COST,
     EVERY,
+    SEAM,
     WHOLE,
     WIDEST,
     ColumnBlock,
@@ -61,13 +62,14 @@ class SearchArgument(IntEnum):
 class ColumnSearch:
     """The kernel for a trellis of these sizes.
 
-    `feeds`: True if errors move later columns; `again`: True if columns were stored before, so that an error is the
-    change of a column.
+    `ring`: True if columns go round; `feeds`: True if errors move later columns; `again`: True if columns were stored
+    before, so that an error is the change of a column.
     """
 
     bits: int
     values: int
     memory: int
+    ring: bool
     feeds: bool
     again: bool
 
@@ -107,11 +109,14 @@ class ColumnSearch:
                 row = column * f.size(SearchArgument.STEPS) * self.values + first * self.values
                 self._prepare(f, (row, first * self.values, steps * self.values), slopes, shifts)
                 ends = column * f.size(SearchArgument.STREAMS) + stream
-                self._enter(f, keys, f.item(SearchArgument.ENDS, I32, ends).wider(I64))
-                self._advance(f, (first, steps), (slopes, shifts, keys, oldest))
                 end = ends + f.size(SearchArgument.STREAMS)
-                last_keys = f.behind(keys, (steps & 1) * (4 * self.rest))
-                best = self._cheapest(f, last_keys, f.item(SearchArgument.ENDS, I32, end))
+                if self.ring:
+                    start = stop = self._find_seam(f, (first, steps), (slopes, shifts, keys, oldest))
+                else:
+                    start, stop = (f.item(SearchArgument.ENDS, I32, place).wider(I64) for place in (ends, end))
+                self._enter(f, keys, start)
+                self._advance(f, (first, steps), (slopes, shifts, keys, oldest))
+                best = self._cheapest(f, self._after(f, keys, steps), stop)
                 state = self._trace(f, (column, first, steps), oldest, best)
                 f.store(state, f.pointer(SearchArgument.ENDS), end * 4)
                 if self.feeds:
@@ -137,21 +142,48 @@ class ColumnSearch:
 
         f.each(count, write)
 
-    def _enter(self, f: KernelFunction, keys: Value, start: Value) -> None:
-        """Write keys by which only the state `start` is reached."""
+    def _find_seam(self, f: KernelFunction, where: tuple[Value, Value], room: tuple[Value, ...]) -> Value:
+        """Return the state between the end of a ring and its start, without its oldest code."""
+        first, steps = where
+        _, _, keys, oldest = room
+        side = (steps >> 1).least(f.constant(I64, SEAM))
+        self._enter(f, keys, None)
+        self._advance(f, (first, steps), room, (steps - side, side * 2))
+        place = f.variable(self._cheapest(f, keys, f.constant(I64, -1)))  # after an even number of steps
+        with f.loop(0, side) as back:
+            place.set(self._whole_state(f, oldest, side * 2 - 1 - back, place.get()) >> self.bits)
+        return place.get()
+
+    def _enter(self, f: KernelFunction, keys: Value, start: Value | None) -> None:
+        """Write keys by which only the state `start` is reached; None: by which all are."""
         lanes = min(LANES, self.rest)
         with f.loop(0, self.rest, lanes) as at:
-            f.store(f.item(SearchArgument.OLDEST, vector(I32, lanes), at) | CAP, keys, at * 4)
-        start = start & (self.rest - 1)
-        f.store(f.item(SearchArgument.OLDEST, I32, start), keys, start * 4)
+            before = f.item(SearchArgument.OLDEST, vector(I32, lanes), at)
+            f.store(before if start is None else before | CAP, keys, at * 4)
+        if start is not None:
+            start = start & (self.rest - 1)
+            f.store(f.item(SearchArgument.OLDEST, I32, start), keys, start * 4)
 
-    def _advance(self, f: KernelFunction, where: tuple[Value, Value], room: tuple[Value, ...]) -> None:
-        """Take all steps: keys lie in the first half of their room before an even step, else in the second."""
+    def _after(self, f: KernelFunction, keys: Value, steps: Value) -> Value:
+        """Return where keys lie after so many steps: after an even number in the first half of their room."""
+        return f.behind(keys, (steps & 1) * (4 * self.rest))
+
+    def _advance(
+        self,
+        f: KernelFunction,
+        where: tuple[Value, Value],
+        room: tuple[Value, ...],
+        turn: tuple[Value, Value] | None = None,
+    ) -> None:
+        """Take all steps, or as `turn` says from a first one on so many, beyond the last one those of the start."""
         first, steps = where
+        begin, count = turn or (f.constant(I64, 0), steps)
         slopes, shifts, keys, oldest = room
-        with f.loop(0, steps, EVERY) as chunk:
-            stop = (chunk + EVERY).least(steps)
-            with f.loop(chunk, stop) as step:
+        with f.loop(0, count, EVERY) as chunk:
+            stop = (chunk + EVERY).least(count)
+            with f.loop(chunk, stop) as place:
+                step = begin + place
+                step = step if turn is None else step - step // steps * steps
                 costs = []
                 shift = f.constant(F32, 0.0)
                 for value in range(self.values):
@@ -160,11 +192,11 @@ class ColumnSearch:
                     costs.append((f.load(slopes, F32, at * 4), weight))
                     part = f.load(shifts, F32, at * 4)
                     shift = part if value == 0 else shift + part
-                halves = [f.behind(keys, ((step + more) & 1) * (4 * self.rest)) for more in (0, 1)]
-                row = f.behind(oldest, step * self.rest)
+                halves = [self._after(f, keys, place + more) for more in (0, 1)]
+                row = f.behind(oldest, place * self.rest)
                 move = self._move_wide if self.bits >= WIDE else self._move_narrow
                 move(f, (halves[0], halves[1], row), _Costs(costs, shift + WHOLE))
-            self._subtract_lowest(f, f.behind(keys, (stop & 1) * (4 * self.rest)))
+            self._subtract_lowest(f, self._after(f, keys, stop))
 
     def _move_narrow(self, f: KernelFunction, rows: tuple[Value, Value, Value], costs: _Costs) -> None:
         """One step, vectors along butterflies."""
@@ -234,8 +266,14 @@ class ColumnSearch:
             less = f.builder.icmp_unsigned("<", key.raw, lowest.get().raw)
             best.set(Value(f, f.builder.select(less, at.raw, best.get().raw)))
             lowest.set(Value(f, f.builder.select(less, key.raw, lowest.get().raw)))
-        free = f.builder.icmp_signed("<", end.raw, f.constant(I32, 0).raw)
-        return Value(f, f.builder.select(free, best.get().raw, (end.wider(I64) & (self.rest - 1)).raw))
+        free = f.builder.icmp_signed("<", end.raw, f.constant(I64, 0).raw)
+        return Value(f, f.builder.select(free, best.get().raw, (end & (self.rest - 1)).raw))
+
+    def _whole_state(self, f: KernelFunction, oldest: Value, step: Value, rest: Value) -> Value:
+        """Return the state after a step, of which `rest` lacks the oldest code."""
+        lies = rest if self.bits >= WIDE else (rest & (self.parts - 1)) * self.inner + (rest >> self.bits)
+        code = f.load(oldest, I8, step * self.rest + lies).wider(I64, signed=False) & (self.parts - 1)
+        return code * self.rest + rest
 
     def _trace(self, f: KernelFunction, where: tuple[Value, Value, Value], oldest: Value, end: Value) -> Value:
         """Write the states of a column, its numbers and its errors, last step first; return the last state."""
@@ -244,10 +282,7 @@ class ColumnSearch:
         line = column * f.size(SearchArgument.STEPS)
         with f.loop(0, steps) as back:
             step = steps - 1 - back
-            rest = place.get()
-            lies = rest if self.bits >= WIDE else (rest & (self.parts - 1)) * self.inner + (rest >> self.bits)
-            code = f.load(oldest, I8, step * self.rest + lies).wider(I64, signed=False) & (self.parts - 1)
-            state = code * self.rest + rest
+            state = self._whole_state(f, oldest, step, place.get())
             place.set(state >> self.bits)
             at = line + first + step
             f.store(state.narrower(I32), f.pointer(SearchArgument.STATES), at * 4)
@@ -285,7 +320,8 @@ class ColumnSearch:
 def choose(block: ColumnBlock, numbers: Numbers, states: Tensor, errors: Tensor, streams: range) -> None:
     """Choose some streams of a block; see `choose_columns`."""
     sizes, most = numbers.trellis, longest_stream(block)
-    kernel = ColumnSearch(sizes.bits, sizes.values, sizes.memory, block.shares is not None, block.before is not None)
+    feeds, again = block.shares is not None, block.before is not None
+    kernel = ColumnSearch(sizes.bits, sizes.values, sizes.memory, sizes.ring, feeds, again)
     table, oldest = order_numbers(kernel, numbers.table), (torch.arange(kernel.rest) // kernel.inner).int()
     edges = torch.tensor([*block.edges, most], dtype=torch.int32)
     room = torch.empty(len(streams) * kernel.room(most), dtype=torch.uint8)

@@ -222,7 +222,9 @@ def _pack_streams(w: TrellisCodes, form: Streams) -> KernelMatrix:
     padded_rows, columns = _round_up(rows, form.block_rows), _round_up(width, block_size(form))
     blocks = []
     for first, last in pairwise(cuts(rows, w.run, trellis)):
-        units = _units_by_column(w.codes[first * width : last * width].numpy(), last - first, columns, form)
+        stream, steps = w.codes[first * width : last * width].numpy(), last - first
+        pack = _units_of_rings if trellis.ring else _units_by_column
+        units = pack(stream, steps, columns, form)
         for start in range(0, units.shape[1] - BEFORE, form.units):
             blocks.append(_pack_block(units[:, start : start + BEFORE + form.units], form))
     codes = np.concatenate([np.stack(blocks).reshape(-1), np.zeros(SLACK, np.uint8)])
@@ -244,6 +246,14 @@ def _units_by_column(stream: Bytes, steps: int, columns: int, form: Streams) -> 
     size = (columns, BEFORE + length // form.phases, form.unit_bytes)
     unit = flat.strides[0]
     return np.lib.stride_tricks.as_strided(flat, size, (steps // form.phases * unit, unit, 1))
+
+
+def _units_of_rings(stream: Bytes, steps: int, columns: int, form: Streams) -> Bytes:
+    """Do as `_units_by_column` for rings, which are filled up with their own codes."""
+    places = np.arange(-BEFORE * form.phases, _round_up(steps, form.units * form.phases)) % steps
+    rings = np.zeros((columns, steps), np.uint8)
+    rings.reshape(-1)[: len(stream)] = stream
+    return _pack_units(rings[:, places], form)
 
 
 def _pack_units(codes: Bytes, form: Streams) -> Bytes:

@@ -31,6 +31,7 @@ HIGH = tl.constexpr((1 << 32) - (1 << column_block.COST))
 CAP = tl.constexpr(column_block.CAP)
 WHOLE = tl.constexpr(column_block.WHOLE)
 WIDEST = tl.constexpr(column_block.WIDEST)
+SEAM = tl.constexpr(column_block.SEAM)
 
 
 def choose(block: ColumnBlock, numbers: Numbers, states: Tensor, errors: Tensor, streams: range) -> None:
@@ -72,6 +73,7 @@ def constants(trellis: Trellis, most: int, feeds: bool, again: bool) -> dict[str
         "BITS": trellis.bits,
         "VALUES": trellis.values,
         "MEMORY": trellis.memory,
+        "RING": trellis.ring,
         "MOST": most,
         "CHUNK": STEPS,
         "EVERY": column_block.EVERY,
@@ -105,9 +107,9 @@ def stored_codes(trellis: Trellis) -> tuple[torch.dtype, int]:
 def column_search(
     current, before, weights, factors, shares, numbers, edges, ends, states, errors, terms, oldest, origins, keys,
     rows, columns, start, streams, top,
-    BITS: tl.constexpr, VALUES: tl.constexpr, MEMORY: tl.constexpr, MOST: tl.constexpr, CHUNK: tl.constexpr,
-    EVERY: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, FEEDS: tl.constexpr, AGAIN: tl.constexpr,
-    ORIGINS: tl.constexpr, IN_REGISTERS: tl.constexpr,
+    BITS: tl.constexpr, VALUES: tl.constexpr, MEMORY: tl.constexpr, RING: tl.constexpr, MOST: tl.constexpr,
+    CHUNK: tl.constexpr, EVERY: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, FEEDS: tl.constexpr,
+    AGAIN: tl.constexpr, ORIGINS: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """Choose the columns of one stream. `terms` float32, `oldest`, `origins` int16 and `keys`
     int32 are for the kernel's own use; the others as in `ColumnBlock`, `numbers` `[values, states]`."""
@@ -131,13 +133,22 @@ def column_search(
         wanted = current + column * rows
         sizes = (steps, rows, column, columns)
         _prepare(wanted, errors, shares + column, weights, factors, terms, sizes, top, VALUES, MOST, BLOCK, FEEDS)
-        entry = tl.load(ends + column * streams + stream)
         tl.debug_barrier()
+        if RING:
+            entry = _find_seam(
+                number, keys, terms, weights, oldest, origins, steps,
+                BITS, VALUES, MEMORY, MOST, CHUNK, EVERY, ORIGINS, IN_REGISTERS,
+            )  # fmt: skip
+            end = entry
+            tl.debug_barrier()
+        else:
+            entry = tl.load(ends + column * streams + stream)
+            end = tl.load(ends + (column + 1) * streams + stream)
         key = _advance(
-            entry, number, keys, terms, weights, oldest, origins, steps,
-            BITS, VALUES, MEMORY, MOST, CHUNK, EVERY, ORIGINS, IN_REGISTERS,
+            entry, number, keys, terms, weights, oldest, origins, steps, 0, steps,
+            BITS, VALUES, MEMORY, MOST, CHUNK, EVERY, ORIGINS, IN_REGISTERS, False,
         )  # fmt: skip
-        place, origin = _end(key, tl.load(ends + (column + 1) * streams + stream), REST)
+        place, origin = _end(key, end, REST)
         tl.debug_barrier()
         path = states + column * (rows // VALUES) + first
         if ORIGINS:
@@ -154,20 +165,49 @@ def column_search(
 
 
 @triton.jit
-def _advance(
-    entry, number, keys, terms, weights, oldest, origins, steps,
+def _find_seam(
+    number, keys, terms, weights, oldest, origins, steps,
     BITS: tl.constexpr, VALUES: tl.constexpr, MEMORY: tl.constexpr, MOST: tl.constexpr, CHUNK: tl.constexpr,
     EVERY: tl.constexpr, ORIGINS: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
-    """Take all steps of a column from the state `entry`; return the keys after the last one."""
+    """Return the state between the end of a ring and its start, without its oldest code."""
+    REST: tl.constexpr = 1 << (MEMORY - BITS)
+    side = tl.minimum(steps // 2, SEAM)
+    key = _advance(
+        -1, number, keys, terms, weights, oldest, origins, steps, steps - side, 2 * side,
+        BITS, VALUES, MEMORY, MOST, CHUNK, EVERY, ORIGINS, IN_REGISTERS, True,
+    )  # fmt: skip
+    place, _ = _end(key, -1, REST)
+    tl.debug_barrier()
+    if ORIGINS and side == CHUNK:
+        place = tl.load(origins + REST + place).to(tl.int32) & (REST - 1)
+    else:
+        for back in range(side):
+            step = 2 * side - 1 - back
+            state = (_oldest_code(oldest, step, place, step >= 0, BITS, MEMORY) << (MEMORY - BITS)) + place
+            place = state >> BITS
+    return place
+
+
+@triton.jit
+def _advance(
+    entry, number, keys, terms, weights, oldest, origins, steps, begin, count,
+    BITS: tl.constexpr, VALUES: tl.constexpr, MEMORY: tl.constexpr, MOST: tl.constexpr, CHUNK: tl.constexpr,
+    EVERY: tl.constexpr, ORIGINS: tl.constexpr, IN_REGISTERS: tl.constexpr, ROUND: tl.constexpr,
+):  # fmt: skip
+    """Take `count` steps of a column from `begin` on, with `ROUND` beyond the last one those of the start. They begin
+    in the state `entry`, or in any if that is -1. Return the keys after the last one."""
     REST: tl.constexpr = 1 << (MEMORY - BITS)
     PER_STEP: tl.constexpr = (1 << (MEMORY - 2 * BITS)) if BITS <= 3 else REST
     rest = tl.arange(0, REST)
     low_bits: tl.constexpr = (REST - 1) if ORIGINS else 0
-    key = tl.where(rest == entry % REST, 0, CAP).to(tl.uint32) | (rest & low_bits).to(tl.uint32)
-    shift, slope, weight, slope2, weight2 = _load_terms(terms, weights, 0, VALUES, MOST)
-    for step in range(steps):
-        following = tl.minimum(step + 1, steps - 1)  # loads take as long as a step
+    reached = (rest == entry % REST) | (entry < 0)
+    key = tl.where(reached, 0, CAP).to(tl.uint32) | (rest & low_bits).to(tl.uint32)
+    shift, slope, weight, slope2, weight2 = _load_terms(terms, weights, begin, VALUES, MOST)
+    for step in range(count):
+        following = begin + tl.minimum(step + 1, count - 1)  # loads take as long as a step
+        if ROUND:
+            following = tl.where(following < steps, following, following - steps)
         ahead = _load_terms(terms, weights, following, VALUES, MOST)
         costs = (shift, slope, weight, slope2, weight2)
         low = _lowest(key, keys + step % 2 * REST, number, costs, BITS, VALUES, MEMORY, ORIGINS, IN_REGISTERS)

@@ -100,8 +100,8 @@ class SalientRows(Tensors):
 class StreamRows(Tensors):
     """Streams of a trellis, in units of 32 steps of every column.
 
-    A unit has `bits` words for each column, first code in the highest bits; a word in front of a stream has the last
-    state of the column before. `words` int32 `[rows of words, in]`; `units` int32 `[units, 3]`: the row of words
+    A unit has `bits` words for each column, first code in the highest bits; a word in front of a stream has the state
+    in which it starts. `words` int32 `[rows of words, in]`; `units` int32 `[units, 3]`: the row of words
     before a unit's first, its first row of the matrix, and how many rows are there. `scale` float32 `[out]`.
 
     `numbers` bfloat16 `[states, values]`, which holds those of both codes exactly.
@@ -214,8 +214,8 @@ def pack_streams(w: TrellisCodes) -> StreamRows:
     words, units, above = [], [], 0
     for first, last in pairwise(cuts(rows, w.run, trellis)):
         codes = w.codes[first * width : last * width]
-        ends = states(codes, trellis)[last - first - 1 :: last - first]  # of every column
-        before = pad(ends[:-1], (1, 0))
+        ends = states(codes, width, trellis)[:, -1]
+        before = ends if trellis.ring else pad(ends[:-1], (1, 0))
         own = _stream_words(codes.reshape(width, -1), trellis.bits)
         words += [before[None], own.T]
         for start in range(0, last - first, WORD):

@@ -17,9 +17,9 @@ from llmcompress.weight.trellis import Trellis, cuts, states, table
 class TrellisStreams:
     """A `BlockProjection` of the columns of a matrix to the nearest streams.
 
-    A column starts in the state in which the one before it ended. One that is chosen again must end as it did before,
-    where the next one starts; so columns can be chosen again in any order. Everything stays on the device of the
-    weights, and no column waits for a GPU.
+    A column of a chain starts in the state in which the one before it ended. One that is chosen again must end as it
+    did before, where the next one starts; so columns can be chosen again in any order. Rings are free of each other.
+    Everything stays on the device of the weights, and no column waits for a GPU.
     """
 
     strides: tuple[int, ...] = ()
@@ -44,8 +44,7 @@ class TrellisStreams:
         width = shape(w)[1]
         found = TrellisStreams(w.scale, width, w.trellis, w.run, rows)
         for first, last in pairwise(found.edges):
-            chosen = states(w.codes[first * width : last * width], w.trellis)
-            found.states[:, first:last] = chosen.reshape(width, -1)
+            found.states[:, first:last] = states(w.codes[first * width : last * width], width, w.trellis)
         last_steps = torch.tensor(found.edges[1:], device=w.codes.device) - 1
         found.ends[1:] = found.states[:, last_steps]
         return found

@@ -5,8 +5,8 @@ becomes the nearest stream of a trellis, found by the Viterbi algorithm. Stores 
 float16 scale a row. Made for weights that look Gaussian: rotate first. `refine` chooses every column again.
 
 Differs from the paper: streams run down whole columns instead of through tiles of 16 x 16, so that feedback works
-weight by weight. A column starts in the state in which the last one ended, so neither start states nor tail-biting are
-needed.
+weight by weight. A column starts in the state in which the last one ended, so start states are not needed; with `ring`,
+in the one in which it ends itself, as the paper's tiles do.
 """
 
 from typing import Literal
@@ -36,6 +36,7 @@ class TrellisConfig(StepConfig):
         768, description="rows of a stream, which one core searches; the first of them have fewer choices"
     )
     code: Code = Field("table", description="numbers of the states; linear: a few that processors look up fast")
+    ring: bool = Field(False, description="true: a column starts in the state in which it ends; no two are linked")
     damping: float = Field(0.1, gt=0, le=10, description="share of the mean Hessian diagonal that is added")
     examples = (
         {"memory": 8},
@@ -43,6 +44,7 @@ class TrellisConfig(StepConfig):
         {"bits": 1.5, "memory": 8},
         {"bits": 3, "memory": 8, "run": 256},
         {"bits": 1.5, "memory": 8, "code": "linear"},
+        {"bits": 2, "memory": 8, "run": 256, "code": "linear", "ring": True},
     )
 
     def trellis(self) -> Trellis:
@@ -51,7 +53,7 @@ class TrellisConfig(StepConfig):
         code = int(self.bits * values)
         if self.memory < 2 * code:
             raise RecipeError(f"{self.bits:g} bits need a memory of at least {2 * code}; set memory: {2 * code}")
-        return Trellis(code, values, self.memory, self.code)
+        return Trellis(code, values, self.memory, self.code, self.ring)
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
@@ -59,6 +61,8 @@ class TrellisConfig(StepConfig):
         (rows, width), trellis = shape(approx), self.trellis()
         if rows % trellis.values:
             raise RecipeError(f"{self.bits:g} bits go two rows at a time, and there are {rows}; ask for whole bits")
+        if self.ring and rows // trellis.values * trellis.bits < trellis.memory:
+            raise RecipeError(f"{rows} rows are too few for a ring of memory {trellis.memory}; set ring: false")
         codes = torch.empty(rows // trellis.values * width, dtype=torch.uint8, device="meta")
         scale = torch.empty(rows, 1, dtype=torch.float16, device="meta")
         return TrellisCodes(codes, scale, trellis, self.run)

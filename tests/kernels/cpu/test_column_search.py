@@ -16,19 +16,20 @@ from llmcompress.kernels.cpu.instruction_sets import Tier
 from llmcompress.methods.solvers import block_search
 from llmcompress.methods.solvers.block_search import choose_columns
 from llmcompress.weight.trellis import Trellis
-from tests.builders import TRELLISES, seeded
+from tests.builders import RINGS, TRELLISES, seeded
 from tests.kernels.cpu.test_products import every_tier
 from tests.methods.oracles.columns import fused, numbers_of, plainly, searched
 from tests.tiers import tiered
 
 KINDS = [*TRELLISES, Trellis(5, 1, 10), Trellis(5, 2, 12), Trellis(4, 1, 8), Trellis(2, 1, 4), Trellis(2, 1, 12)]
+KINDS += [*RINGS, Trellis(4, 1, 8, ring=True)]
 
 
 @pytest.mark.parametrize("trellis", tiered(KINDS, lambda trellis: trellis.memory < 9), ids=str)
 @pytest.mark.parametrize("kind", tiered(["any", "large", "worthless", "doubled"], lambda kind: kind == "any"))
-@pytest.mark.parametrize("end", [-1, 9])
-def test_the_chosen_path_has_the_lowest_whole_cost(trellis: Trellis, kind: str, end: int) -> None:
-    steps, start = 100, 5
+@pytest.mark.parametrize("end, steps", [(-1, 100), (9, 100), (-1, 161)])
+def test_the_chosen_path_has_the_lowest_whole_cost(trellis: Trellis, kind: str, end: int, steps: int) -> None:
+    start = 5
     wanted = torch.randn(steps, trellis.values, generator=seeded(1))
     importance = torch.rand(steps, trellis.values, generator=seeded(2))
     if kind == "large":  # further away than any number, and some count for nothing beside others
@@ -37,12 +38,16 @@ def test_the_chosen_path_has_the_lowest_whole_cost(trellis: Trellis, kind: str, 
         importance = torch.zeros_like(importance)
     elif kind == "doubled":  # many do
         importance[::2] = 0
-    found = searched(trellis, wanted, importance, start, end)
-    assert np.array_equal(found.numpy(), plainly(trellis, wanted, importance, start, end))
+    found = searched(trellis, wanted, importance, start, end).numpy()
+    assert np.array_equal(found, plainly(trellis, wanted, importance, start, end))
+    if trellis.ring:
+        assert np.array_equal(np.roll(found, 1) % (1 << trellis.memory - trellis.bits), found >> trellis.bits)
 
 
 @every_tier
-@pytest.mark.parametrize("trellis", [Trellis(2, 1, 8), Trellis(3, 2, 9), Trellis(4, 1, 8)], ids=str)
+@pytest.mark.parametrize(
+    "trellis", [Trellis(2, 1, 8), Trellis(2, 1, 8, ring=True), Trellis(3, 2, 9), Trellis(4, 1, 8)], ids=str
+)
 def test_every_tier_chooses_the_same_path(trellis: Trellis, tier: Tier, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = torch.randn(60, trellis.values, generator=seeded(3))
     expected = plainly(trellis, wanted, torch.ones_like(wanted), 0, -1)
@@ -52,7 +57,7 @@ def test_every_tier_chooses_the_same_path(trellis: Trellis, tier: Tier, monkeypa
 
 def block_of(trellis: Trellis, **more: Any) -> ColumnBlock:
     """Three columns of three streams, a row of zeros among them; the last stream ends its second column as told."""
-    edges = (0, 7, 8, 29)
+    edges = (0, 7, 14, 29) if trellis.ring else (0, 7, 8, 29)
     rows = edges[-1] * trellis.values
     factors = torch.rand(rows, generator=seeded(4)) + 0.5
     factors[3] = 0
@@ -62,7 +67,7 @@ def block_of(trellis: Trellis, **more: Any) -> ColumnBlock:
     return ColumnBlock(wanted, whole_weights(factors.square(), trellis), factors, edges, ends, **more)
 
 
-@pytest.mark.parametrize("trellis", TRELLISES, ids=str)
+@pytest.mark.parametrize("trellis", [*TRELLISES, *RINGS], ids=str)
 @pytest.mark.parametrize("again", [False, True])
 def test_errors_move_later_columns(trellis: Trellis, again: bool) -> None:
     """One column after the other by the search alone, errors fed on by numpy: the same numbers, states and ends."""

@@ -43,7 +43,7 @@ from llmcompress.weight.nodes import (
     shape,
 )
 from llmcompress.weight.trellis import Trellis
-from tests.builders import TRELLISES, factors, grid, pattern, seeded, streams
+from tests.builders import RINGS, TRELLISES, factors, grid, pattern, seeded, streams
 from tests.tiny import save_tiny
 
 FLOAT32, HALF, BFLOAT16 = 5e-6, 2e-3, 1.2e-2  # the most that a product may be off, in shares of its norm
@@ -118,7 +118,7 @@ def cases(on_a_gpu: bool = False) -> Iterator[Case]:
     yield Case("shared scales", grid((5, 70), 8, 7, 0, True, one_row=True))
     yield Case("one element", grid((1, 1), 4, 1, 0, False))
     yield Case("long rows", grid((3, 2100), 16, 32, 0, True))
-    for trellis in (*TRELLISES, Trellis(2, 1, 12), Trellis(2, 1, 12, "linear"), Trellis(1, 1, 16)):
+    for trellis in (*TRELLISES, *RINGS, Trellis(2, 1, 12), Trellis(2, 1, 12, "linear"), Trellis(1, 1, 16)):
         steps = 70
         for tokens in (1, 3):
             w = streams(trellis, steps, 21, 40 * trellis.values)

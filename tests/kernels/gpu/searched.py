@@ -18,10 +18,11 @@ from torch import Tensor
 
 from llmcompress.kernels.column_block import ColumnBlock, GridBlock, whole_weights
 from llmcompress.weight.trellis import Trellis
-from tests.builders import TRELLISES, seeded
+from tests.builders import RINGS, TRELLISES, seeded
 from tests.methods.oracles.columns import numbers_of
 
 SHORT, CHUNKS = (0, 1, 12, 28), (0, 131, 132, 196)  # steps; the second has a stream of more than two chunks
+ROUND = (0, 10, 21, 51)
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Case:
 
 CASES = [Case(trellis, "fed") for trellis in (*TRELLISES[:5], Trellis(4, 1, 8), Trellis(5, 2, 10), Trellis(2, 1, 13))]
 CASES += [Case(TRELLISES[1], "moved"), Case(TRELLISES[1], "kept"), Case(Trellis(2, 1, 12), "fed", CHUNKS)]
+CASES += [Case(trellis, "fed", ROUND) for trellis in (*RINGS, Trellis(4, 1, 8, ring=True))]
+CASES += [Case(Trellis(2, 1, memory, "linear", ring=True), "moved", (0, 131, 261, 325)) for memory in (10, 13)]
 
 
 def found(case: Case, device: str, choose: Any) -> tuple[Tensor, ...]:

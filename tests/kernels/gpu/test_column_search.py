@@ -83,7 +83,7 @@ def test_grid_rounding_on_a_gpu_equals_the_cpu() -> None:
 @pytest.mark.parametrize(
     "trellis, chip",
     [(Trellis(2, 1, 12), 80), (Trellis(2, 1, 12), 90), (Trellis(2, 1, 12), 100), (Trellis(1, 1, 12), 90),
-     (Trellis(3, 1, 12), 90), (Trellis(5, 2, 12), 90)],
+     (Trellis(3, 1, 12), 90), (Trellis(5, 2, 12), 90), (Trellis(2, 1, 12, ring=True), 90)],
     ids=str,
 )  # fmt: skip
 def test_column_search_compiles_for_a_chip(

@@ -11,7 +11,7 @@ from llmcompress.kernels.column_block import ColumnBlock, Numbers, whole_weights
 from llmcompress.methods.solvers.block_search import choose_columns
 from llmcompress.weight.trellis import Trellis, table
 
-COST, CAP, WHOLE, WIDEST, EVERY = 12, 1 << 30, np.float32((1 << 23) + 1), np.float32(10), 16
+COST, CAP, WHOLE, WIDEST, EVERY, SEAM = 12, 1 << 30, np.float32((1 << 23) + 1), np.float32(10), 16, 64
 
 
 def numbers_of(trellis: Trellis, device: str = "cpu") -> Numbers:
@@ -35,13 +35,24 @@ def searched(trellis: Trellis, wanted: Tensor, importance: Tensor, start: int = 
 def plainly(trellis: Trellis, wanted: Tensor, importance: Tensor, start: int, end: int) -> NDArray[np.int64]:
     """The same states by arrays of costs, state for state: of equally cheap paths that with the lowest oldest code, of
     equally cheap ends that in the lowest state but for its oldest code."""
+    weights = whole_weights(importance.reshape(-1), trellis).reshape(importance.shape).numpy()
+    numbers = np.clip(wanted.numpy(), -WIDEST, WIDEST)
+    if trellis.ring:
+        side = min(SEAM, len(numbers) // 2)
+        around = np.arange(-side, side) % len(numbers)
+        start = end = int(_cheapest_way(trellis, numbers[around], weights[around], None, -1)[side - 1])
+    return _cheapest_way(trellis, numbers, weights, start, end)
+
+
+def _cheapest_way(
+    trellis: Trellis, numbers: NDArray[np.float32], weights: NDArray[np.float32], start: int | None, end: int
+) -> NDArray[np.int64]:
     found, parts = table(trellis).numpy(), 1 << trellis.bits
     rest = 1 << (trellis.memory - trellis.bits)
-    weights = whole_weights(importance.reshape(-1), trellis).reshape(importance.shape).numpy()
     costs = np.full(rest, CAP, np.uint64)
-    costs[start % rest] = 0
+    costs[slice(None) if start is None else start % rest] = 0
     oldest = []
-    for step, (x, weight) in enumerate(zip(np.clip(wanted.numpy(), -WIDEST, WIDEST), weights, strict=True)):
+    for step, (x, weight) in enumerate(zip(numbers, weights, strict=True)):
         over = np.maximum(np.abs(x) - np.abs(found).max(), np.float32(0))
         parts_of_shift = (x * x - over * over) * weight
         shift = np.add.reduce(parts_of_shift, dtype=np.float32)

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import relative_error
 from llmcompress.methods.solvers.streams import TrellisStreams
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import TrellisCodes, shape
 from llmcompress.weight.trellis import SEEDS, Trellis, cuts, index, linear_code, states, table
-from tests.builders import TRELLISES, compressed, correlated, gaussian, moments, seeded, streams
+from tests.builders import RINGS, TRELLISES, compressed, correlated, gaussian, moments, seeded, streams
 from tests.methods.conformance.cases import ROTATE
 from tests.methods.oracles.columns import searched
 from tests.tiers import tiered
@@ -33,6 +34,9 @@ def read(w: TrellisCodes) -> Tensor:
     for first, last in itertools.pairwise(cuts(len(found), w.run, trellis)):
         history = "0" * trellis.memory  # highest bit first
         for column, step in itertools.product(range(found.shape[1]), range(first, last)):
+            if trellis.ring and step == first:  # goes on from its own end
+                ring = [stored[at + code * trellis.bits :][: trellis.bits][::-1] for code in range(last - first)]
+                history = ("".join(ring) * trellis.memory)[-trellis.memory :]
             history = (history + stored[at : at + trellis.bits][::-1])[-trellis.memory :]
             at += trellis.bits
             for value in range(trellis.values):
@@ -41,7 +45,7 @@ def read(w: TrellisCodes) -> Tensor:
     return found
 
 
-@every_trellis
+@pytest.mark.parametrize("trellis", [*TRELLISES, *RINGS], ids=str)
 @pytest.mark.parametrize("steps, run", [(1, 768), (7, 14), (21, 12), (20, 6)])
 def test_a_matrix_is_what_its_bits_say(trellis: Trellis, steps: int, run: int) -> None:
     w = streams(trellis, steps, 5, run)
@@ -188,7 +192,7 @@ def test_columns_chosen_again_stay_linked() -> None:
     before = columns.weight(wanted.T)
     again = TrellisStreams.of(before)
     for stream, (first, last) in enumerate(itertools.pairwise(cuts(40, 16, trellis))):
-        way = states(before.codes[first * width : last * width], trellis).reshape(width, -1)
+        way = states(before.codes[first * width : last * width], width, trellis)
         assert torch.equal(again.ends[1:, stream], way[:, -1])
     stored = torch.randn(1, 40, generator=seeded(1))
     again.choose(2, stored)
@@ -203,6 +207,39 @@ def test_rows_of_zeros_stay_zero() -> None:
     weight[5] = 0
     found = dense(compressed(weight, correlated(512, 64), {"method": "trellis", "memory": 8}).expression())
     assert int(found[5].count_nonzero()) == 0 and bool(found.isfinite().all())
+
+
+@pytest.mark.parametrize("bits, values", [(2, 1), (3, 2)])
+def test_a_short_ring_is_nearer_than_a_long_chain(bits: int, values: int) -> None:
+    wanted, errors = torch.randn(768, 16, generator=seeded(5)), []
+    for ring, run in ((False, 768), (True, 256)):
+        columns = TrellisStreams(torch.ones(768, 1).half(), 16, Trellis(bits, values, 12, "linear", ring), run)
+        stored = wanted.T.contiguous()
+        columns.choose(0, stored)
+        assert torch.equal(dense(columns.weight(wanted)), stored.T)
+        errors.append((wanted - stored.T).square().mean())
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("trellis", RINGS, ids=str)
+def test_rings_are_free_of_each_other(trellis: Trellis) -> None:
+    """Columns chosen in any order, and again, are those chosen at once."""
+    wanted = torch.randn(6, 40, generator=seeded(0))
+    scale = torch.rand(40, 1).half() + 0.5
+    columns = TrellisStreams(scale, 6, trellis, run=16)
+    at_once = wanted.clone()
+    columns.choose(0, at_once)
+    again = TrellisStreams.of(columns.weight(wanted.T))
+    assert torch.equal(again.states, columns.states)
+    for column in (4, 1, 0, 5, 3, 2):
+        stored = wanted[column : column + 1].clone()
+        again.choose(column, stored)
+        assert torch.equal(stored[0], at_once[column])
+
+
+def test_too_few_rows_for_a_ring_are_refused() -> None:
+    with pytest.raises(RecipeError, match="4 rows are too few for a ring of memory 12; set ring: false"):
+        compressed(gaussian(4, 64), correlated(512, 64), {"method": "trellis", "ring": True})
 
 
 @pytest.mark.slow
