@@ -138,7 +138,7 @@ def test_what_is_saved_loads_to_the_same_bits(change: Change, folder: Path, tmp_
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "twice")), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(
     "family", tiered([*FAMILY_CONFIGS, *MIXTURES, *HYBRIDS, *PLAIN], {"gpt2", "mixtral", "olmo_hybrid"}.__contains__)
 )

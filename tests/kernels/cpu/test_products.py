@@ -166,6 +166,14 @@ FORMS = GRIDS + STREAMS + TURNED + ELEMENTS + TABLES + VECTORS + FLOATS
 every_tier = pytest.mark.parametrize(
     "tier", tiered(RUNNABLE, lambda tier: tier == host_tier(), lambda tier: str(tier.name))
 )
+SLOW_TO_COMPILE = (STREAMS[0], TABLES[0], *VECTORS[:2], FLOATS[0])  # for processors without vectors
+
+
+def marks_of(tier: Tier, is_slow_to_compile: bool) -> tuple[pytest.MarkDecorator, ...]:
+    """Return the marks of a case on a tier."""
+    if tier == host_tier():
+        return ()
+    return (pytest.mark.nightly if is_slow_to_compile and tier.name == "portable" else pytest.mark.slow,)
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
@@ -178,11 +186,13 @@ def on_tier(monkeypatch: pytest.MonkeyPatch, tier: Tier) -> Iterator[Tier]:
     yield tier
 
 
-@every_tier
 @pytest.mark.parametrize(
-    "w",
-    [*GRIDS[:3], STREAMS[0], TURNED[1], TABLES[0], *ELEMENTS[:3], *VECTORS[:2], FLOATS[0]],
-    ids=lambda w: f"{type(w).__name__}",
+    "tier, w",
+    [
+        pytest.param(tier, w, id=f"{tier.name}-{type(w).__name__}", marks=marks_of(tier, w in SLOW_TO_COMPILE))
+        for tier in RUNNABLE
+        for w in (*GRIDS[:3], TURNED[1], *ELEMENTS[:3], *SLOW_TO_COMPILE)
+    ],
 )
 def test_every_tier_multiplies_as_the_dense_matrix(on_tier: Tier, w: Weight) -> None:
     check(w)
@@ -212,7 +222,7 @@ def check(w: Weight) -> None:
         assert distance(found, x.double() @ matrix.T) <= tolerance, (tokens, mode, dtype)
 
 
-@every_tier
+@pytest.mark.parametrize("tier", [pytest.param(tier, marks=marks_of(tier, True)) for tier in RUNNABLE])
 def test_every_tier_rounds_and_adds_the_same_integers(on_tier: Tier) -> None:
     """Inputs that are whole numbers with 127 in each block are rounded to themselves, so sums are exact."""
     for w in (GRIDS[0], STREAMS[0], STREAMS[5]):
