@@ -10,7 +10,7 @@ from llmcompress.compression.job import Job
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import sketch, step
 from llmcompress.models.dense.families import Linear
-from llmcompress.weight.runtime_formats import ENGINES
+from llmcompress.weight.runtime_formats import ENGINES, WITH_TABLES
 
 POLISH: dict[str, Any] = {"method": "refine", "passes": 1}
 FOUR_BITS: tuple[dict[str, Any], ...] = (
@@ -49,7 +49,7 @@ def default_options() -> tuple[Steps, ...]:
 
 
 def check_rules(job: Job, engine: str) -> None:
-    """Raise RecipeError for steps of a recipe whose outcome the engine does not multiply."""
+    """Raise RecipeError for steps of a recipe whose outcome the engine does not multiply, or look up."""
     linears = job.arch.linears()
     for name, steps in job.steps.items():
         if (why := _obstacle(engine, linears[name], steps)) is not None:
@@ -57,8 +57,12 @@ def check_rules(job: Job, engine: str) -> None:
                 f"rules: {engine} does not multiply {_spell(steps)} of {name} ({why}); change the rule, or leave the "
                 f"layer as it is by steps: []"
             )
-    for name in job.tables:
-        raise RecipeError(f"{engine} has no compressed {name}; drop its steps, or drop engine from the target")
+    for name, steps in job.tables.items():
+        if engine not in WITH_TABLES:
+            raise RecipeError(f"{engine} has no compressed {name}; leave it as it is by embeddings: [] and head: []")
+        rows, width = job.source.tensors[f"{name}.weight"].shape
+        if (why := ENGINES[engine](sketch(name, (rows, width), steps))) is not None:
+            raise RecipeError(f"{engine} does not read {_spell(steps)} of {name} ({why}); give it other steps")
 
 
 def _obstacle(engine: str, linear: Linear, steps: Steps) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,6 +56,15 @@ RecipeOrTarget = Annotated[
         "or --sparsity.",
     ),
 ]
+Engine = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="ENGINE",
+        help="Write what this engine loads: vllm, llama.cpp, mlx or exllamav3. By default in its form of 4 bits, for "
+        "exllamav3 of 3.",
+    ),
+]
 Bpw = Annotated[float | None, typer.Option("--bpw", help="Target: bits per weight of the decoder's linear layers.")]
 Size = Annotated[str | None, typer.Option("--size", help="Target: size of all weight files, such as 40MB.")]
 Kl = Annotated[
@@ -76,6 +86,7 @@ def compress(
     size: Size = None,
     kl: Kl = None,
     sparsity: Sparsity = None,
+    engine: Engine = None,
     tune: Tune = False,
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Resume an interrupted run, or start over.")
@@ -95,16 +106,18 @@ def compress(
     """Compress MODEL by RECIPE, or to a target, and write it to OUT.
 
     With a target (--bpw, --size, --kl or --sparsity), the steps of every layer that no rule covers are chosen for you.
-    If the recipe has a `distill:` section, the compressed model is then distilled. OUT appears only on success.
+    If the recipe has a `distill:` section, the compressed model is then distilled. With --for, OUT is what that engine
+    loads, beside the report. OUT appears only on success.
 
     Example: llmcompress compress smollm2 --size 40MB -o small
     """
     from llmcompress.allocation.price_file import Part
     from llmcompress.errors import GateError
     from llmcompress.pipeline import compress as pipeline
+    from llmcompress.pipeline.engines import ENGINES, compress_for
     from llmcompress.reporting.report import read_all
 
-    built = build_recipe(recipe, settings, seed, target_change(bpw, size, kl, sparsity), tune)
+    built = build_recipe(recipe, settings, seed, target_change(bpw, size, kl, sparsity), tune, engine)
     access["revision"] = revision
     if price_part is not None:
         file = pipeline.price_part(model, built, output, Part.of(price_part), pricing=terminal.pricing, **access)
@@ -112,7 +125,8 @@ def compress(
         return
     reports: dict[str, Any] = {name: getattr(terminal, name) for name in ("progress", "pricing", "training", "judging")}
     try:
-        result = pipeline.compress(model, built, output, resume=resume, **access, **reports)
+        run = pipeline.compress if engine is None else partial(compress_for, engine)
+        result = run(model, built, output, resume=resume, **access, **reports)
     except GateError:
         terminal.show(read_all(output), report_view)
         raise
@@ -121,7 +135,8 @@ def compress(
     terminal.show(
         result.report.to_json() | {name: part for name, part in more.items() if part is not None}, report_view
     )
-    terminal.say(f"next    llmcompress eval {output} --against {model}")
+    if engine is None or ENGINES[engine].is_read:
+        terminal.say(f"next    llmcompress eval {output} --against {model}")
 
 
 @command("revision", "trust_remote_code")
@@ -133,6 +148,7 @@ def plan(
     size: Size = None,
     kl: Kl = None,
     sparsity: Sparsity = None,
+    engine: Engine = None,
     tune: Tune = False,
     settings: Settings = None,
     **access: Any,
@@ -144,9 +160,10 @@ def plan(
     Example: llmcompress plan smollm2 recipe.yaml
     """
     from llmcompress.pipeline.compress import plan as run
+    from llmcompress.pipeline.engines import plan_for
 
-    built = build_recipe(recipe, settings, None, target_change(bpw, size, kl, sparsity), tune)
-    planned = run(model, built, **access)
+    built = build_recipe(recipe, settings, None, target_change(bpw, size, kl, sparsity), tune, engine)
+    planned = run(model, built, **access) if engine is None else plan_for(engine, model, built, **access)
     terminal.warn(merge_sentences(planned.warnings))
     terminal.show(planned.to_json(), plan_view)
 
@@ -207,17 +224,26 @@ def frontier(
 
 
 def build_recipe(
-    recipe: str | None, settings: list[str] | None, seed: int | None, target: Change | None, tune: bool
+    recipe: str | None,
+    settings: list[str] | None,
+    seed: int | None,
+    target: Change | None,
+    tune: bool,
+    engine: str | None = None,
 ) -> Recipe:
-    """Return the recipe of a command, changed as its options say. A target without a recipe gets a default one.
+    """Return the recipe of a command, changed as its options say. A target or an engine alone gets a default one.
 
     Raises RecipeError without both, and for whatever is wrong with the recipe or the options.
     """
+    from llmcompress.pipeline.engines import engine_of
     from llmcompress.recipe.overrides import Change
     from llmcompress.recipe.read import read_recipe
 
     settings = settings or []
-    if recipe is None and target is None and not any(setting.startswith("target") for setting in settings):
+    without_target = target is None and not any(setting.startswith("target") for setting in settings)
+    if engine is not None and recipe is None and without_target:
+        recipe = engine_of(engine).recipe
+    if recipe is None and without_target:
         raise RecipeError("there is no RECIPE; name one, or give a target: one of --bpw, --size, --kl and --sparsity")
     changes = [] if seed is None else [Change("seed", seed, "--seed")]
     changes += [] if target is None else [target]

@@ -1,19 +1,22 @@
 """Checkpoints of ours in the formats of other engines, one file each."""
 
 from pathlib import Path
+from typing import Any
 
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.formats.compressed_tensors import to_compressed_tensors
 from llmcompress.formats.dense import to_dense
+from llmcompress.formats.engine_configs import EXL3, MLX, readable_entries
 from llmcompress.formats.engine_files import ExportReport
 from llmcompress.formats.exl3 import to_exl3
-from llmcompress.formats.gguf.write import to_gguf
+from llmcompress.formats.gguf.write import read_model, to_gguf
 from llmcompress.formats.mlx import to_mlx
 from llmcompress.formats.peft import to_peft
 from llmcompress.models.dense.experts import experts_of
 from llmcompress.models.dense.skeleton import check_causal, folder_skeleton
 from llmcompress.models.files.compressed import CompressedCheckpoint
 
+READERS = {"mlx": MLX, "exl3": EXL3}  # what their engines read of config.json
 FORMATS = ("dense", "compressed-tensors", "peft", "gguf", "mlx", "exl3")
 
 
@@ -64,19 +67,34 @@ def export(
     return to_dense(opened, target)
 
 
+def check_model(folder: Path, config: dict[str, Any], to: str, trust_remote_code: bool = False) -> None:
+    """Raise InputError if no compression of the model in `folder` could go to a format: a family or a tokenizer that
+    its engine reads otherwise, or a kind of model; RecipeError if a package is missing."""
+    _check_kind(folder, to, trust_remote_code)
+    if to == "gguf":
+        read_model(folder, config)
+    elif to in READERS:
+        readable_entries(folder, config, READERS[to])
+
+
 def _check_form(opened: CompressedCheckpoint, to: str) -> None:
-    """Raise InputError for models that are not causal, for blocks with widths of their own, and for mixtures of experts
-    except to GGUF, whose experts other readers would initialise randomly."""
+    """Raise InputError for blocks with widths of their own, and for kinds of models that a format does not hold."""
     if opened.sizes:
         raise InputError(
             f"blocks of {opened.folder} have widths of their own, which {to} has no place for; export it to dense, "
             f"which fills them up, or load it with transformers as it is"
         )
-    model = folder_skeleton(opened.folder, trust_remote_code=opened.trust_remote_code)
+    _check_kind(opened.folder, to, opened.trust_remote_code)
+
+
+def _check_kind(folder: Path, to: str, trust_remote_code: bool) -> None:
+    """Raise InputError for models that are not causal, and for mixtures of experts except to GGUF, whose experts other
+    readers would initialise randomly."""
+    model = folder_skeleton(folder, trust_remote_code=trust_remote_code)
     check_causal(model.config, f"the export to {to}")
     experts = {} if to == "gguf" else experts_of(model)
     if experts:
         raise InputError(
-            f"{opened.folder} is a mixture of experts ({next(iter(experts))}), which cannot go to {to} yet; export "
-            f"it to dense, or load it with transformers as it is"
+            f"{folder} is a mixture of experts ({next(iter(experts))}), which cannot go to {to} yet; export it to "
+            f"dense, or load it with transformers as it is"
         )

@@ -24,12 +24,9 @@ from llmcompress.formats.engine_files import ExportReport, UnfitError, write_lay
 from llmcompress.models.files.checkpoint import write_checkpoint
 from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.weight.expression import dense, describe
-from llmcompress.weight.nodes import Grid, Minifloat, Weight
+from llmcompress.weight.nodes import Grid, Minifloat, Weight, unknown
 from llmcompress.weight.packing import pack, stream_bits
-
-GROUPS = (128, 64, 32)  # columns
-BITS = (1, 2, 3, 4, 5, 6, 8)
-MX = {"e2m1": ("mxfp4", 4), "e4m3": ("mxfp8", 8)}  # form of the numbers -> mode, bits; groups of 32, e8m0 scales
+from llmcompress.weight.runtime_formats import MLX_BITS, MLX_FLOATS, mlx_group, mlx_obstacle
 
 
 @dataclass(frozen=True)
@@ -75,27 +72,20 @@ def to_mlx(opened: CompressedCheckpoint, output: Path, allow_dense: bool = False
 def pack_matrix(layer: str, w: Weight) -> tuple[Quantization, dict[str, Tensor]]:
     """Return the form of a matrix, and its tensors. Raises UnfitError where MLX cannot hold it, InputError for biases
     beyond float16."""
-    match w:
-        case Grid():
-            return _pack_grid(w)
-        case Minifloat(codes, scale, factor, form, scales, group_size):
-            fits = form in MX and scales == "e8m0" and group_size == 32 and factor is None
-            if not fits or codes.shape[1] % 32:
-                raise UnfitError(f"MLX has no {describe(w)}")
-            mode, bits = MX[form]
-            return Quantization(32, bits, mode), {"weight": pack_words(codes, bits), "scales": scale}
-    raise UnfitError(f"{describe(w)} is no single grid")
+    if (why := mlx_obstacle(w)) is not None:
+        raise UnfitError(why)
+    if isinstance(w, Minifloat):
+        mode, bits = MLX_FLOATS[w.form]
+        return Quantization(32, bits, mode), {"weight": pack_words(w.codes, bits), "scales": w.scale}
+    if not isinstance(w, Grid):
+        raise unknown("pack_matrix", w)
+    return _pack_grid(w)
 
 
 def _pack_grid(w: Grid) -> tuple[Quantization, dict[str, Tensor]]:
     rows, width = w.codes.shape
-    whole = w.group_size >= width
-    group = next((size for size in GROUPS if width % size == 0 and (whole or w.group_size % size == 0)), None)
-    if group is None:
-        raise UnfitError(f"MLX has groups of 32, 64 or 128, which {w.group_size} of {width} columns do not fill")
-    bits = next((size for size in BITS if size >= stream_bits(w.levels)), None)
-    if bits is None:
-        raise UnfitError(f"{describe(w)} has more than {max(BITS)} bits")
+    group = mlx_group(w) or width
+    bits = next(size for size in MLX_BITS if size >= stream_bits(w.levels))
     firsts = torch.arange(0, width, group) // w.group_size  # the grid's group of each group of MLX
     scales = w.scale.expand(rows, -1)[:, firsts]
     centres = (w.levels - 1) / 2 if w.zero is None else w.zero.expand(rows, -1)[:, firsts].float()

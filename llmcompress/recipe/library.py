@@ -20,6 +20,7 @@ from llmcompress.recipe.yaml import shorten
 
 COMPRESSION = {
     "recommended": "start here",
+    "engines": "for the engine that will run the model, as --for takes them",
     "methods": "one or two for every method, as in its paper",
     "ablations": "variants, for comparisons",
 }

@@ -8,11 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llmcompress.weight.expression import describe
-from llmcompress.weight.nodes import Grid, Minifloat, Weight
+from llmcompress.weight.nodes import Dense, Grid, LowRank, Minifloat, Sum, Tiles, Weight, Zero
+from llmcompress.weight.packing import stream_bits
 
 PACKED_FLOATS = {("e2m1", "e8m0", 32): "mxfp4", ("e2m1", "e4m3", 16): "nvfp4"}  # form, scales, columns of a scale
 VLLM_BITS = (4, 8)  # of integers that its kernels read
 VLLM_GROUPS = (32, 64, 128)
+MLX_BITS = (1, 2, 3, 4, 5, 6, 8)
+MLX_GROUPS = (128, 64, 32)  # columns
+MLX_FLOATS = {"e2m1": ("mxfp4", 4), "e4m3": ("mxfp8", 8)}  # form of the numbers -> mode, bits
+GGUF_BLOCK = 32  # columns of its smallest blocks
 
 
 def integer_bits(w: Grid) -> int:
@@ -63,4 +68,53 @@ def _vllm_grid_obstacle(w: Grid) -> str | None:
     return None
 
 
-ENGINES: dict[str, Callable[[Weight], str | None]] = {"vllm": vllm_obstacle}
+def mlx_obstacle(w: Weight) -> str | None:
+    """Return the reason why MLX cannot hold `w`; None if it can."""
+    match w:
+        case Grid(codes, levels=levels):
+            if stream_bits(levels) > max(MLX_BITS):
+                return f"{describe(w)} has more than {max(MLX_BITS)} bits"
+            if mlx_group(w) is None:
+                return f"MLX has groups of 32, 64 or 128, which {w.group_size} of {codes.shape[1]} columns do not fill"
+        case Minifloat(codes, _, factor, form, scales, group_size):
+            fits = form in MLX_FLOATS and scales == "e8m0" and group_size == 32 and factor is None
+            if not fits or codes.shape[1] % 32:
+                return f"MLX has no {describe(w)}"
+        case _:
+            return f"{describe(w)} is no single grid"
+    return None
+
+
+def mlx_group(w: Grid) -> int | None:
+    """Return the columns of the groups in which MLX holds a grid; None if none of its groups fit."""
+    width = w.codes.shape[1]
+    whole = w.group_size >= width
+    return next((size for size in MLX_GROUPS if width % size == 0 and (whole or w.group_size % size == 0)), None)
+
+
+def llama_cpp_obstacle(w: Weight) -> str | None:
+    """Return the reason why GGUF cannot hold `w`; None if it may: whether scales suit a type, the export tells."""
+    match w:
+        case Dense() | Zero():
+            return None
+        case Grid(codes) | Sum((LowRank(), Grid(codes))):
+            fills = codes.shape[1] % GGUF_BLOCK == 0
+        case Minifloat(codes, tensor_scale=None, form="e2m1", scales="e8m0", group_size=32):
+            fills = codes.shape[1] % GGUF_BLOCK == 0
+        case _:
+            return f"{describe(w)} is no single grid"
+    return None if fills else f"blocks of {GGUF_BLOCK} columns do not fill the width {codes.shape[1]}"
+
+
+def exllamav3_obstacle(w: Weight) -> str | None:
+    """Return the reason why EXL3 cannot hold `w`; None if it can."""
+    return None if isinstance(w, Tiles) else f"{describe(w)}, no tiles"
+
+
+ENGINES: dict[str, Callable[[Weight], str | None]] = {
+    "vllm": vllm_obstacle,
+    "llama.cpp": llama_cpp_obstacle,
+    "mlx": mlx_obstacle,
+    "exllamav3": exllamav3_obstacle,
+}
+WITH_TABLES = ("llama.cpp", "mlx")  # engines that read compressed token tables

@@ -253,7 +253,7 @@ def test_gguf_file_holds_our_matrices(family: str, tmp_path: Path) -> None:
     assert done.bytes_after == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.gguf"))
     told = entries(tmp_path / "out" / "model.gguf")
     assert told["general.file_type"] == gguf.LlamaFileType.MOSTLY_BF16  # the table is larger than the blocks
-    assert told["general.name"] == "small" and told["llama.attention.head_count_kv"] == 2
+    assert told["general.name"] == "dense" and told["llama.attention.head_count_kv"] == 2
 
 
 def test_gguf_file_names_its_base_model(checkpoint: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ LATE = {  # read only when what they are about is there: kernels in Triton, chan
     "llmcompress.kernels.gpu.column_search",
     "llmcompress.kernels.gpu.grid_columns",
     "llmcompress.kernels.gpu.grid_triton",
+    "llmcompress.kernels.gpu.trace_triton",
     "llmcompress.kernels.gpu.trellis_triton",
     "llmcompress.kernels.gpu.turn_triton",
 }

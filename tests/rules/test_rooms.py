@@ -27,9 +27,9 @@ ROOMS["benchmark"] = {"reporting", "evaluation", "data", "models", "runtime"}
 ROOMS["distillation"] = ROOMS["evaluation"] - {"kernels"} | {"evaluation", "losses", "methods"}
 ROOMS["compression"] = ROOMS["distillation"] - {"losses"} | {"distillation"}
 ROOMS["allocation"] = ROOMS["compression"] - {"distillation"} | {"compression"}
-ROOMS["pipeline"] = ROOMS["allocation"] | {"allocation", "distillation"}
-ROOMS["surgery"] = ROOMS["pipeline"] | {"pipeline"}
 ROOMS["formats"] = {"reporting", "evaluation", "models", "weight", "runtime"}
+ROOMS["pipeline"] = ROOMS["allocation"] | {"allocation", "distillation", "formats"}
+ROOMS["surgery"] = ROOMS["pipeline"] - {"formats"} | {"pipeline"}
 ROOMS["cli"] = set(ROOMS)
 ROOMS["__main__"] = {"cli"}
 # A method shares code with others through the files of methods/ that register none. The exceptions:

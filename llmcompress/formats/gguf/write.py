@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from llmcompress.formats.gguf.tensor_types import (
     pack_tensor,
     round_to_type,
 )
-from llmcompress.formats.gguf.vocabulary import read_vocabulary
+from llmcompress.formats.gguf.vocabulary import Vocabulary, read_vocabulary
 from llmcompress.formats.peft import split_low_rank
 from llmcompress.models.dense.experts import experts_of
 from llmcompress.models.dense.skeleton import folder_skeleton, transposed_linears
@@ -123,13 +124,10 @@ def to_gguf(
     """Write grids value for value; others are rounded to the type `round_to`, to bfloat16, or raise InputError."""
     if round_to is not None and round_to not in ROUNDABLE:
         raise RecipeError(f"nothing is rounded to {round_to!r} here; choose one of {', '.join(ROUNDABLE)}")
-    try:
-        from gguf import GGUFWriter
-    except ImportError as error:
-        raise RecipeError('this export needs gguf; run pip install "llmcompress[export]"') from error
     folder = opened.folder
-    model = gguf_model(folder, opened.config)
-    vocabulary = read_vocabulary(folder, model.config.vocab_size, opened.config)
+    model, vocabulary = read_model(folder, opened.config)
+    from gguf import GGUFWriter
+
     with write_checkpoint(output, opened.dense_bytes) as staged:
         plan = plan_file(opened, model, FilePlan(allow_dense, ROUNDABLE[round_to] if round_to else None))
         writer = GGUFWriter(staged.folder / MODEL, model.architecture)
@@ -150,6 +148,17 @@ def to_gguf(
         ),
         changed=(*_changes(plan, output), *model.rotary.notes(), *vocabulary.notes),
     )
+
+
+def read_model(folder: Path, config: dict[str, Any]) -> tuple[GGUFModel, Vocabulary]:
+    """Return what the head of a file says of a model and of its tokenizer.
+
+    Raises InputError for a model that llama.cpp does not run alike, RecipeError if the package is missing.
+    """
+    if find_spec("gguf") is None:
+        raise RecipeError('this export needs gguf; run pip install "llmcompress[export]"')
+    model = gguf_model(folder, config)
+    return model, read_vocabulary(folder, model.config.vocab_size, config)
 
 
 def _held_exactly(plan: FilePlan) -> Iterator[str]:
@@ -262,13 +271,14 @@ def _add_origin(writer: GGUFWriter, folder: Path, commonest_type: str) -> None:
     known = report.read(folder) if (folder / file_names.REPORT).is_file() else None
     base = known.base_model if known else None
     writer.add_type("model")
-    writer.add_name((base or folder.resolve().name).rpartition("/")[2])
+    name = base or (known.model if known else folder.resolve().name)
+    writer.add_name(name.rpartition("/")[2])
     if known and known.license:
         writer.add_license(known.license)
     if base:
-        owner, _, name = base.rpartition("/")
+        owner, _, own = base.rpartition("/")
         writer.add_base_model_count(1)
-        writer.add_base_model_name(0, name)
+        writer.add_base_model_name(0, own)
         writer.add_base_model_organization(0, owner)
         writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
     writer.add_file_type(file_type(commonest_type))

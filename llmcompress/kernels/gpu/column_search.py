@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llmcompress.kernels import column_block
 from llmcompress.kernels.column_block import ColumnBlock, Numbers, longest_stream
+from llmcompress.kernels.gpu.trace_triton import HIGH, last_place, oldest_code, record_codes, trace, trace_chunks
 from llmcompress.weight.trellis import Trellis
 
 CHECKED = 12  # bits of a state up to which the states at the ends of chunks fit a key
@@ -27,7 +28,6 @@ REGISTERS = 4  # bits of a code up to which costs change threads without memory
 
 
 COST = tl.constexpr(column_block.COST)
-HIGH = tl.constexpr((1 << 32) - (1 << column_block.COST))
 CAP = tl.constexpr(column_block.CAP)
 WHOLE = tl.constexpr(column_block.WHOLE)
 WIDEST = tl.constexpr(column_block.WIDEST)
@@ -148,13 +148,13 @@ def column_search(
             entry, number, keys, terms, weights, oldest, origins, steps, 0, steps,
             BITS, VALUES, MEMORY, MOST, CHUNK, EVERY, ORIGINS, IN_REGISTERS, False,
         )  # fmt: skip
-        place, origin = _end(key, end, REST)
+        place, origin = last_place(key, end, REST)
         tl.debug_barrier()
         path = states + column * (rows // VALUES) + first
         if ORIGINS:
-            _trace_chunks(path, oldest, origins, steps, place, origin, BITS, MEMORY, CHUNK, LANES)
+            trace_chunks(path, oldest, origins, steps, place, origin, BITS, MEMORY, CHUNK, LANES)
         else:
-            _trace(path, oldest, steps, place, BITS, MEMORY)
+            trace(path, oldest, steps, place, BITS, MEMORY)
         tl.debug_barrier()
         tl.store(ends + (column + 1) * streams + stream, tl.load(path + steps - 1))
         again = before + column * rows
@@ -177,14 +177,14 @@ def _find_seam(
         -1, number, keys, terms, weights, oldest, origins, steps, steps - side, 2 * side,
         BITS, VALUES, MEMORY, MOST, CHUNK, EVERY, ORIGINS, IN_REGISTERS, True,
     )  # fmt: skip
-    place, _ = _end(key, -1, REST)
+    place, _ = last_place(key, -1, REST)
     tl.debug_barrier()
     if ORIGINS and side == CHUNK:
         place = tl.load(origins + REST + place).to(tl.int32) & (REST - 1)
     else:
         for back in range(side):
             step = 2 * side - 1 - back
-            state = (_oldest_code(oldest, step, place, step >= 0, BITS, MEMORY) << (MEMORY - BITS)) + place
+            state = (oldest_code(oldest, step, place, step >= 0, BITS, MEMORY) << (MEMORY - BITS)) + place
             place = state >> BITS
     return place
 
@@ -212,7 +212,7 @@ def _advance(
         costs = (shift, slope, weight, slope2, weight2)
         low = _lowest(key, keys + step % 2 * REST, number, costs, BITS, VALUES, MEMORY, ORIGINS, IN_REGISTERS)
         shift, slope, weight, slope2, weight2 = ahead
-        _record(low, oldest + step * PER_STEP, BITS, MEMORY, ORIGINS)
+        record_codes(low, oldest + step * PER_STEP, BITS, MEMORY, ORIGINS)
         key = tl.reshape(low, (REST,))
         key = tl.minimum(key & HIGH, CAP) | (key & low_bits)
         if step % EVERY == EVERY - 1:
@@ -355,77 +355,3 @@ def _parts(flat, BITS: tl.constexpr, J: tl.constexpr):
 def _quarters(x):
     a, b = tl.split(x)
     return tl.split(a) + tl.split(b)
-
-
-@triton.jit
-def _record(low, oldest, BITS: tl.constexpr, MEMORY: tl.constexpr, ORIGINS: tl.constexpr):
-    """Write the oldest codes: those of a butterfly in one number if they fit 32 bits, else a byte each."""
-    PARTS: tl.constexpr = 1 << BITS
-    J: tl.constexpr = 1 << (MEMORY - 2 * BITS)
-    CODE: tl.constexpr = (MEMORY - BITS) if ORIGINS else 0
-    code = ((low >> CODE) & (PARTS - 1)).to(tl.int32)
-    newest = tl.arange(0, PARTS)
-    if BITS <= 3:
-        packed = tl.sum(code << (newest[None, :] * BITS), 1)
-        tl.store(oldest + tl.arange(0, J), packed.to(oldest.dtype.element_ty))
-    else:
-        at = tl.arange(0, J)[:, None] * PARTS + newest[None, :]
-        tl.store(oldest + at, code.to(oldest.dtype.element_ty))
-
-
-@triton.jit
-def _oldest_code(oldest, step, place, mask, BITS: tl.constexpr, MEMORY: tl.constexpr):
-    """Read the oldest code of states, given the other codes, after a step."""
-    PARTS: tl.constexpr = 1 << BITS
-    if BITS <= 3:
-        word = tl.load(oldest + step * (1 << (MEMORY - 2 * BITS)) + (place >> BITS), mask=mask, other=0).to(tl.int32)
-        code = (word >> (place & (PARTS - 1)) * BITS) & (PARTS - 1)
-    else:
-        code = tl.load(oldest + step * (1 << (MEMORY - BITS)) + place, mask=mask, other=0).to(tl.int32) & (PARTS - 1)
-    return code
-
-
-@triton.jit
-def _end(key, end, REST: tl.constexpr):
-    """Return the last state of the stream without its oldest code, and the state before its last chunk."""
-    rest = tl.arange(0, REST)
-    lowest = tl.min(key & HIGH, 0)
-    best = tl.min(tl.where((key & HIGH) == lowest, rest, REST), 0)
-    place = tl.where(end < 0, best, end & (REST - 1))
-    return place, tl.sum(tl.where(rest == place, (key & (REST - 1)).to(tl.int32), 0), 0)
-
-
-@triton.jit
-def _trace(states, oldest, steps, place, BITS: tl.constexpr, MEMORY: tl.constexpr):
-    """Write the states, last first."""
-    for back in range(steps):
-        step = steps - 1 - back
-        state = (_oldest_code(oldest, step, place, step >= 0, BITS, MEMORY) << (MEMORY - BITS)) + place
-        tl.store(states + step, state)
-        place = state >> BITS
-
-
-@triton.jit
-def _trace_chunks(
-    states, oldest, origins, steps, place, origin, BITS: tl.constexpr, MEMORY: tl.constexpr, CHUNK: tl.constexpr,
-    LANES: tl.constexpr,
-):  # fmt: skip
-    """Write the states: from the end of a chunk to that of the one before, then all chunks at once."""
-    REST: tl.constexpr = 1 << (MEMORY - BITS)
-    lane = tl.arange(0, LANES)
-    chunk = (steps - 1) // CHUNK
-    ending = tl.where(lane == chunk, place, 0)
-    if steps % CHUNK != 0:
-        place = origin
-        chunk -= 1
-        ending = tl.where(lane == chunk, place, ending)
-    for back in range(chunk):
-        place = tl.load(origins + (chunk - back) * REST + place).to(tl.int32) & (REST - 1)
-        ending = tl.where(lane == chunk - back - 1, place, ending)
-    place = ending
-    for back in range(CHUNK):
-        step = tl.minimum((lane + 1) * CHUNK, steps) - 1 - back
-        mask = (step >= lane * CHUNK) & (lane * CHUNK < steps)
-        state = (_oldest_code(oldest, step, place, mask, BITS, MEMORY) << (MEMORY - BITS)) + place
-        tl.store(states + step, state, mask=mask)
-        place = tl.where(mask, state >> BITS, place)

@@ -81,9 +81,12 @@ def locate(model: str | Path, revision: str | None = None, trust_remote_code: bo
         )
     path, model = Path(os.path.expanduser(model)), str(model)  # its own errors are False here, unlike pathlib's
     if os.path.isdir(path):
-        check_folder(path)
         if revision is not None:
             raise InputError(f"{model} is a folder, which has no revisions; leave out revision {revision!r}")
+        files = [] if (path / "config.json").is_file() else list(path.glob("*.gguf"))
+        if len(files) == 1:
+            return _place_of_file(files[0], model)
+        check_folder(path)
         same = HUB_ID.fullmatch(model) and not model.startswith(".")
         note = f"{path.name} is read as a folder of this machine, not as the Hub model of that name"
         return Place(model, path, notes=(note,) if same else (), trust_remote_code=trust_remote_code)

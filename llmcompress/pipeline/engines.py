@@ -1,0 +1,174 @@
+"""From a model to what an engine loads, in one run: compress, then export.
+
+    model, recipe -> OUT.checkpoint -> OUT.export -> OUT, with the report and the recipe
+
+`OUT.checkpoint` is a compressed checkpoint of ours, which an interrupted run resumes and which goes when OUT is
+complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from llmcompress.allocation.target_formats import check_rules
+from llmcompress.compression.job import Job, prepare
+from llmcompress.compression.plan import Plan
+from llmcompress.compression.result import Result
+from llmcompress.errors import DiskError, GateError, RecipeError, list_names
+from llmcompress.formats.engine_files import ExportReport
+from llmcompress.formats.export import check_model, export
+from llmcompress.models.dense.model import resolve
+from llmcompress.models.files import file_names
+from llmcompress.models.files.checkpoint import MANIFEST, files_of, write_checkpoint
+from llmcompress.models.files.compressed import check_kind
+from llmcompress.models.files.output import check_writable
+from llmcompress.models.files.reading import read_json
+from llmcompress.pipeline.compress import completed_result, compress, plan
+from llmcompress.recipe.compression import Recipe
+from llmcompress.recipe.read import read_recipe
+from llmcompress.recipe.target import Engine as TargetEngine
+from llmcompress.reporting import report as reports
+from llmcompress.reporting.report import Report
+from llmcompress.runtime.ranks import process_count
+
+CHECKPOINT, EXPORT = ".checkpoint", ".export"  # follow the name of the output folder
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine. `form`: the export that it loads; `recipe`: what it gets if none is named; `is_read`: True if `eval`
+    reads that export."""
+
+    form: str
+    recipe: str
+    is_read: bool = True
+
+
+ENGINES = {
+    "vllm": Engine("compressed-tensors", "vllm-4"),
+    "llama.cpp": Engine("gguf", "llama-cpp-4"),
+    "mlx": Engine("mlx", "mlx-4", is_read=False),
+    "exllamav3": Engine("exl3", "exl3", is_read=False),
+}
+TARGETED: dict[str, TargetEngine] = {"vllm": "vllm"}  # engines whose sizes a target knows
+
+
+def engine_of(name: str) -> Engine:
+    """Return an engine by its name. Raises RecipeError for an unknown one."""
+    if name not in ENGINES:
+        near = get_close_matches(name.lower(), ENGINES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(ENGINES)}"
+        raise RecipeError(f"there is no engine {name!r}; {hint}")
+    return ENGINES[name]
+
+
+def aim_at(engine: str, wanted: Recipe) -> Recipe:
+    """Return a recipe whose target, if it has one, has only forms that the engine multiplies.
+
+    Raises RecipeError for an unknown engine, and for a target whose sizes in the engine's files are not known.
+    """
+    engine_of(engine)
+    if wanted.target is None:
+        return wanted
+    if engine not in TARGETED:
+        raise RecipeError(
+            f"a target counts our own bytes, not those of {engine}; name a recipe, or give a target to "
+            f"{list_names(list(TARGETED))}"
+        )
+    return wanted.model_copy(update={"target": wanted.target.for_engine(TARGETED[engine])})
+
+
+def plan_for(
+    engine: str, model: str | Path, recipe: Recipe, revision: str | None = None, trust_remote_code: bool = False
+) -> Plan:
+    """Do as `plan`. Raises RecipeError for what the engine cannot hold, too."""
+    aimed = aim_at(engine, recipe)
+    _open_job(engine, model, aimed, revision, trust_remote_code)
+    return plan(model, aimed, revision, trust_remote_code)
+
+
+def compress_for(
+    engine: str, model: str | Path, recipe: Recipe, output: Path, *, resume: bool = True, **options: Any
+) -> Result:
+    """Compress a model, and write what an engine loads into `output`, beside the report and the recipe.
+
+    Args:
+        engine: vllm, llama.cpp, mlx or exllamav3.
+        model, recipe: see `compress`.
+        output: a new or empty folder.
+        resume: False to start over instead of resuming an interrupted run.
+        options: of `compress`.
+
+    Returns:
+        The result, whose report has the sizes of the engine's file, and what the export changed among its warnings.
+
+    Raises:
+        RecipeError: before any work, for forms that the engine cannot hold.
+        GateError: for a result outside of the recipe's gates. It is complete in `output`.
+        LLMCompressError: for whatever else is wrong, as `compress` and `export` do.
+    """
+    if process_count() > 1:
+        raise RecipeError("one process writes for an engine; compress with several, then export by one")
+    trust = options.get("trust_remote_code", False)
+    aimed = aim_at(engine, recipe)
+    job = _open_job(engine, model, aimed, options.get("revision"), trust)
+    check_writable(output, 0)
+    ours, failure = output.with_name(output.name + CHECKPOINT), None
+    if not resume and ours.is_dir():
+        check_kind(ours)
+        shutil.rmtree(ours)
+    try:
+        result = _finished_result(ours, job, options.get("device", "cpu")) or compress(model, aimed, ours, **options)
+    except GateError as error:
+        failure, result = error, Result(ours, reports.read(ours))
+    exported = output.with_name(output.name + EXPORT)
+    shutil.rmtree(exported, ignore_errors=True)
+    done = export(ours, exported, ENGINES[engine].form, trust_remote_code=trust)
+    report = _engine_report(result.report, done)
+    with write_checkpoint(output) as writer:
+        for name in files_of(exported):
+            if name != MANIFEST:
+                (writer.folder / name).parent.mkdir(exist_ok=True)
+                os.replace(exported / name, writer.folder / name)
+        writer.write(file_names.REPORT, json.dumps(report.to_json(), indent=2))
+        writer.write(file_names.RECIPE, (ours / file_names.RECIPE).read_text(encoding="utf-8"))
+    shutil.rmtree(exported)
+    shutil.rmtree(ours)
+    if failure is not None:
+        raise failure
+    return replace(result, folder=output, report=report)
+
+
+def _open_job(engine: str, model: str | Path, recipe: Recipe, revision: str | None, trust_remote_code: bool) -> Job:
+    """Return the job. Raises RecipeError for steps whose outcome the engine cannot hold, InputError for a model that it
+    does not run."""
+    job = prepare(resolve(model, revision, trust_remote_code), recipe)
+    check_rules(job, engine)
+    folder = job.source.folder
+    check_model(folder, read_json(folder / "config.json"), ENGINES[engine].form, trust_remote_code)
+    return job
+
+
+def _finished_result(folder: Path, job: Job, device: str) -> Result | None:
+    """Return the result of this job in `folder`, None if it is to be made. Raises DiskError for that of another."""
+    target = job.recipe.target
+    if target is None or not (folder / file_names.ALLOCATION).is_file():
+        return None if target else completed_result(folder, job, device)
+    chosen = job.with_recipe(read_recipe(folder / file_names.RECIPE))  # the steps that met its target
+    made_for = read_json(folder / file_names.ALLOCATION)["target"]
+    if made_for != target.model_dump(mode="json", exclude_none=True):
+        raise DiskError(f"{folder} was made for another target; remove it, or choose another output folder")
+    return completed_result(folder, chosen, device)
+
+
+def _engine_report(report: Report, done: ExportReport) -> Report:
+    """Return the report with the sizes of the engine's files, and what the export changed among its warnings."""
+    size = done.bytes_after
+    notes = (*report.warnings, *done.changed)
+    return replace(report, bytes=size, model_bpw=size * 8 / report.parameters, warnings=notes)

@@ -1,0 +1,151 @@
+"""`--for ENGINE`: one run from a model to what the engine loads; what it cannot hold is refused before any work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import llmcompress as lc
+from llmcompress.cli.app import app
+from llmcompress.errors import DiskError, GateError, InputError, RecipeError
+from llmcompress.models.dense.locate import locate
+from llmcompress.models.files.checkpoint import check_manifest
+from llmcompress.pipeline import engines
+from llmcompress.pipeline.engines import ENGINES, compress_for, plan_for
+from llmcompress.recipe.compression import Recipe
+from llmcompress.recipe.read import read_recipe
+from llmcompress.reporting import report as reports
+from tests.formats.gguf_files import tiny_llama
+from tests.tiers import tiered
+from tests.tiny import save_tiny
+
+SHORT = ["calibration.samples=4", "calibration.length=32", "calibration.held_out=1"]
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that every engine here runs: sides that 128 divides, a tokenizer that llama.cpp loads."""
+    return tiny_llama(tmp_path_factory.mktemp("dense"), dtype=torch.bfloat16, max_position_embeddings=128, **SIZES)
+
+
+def recipe(engine: str, *settings: str) -> Recipe:
+    return read_recipe(ENGINES[engine].recipe, [*SHORT, *settings])
+
+
+@pytest.mark.parametrize("engine", tiered(ENGINES, lambda engine: engine != "exllamav3"))
+def test_the_output_is_what_compress_and_export_write(engine: str, dense: Path, tmp_path: Path) -> None:
+    result = compress_for(engine, dense, recipe(engine), tmp_path / "out")
+    lc.compress(dense, recipe(engine), tmp_path / "ours")
+    done = lc.export(tmp_path / "ours", tmp_path / "theirs", ENGINES[engine].form)
+    written, expected = ({path.name for path in (tmp_path / name).iterdir()} for name in ("out", "theirs"))
+    assert written == expected | {"report.json", "recipe.yaml"}
+    for name in expected - {"manifest.json"}:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes(), name
+    assert check_manifest(tmp_path / "out")
+    report = reports.read(tmp_path / "out")
+    assert report == result.report and report.bytes == done.bytes_after and result.folder == tmp_path / "out"
+    assert report.model_bpw == done.bytes_after * 8 / report.parameters and set(done.changed) <= set(report.warnings)
+    assert not list(tmp_path.glob("out.*"))
+
+
+@pytest.mark.parametrize("settings", [(), ("target.bpw=8",)])
+def test_a_run_that_ends_in_the_export_goes_on_from_there(
+    settings: tuple[str, ...], dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "default" if settings else "vllm-4"
+    rules = ["rules=[]", "embeddings=[]", "head=null", "table=null"] if settings else []
+    asked = read_recipe(text, [*SHORT, *rules, *settings])
+
+    def full(*_: Any, **__: Any) -> None:
+        raise DiskError("No space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engines, "export", full)
+        with pytest.raises(DiskError, match="No space left"):
+            compress_for("vllm", dense, asked, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.checkpoint").is_dir()
+    other = read_recipe(text, [*SHORT, *rules, "target.bpw=7"]) if settings else recipe("mlx")
+    with pytest.raises(DiskError, match="another target" if settings else "another recipe"):
+        compress_for("mlx" if not settings else "vllm", dense, other, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(engines, "compress", lambda *_, **__: pytest.fail("compressed again"))
+        compress_for("vllm", dense, asked, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").is_file() and not list(tmp_path.glob("out.*"))
+
+
+def test_a_run_can_start_over(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lc.compress(dense, "data-free", tmp_path / "out.checkpoint")
+    compress_for("vllm", dense, recipe("vllm"), tmp_path / "out", resume=False)
+    assert reports.read(tmp_path / "out").recipe == "vllm-4" and not list(tmp_path.glob("out.*"))
+
+
+def test_a_missed_gate_leaves_the_engine_its_files(dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(GateError):
+        compress_for("vllm", dense, recipe("vllm", "gates.kl=1e-9"), tmp_path / "out")
+    gates = reports.read(tmp_path / "out").gates
+    assert gates is not None and gates.held is False and not list(tmp_path.glob("out.*"))
+
+
+@pytest.mark.parametrize(
+    ("engine", "name", "sentence"),
+    [
+        ("vllm", "default", "vllm does not multiply rotate > trellis"),
+        ("vllm", "gptq-4-g64", "vllm does not multiply gptq, .*integers of 5 bits, and vLLM reads those of 4 or 8"),
+        ("vllm", "mlx-4", "vllm does not multiply"),
+        ("mlx", "llama-cpp-4", "mlx does not multiply gguf"),
+        ("llama.cpp", "balanced", "llama.cpp does not multiply"),
+        ("llama.cpp", "partial-binarization", "a target counts our own bytes"),
+        ("exllamav3", "vllm-4", "exllamav3 does not multiply .*no tiles"),
+    ],
+)
+def test_forms_that_an_engine_lacks_are_refused_before_any_work(
+    engine: str, name: str, sentence: str, dense: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        plan_for(engine, dense, read_recipe(name))
+    with pytest.raises(RecipeError, match=sentence):
+        compress_for(engine, dense, read_recipe(name), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_tables_are_refused_where_an_engine_has_none(dense: Path) -> None:
+    table = "embeddings=[{method: gptq, bits: 4, group_size: 64, narrow_range: true}]"
+    with pytest.raises(RecipeError, match="vllm has no compressed model.embed_tokens; leave it as it is"):
+        plan_for("vllm", dense, recipe("vllm", table))
+    with pytest.raises(RecipeError, match="mlx does not read svd"):
+        plan_for("mlx", dense, recipe("mlx", "embeddings=[{method: svd, rank: 4}]"))
+
+
+def test_models_that_an_engine_does_not_run_are_refused_before_any_work(tmp_path: Path) -> None:
+    bytewise = save_tiny("llama", tmp_path / "bytewise", **SIZES)
+    with pytest.raises(InputError, match="merges nothing, which llama.cpp does not load"):
+        plan_for("llama.cpp", bytewise, recipe("llama.cpp"))
+    other = save_tiny("gpt_neo", tmp_path / "other", hidden_size=128, num_heads=4)
+    with pytest.raises(InputError, match="is a gpt_neo model, of which nobody here knows what MLX reads"):
+        plan_for("mlx", other, recipe("mlx"))
+
+
+def test_the_command_takes_an_engine(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
+    short = [word for setting in SHORT for word in ("--set", setting)]
+    planned = CliRunner().invoke(app, ["plan", str(dense), "--for", "llama.cpp", "--json"])
+    assert json.loads(planned.stdout)["recipe"] == "llama-cpp-4"
+    done = CliRunner().invoke(app, ["compress", str(dense), "--for", "llama.cpp", "-o", "small", *short])
+    assert done.exit_code == 0 and f"next    llmcompress eval small --against {dense}" in done.stdout
+    assert locate("small").folder.parent == tmp_path / "cache", "the file is read as the engine has it"
+    done = CliRunner().invoke(app, ["compress", str(dense), "--for", "exllamav3", "-o", "tiles", *short])
+    assert done.exit_code == 0 and "next  " not in done.stdout
+    for words, sentence in (
+        (["--for", "vlm"], "there is no engine 'vlm'; did you mean vllm?"),
+        (["--for", "mlx", "--bpw", "3"], "a target counts our own bytes, not those of mlx"),
+        (["default", "--for", "tgi"], "choose one of vllm, llama.cpp, mlx, exllamav3"),
+    ):
+        refused = CliRunner().invoke(app, ["compress", str(dense), *words, "-o", "out"])
+        assert refused.exit_code == 2 and sentence in refused.stderr, refused.stderr
