@@ -17,6 +17,7 @@ from llmcompress.cli.options import (
     Limit,
     Model,
     Out,
+    Quick,
     Revision,
     Seed,
     Settings,
@@ -88,6 +89,7 @@ def compress(
     sparsity: Sparsity = None,
     engine: Engine = None,
     tune: Tune = False,
+    quick: Quick = False,
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Resume an interrupted run, or start over.")
     ] = True,
@@ -117,7 +119,8 @@ def compress(
     from llmcompress.pipeline.engines import ENGINES, compress_for
     from llmcompress.reporting.report import read_all
 
-    built = build_recipe(recipe, settings, seed, target_change(bpw, size, kl, sparsity), tune, engine)
+    target = target_change(bpw, size, kl, sparsity)
+    built = build_recipe(recipe, settings, seed, target, tune, engine, quick)
     access["revision"] = revision
     if price_part is not None:
         file = pipeline.price_part(model, built, output, Part.of(price_part), pricing=terminal.pricing, **access)
@@ -230,6 +233,7 @@ def build_recipe(
     target: Change | None,
     tune: bool,
     engine: str | None = None,
+    quick: bool = False,
 ) -> Recipe:
     """Return the recipe of a command, changed as its options say. A target or an engine alone gets a default one.
 
@@ -248,6 +252,7 @@ def build_recipe(
     changes = [] if seed is None else [Change("seed", seed, "--seed")]
     changes += [] if target is None else [target]
     changes += [Change("reconstruct", {}, "--tune", keep=True)] if tune else []
+    changes += [Change("trial", True, "--quick")] if quick else []
     return read_recipe(DEFAULT if recipe is None else recipe, settings, changes)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmcompress.cli.options import Model, Out, RecipeFile, Seed, Settings, command
+from llmcompress.cli.options import Model, Out, Quick, RecipeFile, Seed, Settings, command
 from llmcompress.cli.tables import build_table, size_change
 from llmcompress.cli.terminal import Terminal
 from llmcompress.reporting.formatting import duration
@@ -25,6 +25,7 @@ def distill(
     recipe: RecipeFile,
     teacher: Annotated[str, typer.Option("--teacher", metavar="DENSE", help="The dense model that STUDENT came from.")],
     output: Out,
+    quick: Quick = False,
     settings: Settings = None,
     seed: Seed = None,
     **access: Any,
@@ -41,6 +42,7 @@ def distill(
     from llmcompress.recipe.read import read_as
 
     changes = [] if seed is None else [Change("seed", seed, "--seed")]
+    changes += [Change("trial", True, "--quick")] if quick else []
     wanted = read_as(Distillation, recipe, settings or (), changes)
     result = run(student, teacher, wanted, output, progress=terminal.training, **access)
     terminal.warn(result.warnings)

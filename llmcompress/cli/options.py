@@ -33,6 +33,9 @@ RecipeFile = Annotated[
 Tune = Annotated[
     bool, typer.Option("--tune", help="Train every block while it is compressed: better, and several times slower.")
 ]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="See that all works: least text, fewest steps; the result cannot be pushed.")
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(

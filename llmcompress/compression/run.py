@@ -29,7 +29,7 @@ from llmcompress.distillation.reconstruct import BlockTuner
 from llmcompress.errors import NumericsError, RecipeError, list_names
 from llmcompress.methods.solvers.block_search import can_search
 from llmcompress.models.dense.skeleton import auto_name
-from llmcompress.reporting.report import Report, pending_gates
+from llmcompress.reporting.report import TRIAL, Report, pending_gates
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.facts import versions
 from llmcompress.runtime.load import SlowBlocks
@@ -202,11 +202,14 @@ def _report(run: CompressionState, tokens: CalibrationTokens | None, size: int, 
         trust_remote_code=bool(job.source.code),
         auto_class=auto_name(job.source.config),
         gates=pending_gates(job.recipe.gates.of_quality, job.ungated),
+        trial=job.recipe.trial,
     )
 
 
 def _warnings(run: CompressionState, before: int) -> Iterator[str]:
     """Yield the warnings of the run itself, in a sentence each."""
+    if run.job.recipe.trial:
+        yield TRIAL
     paths = [path for entry in run.entries for path in entry.unweighed]
     if paths:
         yield (

@@ -91,7 +91,7 @@ def result_of(
         losses={name: term.weight_in_words() for name, term in zip(term_names(losses), losses, strict=True)},
         teacher_id=job.teacher_place.hub_id,
         plot=file_names.DISTILLATION_PLOT if find_spec("matplotlib") else None,
-        warnings=(*warnings, *missing_kinds(learned.trained)),
+        warnings=(*warnings, *missing_kinds(learned.trained), *([reports.TRIAL] if job.recipe.trial else [])),
         cache_bias=learned.cache_bias,
         quantized_teacher=run.quantization,
     )
@@ -113,6 +113,7 @@ def write_result(
         size = writer.close(binding(writer.folder) if compressed else None)
         if (student.folder / file_names.REPORT).is_file():  # not beside what save_pretrained wrote
             report = _recount_report(reports.read(student.folder), learned.linears, size, result)
+            report = replace(report, trial=report.trial or job.recipe.trial)
             writer.write(file_names.REPORT, json.dumps(report.to_json(), indent=2))
             writer.write(file_names.RECIPE, (student.folder / file_names.RECIPE).read_text(encoding="utf-8"))
         writer.write(file_names.DISTILLATION_RECIPE, recipe)

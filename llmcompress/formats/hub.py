@@ -99,8 +99,12 @@ def push(
 
 
 def _check_gates(folder: Path) -> None:
-    """Raise GateError for a checkpoint that missed its gates, or whose run ended before they were measured."""
-    gates = reports.read(folder).gates
+    """Raise GateError for a trial, and for a checkpoint that missed its gates, or whose run ended before they were
+    measured."""
+    report = reports.read(folder)
+    gates = report.gates
+    if report.trial:
+        raise GateError(f"{folder} is not pushed: {reports.TRIAL}; run the same command without --quick")
     if gates is not None and gates.held is False:
         raise GateError(
             f"{folder} is outside of its gates ({', '.join(gates.clauses())}) and is not pushed; compress to more "

@@ -5,18 +5,31 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
 FILE_KINDS = (".txt", ".jsonl", ".parquet")
 OFFLINE = ("builtin", "stdlib", "self")  # need neither a file nor the Hub
 Switch = Literal["auto"] | bool
+TRIAL = {"samples": 5, "length": 256, "held_out": 1}  # most of a text that is read to see that all works
 
 
 def is_file(dataset: str) -> bool:
     """True if `dataset` is a local file, not the name of a data set."""
     return Path(dataset).suffix.lower() in FILE_KINDS or os.path.isfile(os.path.expanduser(dataset))
+
+
+def shorten_text(text: Any) -> Any:
+    """Return a text as a trial reads it, from a map or a section; what is neither comes back as it is."""
+    if isinstance(text, Calibration):
+        return text.model_copy(update=shorten_text({"samples": text.samples, "length": text.length}))
+    if isinstance(text, list | tuple):
+        return [shorten_text(each) for each in text]
+    if not isinstance(text, dict):
+        return text
+    given = {key: text[key] for key in ("samples", "length") if key in text}
+    return text | TRIAL | {key: min(n, TRIAL[key]) if isinstance(n, int) else n for key, n in given.items()}
 
 
 def hide_folder(dataset: str) -> str:

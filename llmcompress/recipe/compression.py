@@ -30,7 +30,7 @@ from pydantic import (
     model_validator,
 )
 
-from llmcompress.recipe.calibration import Calibration, TokenWeights
+from llmcompress.recipe.calibration import Calibration, TokenWeights, shorten_text
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.reconstruction import Reconstruction
 from llmcompress.recipe.rules import Rule, Step
@@ -60,6 +60,9 @@ class Recipe(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**63, description="random seed of the run")
     calibration: Calibration | None = Field(
         default=None, description="text for the statistics; null: no method needs any"
+    )
+    trial: bool = Field(
+        default=False, description="true: read the least text and take the fewest steps, to see that all works"
     )
     prefix: Literal["compressed", "dense"] = Field(
         default="compressed", description="whether the inputs of a layer come from the compressed or the dense model"
@@ -136,6 +139,16 @@ class Recipe(BaseModel):
         """Give a section the version, name and seed of the recipe, unless it has its own."""
         inherited = {key: info.data[key] for key in ("version", "name", "seed") if key in info.data}
         return inherited | section if isinstance(section, dict) else section
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorten(cls, values: Any) -> Any:
+        """Shorten the text and the distillation of a trial."""
+        if not isinstance(values, dict) or values.get("trial") is not True:
+            return values
+        distill = values.get("distill")
+        shorter = {"distill": distill | {"trial": True}} if isinstance(distill, dict) else {}
+        return values | {"calibration": shorten_text(values.get("calibration"))} | shorter
 
     @field_validator("rules")
     @classmethod

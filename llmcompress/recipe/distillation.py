@@ -9,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 
 import llmcompress.losses  # noqa: F401 (registers them)
 from llmcompress.losses.loss import LossConfig, loss_config, reads_states
+from llmcompress.recipe.calibration import shorten_text
 from llmcompress.recipe.data import Mixture, Texts, TextSource
 from llmcompress.recipe.sections import Adaptation, Estimator, Freezing, Kind, OnPolicy, Rate, Rates, Regrowth, Teacher
 
@@ -122,6 +123,7 @@ CONTROLS: dict[Control, tuple[Term, ...]] = {
 Latents = Literal["codes", "teacher"]
 Scales = Literal["learned", "median"]
 PhaseKind = Literal["blockwise", "end_to_end"]
+FEWEST = {"steps": 2, "batch": 4, "micro_batch": 2}  # of a distillation that is to show that all works
 AS_IN_RECIPE = "as in the recipe; null: the recipe's value"
 
 
@@ -155,6 +157,9 @@ class Distillation(BaseModel):
         default="distillation", min_length=1, max_length=200, description="name in reports; by default the file's name"
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="random seed of the run")
+    trial: bool = Field(
+        default=False, description="true: read the least text and take the fewest steps, to see that all works"
+    )
     data: Texts = Field(
         default=TextSource(samples=528, length=256, held_out=16),
         description="the text to learn from, or a list of texts",
@@ -237,6 +242,15 @@ class Distillation(BaseModel):
     save_minutes: float = Field(
         default=10, gt=0, allow_inf_nan=False, description="most minutes between states that a run can resume from"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorten(cls, values: Any) -> Any:
+        """Shorten the texts and the phases of a trial."""
+        if not isinstance(values, dict) or values.get("trial") is not True:
+            return values
+        phases = [each | FEWEST if isinstance(each, dict) else each for each in values.get("phases", ())]
+        return values | {"data": shorten_text(values.get("data", {})), "phases": phases} | FEWEST
 
     def texts(self) -> tuple[TextSource, ...]:
         """Return the texts to read: one, or those of the domains."""

@@ -18,6 +18,7 @@ from llmcompress.runtime.json_values import JsonRecord
 BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
 GATE_TOKENS = 2048  # read for the gates, at most: a few percent of a calibration of 128 sequences
 GATE_WINDOW = 256  # tokens in a window of them, at most
+TRIAL = "a trial (--quick), on the least text, shows that all works and nothing of the quality"
 PENDING = "the run ended before it was measured"
 
 
@@ -144,6 +145,7 @@ class Report(JsonRecord):
     auto_class: str = "AutoModelForCausalLM"  # of transformers, that loads it
     trust_remote_code: bool = False  # the model's own code was run, and is needed to load it
     gates: GateReport | None = None  # None where the recipe switches them off
+    trial: bool = False  # True if it was to show that all works, on the least text
 
     def recount(
         self,

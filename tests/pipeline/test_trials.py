@@ -1,0 +1,67 @@
+"""`--quick`: the whole way on the least text, marked wherever its result is shown, and never published."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import llmcompress as lc
+from llmcompress.cli.app import app
+from llmcompress.errors import GateError
+from llmcompress.recipe.calibration import TRIAL, Calibration, shorten_text
+from llmcompress.recipe.distillation import FEWEST, Distillation
+from llmcompress.recipe.library import library
+from llmcompress.recipe.overrides import Change
+from llmcompress.recipe.read import read_as, read_recipe
+from llmcompress.reporting import report as reports
+from tests.tiny import save_tiny
+
+SHORT = Change("trial", True, "--quick")
+
+
+@pytest.mark.parametrize("name", [each.name for each in library() if each.group != "distillation"])
+def test_every_recipe_reads_no_more_than_a_trial(name: str) -> None:
+    recipe = read_recipe(name, (), [SHORT])
+    assert recipe.trial and read_recipe(name).trial is False
+    if recipe.calibration is not None:
+        assert recipe.calibration.samples <= TRIAL["samples"] and recipe.calibration.length <= TRIAL["length"]
+    assert recipe.model_copy(update={"calibration": None, "trial": False, "distill": None}) == read_recipe(
+        name
+    ).model_copy(update={"calibration": None, "distill": None})
+
+
+@pytest.mark.parametrize("name", [each.name for each in library() if each.group == "distillation"])
+def test_every_distillation_takes_the_fewest_steps(name: str) -> None:
+    wanted = read_as(Distillation, name, (), [SHORT])
+    assert all(stage.steps == FEWEST["steps"] for _, stage in wanted.stages())
+    assert all(text.samples <= TRIAL["samples"] and text.held_out == 1 for text in wanted.texts())
+
+
+@pytest.mark.parametrize(
+    ("given", "samples", "length"),
+    [({}, 5, 256), ({"samples": 3, "length": 64}, 3, 64), ({"samples": 900, "length": 4096, "dataset": "x"}, 5, 256)],
+)
+def test_a_text_is_never_made_longer(given: dict[str, Any], samples: int, length: int) -> None:
+    for text in (shorten_text(given), shorten_text(Calibration(**given | {"dataset": "stdlib"})).model_dump()):
+        assert (text["samples"], text["length"], text["held_out"]) == (samples, length, 1)
+    assert shorten_text({"samples": "many"})["samples"] == "many", "validation says what is wrong with it"
+
+
+def test_a_trial_is_marked_and_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny("llama", tmp_path / "dense", hidden_size=64, intermediate_size=128, max_position_embeddings=256)
+    done = CliRunner().invoke(app, ["compress", "dense", "gptq-4-g64", "--quick", "-o", "small"])
+    assert done.exit_code == 0 and "shows that all works and nothing of the quality" in done.stderr
+    lc.compress("dense", "data-free", "whole")
+    for student in ("small", "whole"):
+        words = ["distill", student, "scales-norms", "--teacher", "dense", "--quick", "-o", f"{student}-2"]
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0 and "nothing of the quality" in done.stderr, done.output
+    for folder in ("small", "small-2", "whole-2"):
+        assert reports.read(folder).trial and reports.TRIAL in reports.read(folder).warnings
+        with pytest.raises(GateError, match="is not pushed: a trial"):
+            lc.push(folder, "me/small", dry_run=True)
+    assert not reports.read("whole").trial
