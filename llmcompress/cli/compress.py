@@ -66,6 +66,14 @@ Engine = Annotated[
         "exllamav3 of 3.",
     ),
 ]
+Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Resume an interrupted run, or start over.")]
+PricePart = Annotated[
+    str | None,
+    typer.Option(
+        metavar="K/N",
+        help="For a target: measure only part K of N of the options, so that machines can share the work.",
+    ),
+]
 Bpw = Annotated[float | None, typer.Option("--bpw", help="Target: bits per weight of the decoder's linear layers.")]
 Size = Annotated[str | None, typer.Option("--size", help="Target: size of all weight files, such as 40MB.")]
 Kl = Annotated[
@@ -90,16 +98,8 @@ def compress(
     engine: Engine = None,
     tune: Tune = False,
     quick: Quick = False,
-    resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Resume an interrupted run, or start over.")
-    ] = True,
-    price_part: Annotated[
-        str | None,
-        typer.Option(
-            metavar="K/N",
-            help="For a target: measure only part K of N of the options, so that machines can share the work.",
-        ),
-    ] = None,
+    resume: Resume = True,
+    price_part: PricePart = None,
     settings: Settings = None,
     revision: Revision = None,
     seed: Seed = None,
