@@ -218,8 +218,8 @@ def _default_options() -> tuple[Steps, ...]:
 
 
 def _trellis(rate: float) -> dict[str, Any]:
-    """Return the arguments of a trellis whose numbers processors look up fast."""
-    return {"method": "trellis", "bits": rate, "code": "linear"}
+    """Return the arguments of a trellis whose numbers processors look up fast, and whose columns are rings."""
+    return {"method": "trellis", "bits": rate, "run": 384, "code": "linear", "ring": True}
 
 
 def _sparse_options(sparsity: float) -> tuple[Steps, ...]:

@@ -51,7 +51,7 @@ def left(place: Path, model: str = "dense", **more: Any) -> Any:
 
 
 def test_every_name_of_a_target_has_its_rules() -> None:
-    assert set(get_args(Engine)) == set(ENGINES)
+    assert set(get_args(Engine)) <= set(ENGINES)
 
 
 def test_default_options_are_those_that_fit_the_shape_and_leave_tables_alone(place: Path) -> None:
@@ -104,7 +104,7 @@ def test_rules_tables_and_transposed_layers_are_refused(place: Path) -> None:
     with pytest.raises(RecipeError, match=r"rules: vllm does not multiply rtn, bits: 2 of .*o_proj .*change the rule"):
         left(place, rules=[{"match": "*.o_proj", "steps": [{"method": "rtn", "bits": 2}]}])
     assert len(left(place, rules=[{"match": "*.o_proj", "steps": []}]).matrices) == 12
-    with pytest.raises(RecipeError, match="vllm has no compressed model.embed_tokens; drop its steps, or drop engine"):
+    with pytest.raises(RecipeError, match="vllm has no compressed model.embed_tokens; leave it as it is"):
         left(place, embeddings=[{"method": "rtn"}])
     with pytest.raises(RecipeError, match=r"multiplies no form of transformer.h.0.attn.c_attn \(it is no plain linear"):
         left(place, "gpt2")

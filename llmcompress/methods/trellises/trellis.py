@@ -36,7 +36,11 @@ class TrellisConfig(StepConfig):
         768, description="rows of a stream, which one core searches; the first of them have fewer choices"
     )
     code: Code = Field("table", description="numbers of the states; linear: a few that processors look up fast")
-    ring: bool = Field(False, description="true: a column starts in the state in which it ends; no two are linked")
+    ring: bool = Field(
+        False,
+        description="true: a column of a run starts in the state in which it ends, so no two are linked, unless it has "
+        "fewer bits than a state",
+    )
     damping: float = Field(0.1, gt=0, le=10, description="share of the mean Hessian diagonal that is added")
     examples = (
         {"memory": 8},
@@ -47,29 +51,27 @@ class TrellisConfig(StepConfig):
         {"bits": 2, "memory": 8, "run": 256, "code": "linear", "ring": True},
     )
 
-    def trellis(self) -> Trellis:
-        """Return the trellis. Raises RecipeError for a memory too short for its bits."""
+    def trellis(self, rows: int) -> Trellis:
+        """Return the trellis of columns of so many rows. Raises RecipeError for a memory too short for its bits."""
         values = 1 if self.bits == int(self.bits) else 2
         code = int(self.bits * values)
         if self.memory < 2 * code:
             raise RecipeError(f"{self.bits:g} bits need a memory of at least {2 * code}; set memory: {2 * code}")
-        return Trellis(code, values, self.memory, self.code, self.ring)
+        return Trellis(code, values, self.memory, self.code, self.ring and rows // values * code >= self.memory)
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
         term_beside_dense(approx, "a trellis")
-        (rows, width), trellis = shape(approx), self.trellis()
+        (rows, width), trellis = shape(approx), self.trellis(shape(approx)[0])
         if rows % trellis.values:
             raise RecipeError(f"{self.bits:g} bits go two rows at a time, and there are {rows}; ask for whole bits")
-        if self.ring and rows // trellis.values * trellis.bits < trellis.memory:
-            raise RecipeError(f"{rows} rows are too few for a ring of memory {trellis.memory}; set ring: false")
         codes = torch.empty(rows // trellis.values * width, dtype=torch.uint8, device="meta")
         scale = torch.empty(rows, 1, dtype=torch.float16, device="meta")
         return TrellisCodes(codes, scale, trellis, self.run)
 
     def rough(self) -> StepConfig:
         """With the shortest memory; see `StepConfig.rough`."""
-        return self.model_copy(update={"memory": min(self.memory, max(8, 2 * self.trellis().bits))})
+        return self.model_copy(update={"memory": min(self.memory, max(8, 2 * self.trellis(0).bits))})
 
 
 @method("trellis", TrellisConfig, needs={"outer"}, data_free=True, rowwise=True)
@@ -78,7 +80,7 @@ def trellis(layer: Layer, config: TrellisConfig) -> Layer:
     config.sketch(layer.approx)
     target = base_target(layer)
     factor, notes = feedback_factor(layer.inputs, config.damping)
-    kind = config.trellis()
+    kind = config.trellis(len(target))
     spread = target.square().mean(1, keepdim=True).sqrt()  # that of the trellis' numbers is 1
     scale = spread.clamp_max(torch.finfo(torch.float16).max).to(torch.float16)
     base = feedback(target, factor, TrellisStreams(scale, target.shape[1], kind, config.run, layer.rows))

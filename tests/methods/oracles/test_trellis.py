@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import relative_error
 from llmcompress.methods.solvers.streams import TrellisStreams
 from llmcompress.weight.encoding import encode
@@ -237,9 +236,11 @@ def test_rings_are_free_of_each_other(trellis: Trellis) -> None:
         assert torch.equal(stored[0], at_once[column])
 
 
-def test_too_few_rows_for_a_ring_are_refused() -> None:
-    with pytest.raises(RecipeError, match="4 rows are too few for a ring of memory 12; set ring: false"):
-        compressed(gaussian(4, 64), correlated(512, 64), {"method": "trellis", "ring": True})
+@pytest.mark.parametrize(("rows", "ring"), [(4, False), (5, False), (6, True)])
+def test_columns_with_fewer_bits_than_a_state_stay_linked(rows: int, ring: bool) -> None:
+    done = compressed(gaussian(rows, 64), correlated(512, 64), {"method": "trellis", "ring": True}).expression()
+    assert isinstance(done, TrellisCodes) and done.trellis.ring == ring
+    assert torch.equal(dense(done), read(done))
 
 
 @pytest.mark.slow
