@@ -123,6 +123,8 @@ def compress(
     built = build_recipe(recipe, settings, seed, target, tune, engine, quick)
     access["revision"] = revision
     if price_part is not None:
+        if engine is not None:
+            raise RecipeError("--price-part measures for a run without --for; leave one of them out")
         file = pipeline.price_part(model, built, output, Part.of(price_part), pricing=terminal.pricing, **access)
         terminal.show({"part": price_part, "file": str(file)}, priced_view)
         return

@@ -27,7 +27,7 @@ from llmcompress.models.dense.model import resolve
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import MANIFEST, files_of, write_checkpoint
 from llmcompress.models.files.compressed import check_kind
-from llmcompress.models.files.output import check_writable
+from llmcompress.models.files.output import check_writable, claim_folder, clear_folder, is_ours, remove_folder
 from llmcompress.models.files.reading import read_json
 from llmcompress.pipeline.compress import completed_result, compress, plan
 from llmcompress.recipe.compression import Recipe
@@ -119,26 +119,30 @@ def compress_for(
     aimed = aim_at(engine, recipe)
     job = _open_job(engine, model, aimed, options.get("revision"), trust)
     check_writable(output, 0)
+    is_ours(output.with_name(output.name + EXPORT))  # raises now what would be in the way later
     ours, failure = output.with_name(output.name + CHECKPOINT), None
     if not resume and ours.is_dir():
         check_kind(ours)
         shutil.rmtree(ours)
     try:
-        result = _finished_result(ours, job, options.get("device", "cpu")) or compress(model, aimed, ours, **options)
+        result = _finished_result(ours, job, options.get("device", "cpu")) or compress(
+            model, aimed, ours, resume=resume, **options
+        )
     except GateError as error:
         failure, result = error, Result(ours, reports.read(ours))
-    exported = output.with_name(output.name + EXPORT)
-    shutil.rmtree(exported, ignore_errors=True)
-    done = export(ours, exported, ENGINES[engine].form, trust_remote_code=trust)
+    staging = output.with_name(output.name + EXPORT)
+    claim_folder(staging)
+    clear_folder(staging)
+    done = export(ours, staging / "model", ENGINES[engine].form, trust_remote_code=trust)
     report = _engine_report(result.report, done)
     with write_checkpoint(output) as writer:
-        for name in files_of(exported):
+        for name in files_of(staging / "model"):
             if name != MANIFEST:
                 (writer.folder / name).parent.mkdir(exist_ok=True)
-                os.replace(exported / name, writer.folder / name)
+                os.replace(staging / "model" / name, writer.folder / name)
         writer.write(file_names.REPORT, json.dumps(report.to_json(), indent=2))
         writer.write(file_names.RECIPE, (ours / file_names.RECIPE).read_text(encoding="utf-8"))
-    shutil.rmtree(exported)
+    remove_folder(staging)
     shutil.rmtree(ours)
     if failure is not None:
         raise failure

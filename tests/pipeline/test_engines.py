@@ -85,6 +85,20 @@ def test_a_run_can_start_over(dense: Path, tmp_path: Path, monkeypatch: pytest.M
     assert reports.read(tmp_path / "out").recipe == "vllm-4" and not list(tmp_path.glob("out.*"))
 
 
+def test_folders_of_others_stay(dense: Path, tmp_path: Path) -> None:
+    for name, sentence in (
+        ("out.export", "not made by llmcompress"),
+        ("out.checkpoint", "exists already|no checkpoint"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").touch()
+        with pytest.raises((DiskError, InputError), match=sentence):
+            compress_for("vllm", dense, recipe("vllm"), tmp_path / "out", resume=name != "out.checkpoint")
+        assert (tmp_path / name / "precious").is_file()
+        (tmp_path / name / "precious").rename(tmp_path / "elsewhere")
+        (tmp_path / name).rmdir()
+
+
 def test_a_missed_gate_leaves_the_engine_its_files(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(GateError):
         compress_for("vllm", dense, recipe("vllm", "gates.kl=1e-9"), tmp_path / "out")
