@@ -35,6 +35,8 @@ DOORS: dict[str, tuple[str, ...]] = {
     "--size a fifth": ("--size", "{fifth}"),
     "--size a sixth": ("--size", "{sixth}"),
     "quick --tune": ("quick", "--tune"),
+    "--for vllm": ("--for", "vllm"),
+    "--for llama.cpp": ("--for", "llama.cpp"),
 }
 TEXT = "wikitext2-test.raw"
 TASKS = ("piqa_valid.jsonl", "lambada_test.jsonl")
@@ -83,7 +85,7 @@ def measure_row(model: str, door: str, dense: Record | None, options: argparse.N
     """Return the numbers of one row; `dense`: those of the dense model, None for itself."""
     out = options.work / "out"
     shutil.rmtree(out, ignore_errors=True)
-    numbers: Record = {}
+    numbers, report = {}, None
     if dense is not None:
         words = command_of(model, door, dense["dense_bytes"])
         plan = run_command(["plan", *words[1:]])
@@ -99,10 +101,10 @@ def measure_row(model: str, door: str, dense: Record | None, options: argparse.N
     )
     shutil.rmtree(out, ignore_errors=True)
     code, piqa, lambada = scores["domains"]["code"], scores["tasks"]["piqa_valid"], scores["tasks"]["lambada_test"]
+    sizes = scores if report is None else report  # an engine's file is unpacked to be scored
     return numbers | {
-        **{
-            key: scores[key] for key in ("bytes", "bpw", "model_bpw", "perplexity", "kl", "kl_stderr", "top1_agreement")
-        },
+        **{key: sizes[key] for key in ("bytes", "bpw", "model_bpw")},
+        **{key: scores[key] for key in ("perplexity", "kl", "kl_stderr", "top1_agreement")},
         "dense_bytes": scores["bytes"] if dense is None else dense["dense_bytes"],
         "code_perplexity": code["perplexity"],
         "code_kl": code["kl"],
