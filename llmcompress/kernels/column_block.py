@@ -33,7 +33,7 @@ WIDEST = 10.0  # largest magnitude of a wanted number
 EVERY = 16  # steps between subtractions of the lowest cost
 WEIGHT_BITS = 12  # of the largest weight
 ABOVE = 8.0  # largest weight in multiples of the median one, whose costs need bits too
-SEAM = 64  # steps on each side of a seam that are searched for it
+SEAM = 64  # rows on each side of a seam that are searched for it
 SHORT_STATES = 12  # bits of a state above which registers of a GPU hold numbers of 16 bits
 
 

@@ -146,7 +146,7 @@ class ColumnSearch:
         """Return the state between the end of a ring and its start, without its oldest code."""
         first, steps = where
         _, _, keys, oldest = room
-        side = (steps >> 1).least(f.constant(I64, SEAM))
+        side = (steps >> 1).least(f.constant(I64, SEAM // self.values))
         self._enter(f, keys, None)
         self._advance(f, (first, steps), room, (steps - side, side * 2))
         place = f.variable(self._cheapest(f, keys, f.constant(I64, -1)))  # after an even number of steps

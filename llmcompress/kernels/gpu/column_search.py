@@ -172,7 +172,7 @@ def _find_seam(
 ):  # fmt: skip
     """Return the state between the end of a ring and its start, without its oldest code."""
     REST: tl.constexpr = 1 << (MEMORY - BITS)
-    side = tl.minimum(steps // 2, SEAM)
+    side = tl.minimum(steps // 2, SEAM // VALUES)
     key = _advance(
         -1, number, keys, terms, weights, oldest, origins, steps, steps - side, 2 * side,
         BITS, VALUES, MEMORY, MOST, CHUNK, EVERY, ORIGINS, IN_REGISTERS, True,

@@ -38,7 +38,7 @@ def plainly(trellis: Trellis, wanted: Tensor, importance: Tensor, start: int, en
     weights = whole_weights(importance.reshape(-1), trellis).reshape(importance.shape).numpy()
     numbers = np.clip(wanted.numpy(), -WIDEST, WIDEST)
     if trellis.ring:
-        side = min(SEAM, len(numbers) // 2)
+        side = min(SEAM // trellis.values, len(numbers) // 2)
         around = np.arange(-side, side) % len(numbers)
         start = end = int(_cheapest_way(trellis, numbers[around], weights[around], None, -1)[side - 1])
     return _cheapest_way(trellis, numbers, weights, start, end)
