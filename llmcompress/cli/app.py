@@ -22,7 +22,7 @@ from llmcompress.cli.inspect import inspect, report
 from llmcompress.cli.publish import export, push, verify
 from llmcompress.cli.recipes import recipe, recipes
 from llmcompress.cli.scores import compare, drift, evaluate, passport
-from llmcompress.cli.streams import run_program
+from llmcompress.cli.streams import end_process, run_program
 from llmcompress.cli.surgery import drop, narrow, shrink
 
 PANELS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {
@@ -140,4 +140,4 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    sys.exit(run_program(app))
+    end_process(run_program(app))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import io
 import json
@@ -9,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from llmcompress.errors import DiskError, first_line
 
@@ -46,6 +47,19 @@ def run_program(program: Callable[[], object]) -> int:
         if not code:
             code = 1 if error.errno == errno.EPIPE else _print_error(_describe(error))
     return code if isinstance(code, int) else int(code is not None)
+
+
+def end_process(code: int) -> NoReturn:
+    """End the program with an exit code, all of its output written.
+
+    A process that a launcher started skips the end of the interpreter: there, threads of gloo that still hold a tensor
+    abort the process now and then (PyTorch's pull request 179291), and the launcher calls a finished run a failed one.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextmanager

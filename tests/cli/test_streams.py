@@ -148,3 +148,20 @@ def test_plan_warns_of_groups_that_do_not_divide_a_width(dense: Path, monkeypatc
     assert "does not divide its width 32, so a row is one group" in said and "does not divide its width 48" in said
     said = CliRunner().invoke(app, ["plan", "dense", "RECIPE", "--set", "rules[0].steps[0].group_size=16"]).stderr
     assert "does not divide" not in said
+
+
+@pytest.mark.parametrize(("processes", "aborts"), [("1", True), ("2", False)])
+def test_a_launched_process_does_not_abort_at_the_interpreters_end(
+    processes: str, aborts: bool, tmp_path: Path
+) -> None:
+    """A module whose end aborts stands for a thread of another library that does."""
+    program = (
+        "import atexit, os, sys; from llmcompress.cli.streams import end_process\n"
+        "class Last:\n"
+        "    def __del__(self, abort=os.abort): abort()\n"
+        "sys.modules['last'] = Last()\n"
+        "atexit.register(print, 'cleaned', file=sys.stderr)\n"
+        "end_process(3)"
+    )
+    done = shell(f'"{sys.executable}" -c "{program}"', tmp_path, WORLD_SIZE=processes)
+    assert "cleaned" in done.stderr and (done.returncode == 3) != aborts
