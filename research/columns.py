@@ -170,6 +170,18 @@ TABLES: dict[str, Columns] = {
         "perplexity": "{perplexity:.2f}",
         "KL": "{kl:.4f} ± {kl_stderr:.4f}",
     },
+    "rings": {
+        "trellis": "{arm}",
+        "squared error": "{error:.5f}",
+        "microseconds a weight": "{microseconds:.2f}",
+    },
+    "ring-models": {
+        "model": "{arm}",
+        "bpw": "{bpw:.3f}",
+        "perplexity": "{perplexity:.2f}",
+        "KL": "{kl:.3f} ± {kl_stderr:.3f}",
+        "errors to chains": "{error_ratio:.3f}",
+    },
     "kv_cache": {
         "cache": "{arm}",
         "perplexity": "{perplexity:.3f}",
