@@ -154,6 +154,8 @@ def test_the_command_takes_an_engine(dense: Path, tmp_path: Path, monkeypatch: p
     done = CliRunner().invoke(app, ["compress", str(dense), "--for", "llama.cpp", "-o", "small", *short])
     assert done.exit_code == 0 and f"next    llmcompress eval small --against {dense}" in done.stdout
     assert locate("small").folder.parent == tmp_path / "cache", "the file is read as the engine has it"
+    scored = CliRunner().invoke(app, ["eval", "small", "--against", str(dense), "--windows", "1", "--length", "32"])
+    assert scored.exit_code == 0, scored.output
     done = CliRunner().invoke(app, ["compress", str(dense), "--for", "exllamav3", "-o", "tiles", *short])
     assert done.exit_code == 0 and "next  " not in done.stdout
     for words, sentence in (

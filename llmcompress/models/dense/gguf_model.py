@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -30,10 +31,11 @@ from llmcompress.models.files.reading import TokenizerReading
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-UNPACKING = 3  # counts the ways in which files were unpacked: part of a folder's name in the cache
+UNPACKING = 4  # counts the ways in which files were unpacked: part of a folder's name in the cache
 FLOATS = {"F32", "F16", "BF16", "F64"}
 TOKENIZER = "tokenizer.ggml"
-CONTROL, USER_DEFINED = 3, 4  # types of tokens
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # types of tokens
+PADDING = re.compile(r"\[+PAD\d+\]+")  # names of the rows of a token table that no token has
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 ORIGINAL = "give the folder or the Hub id of the model that it was made of"
 SENTENCES = (  # that a tokenizer must read and write unchanged
@@ -176,7 +178,8 @@ def _byte_level(file: Path, header: GGUFHeader, steps: tuple[str, ...], whole_wo
     fields = gguf.GGUFReader(file).fields
     tokens, kinds, merges = (fields[f"{TOKENIZER}.{key}"].contents() for key in ("tokens", "token_type", "merges"))
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
+    padding = {token for token, kind in zip(tokens, kinds) if kind == UNUSED and PADDING.fullmatch(token)}
+    vocabulary = {token: number for number, token in enumerate(tokens) if token not in padding}
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=whole_words))
     inner.pre_tokenizer = build_pre_tokenizer(steps)
     inner.decoder = decoders.ByteLevel()
