@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest.mark import ParameterSet
 from typer.testing import CliRunner
 
 import llmcompress as lc
@@ -17,12 +18,22 @@ from llmcompress.recipe.library import library
 from llmcompress.recipe.overrides import Change
 from llmcompress.recipe.read import read_as, read_recipe
 from llmcompress.reporting import report as reports
+from tests.tiers import tiered
 from tests.tiny import save_tiny
 
 SHORT = Change("trial", True, "--quick")
 
 
-@pytest.mark.parametrize("name", [each.name for each in library() if each.group != "distillation"])
+GROUPS = {each.name: each.group for each in library()}
+
+
+def of_groups(*groups: str) -> list[ParameterSet]:
+    """The names of recipes; those that are not recommended are read by slow tests."""
+    names = [name for name, group in GROUPS.items() if group in groups]
+    return tiered(names, lambda name: GROUPS[name] in ("recommended", "distillation"))
+
+
+@pytest.mark.parametrize("name", of_groups("recommended", "engines", "methods", "ablations"))
 def test_every_recipe_reads_no_more_than_a_trial(name: str) -> None:
     recipe = read_recipe(name, (), [SHORT])
     assert recipe.trial and read_recipe(name).trial is False
@@ -33,7 +44,7 @@ def test_every_recipe_reads_no_more_than_a_trial(name: str) -> None:
     ).model_copy(update={"calibration": None, "distill": None})
 
 
-@pytest.mark.parametrize("name", [each.name for each in library() if each.group == "distillation"])
+@pytest.mark.parametrize("name", of_groups("distillation"))
 def test_every_distillation_takes_the_fewest_steps(name: str) -> None:
     wanted = read_as(Distillation, name, (), [SHORT])
     assert all(stage.steps == FEWEST["steps"] for _, stage in wanted.stages())
