@@ -10,7 +10,7 @@ from llmcompress.compression.job import Job
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import sketch, step
 from llmcompress.models.dense.families import Linear
-from llmcompress.weight.runtime_formats import ENGINES, WITH_TABLES
+from llmcompress.weight.runtime_formats import OBSTACLES, WITH_TABLES
 
 POLISH: dict[str, Any] = {"method": "refine", "passes": 1}
 FOUR_BITS: tuple[dict[str, Any], ...] = (
@@ -61,14 +61,14 @@ def check_rules(job: Job, engine: str) -> None:
         if engine not in WITH_TABLES:
             raise RecipeError(f"{engine} has no compressed {name}; leave it as it is by embeddings: [] and head: []")
         rows, width = job.source.tensors[f"{name}.weight"].shape
-        if (why := ENGINES[engine](sketch(name, (rows, width), steps))) is not None:
+        if (why := OBSTACLES[engine](sketch(name, (rows, width), steps))) is not None:
             raise RecipeError(f"{engine} does not read {_spell(steps)} of {name} ({why}); give it other steps")
 
 
 def _obstacle(engine: str, linear: Linear, steps: Steps) -> str | None:
     if linear.transposed:
         return "it is no plain linear layer"
-    return ENGINES[engine](sketch(linear.name, linear.shape, steps))
+    return OBSTACLES[engine](sketch(linear.name, linear.shape, steps))
 
 
 def _spell(steps: Steps) -> str:

@@ -111,7 +111,8 @@ def exllamav3_obstacle(w: Weight) -> str | None:
     return None if isinstance(w, Tiles) else f"{describe(w)}, no tiles"
 
 
-ENGINES: dict[str, Callable[[Weight], str | None]] = {
+# By the name of an engine: why it cannot hold a weight
+OBSTACLES: dict[str, Callable[[Weight], str | None]] = {
     "vllm": vllm_obstacle,
     "llama.cpp": llama_cpp_obstacle,
     "mlx": mlx_obstacle,

@@ -23,7 +23,7 @@ from llmcompress.recipe.overrides import Change
 from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.target import Engine, Target
 from llmcompress.reporting.formatting import target_text
-from llmcompress.weight.runtime_formats import ENGINES, compressed_tensors_obstacle, vllm_obstacle
+from llmcompress.weight.runtime_formats import OBSTACLES, compressed_tensors_obstacle, vllm_obstacle
 from tests.builders import gaussian, grid, layer, minifloat
 from tests.tiny import save_tiny
 
@@ -51,7 +51,7 @@ def left(place: Path, model: str = "dense", **more: Any) -> Any:
 
 
 def test_every_name_of_a_target_has_its_rules() -> None:
-    assert set(get_args(Engine)) <= set(ENGINES)
+    assert set(get_args(Engine)) <= set(OBSTACLES)
 
 
 def test_default_options_are_those_that_fit_the_shape_and_leave_tables_alone(place: Path) -> None:
