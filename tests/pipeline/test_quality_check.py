@@ -175,7 +175,7 @@ OPTIONS = [[{"method": "gptq", "bits": bits}] for bits in (1, 2, 3, 4, 6, 8)]
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bytes", "bpw"])
 def test_a_run_to_a_target_tells_the_bytes_that_hold_and_they_do(kind: str, place: Path, tmp_path: Path) -> None:
-    """Within a fifth: a prediction for another size is no measurement."""
+    """Within a half: a prediction for another size is no measurement."""
     less = {"bytes": 16_000, "bpw": 1.6}[kind]
     asked = recipe(place, options=OPTIONS, gates={"kl": 0.5, "perplexity_ratio": None})
     del asked["rules"]
@@ -194,7 +194,7 @@ def test_a_run_to_a_target_tells_the_bytes_that_hold_and_they_do(kind: str, plac
     assert damage(plan.prices, plan.chosen) <= 0.5
     smaller = choose(plan.choices, plan.prices, Target(kl=0.5))
     assert gates.predicted_bytes >= plan.choices.size(smaller), "no less than what the prices alone say"
-    nearly = asked | {"target": more, "gates": {"kl": 0.6, "perplexity_ratio": None}}
+    nearly = asked | {"target": more, "gates": {"kl": 0.75, "perplexity_ratio": None}}
     held = lc.compress(place / "dense", nearly, tmp_path / "more").report.gates
     assert held is not None and held.kl is not None and gates.kl is not None and held.kl < gates.kl
     assert not (tmp_path / "more.prices.json").exists() and held.held

@@ -23,6 +23,8 @@ from llmcompress.methods.solvers.streams import TrellisStreams
 from llmcompress.weight.nodes import TrellisCodes, Weight, shape
 from llmcompress.weight.trellis import Code, Trellis
 
+SHORTEST_RING = 128  # rows; its squared error is that of a long chain
+
 
 class TrellisConfig(StepConfig):
     """Arguments of `trellis`."""
@@ -38,8 +40,8 @@ class TrellisConfig(StepConfig):
     code: Code = Field("table", description="numbers of the states; linear: a few that processors look up fast")
     ring: bool = Field(
         False,
-        description="true: a column of a run starts in the state in which it ends, so no two are linked, unless it has "
-        "fewer bits than a state",
+        description="true: a column of a run starts in the state in which it ends, so no two are linked; not in a "
+        "matrix of fewer than 128 rows, where chains are nearer",
     )
     damping: float = Field(0.1, gt=0, le=10, description="share of the mean Hessian diagonal that is added")
     examples = (
@@ -57,7 +59,7 @@ class TrellisConfig(StepConfig):
         code = int(self.bits * values)
         if self.memory < 2 * code:
             raise RecipeError(f"{self.bits:g} bits need a memory of at least {2 * code}; set memory: {2 * code}")
-        return Trellis(code, values, self.memory, self.code, self.ring and rows // values * code >= self.memory)
+        return Trellis(code, values, self.memory, self.code, self.ring and rows >= SHORTEST_RING)
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
