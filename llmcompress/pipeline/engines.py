@@ -30,6 +30,7 @@ from llmcompress.models.files.compressed import check_kind
 from llmcompress.models.files.output import check_writable, claim_folder, clear_folder, is_ours, remove_folder
 from llmcompress.models.files.reading import read_json
 from llmcompress.pipeline.compress import completed_result, compress, plan
+from llmcompress.pipeline.quality_check import is_unsettled
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.target import Engine as TargetEngine
@@ -162,6 +163,8 @@ def _open_job(engine: str, model: str | Path, recipe: Recipe, revision: str | No
 def _finished_result(folder: Path, job: Job, device: str) -> Result | None:
     """Return the result of this job in `folder`, None if it is to be made. Raises DiskError for that of another."""
     target = job.recipe.target
+    if is_unsettled(folder):  # `compress` takes it up, and judges it
+        return None
     if target is None or not (folder / file_names.ALLOCATION).is_file():
         return None if target else completed_result(folder, job, device)
     chosen = job.with_recipe(read_recipe(folder / file_names.RECIPE))  # the steps that met its target

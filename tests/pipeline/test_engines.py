@@ -99,7 +99,17 @@ def test_folders_of_others_stay(dense: Path, tmp_path: Path) -> None:
         (tmp_path / name).rmdir()
 
 
-def test_a_missed_gate_leaves_the_engine_its_files(dense: Path, tmp_path: Path) -> None:
+def test_a_missed_gate_leaves_the_engine_its_files(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that ended in the export misses it once more when it goes on."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise DiskError("No space left")
+
+    with monkeypatch.context() as patch, pytest.raises(DiskError, match="No space left"):
+        patch.setattr(engines, "export", full)
+        compress_for("vllm", dense, recipe("vllm", "gates.kl=1e-9"), tmp_path / "out")
     with pytest.raises(GateError):
         compress_for("vllm", dense, recipe("vllm", "gates.kl=1e-9"), tmp_path / "out")
     gates = reports.read(tmp_path / "out").gates
