@@ -1,11 +1,12 @@
 """Time decoding with random weights in the shape of a model of a billion: kernels beside dense bfloat16, in turns.
 
-    python research/shapes.py [--threads 1 2] [--rounds 5] [--tokens 8] [--jsonl FILE]
+    python research/shapes.py [--threads 1 2] [--rounds 5] [--tokens 8] [--llama TYPE ...] [--jsonl FILE]
 
 The shape is 16 blocks of 2,048 with an FFN of 8,192, 32 heads with 8 of keys and values, and 49,152 tokens.
 Speed does not depend on values, so codes are random. Arms: dense bfloat16, trellises of 2 bits (both codes, rotated),
-a grid of 4 bits, partial binarization (10 % of the columns at 8 bits, the rest signs), all with a head of 4 bits. Each
-arm generates some tokens in each round, and rounds repeat; the median of the rounds counts.
+a grid of 4 bits, partial binarization (10 % of the columns at 8 bits, the rest signs), all with a head of 4 bits; and
+by `--llama`, llama.cpp with all linears of one type, whose codes are zeros, and a table of Q4_0. Each arm generates
+some tokens in each round, and rounds repeat; the median of the rounds counts.
 """
 
 from __future__ import annotations
@@ -13,16 +14,22 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
+import gguf
+import numpy as np
 import torch
 from records import Record, append, provenance
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import llmcompress as lc
+from llmcompress.benchmark.worker import Worker
+from llmcompress.formats.gguf.write import read_model
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.weight.hadamard import SYLVESTER
@@ -31,7 +38,9 @@ from llmcompress.weight.nodes import Columns, Grid, RotatedInputs, TrellisCodes,
 from llmcompress.weight.trellis import Code, Trellis
 
 Make = Callable[[int, int], Weight]
+Speed = Callable[[int], float]  # tokens a second, of so many tokens
 VOCABULARY = 49152  # of SmolLM2's tokenizer
+PROMPT = 16  # tokens
 
 
 def main() -> None:
@@ -42,15 +51,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--mode", default="auto", help="of lc.accelerate")
     parser.add_argument("--jsonl", type=Path, help="collects a record of each arm and number of threads")
+    parser.add_argument("--llama", nargs="*", default=[], metavar="TYPE", help="GGUF types for llama.cpp, as Q2_K")
     options = parser.parse_args()
     models = {"dense bfloat16": dense(), **{name: compressed(make, options.mode) for name, make in ARMS.items()}}
     print("| arm | threads | tokens/s | to dense |\n|---|---|---|---|")
     for threads in options.threads:
         torch.set_num_threads(threads)
-        for model in models.values():
-            speed(model, 2)
-        rounds = [{name: speed(model, options.tokens) for name, model in models.items()} for _ in range(options.rounds)]
-        medians = {name: statistics.median(each[name] for each in rounds) for name in models}
+        with ExitStack() as stack:
+            arms: dict[str, Speed] = {name: functools.partial(speed, model) for name, model in models.items()}
+            arms |= {f"llama.cpp {kind}": llama_speed(stack, kind, threads) for kind in options.llama}
+            for arm in arms.values():
+                arm(2)
+            rounds = [{name: arm(options.tokens) for name, arm in arms.items()} for _ in range(options.rounds)]
+        medians = {name: statistics.median(each[name] for each in rounds) for name in arms}
         for name, median in medians.items():
             ratio = median / medians["dense bfloat16"]
             print(f"| {name} | {threads} | {median:.2f} | {ratio:.2f} |", flush=True)
@@ -137,10 +150,48 @@ ARMS: dict[str, Make] = {
 }
 
 
+def llama_speed(stack: ExitStack, kind: str, threads: int) -> Speed:
+    """Return what times llama.cpp with linears of a type, as `speed` times the others; `stack` ends its process."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    worker = stack.enter_context(Worker(kind))
+    file = str(write_gguf(shape(tied=True), folder, kind))
+    worker.ask({"ask": "load", "engine": "llama.cpp", "name": kind, "path": file, "context": 256, "threads": threads})
+
+    def measure(tokens: int) -> float:
+        turn = {"ask": "turn", "threads": threads, "prompt": [*range(PROMPT)], "tokens": tokens}
+        return tokens / float(worker.ask(turn)["decode"])
+
+    return measure
+
+
+def write_gguf(config: LlamaConfig, folder: Path, kind: str) -> Path:
+    """Write a GGUF file with linears of the type `kind` and a table of Q4_0, all zeros, and norms of one."""
+    load_tokenizer(locate("smollm2").folder).save_pretrained(folder)
+    model, vocabulary = read_model(folder, config.to_dict())
+    path = folder / "model.gguf"
+    writer = gguf.GGUFWriter(path, model.architecture)
+    model.describe(writer, len(vocabulary.tokens))
+    vocabulary.describe(writer)
+    with torch.device("meta"):
+        parameters = LlamaForCausalLM(config).named_parameters()
+    for name, parameter in parameters:
+        if parameter.ndim == 1:
+            writer.add_tensor(model.name(name), np.ones(parameter.shape, np.float32))
+            continue
+        quantization = gguf.GGMLQuantizationType["Q4_0" if "embed_tokens" in name else kind]
+        size = gguf.quant_shape_to_byte_shape(tuple(parameter.shape), quantization)
+        writer.add_tensor(model.name(name), np.zeros(size, np.uint8), raw_dtype=quantization)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 @torch.no_grad()
 def speed(model: nn.Module, tokens: int) -> float:
-    """Return tokens a second of greedy decoding behind a prompt of 16 tokens."""
-    out = model(input_ids=torch.arange(16)[None], use_cache=True)
+    """Return tokens a second of greedy decoding behind the prompt."""
+    out = model(input_ids=torch.arange(PROMPT)[None], use_cache=True)
     token = out.logits[:, -1:].argmax(-1)
     began = time.perf_counter()
     for _ in range(tokens):
@@ -153,6 +204,7 @@ def record(name: str, threads: int, rounds: list[dict[str, float]], options: arg
     """Return what was measured of an arm."""
     speeds = [each[name] for each in rounds]
     said = f"--threads {threads} --rounds {options.rounds} --tokens {options.tokens} --mode {options.mode}"
+    said += f" --llama {' '.join(options.llama)}" if options.llama else ""
     numbers = {
         "tokens_per_second": statistics.median(speeds),
         "lowest": min(speeds),

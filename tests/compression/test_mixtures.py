@@ -23,7 +23,7 @@ from llmcompress.formats.export import FORMATS
 from llmcompress.models.files.file_names import ALLOCATION
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import compressed_linears, decoded
-from tests.tiers import tiered
+from tests.tiers import tiered, tiered_nightly
 from tests.zoo import COUNT, MIXTURES, NO_GATE, expert_slices, save_zoo, text_for_calibration, zoo
 
 ONE_BLOCK = {  # of the two has experts
@@ -150,8 +150,7 @@ def test_the_checkpoint_computes_what_its_decoded_weights_do(
     torch.testing.assert_close(logits(model.dequantize()), wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("family", tiered_nightly(["mixtral", "gpt_oss"], "mixtral".__eq__))
 def test_a_fresh_process_loads_it(family: str, make: Callable[[str], Made], tmp_path: Path) -> None:
     made = make(family)
     torch.save(ids(), tmp_path / "ids")

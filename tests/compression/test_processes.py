@@ -344,7 +344,7 @@ def test_two_processes_compress_what_one_compresses(place: Path, tmp_path: Path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "alone", "recipe.yaml", "threads"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_price_what_one_prices(place: Path, tmp_path: Path) -> None:
     """The same list, number for number, and so the same plan.
 

@@ -14,7 +14,6 @@ from tests.distillation.test_processes import answers, measured, weights
 
 RULES = [{"match": "*", "steps": [{"method": "rotate"}, {"method": "rtn", "bits": "ternary", "group_size": 16}]}]
 FREEZING = {"momentum": 0.4, "threshold": 0.3, "final_threshold": 0.3}
-launches = pytest.mark.slow  # two processes that have to import everything
 
 
 def jobs(place: Path, out: Path) -> dict[str, dict[str, Any]]:
@@ -42,8 +41,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[st
     return place, place / "alone", {name: run(asked[name]) for name in ("whole", "median")}
 
 
-@launches
-@pytest.mark.parametrize("engine", [pytest.param("ddp", marks=pytest.mark.nightly), "fsdp2"])  # DeepSpeed: test_zero.py
+@pytest.mark.nightly
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])  # DeepSpeed: test_zero.py
 def test_two_processes_freeze_as_one_does(engine: str, alone: Any) -> None:
     place, single, wanted = alone
     out = place / engine

@@ -30,6 +30,7 @@ from llmcompress.recipe.distillation import Distillation
 from tests.distillation.launched import free_port, run
 from tests.distillation.miniature import TEXT
 from tests.rules.source_tree import ROOT
+from tests.tiers import tiered_nightly
 from tests.tiny import save_tiny
 
 RULES = [
@@ -155,7 +156,7 @@ def alone(place: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
     return out, {name: run(asked[name]) for name in asked if name not in later}
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2", pytest.param("deepspeed", marks=pytest.mark.nightly)])
+@pytest.fixture(scope="module", params=tiered_nightly(["ddp", "fsdp2", "deepspeed"], "fsdp2".__eq__))
 def together(request: pytest.FixtureRequest, place: Path, alone: Any) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
     """The folder of the jobs' outputs, and what each of two processes says of them."""
     if request.param == "deepspeed" and find_spec("deepspeed") is None:

@@ -41,8 +41,8 @@ def logits(folder: Path) -> torch.Tensor:
     "family, tied",
     [
         pytest.param("llama", True, marks=pytest.mark.slow),
-        pytest.param("gpt2", True, marks=pytest.mark.slow),
-        pytest.param("gpt_neox", False, marks=pytest.mark.slow),
+        pytest.param("gpt2", True, marks=pytest.mark.nightly),
+        pytest.param("gpt_neox", False, marks=pytest.mark.nightly),
     ],
 )
 def test_dense_export_loads_without_llmcompress(family: str, tied: bool, tmp_path: Path) -> None:

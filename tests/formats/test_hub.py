@@ -107,7 +107,7 @@ except LLMCompressError as error:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_model_of_the_hub_is_compressed(hub: StandInHub, tmp_path: Path) -> None:
     """Of the revision asked for, after two mishaps, without reading anything that is not needed, or anything twice."""
     dense = save_tiny("llama", tmp_path / "dense", max_shard_size="20KB")

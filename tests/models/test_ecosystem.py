@@ -121,7 +121,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_lm_eval_scores_it(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """lm-eval's own command, with our import before it."""
     (tmp_path / "pairs.yaml").write_text(TASK.format(file=ROOT / "llmcompress" / "evaluation" / "minimal_pairs.jsonl"))

@@ -17,6 +17,7 @@ from llmcompress.recipe.read import dump, parse_recipe, read_recipe
 from llmcompress.weight.nodes import Weight
 from tests.rules.documents import DOCUMENTS, RECORDS, blocks, commands, prose
 from tests.rules.source_tree import ROOT
+from tests.tiers import tiered_nightly
 from tests.tiny import save_tiny
 
 PLACEHOLDERS = {"methods/mine.py", "org/name", "org/model", "me/small", "parts/base", "parts/adapter"}
@@ -81,8 +82,7 @@ def test_recipes_are_valid(document: str) -> None:
         read_recipe(whole | ({"rules": values} if isinstance(values, list) else values))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("document", PROGRAMS)
+@pytest.mark.parametrize("document", tiered_nightly(PROGRAMS, lambda page: "speed" not in page))
 def test_programs_run(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page's programs, one after the other in one namespace, beside a model and what was made from it."""
     monkeypatch.chdir(tmp_path)

@@ -119,6 +119,7 @@ def test_recipes_come_along(programs: Path, tmp_path: Path) -> None:
     assert all(Path(row["path"]).is_relative_to(programs.parent) for row in listed)
 
 
+@pytest.mark.nightly
 def test_a_model_is_compressed_by_a_recipe_of_the_wheel(programs: Path, tmp_path: Path) -> None:
     model = save_tiny("llama", tmp_path / "dense", hidden_size=64, intermediate_size=128)
     settings = ["--set", "calibration.samples=4", "--set", "calibration.length=64"]
