@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,13 +19,17 @@ import llmcompress as lc
 from llmcompress.errors import InputError
 from llmcompress.formats.vllm.plugin import register
 from llmcompress.models.files.compressed import CompressedCheckpoint
+from llmcompress.pipeline.engines import compress_for
+from llmcompress.recipe.read import read_recipe
 from llmcompress.weight.expression import dense
 from tests.formats import vllm_stand_in as vllm
+from tests.formats.vllm_engine import TOKENS
 from tests.rules.source_tree import ROOT
 from tests.tiny import save_tiny
 
 LATE = "llmcompress.formats.vllm.layers"
 GRID = {"method": "rtn", "bits": 4, "group_size": 16}
+TRELLIS = [{"method": "rotate"}, {"method": "trellis", "bits": 4, "memory": 8, "code": "linear"}]
 RULES = [
     {"match": "*.0.*.k_proj", "steps": []},
     {"match": "*.up_proj", "steps": [{"method": "rotate"}, {"method": "rtn", "bits": 2}]},
@@ -139,3 +144,29 @@ def test_vllms_llama_computes_our_logits(folder: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.arange(30)[None] * 7 % 256)
     torch.testing.assert_close(torch.load(tmp_path / "logits")[:, :264], ours.logits[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["compressed-tensors", "the plug-in"])
+def test_vllms_engine_answers_as_transformers(by: str, tmp_path: Path) -> None:
+    """What `--for vllm` writes, and a checkpoint of trellises, in vLLM's engine with its own kernels and cache."""
+    program = ROOT / ".engines" / "vllm" / "bin" / "python"
+    if not program.exists():
+        pytest.skip("there is no vLLM here; research/engines/setup makes its environment")
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    source = save_tiny("llama", tmp_path / "dense", head_dim=32, **sizes)
+    text = {"dataset": "stdlib", "samples": 4, "length": 32, "held_out": 1}
+    if by == "the plug-in":
+        recipe = {"version": 1, "calibration": text, "rules": [{"match": "*", "steps": TRELLIS}], "embeddings": [GRID]}
+        lc.compress(source, recipe, tmp_path / "out")
+    else:
+        settings = [f"calibration.{key}={value}" for key, value in text.items()]
+        compress_for("vllm", source, read_recipe("vllm-4", settings), tmp_path / "out")
+    script = Path(__file__).with_name("vllm_engine.py")
+    subprocess.run([program, script, tmp_path / "out", tmp_path / "answer.json"], check=True, cwd=tmp_path)
+    answer = json.loads((tmp_path / "answer.json").read_text())
+    ids = torch.tensor([TOKENS])
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        scores = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(answer["scores"]), scores, rtol=0, atol=0.05)  # bfloat16
