@@ -3,7 +3,7 @@
 vLLM asks a `QuantizationConfig` for the method of every layer by its name; the method gives the layer its parameters,
 loads them, and multiplies. Layers that vLLM fuses (q, k and v; gate and up) hold their payloads one after the other,
 each with a layout of its own; a part that was not compressed is held as the payload of a dense weight. Products are
-those of `CompressedLinear`: weights are decoded at every call, which saves memory, not time.
+those of `CompressedLinear`: by kernels where there are some, else weights are decoded at every call.
 
 Payloads are not cut into shards, so tensor parallelism is refused. `torch.compile` does not see through decoding:
 start vLLM with `enforce_eager`.
@@ -156,11 +156,14 @@ class PayloadMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Let layers of ours read the payload where it lies now."""
+        from llmcompress.kernels.accelerate import accelerate_loaded  # vLLM starts in no process that has llvmlite
+
         weight: Tensor = layer.get_parameter("weight").data
         parts = [weight[start:stop] for start, stop in self._places()]
         made = [CompressedLinear(layout, part) for layout, part in zip(self.layouts, parts, strict=True)]
         like = getattr(layer, LIKE, None)
         table = None if like is None else CompressedEmbedding(self.layouts[0], parts[0], like.dtype)
+        accelerate_loaded(nn.ModuleList(made))
         object.__setattr__(layer, "decoders", (made, table))  # not as submodules: these have no parameters of their own
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
