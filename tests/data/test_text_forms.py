@@ -284,7 +284,6 @@ def test_what_was_understood_is_said_once_with_an_example_on_a_line(
             "calls of tools in 1 messages of chats.jsonl were left out",
         ]
     )
-    assert "read_as" not in read("builtin").report()
 
 
 def test_a_column_that_no_row_has_is_refused_before_the_source_ends(tmp_path: Path) -> None:
