@@ -73,7 +73,8 @@ def _find_columns(row: dict[Any, Any], where: str) -> tuple[str, ...]:
     if not known and prompt and answer and _is_part(row[prompt]) and _is_part(row[answer]):
         return prompt, answer
     texts = [name for name, value in row.items() if isinstance(value, str)]
-    known += [name for name in ("chosen", "content") if row.get(name) is not None and _is_part(row[name])]
+    known += ["chosen"] if row.get("chosen") is not None and _is_part(row["chosen"]) else []
+    known += ["content"] if "content" in texts else []
     known += [name for name in (*CHAT_COLUMNS, "text") if name in row]  # holds nothing in this row
     names = known[:1] or texts
     if len(names) > 1:
@@ -109,7 +110,8 @@ def _put_system_first(
 
 def _is_plain(turn: dict[str, Any]) -> bool:
     """True for a message with role and content, False for one with from and value."""
-    return {"role", "content"} <= turn.keys() and (turn["role"] is not None or "from" not in turn)
+    is_other = {"from", "value"} <= turn.keys()
+    return {"role", "content"} <= turn.keys() and (turn["role"] is not None or not is_other)
 
 
 def _is_chat(value: Any) -> bool:

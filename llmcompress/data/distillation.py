@@ -59,7 +59,7 @@ class Data:
 
     @property
     def notes(self) -> list[str]:
-        """What the reports on the texts say of lines that were cut and rows that were left out."""
+        """The notes in the reports on the texts: lines that were cut, rows that were left out."""
         return [
             note for text in self.report.get("domains", {"": self.report}).values() for note in text.get("notes", ())
         ]

@@ -30,7 +30,7 @@ HELD_CHARACTERS = 1 << 28  # of them; fewer documents are held where they are lo
 
 @dataclass
 class Reading:
-    """What was understood of a text so far.
+    """The understanding of a text so far.
 
     rows: number of rows read, `empty` of them without text; calls: number of messages with calls of tools; kinds:
     number of documents by the columns that they were read from; cuts: notes on documents that were cut; absence: the

@@ -240,10 +240,11 @@ def test_any_bytes_are_json_lines_or_refused(tmp_path: Path, data: bytes) -> Non
     judge(data, ".jsonl", tmp_path)
 
 
+@pytest.mark.parametrize("suffix", [".txt", ".json", ".csv"])
 @FAST
 @given(data=st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binary(max_size=99))
-def test_any_bytes_are_a_text_or_refused(tmp_path: Path, data: bytes) -> None:
-    judge(data, ".txt", tmp_path)
+def test_any_bytes_are_a_text_or_refused(tmp_path: Path, suffix: str, data: bytes) -> None:
+    judge(data, suffix, tmp_path)
 
 
 @pytest.mark.nightly
