@@ -173,16 +173,15 @@ def _list_entries(buffer: str, text: io.TextIOBase, path: Path, advice: str) -> 
         except RecursionError as error:
             raise InputError(f"{path}, entry {number + 1} of its list is nested too deeply; {advice}") from error
         except ValueError as error:
-            more = text.read(max(CHUNK, len(buffer) - place)) if _may_be_cut(error, buffer) else ""
+            where, is_cut = f"{path}, entry {number + 1} of its list", _may_be_cut(error, buffer)
+            size = len(buffer) - place
+            if is_cut and size > LONGEST_LINE:
+                advice = "write its text as several documents"
+                raise InputError(f"{where} has more than {LONGEST_LINE:,} characters; {advice}") from error
+            more = text.read(min(max(CHUNK, size), LONGEST_LINE + 1 - size)) if is_cut else ""
             if not more:
-                reason = getattr(error, "msg", error)
-                raise InputError(f"{path}, entry {number + 1} of its list is not JSON ({reason}); {advice}") from error
+                raise InputError(f"{where} is not JSON ({getattr(error, 'msg', error)}); {advice}") from error
             buffer, place = buffer[place:] + more, 0
-            if len(buffer) > LONGEST_LINE + CHUNK:
-                where = f"{path}, entry {number + 1} of its list"
-                raise InputError(
-                    f"{where} has more than {LONGEST_LINE:,} characters; write its text as several documents"
-                ) from error
             continue
         number += 1
         yield value
