@@ -19,7 +19,7 @@ import llmcompress.methods  # noqa: F401 (registers them)
 from llmcompress.calibration.gather import Statistics
 from llmcompress.calibration.walk import walk
 from llmcompress.data.calibration import CalibrationTokens
-from llmcompress.data.text import read_text
+from llmcompress.data.files import read_text
 from llmcompress.methods.layer import Layer, apply, relative_error, step
 from llmcompress.models.dense.families import architecture
 from llmcompress.models.dense.model import resolve

@@ -56,7 +56,7 @@ def answer(
     prompts: Annotated[
         str,
         typer.Argument(
-            metavar="PROMPTS", help="Chats or texts: a .jsonl, .parquet or .txt file, or a data set of the Hub."
+            metavar="PROMPTS", help="Chats or texts, as `dataset` of a recipe: files, or a data set of the Hub."
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="A new .jsonl file for the chats.")],

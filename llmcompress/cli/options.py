@@ -43,7 +43,13 @@ Settings = Annotated[
     ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Random seed, in place of the recipe's.")]
-Text = Annotated[Path | None, typer.Option(help="UTF-8 text to measure on; by default Python's documentation.")]
+Text = Annotated[
+    Path | None,
+    typer.Option(
+        help="UTF-8 text to measure on, or files of documents as in a recipe: rows.jsonl.gz, 'data/*.csv' or "
+        "a.json,b.json; by default Python's documentation."
+    ),
+]
 Windows = Annotated[int, typer.Option(min=1, help="Number of windows of text.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens in a window.")]
 Tasks = Annotated[str | None, typer.Option(help="lm-eval tasks, task files or folders of them, separated by commas.")]

@@ -40,11 +40,20 @@ LOG = logging.getLogger("llmcompress")
 
 
 class _MessageHandler(logging.Handler):
-    """Shows warnings of the library, and what it logs as `progress`: (what is counted, done, in all)."""
+    """Shows warnings of the library, and what it logs as `progress`: (what is counted, done, in all).
 
-    def __init__(self, warn: Callable[[Iterable[str]], None], report: Callable[[str, int, int], None]) -> None:
+    A record with a `note` is shown once, however often the library logs it.
+    """
+
+    def __init__(
+        self,
+        warn: Callable[[Iterable[str]], None],
+        report: Callable[[str, int, int], None],
+        announce: Callable[[str], None],
+    ) -> None:
         super().__init__(logging.INFO)
-        self._warn, self._report = warn, report
+        self._warn, self._report, self._announce = warn, report, announce
+        self._notes: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one message."""
@@ -52,6 +61,9 @@ class _MessageHandler(logging.Handler):
             self._report(*progress)
         elif record.levelno >= logging.WARNING:
             self._warn([record.getMessage()])
+        elif hasattr(record, "note") and (note := record.getMessage()) not in self._notes:
+            self._notes.add(note)
+            self._announce(note)
 
 
 class Terminal:
@@ -67,7 +79,7 @@ class Terminal:
         self.as_json, self.verbose, self.quiet = as_json, verbose, quiet or not self.first
         self._output: TextIO = sys.stdout
         self._descriptor: int | None = None
-        self._messages = _MessageHandler(self.warn, self._report)
+        self._messages = _MessageHandler(self.warn, self._report, self._print_line)
         self._level = LOG.level
         self._stops = StopRequests()
         self._result: dict[str, Any] | None = None

@@ -7,10 +7,8 @@ tokenizer, so that the report knows them.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,12 +16,15 @@ from torch import Tensor
 
 from llmcompress.data.builtin import stdlib_source
 from llmcompress.data.chat import render_chat
+from llmcompress.data.columns import Document
+from llmcompress.data.files import file_notes
 from llmcompress.data.generate import TextSampling, teacher_sequences
 from llmcompress.data.packing import PackedText, count_all, first_tokens, pack_documents
-from llmcompress.data.text import Document, file_notes, read_documents, shuffle
+from llmcompress.data.text import Reading, read_documents, shuffle
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.dense.config import context_length
-from llmcompress.recipe.calibration import Calibration, Switch, file_sha256, hide_folder, is_file
+from llmcompress.recipe.calibration import OFFLINE, Calibration, Switch
+from llmcompress.recipe.text_files import files_sha256, hide_folder, is_file, list_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +40,8 @@ class CalibrationTokens:
     """Token sequences and their origin.
 
     sequences: int64 [n, length], the last `held_out` of them held out; requested: the number in the recipe; documents:
-    the number read for them; dropped: those left out as too short; published: `source` without folders of this machine.
+    the number read for them; dropped: those left out as too short; published: `source` without folders of this machine;
+    read_as: the columns that the text is in.
     """
 
     sequences: Tensor
@@ -53,6 +55,7 @@ class CalibrationTokens:
     dropped: int = 0
     notes: tuple[str, ...] = ()  # for the report
     published: str | None = None
+    read_as: str | None = None
 
     def held_out_windows(self, length: int) -> Tensor:
         """Return the held-out sequences cut into windows, int64 [sequences, parts, at most `length`].
@@ -102,7 +105,7 @@ class CalibrationTokens:
             "packing": self.packing,
             "documents": self.documents,
             "dropped": self.dropped,
-        } | ({"notes": list(self.notes)} if self.notes else {})
+        } | {name: value for name, value in (("read_as", self.read_as), ("notes", list(self.notes))) if value}
 
 
 def calibration_tokens(
@@ -178,27 +181,27 @@ def check_amount(tokens: CalibrationTokens, config: Calibration) -> None:
 
 def _read(config: Calibration, tokenizer: PreTrainedTokenizerBase) -> CalibrationTokens:
     bos, eos = special_tokens(tokenizer, config.bos, config.eos)
-    cuts: set[str] = set()
+    reading = Reading()
     documents = (
-        count_all(document_tokens(document, tokenizer, config.chat_template, eos, config.packing, cuts))
-        for document in source_documents(config)
+        count_all(document_tokens(document, tokenizer, config.chat_template, eos, config.packing, reading.cuts))
+        for document in source_documents(config, reading)
     )
     if config.packing:
         packed = pack_documents(documents, bos, config.length, config.samples)
     else:
         packed = first_tokens(documents, bos, config.length, config.samples)
-    return tokens_of(packed, config, bos, eos, cuts)
+    return tokens_of(packed, config, bos, eos, reading)
 
 
-def source_documents(config: Calibration) -> Iterable[Document]:
-    """Yield the documents of a text, in the order of its seed.
+def source_documents(config: Calibration, reading: Reading) -> Iterable[Document]:
+    """Yield the documents of a text, in the order of its seed; `reading` counts its rows.
 
-    Raises InputError for a file that is not the one whose digest the recipe has, and as `read_documents` does.
+    Raises InputError for files that are not those whose digest the recipe has, and as `read_documents` does.
     """
-    path = Path(os.path.expanduser(config.dataset))
-    if config.sha256 is not None and os.path.isfile(path) and file_sha256(path) != config.sha256:
+    files = list_files(config.dataset) if config.sha256 is not None else []
+    if files and all(path.is_file() for path in files) and files_sha256(files) != config.sha256:
         raise InputError(
-            f"{path} is not the text of the recipe, whose sha256 differs; give that file, or leave sha256 out"
+            f"{config.dataset} is not the text of the recipe, whose sha256 differs; give that file, or leave sha256 out"
         )
     documents = read_documents(
         config.dataset,
@@ -207,15 +210,17 @@ def source_documents(config: Calibration) -> Iterable[Document]:
         split=config.split,
         column=config.column,
         streaming=config.streaming,
+        reading=reading,
     )
     return shuffle(documents, config.seed) if config.shuffle else documents
 
 
 def tokens_of(
-    packed: PackedText, config: Calibration, bos: int | None, eos: int | None, cuts: set[str]
+    packed: PackedText, config: Calibration, bos: int | None, eos: int | None, reading: Reading
 ) -> CalibrationTokens:
-    """Return packed text with its entries for the report; `cuts`: the notes of `document_tokens`."""
-    is_local = is_file(config.dataset)
+    """Return packed text with its entries for the report; `reading`: what was understood of it."""
+    files = list_files(config.dataset) if is_file(config.dataset) else []
+    published = source_name(config.model_copy(update={"dataset": hide_folder(config.dataset)}))
     return CalibrationTokens(
         sequences=packed.sequences.ids,
         held_out=held_out_count(config.held_out, len(packed.sequences)),
@@ -226,8 +231,9 @@ def tokens_of(
         packing=config.packing,
         documents=packed.read,
         dropped=packed.dropped,
-        notes=(*(file_notes(Path(os.path.expanduser(config.dataset))) if is_local else ()), *sorted(cuts)),
-        published=source_name(config.model_copy(update={"dataset": hide_folder(config.dataset)})),
+        notes=(*(note for path in files for note in file_notes(path)), *reading.notes(published)),
+        published=published,
+        read_as=next(iter(reading.kinds), None) if config.dataset not in OFFLINE else None,
     )
 
 

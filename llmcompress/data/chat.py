@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmcompress.data.columns import HALVES, Message
 from llmcompress.data.packing import Tokens
-from llmcompress.data.text import HALVES, Message
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.recipe.yaml import shorten
 

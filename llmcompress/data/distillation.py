@@ -29,6 +29,7 @@ from llmcompress.data.calibration import (
 )
 from llmcompress.data.chat import answer_tokens
 from llmcompress.data.packing import Tokens, count_all, first_tokens, pack_documents
+from llmcompress.data.text import Reading
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.recipe.data import Domain, TextSource
 
@@ -55,6 +56,13 @@ class Data:
     sizes: tuple[int, ...]
     report: dict[str, Any]
     hash: str
+
+    @property
+    def notes(self) -> list[str]:
+        """The notes in the reports on the texts: lines that were cut, rows that were left out."""
+        return [
+            note for text in self.report.get("domains", {"": self.report}).values() for note in text.get("notes", ())
+        ]
 
 
 def read_data(
@@ -107,26 +115,26 @@ def _read(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> tuple[Calib
     if source.answers_only is True and not tokenizer.chat_template:
         raise RecipeError("answers_only is true, but the tokenizer has no chat template; set it to false")
     bos, eos = special_tokens(tokenizer, source.bos, source.eos)
-    cuts: set[str] = set()
-    documents = _documents(source, tokenizer, eos, cuts)
+    reading = Reading()
+    documents = _documents(source, tokenizer, eos, reading)
     if source.packing:
         packed = pack_documents(documents, bos, source.length, source.samples, source.boundaries)
     else:
         packed = first_tokens(documents, bos, source.length, source.samples, padded=True)
     if packed.dropped and not len(packed.sequences):
         raise _no_targets(source, packed.read)
-    tokens = tokens_of(packed, source, bos, eos, cuts)
+    tokens = tokens_of(packed, source, bos, eos, reading)
     check_amount(tokens, source)
     return tokens, packed.sequences
 
 
 def _documents(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, eos: int | None, cuts: set[str]
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, eos: int | None, reading: Reading
 ) -> Iterator[Iterator[Tokens]]:
     """Yield every document, piece by piece. Raises InputError once PATIENCE documents had no target."""
     joined, has_targets = source.packing and not source.boundaries, False
     templated = source.chat_template is not False and bool(tokenizer.chat_template)
-    for number, document in enumerate(source_documents(source), start=1):
+    for number, document in enumerate(source_documents(source, reading), start=1):
         is_chat = not isinstance(document, str)
         answers_only = (is_chat and templated) if source.answers_only == "auto" else source.answers_only
         if answers_only and not isinstance(document, str):
@@ -134,7 +142,8 @@ def _documents(
             has_targets |= any(answers[1])
             yield iter([answers] if eos is None else [answers, ([eos], [False])])
         else:
-            pieces = count_all(document_tokens(document, tokenizer, source.chat_template, eos, joined, cuts))
+            tokens = document_tokens(document, tokenizer, source.chat_template, eos, joined, reading.cuts)
+            pieces = count_all(tokens)
             has_targets |= not answers_only
             yield ((ids, [False] * len(ids)) for ids, _ in pieces) if answers_only else pieces
         if number == PATIENCE and not has_targets:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.data.chat import render_chat, special_tokens
-from llmcompress.data.text import Message
+from llmcompress.data.columns import Message
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.models.dense.config import context_length
 from llmcompress.runtime.seeding import generator

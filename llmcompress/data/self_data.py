@@ -23,8 +23,9 @@ from typing import Any
 
 from torch import nn
 
+from llmcompress.data.columns import Document, Message
 from llmcompress.data.generate import Answer, Answerer, AnswerSampling
-from llmcompress.data.text import Document, Message, read_documents
+from llmcompress.data.text import Reading, read_documents
 from llmcompress.errors import DiskError, InputError, RecipeError, Termination
 from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import Place, locate
@@ -159,12 +160,14 @@ def prompts(settings: Answering) -> Iterator[Prompt]:
 
     Raises InputError for data without a prompt, or that cannot be read.
     """
+    reading = Reading()
     documents = read_documents(
         settings.dataset,
         subset=settings.subset,
         revision=settings.revision,
         split=settings.split,
         column=settings.column,
+        reading=reading,
     )
     every = (_prompt(number, document) for number, document in enumerate(documents))
     wanted = islice((prompt for prompt in every if prompt is not None), settings.prompts)
@@ -173,6 +176,7 @@ def prompts(settings: Answering) -> Iterator[Prompt]:
         raise InputError(f"{settings.dataset} has no prompt; give chats with a user's message, or texts")
     yield first
     yield from wanted
+    reading.log_notes(settings.dataset)
 
 
 def _prompt(number: int, document: Document) -> Prompt | None:

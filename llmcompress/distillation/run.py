@@ -120,7 +120,7 @@ def _distill_locked(
     job = DistillationJob(student_place, teacher_place, recipe, target, data, store, accelerator, ranks)
     with ranks.agree_on_errors():
         check_job(job, student, teacher)
-    warnings = [COMPRESSED_TEACHER] if compressed_modules(teacher) else []
+    warnings = [*data.notes, *([COMPRESSED_TEACHER] if compressed_modules(teacher) else [])]
     start_trackers(recipe, accelerator)
     with advise_on_memory(recipe), silence_bitsandbytes(), keeping_freed_memory():
         run = set_up(job, student, teacher)

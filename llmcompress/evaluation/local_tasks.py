@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmcompress.data.text import parse_line, read_text
+from llmcompress.data.files import parse_line, read_text
 from llmcompress.errors import InputError
 from llmcompress.evaluation.generated_code import run_program
 from llmcompress.evaluation.protocol import Protocol

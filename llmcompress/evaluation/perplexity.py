@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from llmcompress.data.builtin import stdlib_text
-from llmcompress.data.calibration import bos_token
-from llmcompress.data.text import read_text
+from llmcompress.data.calibration import bos_token, document_tokens
+from llmcompress.data.files import read_text
+from llmcompress.data.packing import count_all, pack_documents
+from llmcompress.data.text import Reading, read_documents
 from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.evaluation.logits import Counting, Readable, window_logits
 from llmcompress.evaluation.processes import ALONE, Processes
@@ -64,6 +66,8 @@ def evaluation_windows(tokenizer: PreTrainedTokenizerBase, protocol: Protocol, *
     match protocol.text:
         case None:
             text = stdlib_text("test")
+        case Path() if protocol.has_documents:
+            return _document_windows(tokenizer, str(protocol.text), protocol.windows, protocol.length, *readers)
         case Path():
             text = read_text(protocol.text)
         case _:
@@ -94,13 +98,7 @@ def text_windows(
     Each begins with BOS if the tokenizer puts it there.
     Raises InputError when the text is too short for one window, RecipeError for a length that a model cannot read.
     """
-    if windows < 1 or length < 2:
-        raise RecipeError(f"perplexity needs at least one window of two tokens, not windows {windows}, length {length}")
-    for context in map(context_length, readers):
-        if context is not None and length > context:
-            raise RecipeError(
-                f"evaluation length {length} is more than the model's context of {context}; use at most that"
-            )
+    _check_windows(windows, length, readers)
     begin = [] if (bos := bos_token(tokenizer)) is None else [bos]
     size = length - len(begin)
     ids: list[int] = []
@@ -116,6 +114,32 @@ def text_windows(
         )
     rows = torch.tensor(ids[: count * size], dtype=torch.int64).reshape(count, size)
     return torch.cat([torch.tensor([begin], dtype=torch.int64).expand(count, -1), rows], 1)
+
+
+def _document_windows(
+    tokenizer: PreTrainedTokenizerBase, dataset: str, windows: int, length: int, *readers: PreTrainedConfig
+) -> Tensor:
+    """Do as `text_windows` for files of documents, which are joined as in calibration, without EOS."""
+    _check_windows(windows, length, readers)
+    reading = Reading()
+    documents = read_documents(dataset, reading=reading)
+    tokens = (count_all(document_tokens(each, tokenizer, "auto", None, True, reading.cuts)) for each in documents)
+    rows = pack_documents(tokens, bos_token(tokenizer), length, windows).sequences.ids
+    reading.log_notes(dataset)
+    if not len(rows):
+        raise InputError(f"{dataset} has less than one window of {length} tokens; give more text or a lower length")
+    return rows
+
+
+def _check_windows(windows: int, length: int, readers: Sequence[PreTrainedConfig]) -> None:
+    """Raise RecipeError for windows that hold no prediction, or that a model cannot read."""
+    if windows < 1 or length < 2:
+        raise RecipeError(f"perplexity needs at least one window of two tokens, not windows {windows}, length {length}")
+    for context in map(context_length, readers):
+        if context is not None and length > context:
+            raise RecipeError(
+                f"evaluation length {length} is more than the model's context of {context}; use at most that"
+            )
 
 
 def perplexity(

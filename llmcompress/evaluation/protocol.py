@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.errors import InputError, RecipeError
+from llmcompress.recipe.text_files import holds_documents, split_names
 from llmcompress.runtime.json_values import JsonRecord
 
 STANDARD_TEXT = "Python's documentation"
@@ -16,7 +17,7 @@ STANDARD_TEXT = "Python's documentation"
 class Protocol(JsonRecord):
     """The texts and tasks of scores, which can be compared if their protocols are equal."""
 
-    text: str | Path | None = None  # a text, a UTF-8 file, or None: Python's documentation, unseen in calibration
+    text: str | Path | None = None  # a text, files as in a recipe's `dataset`, or None: Python's documentation
     windows: int = 32  # at most
     length: int = 1024  # tokens in a window
     tasks: tuple[str, ...] = ()  # lm-eval's names, "llmcompress_pairs", .yaml and .jsonl files, folders of them
@@ -45,12 +46,18 @@ class Protocol(JsonRecord):
             case None:
                 source = STANDARD_TEXT
             case Path():
-                source = self.text.name
+                names = ", ".join(Path(name).name for name in split_names(str(self.text)))
+                source = f"documents of {names}" if self.has_documents else names
             case _:
                 source = f"a text of {len(self.text):,} characters"
         tasks = [Path(task).name if Path(task).expanduser().exists() else task for task in self.tasks]
         values = super().to_json() | {"text": source, "tasks": tasks, "domains": list(self.by_domain())}
         return {name: value for name, value in values.items() if name not in ("domains", "generate") or value}
+
+    @property
+    def has_documents(self) -> bool:
+        """True if the text is files of documents, not one plain text."""
+        return isinstance(self.text, Path) and holds_documents(str(self.text))
 
     def by_domain(self) -> dict[str, Protocol]:
         """Return the protocol of each kind of text by its name; none without a folder of them.

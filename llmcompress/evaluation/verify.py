@@ -63,7 +63,7 @@ def verify(
     Args:
         folder: a checkpoint of compress or `save_pretrained`.
         against: the dense model that KL and top-1 agreement are measured from; None for neither.
-        text: UTF-8 text to read; documentation of Python by default.
+        text: UTF-8 text to read, or files of documents; documentation of Python by default.
         windows: how many windows of it.
         length: tokens of a window, at most the context of the model.
         device: where to compute: `cpu`, `cuda` or `cuda:1`.

@@ -28,6 +28,7 @@ from llmcompress.compression.result import Result
 from llmcompress.compression.run import Progress
 from llmcompress.compression.run_files import is_complete
 from llmcompress.compression.time_estimate import estimate_seconds
+from llmcompress.data.text import preview_text
 from llmcompress.errors import DiskError, RecipeError
 from llmcompress.models.dense.companions import companions
 from llmcompress.models.dense.model import resolve
@@ -72,6 +73,9 @@ def plan(
         RecipeError: for whatever is wrong with the recipe, and for a `target:` that no choice of options reaches.
     """
     job = _open_job(model, recipe, revision, trust_remote_code)
+    texts = () if job.recipe.distill is None else job.recipe.distill.texts()
+    for text in texts if job.recipe.calibration is None else (job.recipe.calibration, *texts):
+        preview_text(text)
     if job.recipe.target is not None:
         return forecast(job)
     return replace(plan_of(job), timed=partial(estimate_seconds, job))

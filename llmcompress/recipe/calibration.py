@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-FILE_KINDS = (".txt", ".jsonl", ".parquet")
+from llmcompress.recipe.text_files import is_file, join_names
+
 OFFLINE = ("builtin", "stdlib", "self")  # need neither a file nor the Hub
 Switch = Literal["auto"] | bool
 TRIAL = {"samples": 5, "length": 256, "held_out": 1}  # most of a text that is read to see that all works
-
-
-def is_file(dataset: str) -> bool:
-    """True if `dataset` is a local file, not the name of a data set."""
-    return Path(dataset).suffix.lower() in FILE_KINDS or os.path.isfile(os.path.expanduser(dataset))
 
 
 def shorten_text(text: Any) -> Any:
@@ -32,41 +25,27 @@ def shorten_text(text: Any) -> Any:
     return text | TRIAL | {key: min(n, TRIAL[key]) if isinstance(n, int) else n for key, n in given.items()}
 
 
-def hide_folder(dataset: str) -> str:
-    """Return the name of a text without the folders of this machine: a Hub id as it is, the last part of a path."""
-    is_local = is_file(dataset) or dataset.startswith(("/", ".", "~")) or Path(dataset).is_dir()
-    return last_part(dataset) if is_local else dataset
-
-
-def last_part(path: str) -> str:
-    """Return the last part of a path; for `.` and `..`, that of the folder itself."""
-    name = Path(path).name
-    return Path(path).resolve().name or "root" if name in ("", "..") else name
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class Calibration(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
     """The text that calibration runs on. Values that are "auto" are resolved, and reports say to what."""
 
-    dataset: str = Field(default="stdlib", min_length=1)
-    """A data set of the Hub, a .txt, .jsonl or .parquet file, or one of three names. builtin: text of many kinds that
-    comes with llmcompress, and documentation; stdlib: Python's documentation; self: text by the dense model."""
+    dataset: Annotated[str, BeforeValidator(join_names, json_schema_input_type=str | list[str])] = Field(
+        default="stdlib", min_length=1
+    )
+    """Files of text (.txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow; packed as .gz or .zst): one, a pattern such as
+    data/*.jsonl, or a list; a data set of the Hub, or its folder; or one of three names. builtin: text of many kinds
+    that comes with llmcompress, and documentation; stdlib: Python's documentation; self: text by the dense model."""
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-    """SHA-256 of a file's content; a file with another content is refused. Recipes in outputs have it, with the file's
-    name but not its folder."""
+    """SHA-256 of the content of files, one behind the other; files with another content are refused. Recipes in outputs
+    have it, with the files' names but not their folders."""
     subset: str | None = None
     """Configuration of a data set that has several, such as wikitext-2-raw-v1."""
     revision: str | None = None
     """Commit, tag or branch of a data set."""
     split: str | None = None
     """Split of a data set; null: train."""
-    column: str | None = None
-    """Column with text or messages; null: `messages`, else `text`, else the only column of strings."""
+    column: str | tuple[str, str] | None = None
+    """Column with text or messages, or two, with prompts and with answers; null: known by its name, or the only column
+    of strings."""
     streaming: bool = True
     """Fetch only the rows that are needed. False: download the data set first, and use its cache when offline."""
     samples: int = Field(default=128, ge=1, le=1_000_000)

@@ -14,10 +14,11 @@ from pydantic import BaseModel
 from llmcompress.errors import RecipeError
 from llmcompress.losses.loss import LossConfig, feature_losses, losses
 from llmcompress.methods.layer import StepConfig, methods
-from llmcompress.recipe.calibration import Calibration, file_sha256, hide_folder, is_file, last_part
+from llmcompress.recipe.calibration import Calibration
 from llmcompress.recipe.compression import Origin, Recipe
 from llmcompress.recipe.library import find_recipe
 from llmcompress.recipe.overrides import Change, apply_changes, apply_settings
+from llmcompress.recipe.text_files import files_sha256, hide_folder, is_file, last_part, list_files
 from llmcompress.recipe.validation import validate
 from llmcompress.recipe.yaml import OneLine, Places, at, parse, shorten, write_yaml
 
@@ -131,9 +132,9 @@ def hide_folders(recipe: S) -> S:
             changes[name] = last_part(value)
     if isinstance(recipe, Calibration):
         changes["dataset"] = hide_folder(recipe.dataset)
-        path = FilePath(recipe.dataset).expanduser()
-        if is_file(recipe.dataset) and path.is_file():
-            changes["sha256"] = file_sha256(path)
+        files = list_files(recipe.dataset) if is_file(recipe.dataset) else []
+        if files and all(path.is_file() for path in files):
+            changes["sha256"] = files_sha256(files)
     return recipe.model_copy(update={name: value for name, value in changes.items() if value != getattr(recipe, name)})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import inspect
 import json
+import logging
 import os
 import re
 import signal
@@ -527,6 +528,19 @@ def test_help_groups_commands_by_what_people_want() -> None:
     assert places == sorted(places) and "─ Commands ─" not in shown
     assert {name for commands in PANELS.values() for name in commands} >= {"compress", "eval", "distill", "export"}
     assert shown.index(" compress ") < shown.index(" plan ") < shown.index(" eval ") < shown.index(" distill ")
+
+
+def test_a_note_of_the_library_is_said_once_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.getLogger("llmcompress")
+    for quiet in (False, True):
+        with Terminal(as_json=True, quiet=quiet) as terminal:
+            for note in ("a.csv is read as text", "a.csv is read as text", "b.csv is read as text"):
+                log.info("%s", note, extra={"note": True})
+            log.info("not for people")
+            terminal.show({}, lambda values, every: [])
+        printed = capsys.readouterr()
+        assert json.loads(printed.out) == {}
+        assert printed.err.splitlines() == ([] if quiet else ["a.csv is read as text", "b.csv is read as text"])
 
 
 def test_help_imports_nothing_heavy() -> None:

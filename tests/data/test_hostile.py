@@ -11,11 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmcompress.data import chat
+from llmcompress.data import chat, files
 from llmcompress.data import text as texts
 from llmcompress.data.calibration import LONG_LINE, PIECE, CalibrationTokens, calibration_tokens, pieces
 from llmcompress.data.chat import render_chat
-from llmcompress.data.text import file_notes, file_rows, read_documents, shuffle
+from llmcompress.data.files import file_notes, file_rows
+from llmcompress.data.text import read_documents, shuffle
 from llmcompress.errors import InputError
 from llmcompress.evaluation import perplexity
 from llmcompress.evaluation.perplexity import text_windows
@@ -52,8 +53,8 @@ def test_a_long_file_is_several_documents_and_nothing_is_lost(tmp_path: Path, mo
     path.write_bytes(text.encode())
     assert file_notes(path) == ()
     for length in range(20, 90, 7):
-        monkeypatch.setattr(texts, "LONGEST_TEXT", length)
-        monkeypatch.setattr(texts, "NEAR", 10)
+        monkeypatch.setattr(files, "LONGEST_TEXT", length)
+        monkeypatch.setattr(files, "NEAR", 10)
         found = list(file_rows(path))
         assert "".join(found) == text.replace("\r\n", "\n")
         assert max(len(one.encode()) for one in found) <= length
@@ -121,7 +122,7 @@ def test_rows_are_refused(tmp_path: Path, data: bytes, sentence: str) -> None:
 
 
 def test_a_line_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(texts, "LONGEST_LINE", 50)
+    monkeypatch.setattr(files, "LONGEST_LINE", 50)
     assert "line 2 has more than 50 bytes" in refusal(tmp_path, b'{"text": "a"}\n{"text": "' + b"a" * 50 + b'"}\n')
 
 
@@ -239,10 +240,11 @@ def test_any_bytes_are_json_lines_or_refused(tmp_path: Path, data: bytes) -> Non
     judge(data, ".jsonl", tmp_path)
 
 
+@pytest.mark.parametrize("suffix", [".txt", ".json", ".csv"])
 @FAST
 @given(data=st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")) | st.binary(max_size=99))
-def test_any_bytes_are_a_text_or_refused(tmp_path: Path, data: bytes) -> None:
-    judge(data, ".txt", tmp_path)
+def test_any_bytes_are_a_text_or_refused(tmp_path: Path, suffix: str, data: bytes) -> None:
+    judge(data, suffix, tmp_path)
 
 
 @pytest.mark.nightly

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from llmcompress.errors import RecipeError
 from llmcompress.models.dense.families import Linear
-from llmcompress.recipe.calibration import is_file
 from llmcompress.recipe.matching import assign
 from llmcompress.recipe.read import parse_recipe, read_recipe
+from llmcompress.recipe.text_files import is_file
 from llmcompress.recipe.yaml import MOST_ENTRIES
 
 RULE = "rules: [{match: '*', steps: [{method: rtn, bits: 4}]}]\n"

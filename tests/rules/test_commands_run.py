@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shlex
 import shutil
@@ -61,6 +62,8 @@ def place(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     (tmp_path / "prompts.jsonl").write_text(json.dumps(chat) + "\n")
     chat["messages"].append({"role": "assistant", "content": "The mill."})
     (tmp_path / "chats-with-answers.jsonl").write_text(json.dumps(chat) + "\n")
+    (tmp_path / "chats").mkdir()
+    (tmp_path / "chats" / "mills.jsonl.gz").write_bytes(gzip.compress(f"{json.dumps(chat)}\n".encode() * 40))
     for name, item in TASKS.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
