@@ -1,4 +1,4 @@
-"""What other libraries print while a command runs: their bars become progress of ours, their warnings a line each."""
+"""Output of other libraries while a command runs: their bars become progress of ours, their warnings a line each."""
 
 from __future__ import annotations
 

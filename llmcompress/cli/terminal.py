@@ -122,6 +122,7 @@ class Terminal:
 
     def show(self, values: dict[str, Any], view: Callable[[dict[str, Any], bool], Iterable[RenderableType]]) -> None:
         """Print a result: `values` as JSON, or for people what `view(values, every)` yields; `every` if verbose."""
+        self._running.close()  # no bar comes between the lines of the result
         self._end_stage()
         if self.as_json:
             self._result = values  # printed at the end, when no library can print any more
