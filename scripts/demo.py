@@ -19,10 +19,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
 import llmcompress as lc
-from llmcompress.cli.stages import Stage
+from llmcompress.cli.other_libraries import contain_others
+from llmcompress.cli.stages import Stage, beating
 from llmcompress.distillation.run import distill
 from llmcompress.errors import LLMCompressError, Termination
 from llmcompress.evaluation.evaluate import Evaluation, evaluate_all
@@ -73,7 +73,8 @@ def show_stage(name: str) -> Iterator[Stage]:
     stage = Stage(name, sys.stdout)
     verb = "failed after "
     try:
-        yield stage
+        with beating(stage.beat):
+            yield stage
         verb = ""
     finally:
         stage.end(verb)
@@ -227,11 +228,10 @@ def show(numbers: dict[str, Any], console: Console) -> None:
 
 def told() -> int:
     """Run the demo, and return its exit code; what a user can act on is told in one sentence."""
-    if not sys.stderr.isatty():
-        disable_progress_bar()
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # in the processes that it starts
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # in the processes that it starts
     try:
-        main()
+        with contain_others(lambda sentences: print(*sentences, file=sys.stderr)):
+            main()
     except (KeyboardInterrupt, Termination) as error:
         print("stopped; the same command goes on after what is finished", file=sys.stderr)
         return 143 if isinstance(error, Termination) else 130

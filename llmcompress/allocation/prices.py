@@ -44,6 +44,7 @@ from llmcompress.methods.layer import Layer, methods, step
 from llmcompress.methods.moments import Moments
 from llmcompress.recipe.compression import Damage
 from llmcompress.runtime.precision import product_dtype
+from llmcompress.runtime.progress import count_steps
 from llmcompress.runtime.ranks import Ranks
 from llmcompress.weight.nodes import Dense
 
@@ -164,12 +165,14 @@ def measure_matrices(
     errors: dict[str, dict[int, float]] = {}
     changes: dict[str, dict[int, tuple[int, float]]] = {}
     reference: Reference = []
+    step = count_steps("matrix priced", len(wanted))
     for block, layer, held_out in _layers(job, wanted, tokens, probe, device, progress):
         matrix = wanted[layer.name]
         if matrix is smallest:
             reference = [_reference_errors(layer, matrix, family, held_out) for family in families(matrix.options)]
         results = _run_options(block, layer, matrix, held_out, probe, job.recipe.damage)
         errors[layer.name], changes[layer.name] = results
+        step()
     divergences = probe.divergences()
     measurements = {}
     for name, own in errors.items():

@@ -137,6 +137,8 @@ def _start_workers(
 
     memory = {"engine": MEMORY, "name": MEMORY, "bytes": buffer}
     takers = [start("the read bandwidth", None, protocol.threads, memory)]
+    if progress is not None:
+        progress("model loaded", 0, len(models))
     for number, model in enumerate(models):
         request: dict[str, Any] = {"engine": model.engine, "name": model.name, "path": str(model.path)}
         request |= {"dtype": model.dtype, "trust_remote_code": model.trust_remote_code, "context": protocol.context}
@@ -164,7 +166,7 @@ def take_turns(
                         f"{threads} threads were asked for, and {turn['threads']} computed; give another number"
                     )
                 yield {"round": number, "model": taker.model, **turn}
-        if progress is not None and number:
+        if progress is not None:
             progress("round", number, protocol.rounds)
 
 

@@ -48,6 +48,12 @@ CLOSE = 0.75  # similarity of two option names that are taken for each other; 1 
 class Commands(TyperGroup):
     """The group of all commands. Mistakes in the arguments have a hint, and with `--json` are a JSON object."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the words of a command line; `bench` goes on with `--json=FILE` as with `--json FILE`."""
+        if args[:1] == ["bench"]:
+            args = [part for word in args for part in (word.split("=", 1) if word.startswith("--json=") else [word])]
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         """Run a command; explain an option that it does not have."""
         try:
@@ -137,7 +143,6 @@ for panel, commands in PANELS.items():
 
 def main() -> None:
     """Run the program `llmcompress`."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for library in ("TRANSFORMERS", "HF_HUB", "DATASETS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     end_process(run_program(app))

@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmcompress.cli.options import Quiet, TrustRemoteCode, Verbose
+from llmcompress.cli.options import AsJson, Quiet, TrustRemoteCode, Verbose
 from llmcompress.cli.tables import build_table
 from llmcompress.cli.terminal import Terminal
 from llmcompress.reporting.tables import Row
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-STANDARD_OUTPUT = Path("-")
 
 
 def bench(
@@ -41,16 +39,14 @@ def bench(
     dtype: Annotated[str, typer.Option(help="Precision of dense models: bfloat16, float16 or float32.")] = "bfloat16",
     plain: Annotated[bool, typer.Option("--plain", help="Run compressed models without fast kernels.")] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="A new .md file for the tables.")
-    ] = None,
-    numbers: Annotated[
         Path | None,
-        typer.Option("--json", metavar="FILE", help="A new .json file for every number; - for standard output."),
+        typer.Option("--output", "-o", metavar="FILE", help="A new .md file for the tables, or .json for all numbers."),
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A new .png file: speed over size, with quality as colour.")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -60,20 +56,23 @@ def bench(
 
     Example: llmcompress bench small --against smollm2 --threads 1,2
     """
-    as_json = numbers == STANDARD_OUTPUT
-    with Terminal(as_json, verbose, quiet) as terminal:
+    old = [word for word in models if as_json and (word == "-" or word.endswith(".json"))]  # `--json FILE`
+    files = [Path(word) for word in (output, *old) if word not in (None, "-")]
+    with Terminal(as_json and old in ([], ["-"]), verbose, quiet) as terminal:
+        if old:
+            terminal.warn([f"--json no longer takes {old[0]}: it prints the numbers, and -o FILE.json writes them"])
         from llmcompress.benchmark.measure import bench as run
         from llmcompress.benchmark.protocol import SpeedProtocol, parse_threads
         from llmcompress.runtime.load import usable_cores
 
         counts = parse_threads(threads, usable_cores())
         result = run(
-            models,
+            [model for model in models if model not in old],
             SpeedProtocol(counts, prompt, tokens, rounds, dtype, plain),
             against=against,
             ggufs=gguf or (),
-            table=output,
-            numbers=None if as_json else numbers,
+            table=next((file for file in files if file.suffix != ".json"), None),
+            numbers=next((file for file in files if file.suffix == ".json"), None),
             plot=plot,
             command=_command_line(),
             progress=terminal.scoring,

@@ -10,15 +10,19 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import typer
 
-from llmcompress.cli.stages import Stage
+from llmcompress.cli.other_libraries import contain_others
+from llmcompress.cli.stages import SHORT, Stage, beating
 from llmcompress.cli.stopping import StopRequests
 from llmcompress.cli.streams import writing_to
 from llmcompress.errors import (
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 WIDE = 160  # columns, where the output is not a terminal
+IDLE = "at work"  # the name of a stage that nothing is known of
 LOG = logging.getLogger("llmcompress")
 
 
@@ -79,15 +84,18 @@ class Terminal:
         self.as_json, self.verbose, self.quiet = as_json, verbose, quiet or not self.first
         self._output: TextIO = sys.stdout
         self._descriptor: int | None = None
-        self._messages = _MessageHandler(self.warn, self._report, self._print_line)
+        self._errors: TextIO = sys.stderr
+        self._messages = _MessageHandler(self.warn, partial(self._report, part=True), self._print_line)
+        self._running = ExitStack()
         self._level = LOG.level
         self._stops = StopRequests()
         self._result: dict[str, Any] | None = None
         self._stage: Stage | None = None
-        self._since = time.monotonic()  # when the current stage began, or the next one will have begun
+        self._lock = threading.RLock()  # of the stage
+        self._since = self._spoke = time.monotonic()  # when the next stage will have begun; the last line of stages
 
     def __enter__(self) -> Self:
-        self._output = sys.stdout
+        self._output, self._errors = sys.stdout, sys.stderr
         if self.as_json:
             sys.stdout.flush()
             self._descriptor = os.dup(1)
@@ -96,6 +104,9 @@ class Terminal:
         self._stops.install()
         LOG.addHandler(self._messages)
         LOG.setLevel(logging.INFO)
+        self._running.enter_context(contain_others(self.warn))
+        if not self.quiet:
+            self._running.enter_context(beating(self._beat))
         return self
 
     def __exit__(
@@ -123,6 +134,7 @@ class Terminal:
 
     def show(self, values: dict[str, Any], view: Callable[[dict[str, Any], bool], Iterable[RenderableType]]) -> None:
         """Print a result: `values` as JSON, or for people what `view(values, every)` yields; `every` if verbose."""
+        self._running.close()  # no bar comes between the lines of the result
         self._end_stage()
         if self.as_json:
             self._result = values  # printed at the end, when no library can print any more
@@ -142,16 +154,16 @@ class Terminal:
 
     def warn(self, sentences: Iterable[str]) -> None:
         """Print warnings on standard error."""
-        for sentence in () if self.quiet else sentences:
-            typer.echo(f"warning: {sentence}", err=True)
+        for sentence in sentences:
+            self._print_line(f"warning: {sentence}")
 
     def progress(self, done: int, total: int, tokens_per_second: float) -> None:
         """Report compressed blocks: a bar on a terminal, else a line at the end of the stage."""
-        self._report("block", done, total, f"{tokens_per_second:,.0f} tokens/s")
+        self._report("block", done, total, _speed(tokens_per_second))
 
     def pricing(self, done: int, total: int, tokens_per_second: float) -> None:
         """Report blocks whose options were tried."""
-        self._report("priced block", done, total, f"{tokens_per_second:,.0f} tokens/s")
+        self._report("priced block", done, total, _speed(tokens_per_second))
 
     def training(self, done: int, total: int, loss: float, tokens_per_second: float, kl: float) -> None:
         """Report optimizer steps, and the last held-out KL."""
@@ -180,29 +192,54 @@ class Terminal:
         self._print_line(sentence)
 
     def _print_line(self, line: str) -> None:
-        if not self.quiet:
-            typer.echo(line, err=True)
-
-    def _report(self, counted: str, done: int, total: int, note: str = "") -> None:
-        self._stops.check()
         if self.quiet:
             return
-        if self._stage is not None and self._stage.name != counted:
-            self._end_stage()
-        if self._stage is None:
-            self._stage = Stage(counted, sys.stderr, since=self._since)
-        if total:
-            self._stage.update(done, total, note)
-            if done == total:
+        with self._lock:
+            if self._stage is not None:
+                self._stage.close()  # its bar comes back below the line
+            typer.echo(line, file=self._errors)
+
+    def _report(self, counted: str, done: int, total: int, note: str = "", part: bool = False) -> None:
+        """Report a stage; `part`: True for what the library counts, which is a part of the stage if there is one."""
+        self._stops.check()
+        with self._lock:
+            stage = self._stage
+            if stage is None or (stage.name == IDLE if part else stage.name != counted or not stage.loud):
+                self._begin_stage(counted, None if part else self._since, loud=not part)
+            if self._stage is None or not total:
+                return
+            own = self._stage.name == counted
+            self._stage.update(done, total, note, None if own else counted)
+            if own and done >= total:
                 self._end_stage()
 
+    def _begin_stage(self, name: str, since: float | None, loud: bool) -> None:
+        self._end_stage()
+        if not self.quiet:
+            self._stage = Stage(name, self._errors, since=since, loud=loud)
+            self._stage.spoke = self._spoke
+
+    def _beat(self) -> None:
+        """Keep the stage alive; one without a name begins after some seconds of silence."""
+        with self._lock:
+            if self._stage is None and time.monotonic() - self._since >= SHORT:
+                self._begin_stage(IDLE, self._since, loud=False)
+            if self._stage is not None:
+                self._stage.beat()
+
     def _end_stage(self) -> None:
-        """Print the line of the stage that is over; the next one begins here."""
-        if self._stage is not None:
-            self._since = self._stage.end()
-            self._stage = None
+        """Print the line of the stage that is over, unless it is not worth one; the next one begins here."""
+        with self._lock:
+            if self._stage is None:
+                return
+            if self._stage.name == IDLE:
+                self._stage.close()
+            elif (ended := self._stage.end()) is not None:
+                self._since = ended
+            self._spoke, self._stage = self._stage.spoke, None
 
     def _restore(self) -> None:
+        self._running.close()
         LOG.removeHandler(self._messages)
         LOG.setLevel(self._level)
         if self._stage is not None:
@@ -247,6 +284,11 @@ def verdict(error: BaseException) -> tuple[int, str] | None:
         case _:
             return None
     return code, "; ".join((sentence, *getattr(error, "__notes__", ())))
+
+
+def _speed(tokens_per_second: float) -> str:
+    """Return a speed as a note; none before anything is done."""
+    return f"{tokens_per_second:,.0f} tokens/s" if tokens_per_second else ""
 
 
 def _remains(error: BaseException) -> str:

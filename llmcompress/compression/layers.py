@@ -29,6 +29,7 @@ from llmcompress.methods.row_chunks import Outcome, apply_in_runs, apply_to_run,
 from llmcompress.methods.solvers.hessian import inverse_factor, outer_of
 from llmcompress.reporting.report import LayerReport
 from llmcompress.runtime.phases import phase
+from llmcompress.runtime.progress import count_each
 from llmcompress.runtime.ranks import Ranks
 from llmcompress.runtime.side_by_side import side_by_side
 from llmcompress.weight.algebra import add_to_base
@@ -109,7 +110,7 @@ def _compress_items(
 
     tasks = [partial(compress_rows, name, groups[number]) for number, name in names]
     outcomes = side_by_side(tasks, workers, next(block.module.parameters()).device)
-    for place, (number, name) in enumerate(names, 1):
+    for place, (number, name) in enumerate(count_each(names, "layer"), 1):
         group, (layer, parts) = groups[number], next(outcomes)
         if name in scattered:
             pieces |= {(name, start): part for start, part in parts.items()}

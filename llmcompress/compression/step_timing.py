@@ -34,6 +34,7 @@ from llmcompress.models.dense.gguf_model import cache_folder
 from llmcompress.models.files.store import Store
 from llmcompress.runtime.facts import torch_facts, versions
 from llmcompress.runtime.load import busy_note
+from llmcompress.runtime.progress import count_each
 from llmcompress.weight.expression import dense
 from llmcompress.weight.layout import pack_weight
 from llmcompress.weight.nodes import Dense
@@ -123,7 +124,7 @@ def paces(shapes: Mapping[Steps, Iterable[tuple[int, int]]], data: bool) -> dict
     """
     now, store, is_quiet = product_speed(torch.float32), _pace_store(), busy_warning() is None
     stored, new, result = _read(store, "paces"), dict[str, Any](), dict[Steps, Pace]()
-    for steps, sizes in ((steps, Sizes.of(each)) for steps, each in shapes.items()):
+    for steps, sizes in count_each([(steps, Sizes.of(each)) for steps, each in shapes.items()], "list of steps timed"):
         key = sha256(repr((steps, sizes, data)).encode()).hexdigest()[:32]
         if (pace := _pace_of(stored.get(key), now)) is None:
             pace = measure_pace(steps, sizes, data)

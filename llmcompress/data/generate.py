@@ -24,6 +24,7 @@ from llmcompress.data.chat import render_chat, special_tokens
 from llmcompress.data.columns import Message
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.models.dense.config import context_length
+from llmcompress.runtime.progress import count_steps
 from llmcompress.runtime.seeding import generator
 
 if TYPE_CHECKING:
@@ -101,10 +102,12 @@ def teacher_sequences(
     generator = torch.Generator().manual_seed(sampling.seed)
     total = sampling.sequences * sampling.length
     batches, documents = [], 0
+    step = count_steps("position written", -(-sampling.sequences // ROWS) * sampling.length)
     for first in range(0, sampling.sequences, ROWS):
         rows = starts[first : first + ROWS]
 
         def report(position: int, before: int = first * sampling.length, width: int = len(rows)) -> None:
+            step()
             if progress is not None:
                 progress(before + position * width, total)
 

@@ -48,6 +48,7 @@ from llmcompress.models.files.store import Record
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.reconstruction import Reconstruction
 from llmcompress.runtime.json_values import JsonRecord
+from llmcompress.runtime.progress import count_each
 from llmcompress.runtime.ranks import ALONE, Ranks
 from llmcompress.weight.modules import CompressedLinear, compressed_linears, decoded, put
 from llmcompress.weight.trainable.relax import Relaxation
@@ -271,7 +272,7 @@ def recover_block(
     steps = recipe.steps or max(1, total // recipe.batch)
     optimizer = torch.optim.Adam(student.groups(), betas=SIGN if recipe.optimizer == "sign" else BETAS, eps=SMALLEST)
     freezer = Freezer.of(recipe.freezing, student.relaxed)
-    for step in range(steps):
+    for step in count_each(range(steps), "step of a block"):
         for group in optimizer.param_groups:
             share = rate(step, steps, recipe.warmup, recipe.final_rate)
             group["lr"] = recipe.rates[group["kind"]] * share * group["size"]

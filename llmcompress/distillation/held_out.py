@@ -15,6 +15,7 @@ from llmcompress.distillation.objective.forward import head_of, hidden_states
 from llmcompress.errors import NumericsError
 from llmcompress.evaluation.distance import kl_divergence
 from llmcompress.evaluation.perplexity import negative_log_likelihood
+from llmcompress.runtime.progress import count_each
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +55,7 @@ def _exponential(nats: float) -> float:
 def distances(teacher: PreTrainedModel, student: PreTrainedModel, sequences: Batch, device: torch.device) -> Distances:
     """Measure over all targets of `sequences`, one sequence at a time. Log-probabilities are float32, sums float64."""
     total, heads = Distances(), [head_of(model) for model in (teacher, student)]
-    for sequence in sequences.chunks(1):
+    for sequence in count_each([*sequences.chunks(1)], "held-out sequence"):
         batch = sequence.trim().to(device)
         hidden = [hidden_states(model, batch)[batch.predicting].split(POSITIONS) for model in (teacher, student)]
         targets = batch.ids[batch.counted].split(POSITIONS)

@@ -22,6 +22,7 @@ from llmcompress.models.dense.locate import Place
 from llmcompress.models.dense.model import DenseModel, open_source
 from llmcompress.models.dense.skeleton import check_causal
 from llmcompress.runtime.devices import device_of
+from llmcompress.runtime.progress import count_each
 from llmcompress.weight.modules import compressed_linears, decoded
 
 if TYPE_CHECKING:
@@ -76,8 +77,8 @@ def window_logits(
 
     The logits are [batch, positions, vocabulary] of consecutive positions, to be read before the next windows are.
 
-    `blocks` receives (blocks, blocks in all) of a model that runs block by block. A model whose blocks cannot be run
-    one by one is read whole.
+    `blocks` receives (blocks, blocks in all) of a model that runs block by block, first 0. A model whose blocks cannot
+    be run one by one is read whole.
     """
     passed = _run_blocks(model, ids, batch_size, blocks) if len(ids) else None
     if passed is not None:
@@ -102,7 +103,9 @@ def _run_blocks(
     try:
         streamed = by_blocks(model)
         states = streamed.embed(ids, batch_size)
-        for index in range(streamed.depth):
+        if blocks is not None:
+            blocks(0, streamed.depth)
+        for index in range(streamed.depth) if blocks else count_each(range(streamed.depth), "block"):
             streamed.advance(states, index)
             if blocks is not None:
                 blocks(index + 1, streamed.depth)

@@ -16,6 +16,7 @@ from llmcompress.models.dense.skeleton import folder_skeleton
 from llmcompress.models.dense.stored_names import hub_names
 from llmcompress.models.files.checkpoint import write_checkpoint
 from llmcompress.models.files.compressed import CompressedCheckpoint, round_to_bfloat16
+from llmcompress.runtime.progress import count_each
 from llmcompress.weight.expression import dense
 
 
@@ -34,7 +35,7 @@ def to_dense(opened: CompressedCheckpoint, output: Path) -> ExportReport:
         copy_companions(folder, writer.folder, trusted)
         for layers, others in opened.parts(apart=experts):
             tensors = opened.read_plain(others)
-            for layer in layers:
+            for layer in count_each(layers, "matrix decoded"):
                 stored, moved = round_to_bfloat16(dense(opened.expression(layer)))
                 rounding = max(rounding, moved)
                 tensors[f"{layer}.weight"] = stored.T.contiguous() if layer in turned else stored

@@ -15,6 +15,7 @@ from llmcompress.models.dense.skeleton import transposed_linears
 from llmcompress.models.files.checkpoint import Writer
 from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.runtime.json_values import JsonRecord
+from llmcompress.runtime.progress import count_each
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Weight
 
@@ -73,7 +74,7 @@ def write_layers(
         tensors = opened.read_plain(others)
         if dtype == torch.float16:
             tensors = {name: as_half(value, name) for name, value in tensors.items()}
-        for layer in layers:
+        for layer in count_each(layers, "matrix converted"):
             weight = opened.expression(layer)
             try:
                 if layer in turned:

@@ -18,6 +18,7 @@ from llmcompress.models.dense.companions import copy_companions
 from llmcompress.models.files.checkpoint import Writer, seal, write_checkpoint
 from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.models.transformers.hf_quantizer import table_entry
+from llmcompress.runtime.progress import count_each
 from llmcompress.weight.expression import dense
 from llmcompress.weight.hadamard import unrotate
 from llmcompress.weight.layout import Layout, pack_weight, payload_texts
@@ -34,7 +35,7 @@ def to_peft(opened: CompressedCheckpoint, output: Path) -> ExportReport:
         copy_companions(opened.folder, writer.folder, opened.trust_remote_code)
         for layers, others in opened.parts():
             tensors = {name: opened.read(name) for name in others}
-            for layer in layers:
+            for layer in count_each(layers, "matrix taken apart"):
                 base, term = split_low_rank(opened.expression(layer))
                 if term is not None:
                     factors[layer] = term

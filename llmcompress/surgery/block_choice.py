@@ -36,6 +36,7 @@ from llmcompress.models.dense.locate import Place, locate
 from llmcompress.models.dense.model import open_source
 from llmcompress.recipe.calibration import Calibration
 from llmcompress.runtime.precision import fast_float32, product_dtype, products
+from llmcompress.runtime.progress import count_each
 from llmcompress.surgery.drop import blocks_of
 
 LENGTH = 512  # of a sequence
@@ -158,7 +159,7 @@ def run_cosines(model: Any, ids: Tensor, count: int) -> Tensor:
     """Return the mean cosine over each run of `count` blocks, float64 `[runs]`; `ids`: `[sequences, length]`."""
     last = model.config.num_hidden_layers
     total = torch.zeros(last - count + 1, dtype=torch.float64)
-    for sequence in ids:
+    for sequence in count_each(ids, "sequence"):
         with states_between(model, range(last + 1)) as states:
             body(model)(input_ids=sequence[None], use_cache=False)
         for first in range(len(total)):
@@ -270,7 +271,7 @@ def path_damages(streamed: StreamedModel, ids: Tensor, paths: Sequence[Sequence[
     total = torch.zeros(len(paths), dtype=torch.float64)
     order = sorted(range(len(paths)), key=lambda number: tuple(paths[number]))
     with products(streamed.device, product_dtype("auto", streamed.device)):
-        for sequence in ids.to(streamed.device).split(1):
+        for sequence in count_each(ids.to(streamed.device).split(1), "sequence"):
             start = streamed.embed(sequence, 1)
             dense = _run_blocks(streamed, start, range(streamed.depth))
             probabilities = torch.cat([part.float().softmax(-1) for part in _logits(streamed, start, dense)])

@@ -21,6 +21,7 @@ from llmcompress.models.dense.skeleton import check_causal
 from llmcompress.models.files.checkpoint import PART, write_checkpoint
 from llmcompress.models.files.tensor_files import shards
 from llmcompress.runtime.json_values import JsonRecord
+from llmcompress.runtime.progress import count_each
 from llmcompress.surgery.edited_model import check_equal_widths
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def drop_blocks(
     sizes = {name: source.tensors[name].bytes for name in names}
     with write_checkpoint(target, sum(sizes.values())) as writer:
         beside.copy(writer.folder)
-        for part in shards(sizes, PART):
+        for part in count_each([*shards(sizes, PART)], "part written"):
             writer.add({names[name]: source.read(name) for name in part})
         size = writer.close()
         entries = source.config_entries() | _config_changes(source.config, stays)

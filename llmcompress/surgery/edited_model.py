@@ -28,6 +28,7 @@ from llmcompress.models.files.checkpoint import PART, Writer, write_checkpoint
 from llmcompress.models.files.reading import error_text
 from llmcompress.models.files.tensor_files import shards
 from llmcompress.models.transformers.hf_quantizer import resize, table_entry
+from llmcompress.runtime.progress import count_each
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -196,7 +197,7 @@ class EditedFiles:
 
     def finish(self) -> None:
         """Write the tensors of no added block, and the config."""
-        for names in shards(self._left, PART):
+        for names in count_each([*shards(self._left, PART)], "part written"):
             self._add(self._model, names)
         self._writer.close()
         self._writer.write("config.json", json.dumps(self._model.config_entries(), indent=1))

@@ -18,6 +18,7 @@ from llmcompress.models.files.identity import binding
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.report import pending_gates
 from llmcompress.runtime.json_values import JsonRecord
+from llmcompress.runtime.progress import count_each
 from llmcompress.weight.algebra import truncate_low_rank
 from llmcompress.weight.expression import bits, describe
 from llmcompress.weight.modules import CompressedLinear
@@ -64,7 +65,7 @@ def shrink(folder: str | Path, rank: int, output: str | Path, *, trust_remote_co
         raise RecipeError(f"{source} has matrices in common, whose terms are not taken apart; shrink an untied model")
     if rank < 0:
         raise RecipeError(f"a rank of {rank} is none; give 0, which leaves low-rank terms out, or more")
-    weights = ((name, opened.expression(name)) for name in opened.layouts)
+    weights = ((name, opened.expression(name)) for name in count_each(opened.layouts, "matrix read"))
     changed = {name: (old, new) for name, old in weights if (new := truncate_low_rank(old, rank)) is not old}
     if not changed:
         raise RecipeError(f"{source} has no low-rank term of more than rank {rank}, so there is nothing to take away")

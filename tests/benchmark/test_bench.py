@@ -214,7 +214,7 @@ def test_each_fault_is_one_sentence_and_an_exit_code(
         (["dense", "dense", *short], 2, "dense is named twice"),
         (["dense", "-o", tmp_path / "there.md", *short], 4, "exists already"),
         (["dense", "-o", tmp_path / "table.txt", *short], 2, "as .md, not as table.txt"),
-        (["dense", "--json", tmp_path / "no" / "n.json", *short], 4, "there is no folder"),
+        (["dense", "-o", tmp_path / "no" / "n.json", *short], 4, "there is no folder"),
         (["dense", "--plot", tmp_path / "p.svg", *short], 2, "as .png, not as p.svg"),
     ):
         found, said, errors = run(*words)
@@ -244,11 +244,22 @@ def test_damaged_scores_are_named(folders: Path, tmp_path: Path, monkeypatch: py
 
 
 def test_standard_output_can_have_the_numbers(stand_ins: list[Any]) -> None:
-    code, said, errors = run("dense", "--prompt", 8, "--tokens", 2, "--rounds", 1, "--threads", 1, "--json", "-")
-    assert code == 0, errors
+    code, said, errors = run("--json", "dense", "--prompt", 8, "--tokens", 2, "--rounds", 1, "--threads", 1)
+    assert code == 0 and "warning" not in errors, errors
     assert json.loads(said)["models"][0]["model"] == "dense"
     code, said, errors = run("dense", "--prompt", 8, "--tokens", 2, "--rounds", 1, "--threads", 1)
     assert code == 0 and "decode tokens/s" in said and "median of 1 round " in said, errors
+
+
+@pytest.mark.parametrize("old", [["--json", "{}/n.json"], ["--json={}/n.json"], ["--json", "-"], ["--json=-"]])
+def test_the_old_form_of_json_goes_on(old: list[str], stand_ins: list[Any], tmp_path: Path) -> None:
+    words = [word.format(tmp_path) for word in old]
+    code, said, errors = run(*words, "dense", "--prompt", 8, "--tokens", 2, "--rounds", 1, "-o", tmp_path / "t.md")
+    assert code == 0 and errors.count("warning: --json no longer takes ") == 1, errors
+    to_file = "n.json" in words[-1]
+    numbers = json.loads((tmp_path / "n.json").read_text() if to_file else said)
+    assert numbers["models"][0]["model"] == "dense" and ("decode tokens/s" in said) == to_file
+    assert "decode tokens/s" in (tmp_path / "t.md").read_text()
 
 
 # --- in earnest -----------------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def test_models_are_asked_in_turn_and_every_other_round_backwards() -> None:
         (number, threads) for number in range(3) for threads in (1, 2) for _ in range(4)
     ]
     assert {turn["model"] for turn in found} == {None, 0, 1, 2}
-    assert done == [("round", 1, 2), ("round", 2, 2)]
+    assert done == [("round", 0, 2), ("round", 1, 2), ("round", 2, 2)]
 
 
 def test_other_threads_than_asked_for_are_not_passed_over() -> None:

@@ -15,6 +15,7 @@ from llmcompress.calibration import gradients, streaming
 from llmcompress.calibration.gather import InputGroup, Statistics
 from llmcompress.calibration.gradients import Importance, draw_labels, measure_importance
 from llmcompress.calibration.walk import walk
+from llmcompress.cli import stages
 from llmcompress.cli.terminal import Terminal
 from llmcompress.compression.job import prepare
 from llmcompress.errors import InputError
@@ -116,7 +117,10 @@ def test_it_is_that_of_the_whole_model(family: str, tmp_path: Path, monkeypatch:
     assert all(torch.equal(value, torch.ones_like(value)) for name, value in found.rows.items() if name not in expected)
 
 
-def test_the_pass_is_shown_block_by_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_pass_is_shown_block_by_block(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "SHORT", 0.0)
     source, arch = opened(save_any("llama", tmp_path / "model"))
     with Terminal():
         measure_importance(source, arch, sequences())

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
+import warnings
 from pathlib import Path
 
 import pytest
-from transformers.utils import logging
+from tqdm.auto import tqdm
 
 from llmcompress.errors import InputError, Termination
 from scripts import demo
 from scripts.demo import begin
 
-BARS = "HF_HUB_DISABLE_PROGRESS_BARS"
 MADE = ("demo/report.json", "demo.partial/blocks", "demo-distilled/model", "demo-distilled.training/state", "demo.html")
 
 
@@ -64,14 +63,14 @@ def test_it_ends_in_one_sentence(
     assert demo.told() == code and capsys.readouterr().err == said
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_bars_of_transformers_are_for_terminals(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[bool, bool]] = []
-    monkeypatch.setattr(demo, "main", lambda: seen.append((logging.is_progress_bar_enabled(), BARS in os.environ)))
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
-    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != BARS})
-    logging.enable_progress_bar()
-    try:
-        assert demo.told() == 0 and seen == [(terminal, not terminal)]
-    finally:
-        logging.enable_progress_bar()
+def test_bars_and_warnings_of_libraries_stay_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def prints() -> None:
+        list(tqdm(range(3), desc="Loading weights"))
+        warnings.warn("Nothing fits\nSee there", stacklevel=1)
+
+    monkeypatch.setattr(demo, "main", prints)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    assert demo.told() == 0 and capsys.readouterr().err == "Nothing fits\n"
+    assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"], "in the processes that it starts"

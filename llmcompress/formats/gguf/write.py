@@ -40,6 +40,7 @@ from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import write_checkpoint
 from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.reporting import report
+from llmcompress.runtime.progress import count_each
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import LIKE
 from llmcompress.weight.nodes import Dense, Weight, shape
@@ -187,7 +188,7 @@ def plan_file(opened: CompressedCheckpoint, model: GGUFModel, plan: FilePlan) ->
     stacks = expert_stacks(opened)
     inside = {layer for layers in stacks.values() for layer in layers}
     for layers, others in opened.parts():
-        for layer in layers:
+        for layer in count_each(layers, "matrix read"):
             if layer not in inside:
                 _add_layer(plan, opened, layer, model.name(f"{layer}.weight"))
         for tensor in others:
@@ -305,7 +306,7 @@ def _write_model(writer: GGUFWriter, tensors: list[PlannedTensor], model: GGUFMo
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor in tensors:
+        for tensor in count_each(tensors, "tensor written"):
             rows_of_bytes = torch.cat([pack_tensor(read(), tensor.type) for read in tensor.weights])
             order = model.row_order(tensor.name)
             if order is not None:

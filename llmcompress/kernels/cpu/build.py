@@ -17,6 +17,7 @@ from llvmlite import ir
 
 from llmcompress.kernels.cpu.calls import KernelFunction, LoadedKernel, write_parallel
 from llmcompress.kernels.cpu.instruction_sets import Instructions, Tier, host_tier
+from llmcompress.runtime.progress import count_steps
 
 DIGEST = 32  # bytes of SHA-256 before the object in a cached file
 
@@ -37,7 +38,9 @@ def load_kernel(kernel: Kernel, tier: Tier | None = None) -> LoadedKernel:
     path = cache_folder() / f"{_key(kernel, tier)}.o"
     code = read_cached(path)
     if code is None:
+        step = count_steps("kernel compiled", 1)
         code = compile_kernel(kernel, tier)
+        step()
         write_cached(path, code)
     # JITLink puts a kernel into one piece of memory. MCJIT maps its sections one by one: in fragmented memory they lie
     # too far apart for a jump, and the process ends.

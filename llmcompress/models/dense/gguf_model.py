@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from hashlib import file_digest
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +26,7 @@ from llmcompress.models.files.file_names import GGUF_SOURCE
 from llmcompress.models.files.gguf_header import GGUFHeader, read_gguf_header
 from llmcompress.models.files.output import sync
 from llmcompress.models.files.reading import TokenizerReading
+from llmcompress.runtime.progress import digest_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,8 +83,7 @@ def unpack_gguf(file: Path) -> UnpackedModel:
 @lru_cache(maxsize=16)
 def _digest(file: Path, size: int, changed: int) -> str:
     """Return the digest of a file, read once by a process for as long as `size` and time of change are the same."""
-    with file.open("rb") as content:
-        return file_digest(content, "sha256").hexdigest()
+    return digest_file(file)
 
 
 def unpack_to(target: Path, file: Path, name: str) -> UnpackedModel:

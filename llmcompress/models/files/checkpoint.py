@@ -13,7 +13,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from llmcompress.models.files.output import (
 )
 from llmcompress.models.files.reading import check_regular, open_tensors, read_json
 from llmcompress.models.files.tensor_files import data_bytes, merge_parts, part_file, write_tensors
+from llmcompress.runtime.progress import count_each, digest_file
 
 FORMAT_VERSION = 3  # 2: digests in the weight files, every layout listed once; 3: a weight is one tensor
 MANIFEST = "manifest.json"
@@ -142,12 +143,11 @@ def _publish(folder: Path, output: Path) -> None:
 
 def seal(folder: Path) -> None:
     """Write the manifest of the files in a folder, and wait until all of it is on the disk."""
-    hashes = {name: _digest(folder / name) for name in files_of(folder) if name != MANIFEST}
+    hashes = {name: digest_file(folder / name) for name in files_of(folder) if name != MANIFEST}
     if hashes:
         (folder / MANIFEST).write_text(manifest_text(hashes), encoding="utf-8")
-    for path in folder.rglob("*"):
+    for path in count_each([*folder.rglob("*"), folder], "file on the disk"):
         sync(path)
-    sync(folder)
 
 
 def manifest_text(hashes: Mapping[str, str]) -> str:
@@ -171,7 +171,7 @@ def add_file(folder: Path, name: str, text: str) -> None:
 
 def has_file(folder: Path, name: str) -> bool:
     """True if a finished checkpoint has the file `name`, as its manifest says; not if `add_file` was interrupted."""
-    return (folder / name).is_file() and (manifest(folder) or {}).get(name) == _digest(folder / name)
+    return (folder / name).is_file() and (manifest(folder) or {}).get(name) == digest_file(folder / name)
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
@@ -207,7 +207,7 @@ def check_manifest(folder: Path) -> bool:
             raise InputError(f"{folder / name} is not part of the checkpoint; remove it")
         if not (folder / name).is_file():
             raise InputError(f"{folder} lacks {name}, which {MANIFEST} lists; {MENDING}")
-        if _digest(folder / name) != written[name]:
+        if digest_file(folder / name) != written[name]:
             raise InputError(f"{folder / name} is not as it was written; {MENDING}")
     return True
 
@@ -219,7 +219,7 @@ def check_config(folder: Path) -> None:
     """
     written = manifest(folder) or {}
     complete = all((folder / name).is_file() for name in written if name.endswith(".safetensors"))
-    if complete and "config.json" in written and _digest(folder / "config.json") != written["config.json"]:
+    if complete and "config.json" in written and digest_file(folder / "config.json") != written["config.json"]:
         raise InputError(f"{folder / 'config.json'} is not as it was written beside its weights; {MENDING}")
 
 
@@ -233,8 +233,3 @@ def manifest(folder: Path) -> dict[str, str] | None:
         return {str(name): str(value) for name, value in read_json(path)["sha256"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} cannot be read ({type(error).__name__}: {error}); {MENDING}") from error
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()

@@ -26,6 +26,7 @@ from llmcompress.models.files.integrity import DIGESTS, MENDING, weight_files
 from llmcompress.models.files.reading import check_folder, open_tensors, read_json
 from llmcompress.models.files.tensor_files import shards
 from llmcompress.models.transformers.hf_quantizer import NAME, LLMCompressConfig, LLMCompressQuantizer, resize
+from llmcompress.runtime.progress import count_each
 from llmcompress.weight.algebra import add_to_base
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.expression import dense
@@ -116,7 +117,7 @@ class CompressedCheckpoint:
         groups = [[name for name in sizes if name.startswith(f"{module}.")] for module in apart]
         inside = {name for names in groups for name in names}
         groups += shards({name: size for name, size in sizes.items() if name not in inside}, PART)
-        for names in groups:
+        for names in count_each(groups, "part read"):
             yield [layers[name] for name in names if name in layers], [name for name in names if name not in layers]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from llmcompress.models.dense.config import code_files
 from llmcompress.models.files.integrity import BINDING, MENDING, weight_files
 from llmcompress.models.files.reading import error_text, open_tensors, read_json
 from llmcompress.models.files.tensor_files import shard_files
+from llmcompress.runtime.progress import digest_file
 
 SILENT = {  # entries of a config that change no number that the model computes
     *("architectures", "auto_map", "bos_token_id", "decoder_start_token_id", "dtype", "eos_token_id", "id2label"),
@@ -106,8 +107,7 @@ def content_digest(files: Iterable[Path]) -> str:
 
 @lru_cache(maxsize=4096)
 def _digest(path: Path, *_state: int) -> bytes:
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").digest()
+    return bytes.fromhex(digest_file(path))
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

@@ -25,6 +25,7 @@ from llmcompress.errors import DiskError, InputError
 from llmcompress.models.files.integrity import BINDING, DIGESTS, SINGLE, digest, digests
 from llmcompress.models.files.output import replace_bytes, replace_file, sync
 from llmcompress.models.files.reading import open_tensors
+from llmcompress.runtime.progress import count_each
 
 SHARD = 5 * 10**9  # bytes of a weight file, as on the Hub, unless one tensor alone has more
 PIECE = 1 << 24  # bytes that are copied at a time
@@ -59,7 +60,7 @@ def merge_parts(folder: Path, mark: Path, binding: Mapping[str, Any] | None = No
         replace_bytes(mark, b"")
     files = {path: _head(path) for path in shard_files(folder)}
     places = {name: path for path, head in files.items() for name in head.tensors}
-    for part in _parts(folder):
+    for part in count_each(_parts(folder), "part merged"):
         _move(part, places, files)
     return list(files)
 
