@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.errors import InputError, list_names
-from llmcompress.models.dense.config import read_entries
+from llmcompress.errors import InputError, is_out_of_memory, list_names
+from llmcompress.models.dense.config import config_errors, read_entries
 from llmcompress.models.files.integrity import INDEX, SINGLE
-from llmcompress.models.files.reading import open_tensors
+from llmcompress.models.files.reading import error_text, open_tensors
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names of dense dtypes, bytes per value
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that models are loaded in
-PACKED = {"I8": 1, "I16": 2, "U16": 2, "U32": 4, "F8_E4M3": 1, "F8_E5M2": 1}  # dtypes that other tools pack weights in
+# dtypes that other tools pack weights in
+PACKED = {"I8": 1, "I16": 2, "U16": 2, "U32": 4, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 COPY_AGAIN = "download or copy it again"
 BUFFERS = {"I64": 8, "I32": 4, "U8": 1, "BOOL": 1}  # further dtypes of persistent buffers
 
@@ -27,24 +29,22 @@ class Piece:
     """A matrix or bias inside a stored tensor.
 
     expert: its place in the first dimension of a tensor of all experts, None for rows of another tensor. rows: of the
-    matrix `[out, in]`, None for all. transposed: True if stored as `[in, out]`. scales: file and key of MXFP4 scales.
+    matrix `[out, in]`, None for all. transposed: True if stored as `[in, out]`.
     """
 
     expert: int | None
     rows: slice | None = None
     transposed: bool = False
-    scales: tuple[Path, str] | None = None
 
     def of(self, stored: Any) -> Tensor:
         """Return a copy of the piece of a slice of safetensors; nothing else of it is read."""
         if self.expert is None:
             rows: Tensor = stored[self.rows]
             return rows
-        matrix = stored[self.expert]
-        if self.scales is not None:
-            file, key = self.scales
-            with open_tensors(file) as opened:
-                matrix = _from_mxfp4(matrix, opened.get_slice(key)[self.expert])
+        return self.cut(stored[self.expert])
+
+    def cut(self, matrix: Tensor) -> Tensor:
+        """Return a copy of the piece of its expert's matrix, or of a tensor without experts."""
         turned = matrix.T if self.transposed else matrix
         return (turned if self.rows is None else turned[self.rows]).clone(memory_format=torch.contiguous_format)
 
@@ -56,10 +56,44 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """A tensor in few bits, as another library stores it: codes, scales and what belongs to them.
+
+    form: for messages, as `MXFP4`. shape: of its numbers. parts: stored tensors by the names that `unpack` has for
+    them; those of all experts of a block have the experts first. unpack: the library's own way to numbers.
+    """
+
+    form: str
+    shape: tuple[int, ...]
+    parts: Mapping[str, Header]
+    unpack: Callable[[dict[str, Tensor]], Tensor]
+
+    def read(self, dtype: str, expert: int | None) -> Tensor:
+        """Return the numbers, those of one `expert` alone unless None. Raises InputError for what cannot be unpacked.
+
+        dtype: safetensors' name.
+        """
+        first = next(iter(self.parts.values()))
+        stored = {name: _read_slice(part, expert) for name, part in self.parts.items()}
+        try:
+            numbers = self.unpack(stored).to(DTYPES[dtype])
+        except config_errors() as error:
+            if is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"{first.key} in {first.file} cannot be read as {self.form} ({error_text(error)}); {COPY_AGAIN}"
+            ) from error
+        if numbers.shape != (self.shape if expert is None else self.shape[1:]):
+            raise InputError(f"{first.key} in {first.file} is not of the shape that is stored for it; {COPY_AGAIN}")
+        return numbers
+
+
+@dataclass(frozen=True)
 class Header:
     """One stored tensor: its shape, its dtype by safetensors' name, its file, and its key there.
 
-    Shape and dtype are those of the `piece`, or of the rows of all `parts`, if there are any.
+    Shape and dtype are those of the `piece`, or of the rows of all `parts`, if there are any; of a tensor with a
+    `packing`, those of its numbers.
     """
 
     shape: tuple[int, ...]
@@ -68,29 +102,22 @@ class Header:
     key: str
     piece: Piece | None = None
     parts: tuple[Header, ...] = ()
+    packing: Packing | None = None
 
     @property
-    def keys(self) -> tuple[str, ...]:
-        """The keys of all stored tensors that it is read from."""
+    def sources(self) -> tuple[Header, ...]:
+        """The stored tensors that it is read from."""
         if self.parts:
-            return tuple(part.key for part in self.parts)
-        scales = None if self.piece is None else self.piece.scales
-        return (self.key,) if scales is None else (self.key, scales[1])
+            return tuple(source for part in self.parts for source in part.sources)
+        return (self,) if self.packing is None else tuple(self.packing.parts.values())
 
     @property
     def bytes(self) -> int:
         """Size of the values on disk."""
-        if self.piece is not None and self.piece.scales is not None:
-            return prod(self.shape) * 17 // 32  # 4 bits each, and 8 for 32 of them
+        if self.packing is not None:
+            whole = sum(part.bytes for part in self.packing.parts.values())
+            return whole * prod(self.shape) // prod(self.packing.shape)
         return prod(self.shape) * {**FLOATS, **BUFFERS, **PACKED}[self.dtype]
-
-
-def _from_mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
-    """Return the matrix `[out, in]`, bfloat16, of codes `[out, in / 32, 16]` and scales `[out, in / 32]`."""
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-    unpacked: Tensor = convert_moe_packed_tensors(codes[None], scales[None])[0]
-    return unpacked.T
 
 
 def read_headers(folder: Path) -> dict[str, Header]:
@@ -137,11 +164,19 @@ def read_tensor(header: Header) -> Tensor:
     """Return a copy of one tensor; its file is closed again."""
     if header.parts:
         return torch.cat([read_tensor(part) for part in header.parts])
+    if header.packing is not None:
+        numbers = header.packing.read(header.dtype, None if header.piece is None else header.piece.expert)
+        return numbers if header.piece is None else header.piece.cut(numbers)
     with open_tensors(header.file, COPY_AGAIN) as file:
         if header.piece is not None:
             return header.piece.of(file.get_slice(header.key))
         tensor: Tensor = file.get_tensor(header.key)
         return tensor.clone()  # the original is a window into the mapped file
+
+
+def _read_slice(header: Header, expert: int | None) -> Tensor:
+    """Return a tensor, or what it holds of one expert."""
+    return read_tensor(header if expert is None else replace(header, piece=Piece(expert)))
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

@@ -24,6 +24,7 @@ from llmcompress.models.dense.config import (
 from llmcompress.models.dense.families import block_stack
 from llmcompress.models.dense.headers import Header, read_headers
 from llmcompress.models.dense.locate import Place
+from llmcompress.models.dense.packed import packing_method, rounds_inputs
 from llmcompress.models.dense.skeleton import auto_class, outline
 from llmcompress.models.files.integrity import weight_files
 from llmcompress.models.files.reading import error_text
@@ -142,6 +143,15 @@ def is_dense(entries: Mapping[str, Any]) -> bool:
     return not entries.get("quantization_config") or bool(own_sizes(entries))
 
 
+def passes_by_block(folder: Path) -> bool:
+    """True for a dense model, and for one in few bits that computes the same with numbers in their place.
+
+    Its blocks are read one at a time. Raises InputError for a config.json that cannot be read.
+    """
+    entries = read_entries(folder / MODEL, folder)
+    return is_dense(entries) or (packing_method(entries) is not None and not rounds_inputs(entries))
+
+
 def with_sizes(model: PreTrainedModel, sizes: Mapping[str, Sequence[int]]) -> PreTrainedModel:
     """Return a model on meta with its linears resized. Raises InputError for sizes that do not fit each other."""
     if sizes:
@@ -178,7 +188,7 @@ def check_fits(
 
 def _bytes_held(place: Place, whole: bool, each: int) -> int:
     """Return the bytes of a model in memory; `each`: of a weight."""
-    is_dense, model = check_outline(place)
+    _, model = check_outline(place)
     if model is None:
         return 0
     if whole:
@@ -189,7 +199,7 @@ def _bytes_held(place: Place, whole: bool, each: int) -> int:
         return each * _weights(model)  # it cannot pass block by block
     largest = max(map(_weights, blocks.children()))
     tables = [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
-    stored = 0 if is_dense else sum(path.stat().st_size for path in weight_files(place.folder))
+    stored = 0 if passes_by_block(place.folder) else sum(path.stat().st_size for path in weight_files(place.folder))
     return stored + each * max(largest, *map(_weights, tables))
 
 
