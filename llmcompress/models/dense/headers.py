@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -12,7 +14,8 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError, is_out_of_memory, list_names
-from llmcompress.models.dense.config import config_errors, read_entries
+from llmcompress.models.dense import pickled
+from llmcompress.models.dense.config import MODEL, config_errors, read_entries
 from llmcompress.models.files.integrity import INDEX, SINGLE
 from llmcompress.models.files.reading import error_text, open_tensors
 
@@ -21,6 +24,12 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  #
 # dtypes that other tools pack weights in
 PACKED = {"I8": 1, "I16": 2, "U16": 2, "U32": 4, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 COPY_AGAIN = "download or copy it again"
+FILES = {(SINGLE, INDEX): "safetensors", (pickled.SINGLE, pickled.INDEX): "bin"}  # the first that is there counts
+# What wrappers put into names: torch.compile, FSDP and recomputation anywhere; several processes, PEFT and models that
+# see before all of them.
+INSIDE = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+BEFORE = ("module.", "base_model.model.")
+OF_TEXT = re.compile(r"(model\.)?language_model\.")
 BUFFERS = {"I64": 8, "I32": 4, "U8": 1, "BOOL": 1}  # further dtypes of persistent buffers
 
 
@@ -93,7 +102,7 @@ class Header:
     """One stored tensor: its shape, its dtype by safetensors' name, its file, and its key there.
 
     Shape and dtype are those of the `piece`, or of the rows of all `parts`, if there are any; of a tensor with a
-    `packing`, those of its numbers.
+    `packing`, those of its numbers. wrapped: the key as the file has it, if names of a wrapper are in it.
     """
 
     shape: tuple[int, ...]
@@ -103,6 +112,7 @@ class Header:
     piece: Piece | None = None
     parts: tuple[Header, ...] = ()
     packing: Packing | None = None
+    wrapped: str = ""
 
     @property
     def sources(self) -> tuple[Header, ...]:
@@ -121,43 +131,79 @@ class Header:
 
 
 def read_headers(folder: Path) -> dict[str, Header]:
-    """Return the header of every tensor in the folder's safetensors files, by the names in the files."""
-    stored: dict[str, Header] = {}
+    """Return the header of every tensor in the folder's weight files, by the names in the files without wrappers'.
+
+    Raises InputError for files that are missing, damaged, or hold anything but tensors.
+    """
+    headers: list[Header] = []
     for path in _weight_files(folder):
-        with open_tensors(path, COPY_AGAIN) as file:
+        with _open(path) as file:
             for key in file.keys():  # noqa: SIM118 - an open file is not a mapping
                 piece = file.get_slice(key)
-                if key in stored:
-                    raise InputError(
-                        f"tensor {key} is stored twice, in {stored[key].file.name} and {path.name} of {folder}; "
-                        f"remove the file that is not part of the model"
-                    )
-                stored[key] = Header(tuple(piece.get_shape()), piece.get_dtype(), path, key)
+                headers.append(Header(tuple(piece.get_shape()), piece.get_dtype(), path, key))
+    stored: dict[str, Header] = {}
+    names = _unwrap([header.key for header in headers], folder)
+    for name, header in zip(names, headers, strict=True):
+        if name in stored:
+            raise InputError(
+                f"tensor {name} is stored twice, in {stored[name].file.name} and {header.file.name} of {folder}; "
+                f"remove the file that is not part of the model"
+            )
+        stored[name] = header if name == header.key else replace(header, key=name, wrapped=header.key)
     return stored
 
 
+def _unwrap(keys: list[str], folder: Path) -> list[str]:
+    """Return names of tensors without what wrappers put into them."""
+    names = [INSIDE.sub("", key) for key in keys]
+    while prefix := next((each for each in BEFORE if names and all(name.startswith(each) for name in names)), None):
+        names = [name.removeprefix(prefix) for name in names]
+    if any(OF_TEXT.match(name) for name in names):
+        entries = read_entries(folder / MODEL, folder)
+        if not any(
+            isinstance(entries[name], dict)
+            for name in entries
+            if name.endswith("_config") and name != "quantization_config"
+        ):
+            names = [OF_TEXT.sub(r"\1", name, count=1) if OF_TEXT.match(name) else name for name in names]
+    return names
+
+
+def _open(path: Path) -> AbstractContextManager[Any]:
+    return pickled.open_pickled(path) if path.suffix == ".bin" else open_tensors(path, COPY_AGAIN)
+
+
+def has_weights(folder: Path) -> bool:
+    """True if a folder has weight files that are read here, or parts of them."""
+    return any(folder.glob("*.safetensors*")) or any((folder / name).is_file() for names in FILES for name in names)
+
+
 def _weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that make up the model, chosen as transformers chooses them."""
-    single, index = folder / SINGLE, folder / INDEX
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        names = read_entries(index, folder).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise InputError(f"{index} has no weight_map; download the model again")
-        files = sorted({str(name) for name in names.values()})
-        outside = [name for name in files if Path(name).name != name or not name.endswith(".safetensors")]
-        if outside:
-            raise InputError(f"{index} names {outside[0]!r}, which is no safetensors file of the folder; correct it")
-        absent = [name for name in files if not (folder / name).is_file()]
-        if absent:
-            raise InputError(f"{folder} lacks {list_names(absent)}, which {INDEX} names; download the model again")
-        return [folder / name for name in files]
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+    """Return the files that make up the model, chosen as transformers chooses them."""
+    for (single, index), kind in FILES.items():
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            return _indexed_files(folder, index, kind)
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         raise InputError(
-            f"{folder} has its weights only as pickle files, which can run code; save them as safetensors first"
+            f"{folder} has its weights only as pickle files of other names than {pickled.SINGLE}; {pickled.WAY_OUT}"
         )
     raise InputError(f"{folder} has no {SINGLE} and no {INDEX}; give a folder with the model's weights")
+
+
+def _indexed_files(folder: Path, index: str, kind: str) -> list[Path]:
+    names = read_entries(folder / index, folder).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise InputError(f"{folder / index} has no weight_map; download the model again")
+    files = sorted({str(name) for name in names.values()})
+    outside = [name for name in files if Path(name).name != name or not name.endswith(f".{kind}")]
+    if outside:
+        raise InputError(f"{folder / index} names {outside[0]!r}, which is no {kind} file of the folder; correct it")
+    absent = [name for name in files if not (folder / name).is_file()]
+    if absent:
+        raise InputError(f"{folder} lacks {list_names(absent)}, which {index} names; download the model again")
+    return [folder / name for name in files]
 
 
 def read_tensor(header: Header) -> Tensor:
@@ -167,10 +213,11 @@ def read_tensor(header: Header) -> Tensor:
     if header.packing is not None:
         numbers = header.packing.read(header.dtype, None if header.piece is None else header.piece.expert)
         return numbers if header.piece is None else header.piece.cut(numbers)
-    with open_tensors(header.file, COPY_AGAIN) as file:
+    key = header.wrapped or header.key
+    with _open(header.file) as file:
         if header.piece is not None:
-            return header.piece.of(file.get_slice(header.key))
-        tensor: Tensor = file.get_tensor(header.key)
+            return header.piece.of(file.get_slice(key))
+        tensor: Tensor = file.get_tensor(key)
         return tensor.clone()  # the original is a window into the mapped file
 
 
@@ -185,7 +232,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
     A model that is loaded in it is a window into these files, which all processes of a machine share.
     """
     counts = dict.fromkeys(DTYPES, 0)
-    for header in read_headers(folder).values() if any(folder.glob("*.safetensors")) else ():
+    for header in read_headers(folder).values() if has_weights(folder) else ():
         if header.dtype in counts:
             counts[header.dtype] += prod(header.shape)
     return DTYPES[max(counts, key=lambda name: counts[name])]

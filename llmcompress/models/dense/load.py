@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -22,7 +22,7 @@ from llmcompress.models.dense.config import (
     valid_config,
 )
 from llmcompress.models.dense.families import block_stack
-from llmcompress.models.dense.headers import Header, read_headers
+from llmcompress.models.dense.headers import Header, has_weights, read_headers
 from llmcompress.models.dense.locate import Place
 from llmcompress.models.dense.packed import packing_method, rounds_inputs
 from llmcompress.models.dense.skeleton import auto_class, outline
@@ -51,6 +51,8 @@ def load_model(
     loaded. Raises InputError for a model that cannot be loaded, RecipeError for a missing device.
     """
     target = device_of(device)
+    if quantization is None and is_wrapped(place.folder):
+        return read_whole(place, device, dtype)
     is_dense = check_outline(place)[0] and quantization is None
     trusted = model_code(place.folder, place.trust_remote_code)
     options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
@@ -79,6 +81,26 @@ def load_model(
     return model.eval()
 
 
+def is_wrapped(folder: Path) -> bool:
+    """True for a dense model with names that transformers would not know. Raises what `read_headers` raises."""
+    return has_weights(folder) and any(header.wrapped for header in read_headers(folder).values())
+
+
+def read_whole(place: Place, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a dense model in eval mode whose tensors are read one by one, its linears as `DenseModel.skeleton`."""
+    from llmcompress.models.dense.model import open_source
+
+    source = open_source(place)
+    model = source.skeleton()
+    for name in [name for name, _ in model.named_parameters()]:
+        owner, _, leaf = name.rpartition(".")
+        value = source.read(name).to(device, dtype)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+    model.tie_weights()
+    module: nn.Module = model
+    return cast("PreTrainedModel", module.to(device))  # buffers
+
+
 def missing_weights(folder: Path, names: Sequence[str]) -> InputError:
     """Return the error of a folder without these weights."""
     return InputError(
@@ -104,7 +126,7 @@ def check_outline(place: Place) -> tuple[bool, PreTrainedModel | None]:
     packing = entries.get("quantization_config") or {}
     if not isinstance(packing, dict):
         raise InputError(f"{folder / MODEL} has a quantization_config that is no object; download or write it again")
-    if not any(folder.glob("*.safetensors*")):
+    if not has_weights(folder):
         return is_dense(entries), None
     stored = read_headers(folder)
     model = sized_outline(valid_config(folder, place.trust_remote_code), place, stored, own_sizes(entries))

@@ -32,6 +32,7 @@ HUB_FILES = [
     "README.md",  # says the licence
 ]
 HUB_CODE = "*.py"
+HUB_PICKLES = "pytorch_model*.bin"  # where there is nothing better
 NOT_HUB_FILES = ["*/*", "consolidated*.safetensors"]  # other formats of the same weights
 COMMIT = re.compile(r"[0-9a-f]{40}")
 CLOSE = 0.8  # of two names, 1 if they are the same
@@ -139,6 +140,9 @@ def download(name: str, revision: str | None, trust_remote_code: bool = False) -
     wanted = [*HUB_FILES, HUB_CODE] if trust_remote_code else HUB_FILES
     with _hub_errors(name, revision):
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=NOT_HUB_FILES))
+        if not any(folder.glob("*.safetensors")):
+            pinned = folder.name if COMMIT.fullmatch(folder.name) else revision
+            folder = Path(snapshot_download(name, revision=pinned, allow_patterns=HUB_PICKLES))
     commit = folder.name if COMMIT.fullmatch(folder.name) else revision
     return Place(name, folder, revision=commit, hub_id=name, trust_remote_code=trust_remote_code)
 

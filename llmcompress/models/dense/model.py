@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from yaml import YAMLError
 
 from llmcompress.errors import InputError, list_names
@@ -31,7 +31,7 @@ from llmcompress.models.dense.config import (
 )
 from llmcompress.models.dense.experts import unfuse
 from llmcompress.models.dense.headers import BUFFERS, FLOATS, Header, read_headers, read_tensor
-from llmcompress.models.dense.load import load_model, missing_weights, own_sizes, sized_outline, with_sizes
+from llmcompress.models.dense.load import load_model, missing_weights, own_sizes, read_whole, sized_outline, with_sizes
 from llmcompress.models.dense.locate import Place, locate, public_name
 from llmcompress.models.dense.packed import READERS, few_bits, packing_method, unpack_headers
 from llmcompress.models.dense.skeleton import architectures, class_names, dense_skeleton, is_causal
@@ -119,18 +119,10 @@ class DenseModel:
 
     def load(self, device: str = "cpu") -> PreTrainedModel:
         """Return the whole model in float32, its linears as `skeleton` has them. Raises what `load_model` raises."""
-        if not any(header.packing for header in self.tensors.values()):
-            model = load_model(self.place, device)
-            unfuse(model)
-            return model
-        model = self.skeleton()
-        for name, held in dict(model.named_parameters()).items():
-            owner, _, leaf = name.rpartition(".")
-            value = nn.Parameter(self.read(name).to(device).float(), held.requires_grad)
-            setattr(model.get_submodule(owner), leaf, value)
-        model.tie_weights()
-        module: nn.Module = model
-        module.to(device)  # buffers
+        if any(header.packing or header.wrapped for header in self.tensors.values()):
+            return read_whole(self.place, device, torch.float32)
+        model = load_model(self.place, device)
+        unfuse(model)
         return model
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -152,10 +144,13 @@ def open_source(place: Place) -> DenseModel:
     """Return the dense model of a place that `locate` found; raises what `resolve` raises."""
     config = read_config(place.folder, place.trust_remote_code)
     entries = read_entries(place.folder / MODEL, place.folder)
-    stored, forms = unpack_headers(read_headers(place.folder), entries, place.folder)
+    named = read_headers(place.folder)
+    stored, forms = unpack_headers(named, entries, place.folder)
     sizes = own_sizes(entries)
     tensors, tied, unused = _match(sized_outline(config, place, stored, sizes), stored, place.folder)
     notes = [*place.notes, *([few_bits(forms)] if forms else [])]
+    if wrapped := [name for name, header in named.items() if header.wrapped]:
+        notes.append(f"names of a wrapper are taken off: {named[wrapped[0]].wrapped} is read as {wrapped[0]}")
     if unused:
         notes.append(f"{len(unused)} stored tensors are not part of the model, {unused[0]} for one")
     if place.trust_remote_code and entries.get(AUTO_MAP) and not needs_code(place.folder, MODEL):
