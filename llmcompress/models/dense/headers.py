@@ -119,7 +119,9 @@ class Header:
         """The stored tensors that it is read from."""
         if self.parts:
             return tuple(source for part in self.parts for source in part.sources)
-        return (self,) if self.packing is None else tuple(self.packing.parts.values())
+        if self.packing is not None:
+            return tuple(source for part in self.packing.parts.values() for source in part.sources)
+        return (self,)
 
     @property
     def bytes(self) -> int:
@@ -137,7 +139,7 @@ def read_headers(folder: Path) -> dict[str, Header]:
     """
     headers: list[Header] = []
     for path in _weight_files(folder):
-        with _open(path) as file:
+        with open_weights(path) as file:
             for key in file.keys():  # noqa: SIM118 - an open file is not a mapping
                 piece = file.get_slice(key)
                 headers.append(Header(tuple(piece.get_shape()), piece.get_dtype(), path, key))
@@ -169,13 +171,19 @@ def _unwrap(keys: list[str], folder: Path) -> list[str]:
     return names
 
 
-def _open(path: Path) -> AbstractContextManager[Any]:
+def open_weights(path: Path) -> AbstractContextManager[Any]:
+    """Open a file with weights, as safetensors' files are. Raises InputError for a damaged one."""
     return pickled.open_pickled(path) if path.suffix == ".bin" else open_tensors(path, COPY_AGAIN)
+
+
+def has_model(folder: Path) -> bool:
+    """True if a folder has the weights of a model, or an index of them."""
+    return any((folder / name).is_file() for names in FILES for name in names)
 
 
 def has_weights(folder: Path) -> bool:
     """True if a folder has weight files that are read here, or parts of them."""
-    return any(folder.glob("*.safetensors*")) or any((folder / name).is_file() for names in FILES for name in names)
+    return has_model(folder) or any(folder.glob("*.safetensors*"))
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -214,7 +222,7 @@ def read_tensor(header: Header) -> Tensor:
         numbers = header.packing.read(header.dtype, None if header.piece is None else header.piece.expert)
         return numbers if header.piece is None else header.piece.cut(numbers)
     key = header.wrapped or header.key
-    with _open(header.file) as file:
+    with open_weights(header.file) as file:
         if header.piece is not None:
             return header.piece.of(file.get_slice(key))
         tensor: Tensor = file.get_tensor(key)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from llmcompress.errors import InputError, MemoryLimitError, is_out_of_memory, list_names
+from llmcompress.models.dense.adapter import ADAPTER
 from llmcompress.models.dense.config import (
     MODEL,
     check_numbers,
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-ADAPTER = "adapter_config.json"
-
 
 def load_model(
     place: Place,
@@ -51,7 +50,7 @@ def load_model(
     loaded. Raises InputError for a model that cannot be loaded, RecipeError for a missing device.
     """
     target = device_of(device)
-    if quantization is None and is_wrapped(place.folder):
+    if quantization is None and (place.adapter is not None or is_wrapped(place.folder)):
         return read_whole(place, device, dtype)
     is_dense = check_outline(place)[0] and quantization is None
     trusted = model_code(place.folder, place.trust_remote_code)

@@ -17,6 +17,7 @@ from torch import Tensor
 from yaml import YAMLError
 
 from llmcompress.errors import InputError, list_names
+from llmcompress.models.dense.adapter import ADAPTER, merge_headers
 from llmcompress.models.dense.config import (
     AUTO_MAP,
     MODEL,
@@ -51,7 +52,7 @@ class DenseModel:
 
     `tensors`: headers by the model's own names, whatever the file calls them. `tied`: names to the ones they are stored
     under (mostly the output head). `revision`: the Hub commit. `notes`: for the report. `trust_remote_code`: as in
-    `Place`. `sizes`: `[out, in]` by name of linears whose size the rest of the config does not give.
+    `Place`, and `adapter`. `sizes`: `[out, in]` by name of linears whose size the rest of the config does not give.
     """
 
     name: str
@@ -65,11 +66,12 @@ class DenseModel:
     license: str | None = None
     trust_remote_code: bool = False
     sizes: Mapping[str, list[int]] = field(default_factory=dict)
+    adapter: Path | None = None
 
     @property
     def place(self) -> Place:
         """The place that it was opened at, without the entries for its report."""
-        return Place(self.name, self.folder, trust_remote_code=self.trust_remote_code)
+        return Place(self.name, self.folder, trust_remote_code=self.trust_remote_code, adapter=self.adapter)
 
     @property
     def code(self) -> tuple[str, ...]:
@@ -98,10 +100,11 @@ class DenseModel:
     def content(self) -> dict[str, str]:
         """Return digests of the files that decide the result of a run: weights, config, tokenizer, own code."""
         weights = sorted({source.file for header in self.tensors.values() for source in header.sources})
+        configs = [self.folder / MODEL, *([] if self.adapter is None else [self.adapter / ADAPTER])]
         code = {"the model's code": content_digest([self.folder / name for name in self.code])} if self.code else {}
         return {
             "the model's weights": content_digest(weights),
-            "the model's config.json": content_digest([self.folder / MODEL]),
+            "the model's config.json": content_digest(configs),
             "the model's tokenizer": tokenizer_digest(self.folder),
         } | code
 
@@ -147,7 +150,10 @@ def open_source(place: Place) -> DenseModel:
     named = read_headers(place.folder)
     stored, forms = unpack_headers(named, entries, place.folder)
     sizes = own_sizes(entries)
-    tensors, tied, unused = _match(sized_outline(config, place, stored, sizes), stored, place.folder)
+    model = sized_outline(config, place, stored, sizes)
+    tensors, tied, unused = _match(model, stored, place.folder)
+    if place.adapter is not None:
+        tensors = merge_headers(model, tensors, tied, place.adapter)
     notes = [*place.notes, *([few_bits(forms)] if forms else [])]
     if wrapped := [name for name, header in named.items() if header.wrapped]:
         notes.append(f"names of a wrapper are taken off: {named[wrapped[0]].wrapped} is read as {wrapped[0]}")
@@ -168,6 +174,7 @@ def open_source(place: Place) -> DenseModel:
         license=place.license or _license(place.folder),
         trust_remote_code=place.trust_remote_code,
         sizes=sizes,
+        adapter=place.adapter,
     )
 
 
