@@ -15,7 +15,13 @@ from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    CompressedTensorsConfig,
+    FineGrainedFP8Config,
+    PreTrainedModel,
+)
 from transformers.integrations.finegrained_fp8 import Fp8Quantize
 from typer.testing import CliRunner
 
@@ -384,3 +390,69 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(packed, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="by compressed-tensors, which is not installed; run `pip install"):
         resolve(folder)
+
+
+# --- bitsandbytes ---------------------------------------------------------------------------------------------------
+
+BNB = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nested": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_quant_storage": "uint8"},
+    "int8": {"load_in_8bit": True},
+}
+
+
+def bnb_folder(name: str, folder: Path) -> Path:
+    plain = save_tiny("llama", folder.with_name(f"plain-{name}"), **SIZES)
+    AutoModelForCausalLM.from_pretrained(plain, quantization_config=BitsAndBytesConfig(**BNB[name])).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.mark.parametrize("name", BNB)
+def test_bitsandbytes_is_read_as_it_dequantizes(name: str, tmp_path: Path) -> None:
+    folder = bnb_folder(name, tmp_path / name)
+    expected = AutoModelForCausalLM.from_pretrained(folder)
+    expected.dequantize(torch.float32)
+    source, tensors = resolve(folder), expected.state_dict()
+    for key, value in tensors.items():
+        torch.testing.assert_close(source.read(key), value.to(source.read(key).dtype), rtol=0, atol=0)
+    assert len(tensors) == len(source.tensors) and "bitsandbytes" in source.notes[0] and len(source.notes) == 1
+    assert ("rounding of inputs" in source.notes[0]) == (name == "int8")
+
+
+X = "model.layers.0.self_attn.q_proj.weight"
+
+
+def about(tensors: dict[str, Tensor], **changes: Any) -> None:
+    key = f"{X}.quant_state.bitsandbytes__nf4"
+    entries = json.loads(bytes(tensors[key].tolist())) | changes
+    tensors[key] = torch.tensor(list(json.dumps(entries).encode()), dtype=torch.uint8)
+
+
+BNB_DAMAGES: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+    "a shape beyond the codes": lambda t: about(t, shape=[4096, 4096]),
+    "a shape of words": lambda t: about(t, shape=["a", "b"]),
+    "no shape": lambda t: about(t, shape=None),
+    "blocks of nothing": lambda t: about(t, blocksize=0),
+    "an unknown dtype": lambda t: about(t, dtype="complex64"),
+    "no JSON": lambda t: t.update({f"{X}.quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=torch.uint8)}),
+    "few scales": lambda t: t.update({f"{X}.absmax": t[f"{X}.absmax"][:-1].clone()}),
+    "no scales": lambda t: t.pop(f"{X}.absmax"),
+    "a short table": lambda t: t.update({f"{X}.quant_map": torch.zeros(8)}),
+    "few codes": lambda t: t.update({X: t[X][:-5].clone()}),
+    "other codes": lambda t: t.update({X: t[X].int()}),
+    "something else": lambda t: t.update({f"{X}.code": torch.ones(1)}),
+}
+
+
+@pytest.mark.parametrize("damage", BNB_DAMAGES)
+def test_damaged_bitsandbytes_is_refused_in_one_sentence(damage: str, tmp_path: Path) -> None:
+    folder = bnb_folder("nf4", tmp_path / "nf4")
+    change(folder, BNB_DAMAGES[damage])
+    with pytest.raises(
+        InputError, match="q_proj.weight in .* are no matrices in nf4 of bitsandbytes; download"
+    ) as caught:
+        resolve(folder)
+    assert "\n" not in str(caught.value)

@@ -38,6 +38,14 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER).is_file() and not has_model(folder)
 
 
+def adapter_files(folder: Path) -> tuple[Path, Path]:
+    """Return the files of an adapter: its config and its weights. Raises InputError without weights."""
+    path = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise InputError(f"{folder} has an {ADAPTER} and no {FILES[0]}; download it again")
+    return folder / ADAPTER, path
+
+
 def base_of(folder: Path) -> tuple[str, str | None]:
     """Return the name and the revision of the model that an adapter belongs to. Raises InputError if it names none."""
     entries = read_json(folder / ADAPTER, "download it again")
@@ -99,9 +107,7 @@ def _read_config(folder: Path) -> Any:
 
 def _read_parts(folder: Path) -> dict[str, Header]:
     """Return the header of every tensor of the adapter in a folder."""
-    path = next((folder / name for name in FILES if (folder / name).is_file()), None)
-    if path is None:
-        raise InputError(f"{folder} has an {ADAPTER} and no {FILES[0]}; download it again")
+    _, path = adapter_files(folder)
     with open_weights(path) as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - an open file is not a mapping
         return {key: Header(tuple(one.get_shape()), one.get_dtype(), path, key) for key, one in slices.items()}

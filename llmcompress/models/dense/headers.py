@@ -138,7 +138,7 @@ def read_headers(folder: Path) -> dict[str, Header]:
     Raises InputError for files that are missing, damaged, or hold anything but tensors.
     """
     headers: list[Header] = []
-    for path in _weight_files(folder):
+    for path in model_files(folder):
         with open_weights(path) as file:
             for key in file.keys():  # noqa: SIM118 - an open file is not a mapping
                 piece = file.get_slice(key)
@@ -186,7 +186,7 @@ def has_weights(folder: Path) -> bool:
     return has_model(folder) or any(folder.glob("*.safetensors*"))
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def model_files(folder: Path) -> list[Path]:
     """Return the files that make up the model, chosen as transformers chooses them."""
     for (single, index), kind in FILES.items():
         if (folder / single).is_file():

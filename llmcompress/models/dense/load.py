@@ -42,15 +42,21 @@ def load_model(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     quantization: QuantizationConfigMixin | None = None,
+    numbers: bool = False,
 ) -> PreTrainedModel:
     """Return a model in eval mode: dense, or compressed by llmcompress or a tool that transformers knows.
 
     The host's memory holds one tensor at a time on its way to another device. On the CPU a tensor whose stored dtype is
     `dtype` is a window into its file, which all processes share. `quantization`: to quantize a dense model while it is
-    loaded. Raises InputError for a model that cannot be loaded, RecipeError for a missing device.
+    loaded. `numbers`: True to read FP8 and compressed-tensors as numbers, and leave out that they round inputs. Raises
+    InputError for a model that cannot be loaded, RecipeError for a missing device.
     """
     target = device_of(device)
-    if quantization is None and (place.adapter is not None or is_wrapped(place.folder)):
+    if place.adapter is not None or is_wrapped(place.folder):
+        if quantization is not None:
+            raise InputError(f"{place.name} cannot be quantized while it is loaded; save it as a plain model first")
+        return read_whole(place, device, dtype)
+    if quantization is None and has_weights(place.folder) and _is_numbers(place.folder, numbers):
         return read_whole(place, device, dtype)
     is_dense = check_outline(place)[0] and quantization is None
     trusted = model_code(place.folder, place.trust_remote_code)
@@ -83,6 +89,13 @@ def load_model(
 def is_wrapped(folder: Path) -> bool:
     """True for a dense model with names that transformers would not know. Raises what `read_headers` raises."""
     return has_weights(folder) and any(header.wrapped for header in read_headers(folder).values())
+
+
+def _is_numbers(folder: Path, alone: bool) -> bool:
+    """True for what is read as numbers where transformers would unpack it late, or for a GPU alone if they suffice."""
+    entries = read_entries(folder / MODEL, folder)
+    method = packing_method(entries)
+    return (alone and method == "fp8") or (method == "compressed-tensors" and (alone or not rounds_inputs(entries)))
 
 
 def read_whole(place: Place, device: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -6,6 +6,7 @@ config. Shapes are checked before, since a file may claim anything and some of t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError, list_names
@@ -26,6 +28,10 @@ Packings = dict[str, Packing]  # by the name of the matrix, as a plain checkpoin
 FP8 = {"F8_E4M3", "F8_E5M2"}
 EXPONENTS = {"U8", "F8_E8M0"}  # dtypes of scales that are powers of two
 FP8_BLOCK = (128, 128)
+BLOCK_SIZES = {2**power for power in range(5, 13)}  # that bitsandbytes knows
+STATE = "weight.quant_state.bitsandbytes__"  # the name of the JSON about a matrix in 4 bits, before nf4 or fp4
+MOST_STATE = 10_000  # bytes of it
+ROUNDS_INPUTS = ", whose rounding of inputs is left out"
 OF_INPUTS = ("activation_scale", "input_scale", "input_zero_point", "input_global_scale", "output_scale")
 
 
@@ -57,8 +63,11 @@ def packing_method(entries: Mapping[str, Any]) -> str | None:
 
 
 def rounds_inputs(entries: Mapping[str, Any]) -> bool:
-    """True if a model of compressed-tensors rounds what its linears read too, which its numbers do not tell."""
-    groups = entries["quantization_config"].get("config_groups")
+    """True if linears of compressed-tensors or LLM.int8() round what they read too, which no number of theirs tells."""
+    settings = entries["quantization_config"]
+    groups = settings.get("config_groups")
+    if settings.get("load_in_8bit"):
+        return True
     schemes = groups.values() if isinstance(groups, dict) else ()
     return any(isinstance(scheme, dict) and scheme.get("input_activations") for scheme in schemes)
 
@@ -209,7 +218,7 @@ def _compressed_tensors(folder: Folder) -> Packings:
         parts = {name: held[name] for name in names}
         shape = _numbers_shape(folder, parts, scheme.weights, form)
         if scheme.input_activations is not None:
-            form += ", whose rounding of inputs is left out"
+            form += ROUNDS_INPUTS
         unpack = partial(_unpack_compressed, scheme=scheme, compressor=compressor)
         packings[f"{module}.weight"] = Packing(form, shape, parts, unpack)
     return packings
@@ -247,8 +256,86 @@ def _unpack_compressed(parts: dict[str, Tensor], scheme: Any, compressor: Any) -
     return numbers
 
 
+def _bitsandbytes(folder: Folder) -> Packings:
+    """Matrices in NF4 or FP4 (QLoRA, arXiv 2305.14314), or in rows of int8 (LLM.int8(), arXiv 2208.07339)."""
+    modules: dict[str, dict[str, Header]] = {}
+    for key, header in folder.stored.items():
+        for end in (".SCB", ".weight_format", ".weight"):
+            module, is_part, part = key.partition(end)
+            if is_part and (not part or part.startswith(".")):
+                modules.setdefault(module, {})[(end + part).lstrip(".")] = header
+                break
+    packings = {}
+    for module, held in modules.items():
+        kinds = {name: name.rpartition("__")[2] for name in held if name.startswith(STATE)}
+        if "weight" not in held or (not kinds and "SCB" not in held):
+            continue
+        codes = held["weight"]
+        shape: tuple[int, ...] | None
+        if kinds:
+            parts = {name.removeprefix("weight."): header for name, header in held.items()}
+            form, shape, unpack = f"{next(iter(kinds.values()))} of bitsandbytes", _shape_of_4bit(parts), _unpack_4bit
+            folder.require({*kinds.values()} in ({"nf4"}, {"fp4"}) and shape is not None, codes.key, form)
+        else:
+            form, shape, parts, unpack = "int8 of bitsandbytes", codes.shape, held, _unpack_8bit
+            fits = len(codes.shape) == 2 and codes.dtype == "I8" and held["SCB"].shape == codes.shape[:1]
+            folder.require(fits and held["SCB"].dtype == "F32", codes.key, form)
+            form += ROUNDS_INPUTS
+        parts = {"weight": codes} | parts
+        packings[f"{module}.weight"] = Packing(form, shape or (), parts, unpack)
+    return packings
+
+
+def _shape_of_4bit(parts: Stored) -> tuple[int, int] | None:
+    """Return the shape of the numbers of a matrix of bitsandbytes; None for parts that do not fit each other.
+
+    Its library would read beyond such parts.
+    """
+    state = next((part for name, part in parts.items() if name.startswith("quant_state")), None)
+    if state is None or state.dtype != "U8" or len(state.shape) != 1 or state.bytes > MOST_STATE:
+        return None
+    try:
+        settings = json.loads(bytes(read_tensor(state).tolist()))
+        rows, columns = settings["shape"]
+        sizes = [settings["blocksize"]]
+        if nested := "nested_absmax" in parts:
+            sizes.append(settings["nested_blocksize"])
+        is_float = settings["dtype"] in ("float32", "float16", "bfloat16")
+        if not is_float or not all(type(size) is int and size in BLOCK_SIZES for size in sizes):
+            return None
+        if not all(type(size) is int and size > 0 for size in (rows, columns)):
+            return None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    blocks = -(-rows * columns // sizes[0])
+    expected = {"weight": ("U8", -(-rows * columns // 2)), "quant_map": ("F32", 16)}
+    expected["absmax"] = ("U8", blocks) if nested else ("F32", blocks)
+    if nested:
+        expected |= {"nested_quant_map": ("F32", 256), "nested_absmax": ("F32", -(-blocks // sizes[1]))}
+    found = {name: (part.dtype, prod(part.shape)) for name, part in parts.items() if part is not state}
+    return (rows, columns) if found == expected else None
+
+
+def _unpack_4bit(parts: dict[str, Tensor]) -> Tensor:
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    codes = parts.pop("weight")
+    numbers: Tensor = dequantize_4bit(codes.view(-1, 1), QuantState.from_dict(parts, codes.device))
+    return numbers
+
+
+def _unpack_8bit(parts: dict[str, Tensor]) -> Tensor:
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    if parts.get("weight_format", torch.zeros(())).any():
+        raise ValueError("its rows are in the order of a GPU")
+    numbers: Tensor = int8_vectorwise_dequant(parts["weight"], parts["SCB"])
+    return numbers
+
+
 READERS: dict[str, tuple[str, Callable[[Folder], Packings]]] = {  # by quant_method: package, reader
     "fp8": ("transformers", _fp8),
     "mxfp4": ("transformers", _mxfp4),
     "compressed-tensors": ("compressed-tensors", _compressed_tensors),
+    "bitsandbytes": ("bitsandbytes", _bitsandbytes),
 }
