@@ -10,10 +10,10 @@ from torch import Tensor
 
 from llmcompress.errors import InputError
 from llmcompress.models.dense.config import MODEL, needs_code, public_entries
-from llmcompress.models.dense.load import own_sizes
 from llmcompress.models.dense.locate import Place
 from llmcompress.models.dense.model import DenseModel, open_source
 from llmcompress.models.dense.packed import packing_method
+from llmcompress.models.dense.sizes import own_sizes
 from llmcompress.models.files.checkpoint import PART, Writer
 from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.models.files.integrity import digest

@@ -50,9 +50,9 @@ class Piece:
         if self.expert is None:
             rows: Tensor = stored[self.rows]
             return rows
-        return self.cut(stored[self.expert])
+        return self.cut_out(stored[self.expert])
 
-    def cut(self, matrix: Tensor) -> Tensor:
+    def cut_out(self, matrix: Tensor) -> Tensor:
         """Return a copy of the piece of its expert's matrix, or of a tensor without experts."""
         turned = matrix.T if self.transposed else matrix
         return (turned if self.rows is None else turned[self.rows]).clone(memory_format=torch.contiguous_format)
@@ -220,7 +220,7 @@ def read_tensor(header: Header) -> Tensor:
         return torch.cat([read_tensor(part) for part in header.parts])
     if header.packing is not None:
         numbers = header.packing.read(header.dtype, None if header.piece is None else header.piece.expert)
-        return numbers if header.piece is None else header.piece.cut(numbers)
+        return numbers if header.piece is None else header.piece.cut_out(numbers)
     key = header.wrapped or header.key
     with open_weights(header.file) as file:
         if header.piece is not None:

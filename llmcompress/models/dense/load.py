@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from llmcompress.errors import InputError, MemoryLimitError, is_out_of_memory, list_names
+from llmcompress.errors import InputError, MemoryLimitError, is_out_of_memory
 from llmcompress.models.dense.adapter import ADAPTER
 from llmcompress.models.dense.config import (
     MODEL,
@@ -23,17 +23,19 @@ from llmcompress.models.dense.config import (
     valid_config,
 )
 from llmcompress.models.dense.families import block_stack
-from llmcompress.models.dense.headers import Header, has_weights, read_headers
+from llmcompress.models.dense.headers import has_weights, read_headers
 from llmcompress.models.dense.locate import Place
+from llmcompress.models.dense.model import missing_weights, open_source
 from llmcompress.models.dense.packed import packing_method, rounds_inputs
-from llmcompress.models.dense.skeleton import auto_class, outline
+from llmcompress.models.dense.sizes import is_dense, own_sizes, sized_outline
+from llmcompress.models.dense.skeleton import auto_class
 from llmcompress.models.files.integrity import weight_files
 from llmcompress.models.files.reading import error_text
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.memory import total_memory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
 
@@ -52,12 +54,12 @@ def load_model(
     InputError for a model that cannot be loaded, RecipeError for a missing device.
     """
     target = device_of(device)
-    if place.adapter is not None or is_wrapped(place.folder):
+    if place.adapter is not None or _is_wrapped(place.folder):
         if quantization is not None:
             raise InputError(f"{place.name} cannot be quantized while it is loaded; save it as a plain model first")
-        return read_whole(place, device, dtype)
+        return open_source(place).load(device, dtype)
     if quantization is None and has_weights(place.folder) and _is_numbers(place.folder, numbers):
-        return read_whole(place, device, dtype)
+        return open_source(place).load(device, dtype)
     is_dense = check_outline(place)[0] and quantization is None
     trusted = model_code(place.folder, place.trust_remote_code)
     options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
@@ -86,7 +88,7 @@ def load_model(
     return model.eval()
 
 
-def is_wrapped(folder: Path) -> bool:
+def _is_wrapped(folder: Path) -> bool:
     """True for a dense model with names that transformers would not know. Raises what `read_headers` raises."""
     return has_weights(folder) and any(header.wrapped for header in read_headers(folder).values())
 
@@ -96,29 +98,6 @@ def _is_numbers(folder: Path, alone: bool) -> bool:
     entries = read_entries(folder / MODEL, folder)
     method = packing_method(entries)
     return (alone and method == "fp8") or (method == "compressed-tensors" and (alone or not rounds_inputs(entries)))
-
-
-def read_whole(place: Place, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a dense model in eval mode whose tensors are read one by one, its linears as `DenseModel.skeleton`."""
-    from llmcompress.models.dense.model import open_source
-
-    source = open_source(place)
-    model = source.skeleton()
-    for name in [name for name, _ in model.named_parameters()]:
-        owner, _, leaf = name.rpartition(".")
-        value = source.read(name).to(device, dtype)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
-    model.tie_weights()
-    module: nn.Module = model
-    return cast("PreTrainedModel", module.to(device))  # buffers
-
-
-def missing_weights(folder: Path, names: Sequence[str]) -> InputError:
-    """Return the error of a folder without these weights."""
-    return InputError(
-        f"{folder} lacks weights that its config requires: {list_names(names)}; download the model again or correct "
-        f"config.json"
-    )
 
 
 def check_outline(place: Place) -> tuple[bool, PreTrainedModel | None]:
@@ -150,33 +129,6 @@ def check_outline(place: Place) -> tuple[bool, PreTrainedModel | None]:
     return is_dense(entries), model
 
 
-def sized_outline(
-    config: PreTrainedConfig, place: Place, stored: Mapping[str, Header], sizes: Mapping[str, Sequence[int]]
-) -> PreTrainedModel:
-    """Return the model that a config describes, on meta, with linears of these `sizes`; raises as `outline` does."""
-    disk = sum(path.stat().st_size for path in {header.file for header in stored.values()})
-    return with_sizes(outline(config, place.folder, len(stored), disk, place.trust_remote_code), sizes)
-
-
-# A dense model whose blocks have widths of their own has them in the `quantization_config` that lets llmcompress help
-# transformers to load it: other entries of a config have no place for them. It names no compressed matrix.
-
-
-def own_sizes(entries: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Return the `[out, in]` by linear in a config.json of such a model, empty for any other. Raises InputError."""
-    packing = entries.get("quantization_config")
-    if not isinstance(packing, dict) or packing.get("layers") or not packing.get("sizes"):
-        return {}
-    from llmcompress.models.transformers.hf_quantizer import NAME, LLMCompressConfig
-
-    return LLMCompressConfig(**packing).sizes if packing.get("quant_method") == NAME else {}
-
-
-def is_dense(entries: Mapping[str, Any]) -> bool:
-    """True if the entries of a config.json name no compressed matrix."""
-    return not entries.get("quantization_config") or bool(own_sizes(entries))
-
-
 def passes_by_block(folder: Path) -> bool:
     """True for a dense model, and for one in few bits that computes the same with numbers in their place.
 
@@ -184,15 +136,6 @@ def passes_by_block(folder: Path) -> bool:
     """
     entries = read_entries(folder / MODEL, folder)
     return is_dense(entries) or (packing_method(entries) is not None and not rounds_inputs(entries))
-
-
-def with_sizes(model: PreTrainedModel, sizes: Mapping[str, Sequence[int]]) -> PreTrainedModel:
-    """Return a model on meta with its linears resized. Raises InputError for sizes that do not fit each other."""
-    if sizes:
-        from llmcompress.models.transformers.hf_quantizer import resize
-
-        resize(model, sizes)
-    return model
 
 
 def check_fits(

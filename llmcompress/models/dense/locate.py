@@ -153,14 +153,14 @@ def download(name: str, revision: str | None, trust_remote_code: bool = False) -
     return _place_of_adapter(place) if is_adapter(folder) else place
 
 
-def _place_of_adapter(found: Place) -> Place:
+def _place_of_adapter(place: Place) -> Place:
     """Return the place of the base that the adapter at a place names, with the adapter."""
-    name, revision = base_of(found.folder)
-    base = locate(name, revision if not os.path.isdir(os.path.expanduser(name)) else None, found.trust_remote_code)
+    name, revision = base_of(place.folder)
+    base = locate(name, revision if not os.path.isdir(os.path.expanduser(name)) else None, place.trust_remote_code)
     if base.adapter is not None:
-        raise InputError(f"{found.name} is an adapter of {name}, which is one itself; merge that one with PEFT first")
-    note = f"the adapter {found.public_name} is merged into {base.public_name}, whose tokenizer and chat template stay"
-    changed = replace(base, name=found.name, revision=found.revision, hub_id=found.hub_id, adapter=found.folder)
+        raise InputError(f"{place.name} is an adapter of {name}, which is one itself; merge that one with PEFT first")
+    note = f"the adapter {place.public_name} is merged into {base.public_name}, whose tokenizer and chat template stay"
+    changed = replace(base, name=place.name, revision=place.revision, hub_id=place.hub_id, adapter=place.folder)
     return replace(changed, notes=(*base.notes, note))
 
 

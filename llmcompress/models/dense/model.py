@@ -6,14 +6,14 @@ be compressed before any work is done; `DenseModel.read` opens one file, copies 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from yaml import YAMLError
 
 from llmcompress.errors import InputError, list_names
@@ -30,11 +30,10 @@ from llmcompress.models.dense.config import (
     read_entries,
     valid_config,
 )
-from llmcompress.models.dense.experts import unfuse
 from llmcompress.models.dense.headers import BUFFERS, FLOATS, Header, read_headers, read_tensor
-from llmcompress.models.dense.load import load_model, missing_weights, own_sizes, read_whole, sized_outline, with_sizes
 from llmcompress.models.dense.locate import Place, locate, public_name
 from llmcompress.models.dense.packed import READERS, few_bits, packing_method, unpack_headers
+from llmcompress.models.dense.sizes import own_sizes, sized_outline, with_sizes
 from llmcompress.models.dense.skeleton import architectures, class_names, dense_skeleton, is_causal
 from llmcompress.models.dense.stored_names import rename_headers
 from llmcompress.models.dense.tokenizer import load_tokenizer
@@ -120,12 +119,18 @@ class DenseModel:
         model = dense_skeleton(self.config, self.folder, trust_remote_code=self.trust_remote_code)
         return with_sizes(model, self.sizes)
 
-    def load(self, device: str = "cpu") -> PreTrainedModel:
-        """Return the whole model in float32, its linears as `skeleton` has them. Raises what `load_model` raises."""
-        if any(header.packing or header.wrapped for header in self.tensors.values()):
-            return read_whole(self.place, device, torch.float32)
-        model = load_model(self.place, device)
-        unfuse(model)
+    def load(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """Return the whole model in a `dtype`, its linears as `skeleton` has them. Raises what `read` raises."""
+        model, values = self.skeleton(), dict[str, Tensor]()
+        for name, held in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+            owner, _, leaf = name.rpartition(".")
+            origin = self.tied.get(name, name)
+            if origin not in values:
+                is_weight = isinstance(held, nn.Parameter)
+                value = self.read(origin) if is_weight or origin in self.tensors else held
+                value = value.to(device, dtype if is_weight else held.dtype)
+                values[origin] = nn.Parameter(value) if is_weight else value
+            setattr(model.get_submodule(owner), leaf, values[origin])
         return model
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -257,6 +262,14 @@ def _match(
         raise missing_weights(folder, missing)
     unused = [key for key, header in stored.items() if used.isdisjoint(source.key for source in header.sources)]
     return headers, tied, unused
+
+
+def missing_weights(folder: Path, names: Sequence[str]) -> InputError:
+    """Return the error of a folder without these weights."""
+    return InputError(
+        f"{folder} lacks weights that its config requires: {list_names(names)}; download the model again or correct "
+        f"config.json"
+    )
 
 
 def _check_header(header: Header, shape: tuple[int, ...], is_weight: bool) -> None:

@@ -42,7 +42,7 @@ def few_bits(forms: str) -> str:
 
 @dataclass(frozen=True)
 class Folder:
-    """What a reader of packed matrices sees: the folder, its tensors, and its settings of the quantization."""
+    """A folder for a reader of packed matrices: its place, its tensors, and its settings of the quantization."""
 
     place: Path
     stored: Stored
