@@ -183,6 +183,12 @@ def test_a_packed_model_is_compressed_as_its_numbers(blocks: Path, tmp_path: Pat
     assert "weights come from FP8 in blocks" in " ".join(shown.split())
 
 
+def test_plans_count_what_stays_dense_as_numbers(blocks: Path, tmp_path: Path) -> None:
+    recipe = RECIPE | {"rules": [RECIPE["rules"][0] | {"match": "*.down_proj"}]}
+    first, second = (lc.plan(folder, recipe) for folder in (blocks, dense_copy(blocks, tmp_path / "plain")))
+    assert first.bytes == second.bytes and first.dense_bytes < second.dense_bytes
+
+
 @pytest.mark.slow
 def test_a_packed_model_is_scored_as_its_numbers(blocks: Path, tmp_path: Path) -> None:
     plain, protocol = dense_copy(blocks, tmp_path / "plain"), Protocol(windows=2, length=32)

@@ -129,6 +129,11 @@ class Header:
         if self.packing is not None:
             whole = sum(part.bytes for part in self.packing.parts.values())
             return whole * prod(self.shape) // prod(self.packing.shape)
+        return self.bytes_of_numbers
+
+    @property
+    def bytes_of_numbers(self) -> int:
+        """Size of the values in files that have nothing in few bits."""
         return prod(self.shape) * {**FLOATS, **BUFFERS, **PACKED}[self.dtype]
 
 
