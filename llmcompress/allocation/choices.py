@@ -277,13 +277,13 @@ def _bytes_around(job: Job, compressed: set[str]) -> int:
     tensors = dict(job.source.tensors)
     if table in compressed:
         tensors[f"{table}.{LIKE}"] = tensors[f"{table}.weight"]
-    dense = sum(header.bytes for name, header in job.source.tensors.items() if name not in payloads)
+    dense = sum(header.bytes_of_numbers for name, header in job.source.tensors.items() if name not in payloads)
     return dense + _header_bytes(tensors, payloads)
 
 
 def _header_bytes(tensors: Mapping[str, Header], payloads: set[str]) -> int:
     """Return an upper bound of the bytes of all headers in the weight files."""
-    most = max(sum(header.bytes for header in tensors.values()), 1)
+    most = max(sum(header.bytes_of_numbers for header in tensors.values()), 1)
     entries = {
         name: {
             "data_offsets": [most, most],

@@ -78,6 +78,8 @@ def find_candidates(
     if twice := [name for name in given if given.count(name) > 1]:
         raise RecipeError(f"{twice[0]} is named twice; name every model once")
     places = [locate(name, trust_remote_code=trust_remote_code) for name in names]
+    if adapted := [place.name for place in places if place.adapter is not None]:
+        raise InputError(f"{adapted[0]} is an adapter, and speed is that of whole models; merge it with PEFT first")
     if against is not None:
         reference = places[names.index(against)]
         check_vocabularies([reference, *(place for place in places if place is not reference)], predictions=False)

@@ -101,7 +101,7 @@ def plan_of(job: Job) -> Plan:
         rows.append(_row(name, (shape[0], shape[1]), steps, stored, describe(stored)))
     used = {method for row in rows for method in row.steps}
     compressed = {f"{row.name}.weight" for row in rows}
-    dense_bytes = sum(header.bytes for name, header in job.source.tensors.items() if name not in compressed)
+    dense_bytes = sum(header.bytes_of_numbers for name, header in job.source.tensors.items() if name not in compressed)
     total = dense_bytes + sum(-(-row.bits // 8) for row in rows)
     return Plan(
         model=job.source.name,
@@ -210,11 +210,14 @@ def _mostly_dense(job: Job, dense_bytes: int, total: int) -> str:
     tables = [name for name in (arch.embedding, arch.head) if _could_be_compressed(job, name)]
     linears = [name for name in arch.linears() if name not in job.steps]
     said = f"{dense_bytes / 1e6:.1f} of {total / 1e6:.1f} MB stay dense"
-    by_size = max((tables, linears), key=lambda names: sum(source.tensors[f"{name}.weight"].bytes for name in names))
+
+    def size_of(names: Sequence[str]) -> int:
+        return sum(source.tensors[f"{name}.weight"].bytes_of_numbers for name in names)
+
+    by_size = max((tables, linears), key=size_of)
     if not by_size:
         return f"{said}; nothing of it can be compressed"
-    size = sum(source.tensors[f"{name}.weight"].bytes for name in by_size)
-    said = f"{said}, {size / 1e6:.1f} of it in {list_names(by_size)}"
+    said = f"{said}, {size_of(by_size) / 1e6:.1f} of it in {list_names(by_size)}"
     if by_size is linears:
         return f"{said}; a rule that matches them compresses them"
     steps = "{method: rtn, bits: 4, group_size: 64}"

@@ -189,7 +189,7 @@ def _prompt(number: int, document: Document) -> Prompt | None:
 
 def _store(settings: Answering, place: Place, output: Path, generation: dict[str, Any]) -> Store:
     """Return the store beside `output`: a partial file of one run continues another of the same identity."""
-    model = [teacher_digest(place.folder), *(generation[key] for key in ("model", "revision", "dtype"))]
+    model = [teacher_digest(place.folder, place.adapter), *(generation[key] for key in ("model", "revision", "dtype"))]
     identity = {"model": model, "settings": asdict(settings), "versions": generation["versions"]}
     record = output.with_name(f"{output.name}.partial.json")
     return Store(output.parent, identity, place=record, advice="or choose another output")

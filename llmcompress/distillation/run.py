@@ -152,7 +152,7 @@ def _identity(recipe: Distillation, data: Data, student: StudentFolder, teacher:
         "recipe": recipe.model_dump(mode="json"),
         "data": data.hash,
         "student": [digests, content_digest(config), tokenizer_digest(student.folder)],
-        "teacher": teacher_digest(teacher.folder),
+        "teacher": teacher_digest(teacher.folder, teacher.adapter),
         "versions": versions(),
     }
 

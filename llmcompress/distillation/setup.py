@@ -50,7 +50,7 @@ def load_pair(
         dtypes = (stored_dtype(student.folder), stored_dtype(teacher.folder))
     pair = (
         load_model(student, where, dtypes[0]),
-        load_model(teacher, where if recipe.teacher.bits is None else "cpu", dtypes[1]),
+        load_model(teacher, where if recipe.teacher.bits is None else "cpu", dtypes[1], numbers=True),
     )
     for model in pair:
         check_causal(model.config, "distilling")

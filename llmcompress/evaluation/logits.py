@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmcompress.calibration.streaming import States, StreamedModel, from_disk, in_memory, position_parts
 from llmcompress.errors import InputError
-from llmcompress.models.dense.load import check_fits, check_outline, load_model
+from llmcompress.models.dense.load import check_fits, check_outline, load_model, passes_by_block
 from llmcompress.models.dense.locate import Place
 from llmcompress.models.dense.model import DenseModel, open_source
 from llmcompress.models.dense.skeleton import check_causal
@@ -56,14 +56,14 @@ Readable: TypeAlias = "PreTrainedModel | OnDisk"
 
 
 def open_model(place: Place, device: str, whole: bool = False) -> Readable:
-    """Return the model of a place, to be scored. A dense one stays on disk, unless `whole`.
+    """Return the model of a place, to be scored. One that passes by block stays on disk, unless `whole`.
 
     Raises InputError for a model that cannot be loaded.
     """
-    is_dense, outline = check_outline(place)
+    _, outline = check_outline(place)
     if outline is not None:
         check_causal(outline.config, "scoring")
-    if not whole and is_dense:
+    if not whole and passes_by_block(place.folder):
         device_of(device)
         return OnDisk(open_source(place), device)
     return load_model(place, device)

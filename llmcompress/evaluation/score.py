@@ -21,9 +21,10 @@ from llmcompress.evaluation.protocol import STANDARD, Protocol
 from llmcompress.evaluation.tasks import find_tasks
 from llmcompress.models.dense.families import Linear, architecture
 from llmcompress.models.dense.headers import read_headers
-from llmcompress.models.dense.load import check_fits, is_dense
+from llmcompress.models.dense.load import check_fits
 from llmcompress.models.dense.locate import Place, locate
 from llmcompress.models.dense.model import DenseModel, open_source
+from llmcompress.models.dense.sizes import is_dense
 from llmcompress.models.dense.skeleton import folder_skeleton
 from llmcompress.models.dense.tokenizer import check_vocabularies, load_tokenizer
 from llmcompress.models.files import file_names

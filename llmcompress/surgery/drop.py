@@ -71,7 +71,7 @@ def drop_blocks(
     source, target = resolve(model, revision, trust_remote_code), Path(output)
     stays = _staying_blocks(source, set(blocks))
     names, beside = _stored_names(source, stays), companions(source.folder, trust_remote_code)
-    sizes = {name: source.tensors[name].bytes for name in names}
+    sizes = {name: source.tensors[name].bytes_of_numbers for name in names}
     with write_checkpoint(target, sum(sizes.values())) as writer:
         beside.copy(writer.folder)
         for part in count_each([*shards(sizes, PART)], "part written"):

@@ -222,7 +222,10 @@ def emptied(folder: Path) -> None:
         (configured(num_hidden_layers=3), r"lacks weights .*: model\.layers\.2\..* and 6 more; download"),
         (configured(intermediate_size=47), r"has shape \[48, 32\] where the config requires \[47, 32\]"),
         (remove(WEIGHTS), r"has no model\.safetensors and no model\.safetensors\.index\.json"),
-        (as_pickle, "weights only as pickle files"),
+        (
+            as_pickle,
+            r"pytorch_model\.bin is damaged, or was saved by a torch before 1\.6; take the model's",
+        ),
         (cut, r"model\.safetensors is damaged \(.*\); download or copy it again"),
         (put(WEIGHTS, ""), r"model\.safetensors is damaged"),
         (put(WEIGHTS, "version https://git-lfs.github.com/spec/v1\n"), r"model\.safetensors is damaged"),

@@ -8,10 +8,12 @@ from functools import cached_property
 
 from torch import Tensor
 
+from llmcompress.errors import InputError
 from llmcompress.models.dense.config import MODEL, needs_code, public_entries
-from llmcompress.models.dense.load import own_sizes
 from llmcompress.models.dense.locate import Place
 from llmcompress.models.dense.model import DenseModel, open_source
+from llmcompress.models.dense.packed import packing_method
+from llmcompress.models.dense.sizes import own_sizes
 from llmcompress.models.files.checkpoint import PART, Writer
 from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.models.files.integrity import digest
@@ -81,6 +83,10 @@ def open_folder(place: Place) -> StudentFolder:
         kind = (entries.get("quantization_config") or {}).get("quant_method")
     except (OSError, ValueError, AttributeError):  # `open_source` reports the fault
         kind = None
+    if kind is not None and packing_method(entries) is not None:
+        raise InputError(
+            f"{place.name} is stored by {kind}, which training would not keep; compress it, then distil that"
+        )
     if kind != NAME or own_sizes(entries):
         return DenseStudent(open_source(place))
     return CompressedStudent(CompressedCheckpoint(place.folder, place.trust_remote_code))

@@ -99,7 +99,11 @@ def cache_teacher(job: DistillationJob, model: PreTrainedModel) -> Cache:
     settings, sequences = job.recipe.teacher, job.data.sequences
     folder, dtype = _folder(settings, job.output), str(model.dtype).removeprefix("torch.")
     origin = CacheOrigin(
-        teacher_digest(job.teacher_place.folder), tokens_digest(sequences), settings.k, dtype, settings.bits
+        teacher_digest(job.teacher_place.folder, job.teacher_place.adapter),
+        tokens_digest(sequences),
+        settings.k,
+        dtype,
+        settings.bits,
     )
     failure: list[LLMCompressError | None] = [None]
     if job.accelerator.is_main_process:

@@ -138,7 +138,8 @@ def companions(folder: Path, trust_remote_code: bool = False) -> Companions:
     licences = {name for name in files if LICENCE.fullmatch(name) and Path(name).suffix.lower() in TEXT}
     wanted |= {name for name in licences if not leads_out(files[name], folder) and _fits(files[name])}
     others = files.keys() - wanted - OURS
-    left = {name for name in others if not (name.startswith(".") or Path(name).suffix == ".safetensors")}
+    weights = ".safetensors" if any(name.endswith(".safetensors") for name in files) else (".bin", ".bin.index.json")
+    left = {name for name in others if not (name.startswith(".") or name.endswith(weights))}
     return Companions(folder, tuple(sorted(wanted)), tuple(sorted(left)), code)
 
 

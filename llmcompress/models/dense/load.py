@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from llmcompress.errors import InputError, MemoryLimitError, is_out_of_memory, list_names
+from llmcompress.errors import InputError, MemoryLimitError, is_out_of_memory
+from llmcompress.models.dense.adapter import ADAPTER
 from llmcompress.models.dense.config import (
     MODEL,
     check_numbers,
@@ -22,19 +23,20 @@ from llmcompress.models.dense.config import (
     valid_config,
 )
 from llmcompress.models.dense.families import block_stack
-from llmcompress.models.dense.headers import Header, read_headers
+from llmcompress.models.dense.headers import has_weights, read_headers
 from llmcompress.models.dense.locate import Place
-from llmcompress.models.dense.skeleton import auto_class, outline
+from llmcompress.models.dense.model import missing_weights, open_source
+from llmcompress.models.dense.packed import packing_method, rounds_inputs
+from llmcompress.models.dense.sizes import is_dense, own_sizes, sized_outline
+from llmcompress.models.dense.skeleton import auto_class
 from llmcompress.models.files.integrity import weight_files
 from llmcompress.models.files.reading import error_text
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.memory import total_memory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
     from transformers.utils.quantization_config import QuantizationConfigMixin
-
-ADAPTER = "adapter_config.json"
 
 
 def load_model(
@@ -42,14 +44,22 @@ def load_model(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     quantization: QuantizationConfigMixin | None = None,
+    numbers: bool = False,
 ) -> PreTrainedModel:
     """Return a model in eval mode: dense, or compressed by llmcompress or a tool that transformers knows.
 
     The host's memory holds one tensor at a time on its way to another device. On the CPU a tensor whose stored dtype is
     `dtype` is a window into its file, which all processes share. `quantization`: to quantize a dense model while it is
-    loaded. Raises InputError for a model that cannot be loaded, RecipeError for a missing device.
+    loaded. `numbers`: True to read FP8 and compressed-tensors as numbers, and leave out that they round inputs. Raises
+    InputError for a model that cannot be loaded, RecipeError for a missing device.
     """
     target = device_of(device)
+    if place.adapter is not None or _is_wrapped(place.folder):
+        if quantization is not None:
+            raise InputError(f"{place.name} cannot be quantized while it is loaded; save it as a plain model first")
+        return open_source(place).load(device, dtype)
+    if quantization is None and has_weights(place.folder) and _is_numbers(place.folder, numbers):
+        return open_source(place).load(device, dtype)
     is_dense = check_outline(place)[0] and quantization is None
     trusted = model_code(place.folder, place.trust_remote_code)
     options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
@@ -78,12 +88,16 @@ def load_model(
     return model.eval()
 
 
-def missing_weights(folder: Path, names: Sequence[str]) -> InputError:
-    """Return the error of a folder without these weights."""
-    return InputError(
-        f"{folder} lacks weights that its config requires: {list_names(names)}; download the model again or correct "
-        f"config.json"
-    )
+def _is_wrapped(folder: Path) -> bool:
+    """True for a dense model with names that transformers would not know. Raises what `read_headers` raises."""
+    return has_weights(folder) and any(header.wrapped for header in read_headers(folder).values())
+
+
+def _is_numbers(folder: Path, alone: bool) -> bool:
+    """True for what is read as numbers where transformers would unpack it late, or for a GPU alone if they suffice."""
+    entries = read_entries(folder / MODEL, folder)
+    method = packing_method(entries)
+    return (alone and method == "fp8") or (method == "compressed-tensors" and (alone or not rounds_inputs(entries)))
 
 
 def check_outline(place: Place) -> tuple[bool, PreTrainedModel | None]:
@@ -103,7 +117,7 @@ def check_outline(place: Place) -> tuple[bool, PreTrainedModel | None]:
     packing = entries.get("quantization_config") or {}
     if not isinstance(packing, dict):
         raise InputError(f"{folder / MODEL} has a quantization_config that is no object; download or write it again")
-    if not any(folder.glob("*.safetensors*")):
+    if not has_weights(folder):
         return is_dense(entries), None
     stored = read_headers(folder)
     model = sized_outline(valid_config(folder, place.trust_remote_code), place, stored, own_sizes(entries))
@@ -115,40 +129,13 @@ def check_outline(place: Place) -> tuple[bool, PreTrainedModel | None]:
     return is_dense(entries), model
 
 
-def sized_outline(
-    config: PreTrainedConfig, place: Place, stored: Mapping[str, Header], sizes: Mapping[str, Sequence[int]]
-) -> PreTrainedModel:
-    """Return the model that a config describes, on meta, with linears of these `sizes`; raises as `outline` does."""
-    disk = sum(path.stat().st_size for path in {header.file for header in stored.values()})
-    return with_sizes(outline(config, place.folder, len(stored), disk, place.trust_remote_code), sizes)
+def passes_by_block(folder: Path) -> bool:
+    """True for a dense model, and for one in few bits that computes the same with numbers in their place.
 
-
-# A dense model whose blocks have widths of their own has them in the `quantization_config` that lets llmcompress help
-# transformers to load it: other entries of a config have no place for them. It names no compressed matrix.
-
-
-def own_sizes(entries: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Return the `[out, in]` by linear in a config.json of such a model, empty for any other. Raises InputError."""
-    packing = entries.get("quantization_config")
-    if not isinstance(packing, dict) or packing.get("layers") or not packing.get("sizes"):
-        return {}
-    from llmcompress.models.transformers.hf_quantizer import NAME, LLMCompressConfig
-
-    return LLMCompressConfig(**packing).sizes if packing.get("quant_method") == NAME else {}
-
-
-def is_dense(entries: Mapping[str, Any]) -> bool:
-    """True if the entries of a config.json name no compressed matrix."""
-    return not entries.get("quantization_config") or bool(own_sizes(entries))
-
-
-def with_sizes(model: PreTrainedModel, sizes: Mapping[str, Sequence[int]]) -> PreTrainedModel:
-    """Return a model on meta with its linears resized. Raises InputError for sizes that do not fit each other."""
-    if sizes:
-        from llmcompress.models.transformers.hf_quantizer import resize
-
-        resize(model, sizes)
-    return model
+    Its blocks are read one at a time. Raises InputError for a config.json that cannot be read.
+    """
+    entries = read_entries(folder / MODEL, folder)
+    return is_dense(entries) or (packing_method(entries) is not None and not rounds_inputs(entries))
 
 
 def check_fits(
@@ -178,7 +165,7 @@ def check_fits(
 
 def _bytes_held(place: Place, whole: bool, each: int) -> int:
     """Return the bytes of a model in memory; `each`: of a weight."""
-    is_dense, model = check_outline(place)
+    _, model = check_outline(place)
     if model is None:
         return 0
     if whole:
@@ -189,7 +176,7 @@ def _bytes_held(place: Place, whole: bool, each: int) -> int:
         return each * _weights(model)  # it cannot pass block by block
     largest = max(map(_weights, blocks.children()))
     tables = [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
-    stored = 0 if is_dense else sum(path.stat().st_size for path in weight_files(place.folder))
+    stored = 0 if passes_by_block(place.folder) else sum(path.stat().st_size for path in weight_files(place.folder))
     return stored + each * max(largest, *map(_weights, tables))
 
 

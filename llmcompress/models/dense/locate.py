@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from llmcompress.errors import InputError, first_line
+from llmcompress.models.dense.adapter import base_of, is_adapter
 from llmcompress.models.dense.gguf_model import unpack_gguf
 from llmcompress.models.dense.packaged import EMBEDDED, PACKAGED
 from llmcompress.models.files.reading import check_folder
@@ -32,6 +33,7 @@ HUB_FILES = [
     "README.md",  # says the licence
 ]
 HUB_CODE = "*.py"
+HUB_PICKLES = ["pytorch_model*.bin", "adapter_model.bin"]  # where there is nothing better
 NOT_HUB_FILES = ["*/*", "consolidated*.safetensors"]  # other formats of the same weights
 COMMIT = re.compile(r"[0-9a-f]{40}")
 CLOSE = 0.8  # of two names, 1 if they are the same
@@ -44,7 +46,8 @@ class Place:
     """A model folder on this machine.
 
     revision: the Hub commit. notes: remarks for the user. license: if it is known without the model's card.
-    trust_remote_code: True to run the Python code that the model needs, see `config.py`.
+    trust_remote_code: True to run the Python code that the model needs, see `config.py`. adapter: a folder of PEFT that
+    is merged into the model.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Place:
     hub_id: str | None = None
     license: str | None = None
     trust_remote_code: bool = False
+    adapter: Path | None = None
 
     @property
     def public_name(self) -> str:
@@ -87,6 +91,8 @@ def locate(model: str | Path, revision: str | None = None, trust_remote_code: bo
         if len(files) == 1:
             return _place_of_file(files[0], model)
         check_folder(path)
+        if is_adapter(path):
+            return _place_of_adapter(Place(model, path, trust_remote_code=trust_remote_code))
         same = HUB_ID.fullmatch(model) and not model.startswith(".")
         note = f"{path.name} is read as a folder of this machine, not as the Hub model of that name"
         return Place(model, path, notes=(note,) if same else (), trust_remote_code=trust_remote_code)
@@ -139,8 +145,23 @@ def download(name: str, revision: str | None, trust_remote_code: bool = False) -
     wanted = [*HUB_FILES, HUB_CODE] if trust_remote_code else HUB_FILES
     with _hub_errors(name, revision):
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=NOT_HUB_FILES))
+        if not any(folder.glob("*.safetensors")):
+            pinned = folder.name if COMMIT.fullmatch(folder.name) else revision
+            folder = Path(snapshot_download(name, revision=pinned, allow_patterns=HUB_PICKLES))
     commit = folder.name if COMMIT.fullmatch(folder.name) else revision
-    return Place(name, folder, revision=commit, hub_id=name, trust_remote_code=trust_remote_code)
+    place = Place(name, folder, revision=commit, hub_id=name, trust_remote_code=trust_remote_code)
+    return _place_of_adapter(place) if is_adapter(folder) else place
+
+
+def _place_of_adapter(place: Place) -> Place:
+    """Return the place of the base that the adapter at a place names, with the adapter."""
+    name, revision = base_of(place.folder)
+    base = locate(name, revision if not os.path.isdir(os.path.expanduser(name)) else None, place.trust_remote_code)
+    if base.adapter is not None:
+        raise InputError(f"{place.name} is an adapter of {name}, which is one itself; merge that one with PEFT first")
+    note = f"the adapter {place.public_name} is merged into {base.public_name}, whose tokenizer and chat template stay"
+    changed = replace(base, name=place.name, revision=place.revision, hub_id=place.hub_id, adapter=place.folder)
+    return replace(changed, notes=(*base.notes, note))
 
 
 @contextmanager

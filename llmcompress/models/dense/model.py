@@ -6,17 +6,18 @@ be compressed before any work is done; `DenseModel.read` opens one file, copies 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from yaml import YAMLError
 
 from llmcompress.errors import InputError, list_names
+from llmcompress.models.dense.adapter import ADAPTER, merge_headers
 from llmcompress.models.dense.config import (
     AUTO_MAP,
     MODEL,
@@ -29,10 +30,10 @@ from llmcompress.models.dense.config import (
     read_entries,
     valid_config,
 )
-from llmcompress.models.dense.experts import unfuse
 from llmcompress.models.dense.headers import BUFFERS, FLOATS, Header, read_headers, read_tensor
-from llmcompress.models.dense.load import load_model, missing_weights, own_sizes, sized_outline, with_sizes
 from llmcompress.models.dense.locate import Place, locate, public_name
+from llmcompress.models.dense.packed import READERS, few_bits, packing_method, unpack_headers
+from llmcompress.models.dense.sizes import own_sizes, sized_outline, with_sizes
 from llmcompress.models.dense.skeleton import architectures, class_names, dense_skeleton, is_causal
 from llmcompress.models.dense.stored_names import rename_headers
 from llmcompress.models.dense.tokenizer import load_tokenizer
@@ -41,7 +42,6 @@ from llmcompress.models.files.identity import content_digest, tokenizer_digest
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-RELEASED = "mxfp4"  # the quantization that gpt-oss was trained and released with: experts are read from it
 RENAMED = {"lm_head.weight": "embed_out.weight"}  # model's name -> name on disk; GPT-NeoX
 
 
@@ -51,7 +51,7 @@ class DenseModel:
 
     `tensors`: headers by the model's own names, whatever the file calls them. `tied`: names to the ones they are stored
     under (mostly the output head). `revision`: the Hub commit. `notes`: for the report. `trust_remote_code`: as in
-    `Place`. `sizes`: `[out, in]` by name of linears whose size the rest of the config does not give.
+    `Place`, and `adapter`. `sizes`: `[out, in]` by name of linears whose size the rest of the config does not give.
     """
 
     name: str
@@ -65,11 +65,12 @@ class DenseModel:
     license: str | None = None
     trust_remote_code: bool = False
     sizes: Mapping[str, list[int]] = field(default_factory=dict)
+    adapter: Path | None = None
 
     @property
     def place(self) -> Place:
         """The place that it was opened at, without the entries for its report."""
-        return Place(self.name, self.folder, trust_remote_code=self.trust_remote_code)
+        return Place(self.name, self.folder, trust_remote_code=self.trust_remote_code, adapter=self.adapter)
 
     @property
     def code(self) -> tuple[str, ...]:
@@ -97,27 +98,39 @@ class DenseModel:
 
     def content(self) -> dict[str, str]:
         """Return digests of the files that decide the result of a run: weights, config, tokenizer, own code."""
-        weights = sorted({part.file for header in self.tensors.values() for part in (header, *header.parts)})
+        weights = sorted({source.file for header in self.tensors.values() for source in header.sources})
+        configs = [self.folder / MODEL, *([] if self.adapter is None else [self.adapter / ADAPTER])]
         code = {"the model's code": content_digest([self.folder / name for name in self.code])} if self.code else {}
         return {
             "the model's weights": content_digest(weights),
-            "the model's config.json": content_digest([self.folder / MODEL]),
+            "the model's config.json": content_digest(configs),
             "the model's tokenizer": tokenizer_digest(self.folder),
         } | code
 
     def config_entries(self) -> dict[str, Any]:
         """Return the entries of the model's config.json that an output may have."""
-        return public_entries(read_entries(self.folder / MODEL, self.folder), needs_code(self.folder, MODEL))
+        entries = public_entries(read_entries(self.folder / MODEL, self.folder), needs_code(self.folder, MODEL))
+        if packing_method(entries) is not None:  # outputs hold numbers
+            del entries["quantization_config"]
+        return entries
 
     def skeleton(self) -> PreTrainedModel:
         """Return a new model in eval mode, with parameters on meta and real buffers."""
         model = dense_skeleton(self.config, self.folder, trust_remote_code=self.trust_remote_code)
         return with_sizes(model, self.sizes)
 
-    def load(self, device: str = "cpu") -> PreTrainedModel:
-        """Return the whole model in float32, its linears as `skeleton` has them. Raises what `load_model` raises."""
-        model = load_model(self.place, device)
-        unfuse(model)
+    def load(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """Return the whole model in a `dtype`, its linears as `skeleton` has them. Raises what `read` raises."""
+        model, values = self.skeleton(), dict[str, Tensor]()
+        for name, held in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
+            owner, _, leaf = name.rpartition(".")
+            origin = self.tied.get(name, name)
+            if origin not in values:
+                is_weight = isinstance(held, nn.Parameter)
+                value = self.read(origin) if is_weight or origin in self.tensors else held
+                value = value.to(device, dtype if is_weight else held.dtype)
+                values[origin] = nn.Parameter(value) if is_weight else value
+            setattr(model.get_submodule(owner), leaf, values[origin])
         return model
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -138,11 +151,17 @@ def resolve(model: str | Path, revision: str | None = None, trust_remote_code: b
 def open_source(place: Place) -> DenseModel:
     """Return the dense model of a place that `locate` found; raises what `resolve` raises."""
     config = read_config(place.folder, place.trust_remote_code)
-    stored = read_headers(place.folder)
     entries = read_entries(place.folder / MODEL, place.folder)
+    named = read_headers(place.folder)
+    stored, forms = unpack_headers(named, entries, place.folder)
     sizes = own_sizes(entries)
-    tensors, tied, unused = _match(sized_outline(config, place, stored, sizes), stored, place.folder)
-    notes = [*place.notes]
+    model = sized_outline(config, place, stored, sizes)
+    tensors, tied, unused = _match(model, stored, place.folder)
+    if place.adapter is not None:
+        tensors = merge_headers(model, tensors, tied, place.adapter)
+    notes = [*place.notes, *([few_bits(forms)] if forms else [])]
+    if wrapped := [name for name, header in named.items() if header.wrapped]:
+        notes.append(f"names of a wrapper are taken off: {named[wrapped[0]].wrapped} is read as {wrapped[0]}")
     if unused:
         notes.append(f"{len(unused)} stored tensors are not part of the model, {unused[0]} for one")
     if place.trust_remote_code and entries.get(AUTO_MAP) and not needs_code(place.folder, MODEL):
@@ -160,6 +179,7 @@ def open_source(place: Place) -> DenseModel:
         license=place.license or _license(place.folder),
         trust_remote_code=place.trust_remote_code,
         sizes=sizes,
+        adapter=place.adapter,
     )
 
 
@@ -180,10 +200,11 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     kind = entries.get("model_type")
     quantization = entries.get("quantization_config") or {}
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    sizes = own_sizes(entries)
-    if method and method != RELEASED and not sizes:
+    sizes, is_packed = own_sizes(entries), packing_method(entries) is not None
+    if method and not is_packed and not sizes:
         raise InputError(
-            f"{folder} is already compressed (quant_method {str(method)!r}); start from the dense checkpoint"
+            f"{folder} is already compressed (quant_method {str(method)[:50]!r}); start from the dense checkpoint, or "
+            f"from one that is stored by {' or '.join(READERS)}"
         )
     if not model_code(folder, trust_remote_code) and not is_known_type(kind):
         raise InputError(
@@ -193,8 +214,8 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     check_numbers(entries.get, str(folder / MODEL))
     config = valid_config(folder, trust_remote_code)
     _check_task(config, folder)
-    if sizes:
-        del config.quantization_config  # which says no more than the sizes
+    if sizes or is_packed:
+        del config.quantization_config  # which says no more than the sizes, or how numbers are stored
     return config
 
 
@@ -234,12 +255,21 @@ def _match(
         if key is not None:
             _check_header(known[key], tuple(value.shape), name in parameters)
             headers[name] = known[key]
-    used = {key for header in headers.values() for key in header.keys}
+    used = {source.key for header in headers.values() for source in header.sources}
     tied = _tie(dict(getattr(skeleton, "all_tied_weights_keys", None) or {}), headers)
     missing = [name for name in parameters if tied.get(name, name) not in headers]
     if missing:
         raise missing_weights(folder, missing)
-    return headers, tied, [key for key in stored if key not in used]
+    unused = [key for key, header in stored.items() if used.isdisjoint(source.key for source in header.sources)]
+    return headers, tied, unused
+
+
+def missing_weights(folder: Path, names: Sequence[str]) -> InputError:
+    """Return the error of a folder without these weights."""
+    return InputError(
+        f"{folder} lacks weights that its config requires: {list_names(names)}; download the model again or correct "
+        f"config.json"
+    )
 
 
 def _check_header(header: Header, shape: tuple[int, ...], is_weight: bool) -> None:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NUMBER = re.compile(r"\.(\d+)\.[^.]+\.(?:weight|bias)$")  # of an expert, in the name of its own tensor
-CODES, SCALES = "_blocks", "_scales"  # ends of the names of experts in MXFP4 (gpt-oss)
 LEAVES = {FUSED_PAIR: (GATE, UP), UP: (UP,), DOWN: (DOWN,)}  # of a fused parameter
 
 
@@ -42,17 +41,11 @@ def rename_headers(skeleton: PreTrainedModel, stored: Mapping[str, Header], fold
     experts = experts_of(skeleton)
     headers: dict[str, Header] = {}
     parts: dict[str, dict[int, Header]] = {}  # of tensors that are stored in several
-    packed = {key for key in stored if key.endswith(SCALES) and f"{key.removesuffix(SCALES)}{CODES}" in stored}
     for key, header in stored.items():
-        if key in packed:
-            continue
         name = key
         for renaming in renamings:
             name, _ = renaming.rename_source_key(name)
         if experts:
-            whole = f"{key.removesuffix(CODES)}{SCALES}"
-            if whole in packed:
-                name, header = name.removesuffix(CODES), _mxfp4_header(header, stored[whole])
             inside = _of_experts(name, header, converters, experts, f"{skeleton.base_model_prefix}.", folder)
             headers |= inside
             if inside:
@@ -96,20 +89,6 @@ def _chunks(name: str, header: Header, converters: list[Any]) -> dict[str, Heade
 def _join(parts: list[Header]) -> Header:
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
     return replace(parts[0], shape=shape, parts=tuple(parts))
-
-
-def _mxfp4_header(codes: Header, scales: Header) -> Header:
-    """Return the header of matrices `[experts, in, out]` that are stored as MXFP4.
-
-    Raises InputError for codes and scales of sizes that do not fit each other.
-    """
-    experts, out, *blocks = codes.shape
-    if codes.dtype != "U8" or blocks[1:] != [16] or scales.dtype != "U8" or scales.shape != codes.shape[:-1]:
-        raise InputError(
-            f"{codes.key} in {codes.file} and {scales.key} are no matrices in MXFP4; download the model again"
-        )
-    packing = Piece(0, scales=(scales.file, scales.key))
-    return replace(codes, shape=(experts, blocks[0] * 32, out), dtype="BF16", piece=packing)
 
 
 def hub_names(
@@ -190,8 +169,6 @@ def _pieces(
         for leaf in leaves:
             piece = Piece(number, experts.form.rows(leaf, out // len(leaves)), turned)
             shape = piece.shape(header.shape)
-            if header.piece is not None:  # packed, and unpacked as `[out, in]`
-                piece = replace(piece, transposed=False, scales=header.piece.scales)
             pieces[f"{path}.{number}.{leaf}.{kind}"] = replace(header, shape=shape, piece=piece)
     return pieces
 

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.errors import InputError
+from llmcompress.models.dense.adapter import adapter_files
 from llmcompress.models.dense.config import code_files
-from llmcompress.models.files.integrity import BINDING, MENDING, weight_files
+from llmcompress.models.dense.headers import model_files
+from llmcompress.models.files.integrity import BINDING, MENDING
 from llmcompress.models.files.reading import error_text, open_tensors, read_json
 from llmcompress.models.files.tensor_files import shard_files
 from llmcompress.runtime.progress import digest_file
@@ -123,7 +125,8 @@ def tokenizer_digest(folder: Path) -> str:
     return sha256(f"{names}\n{content_digest(files)}".encode()).hexdigest()
 
 
-def teacher_digest(folder: Path) -> str:
-    """Return one digest of the files that decide a model's predictions: its config, its weights and its own code."""
+def teacher_digest(folder: Path, adapter: Path | None = None) -> str:
+    """Return one digest of the files that decide a model's predictions: config, weights, its own code, an `adapter`."""
     code = (folder / name for name in code_files(folder))
-    return content_digest([folder / "config.json", *weight_files(folder), *code])
+    parts = [] if adapter is None else adapter_files(adapter)
+    return content_digest([folder / "config.json", *model_files(folder), *code, *parts])
