@@ -203,7 +203,7 @@ def every_node() -> list[Weight]:
     nodes += [streams(kind, steps, 24, run) for kind in TRELLISES for steps, run in ((7, 768), (50, 22), (1, 2))]
     nodes += [streams(kind, steps, 24, run) for kind in RINGS for steps, run in ((7, 768), (50, 22))]
     nodes += [tiles(bits, bits) for bits in (1, 3)]
-    nodes += [superblocks("IQ2_XS", 3, 2, 0), superblocks("IQ1_M", 1, 1, 1)]
+    nodes += [superblocks("TQ2_0", 3, 2, 0)]  # the form whose table is not in another package
     nodes += [codebook(size, entries, length, entries) for entries, length in ((2, 1), (3, 2), (16, 4), (256, 8))]
     nodes += [codebook((5, 33), 6, 4, 0), codebook((1, 1), 256, 4, 0)]
     nodes += [minifloat(size, form, "e8m0", 8, 1) for form in FLOATS] + [minifloat(size, "e2m1", "e4m3", 16, 2)]
