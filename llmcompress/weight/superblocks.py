@@ -30,7 +30,7 @@ Field = tuple[Piece, ...]  # the lowest bits first
 
 @dataclass(frozen=True)
 class SuperblockLayout:
-    """Where the bits of a superblock lie. `length`: columns of an entry; `group`: columns that share n."""
+    """Places of the bits of a superblock. `length`: columns of an entry; `group`: columns that share n."""
 
     bytes: int
     length: int
@@ -85,8 +85,11 @@ LAYOUTS: dict[SuperblockForm, SuperblockLayout] = {
 
 @dataclass(frozen=True)
 class SuperblockNumbers:
-    """What superblocks hold: d float16 `[O, N, 1]`; int32 n `[O, N, G]`, places `[O, N, entries]`, and signs `[O, N,
-    32]` of eight columns each, the first the lowest bit, or a bit for the columns of an equal share (IQ1)."""
+    """Numbers that superblocks hold: d float16 `[O, N, 1]`, the others int32.
+
+    `n [O, N, G]`; `places [O, N, entries]` in the table; `signs [O, N, 32]`: masks of eight columns, the first column
+    in the lowest bit. IQ1 types have a bit for each equal share of the columns.
+    """
 
     d: Tensor
     n: Tensor
@@ -106,7 +109,7 @@ def pack_superblocks(numbers: SuperblockNumbers, form: SuperblockForm) -> Tensor
 
 
 def unpack_superblocks(codes: Tensor, form: SuperblockForm) -> SuperblockNumbers:
-    """Return what bytes `[O, N * bytes]` hold."""
+    """Return the numbers in bytes `[O, N * bytes]`."""
     octets = codes.unflatten(1, (-1, LAYOUTS[form].bytes))
     bits = ((octets[..., None] >> torch.arange(8, dtype=torch.uint8, device=codes.device)) & 1).flatten(2)
     fields = []

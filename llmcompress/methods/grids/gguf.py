@@ -47,8 +47,8 @@ from llmcompress.weight.superblocks import (
     superblock_table,
 )
 
-Simple = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"]
-Type = Simple | Literal["TQ1_0"] | SuperblockForm
+Grids = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"]
+Type = Literal[Grids, "TQ1_0", SuperblockForm]
 # Shares of the scale whose range just covers a group, from more than that (another code for the largest) to half.
 SHARES = (1.15, 1.07, 1.0, 0.95, 0.9, 0.85, 0.8, 0.74, 0.68, 0.6, 0.52)
 ROUNDS = 2  # of codes for a scale, and the scale for those codes

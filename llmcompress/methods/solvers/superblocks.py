@@ -141,7 +141,7 @@ def as_stored(places: Tensor, values: Tensor, shift: Tensor, form: SuperblockFor
 
 @dataclass
 class FilledSuperblocks:
-    """What is chosen: d `[O, 1]` of each superblock; n `[O, 1]`, places and signs `[O, count]` of each group."""
+    """Numbers chosen so far: d `[O, 1]` of each superblock; n `[O, 1]`, places and signs `[O, count]` of each group."""
 
     d: list[Tensor] = field(default_factory=list)
     n: list[Tensor] = field(default_factory=list)

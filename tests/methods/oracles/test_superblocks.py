@@ -13,7 +13,14 @@ from llmcompress.methods.layer import relative_error
 from llmcompress.methods.solvers.superblocks import Entries, best
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.nodes import Superblocks, Weight
-from llmcompress.weight.superblocks import LAYOUTS, SHIFT, SuperblockForm, superblock_table
+from llmcompress.weight.superblocks import (
+    LAYOUTS,
+    SHIFT,
+    SuperblockForm,
+    column_scales,
+    superblock_table,
+    unpack_superblocks,
+)
 from tests.builders import compressed, correlated, gaussian, moments, seeded
 from tests.methods.oracles.slow import damped_moment
 from tests.tiers import tiered
@@ -31,8 +38,7 @@ def octets(form: SuperblockForm) -> Tensor:
         return torch.cat([table + SHIFT, table - SHIFT])
     if table.shape[1] == 8:
         return table
-    first, second = (each.flatten() for each in torch.meshgrid(torch.arange(len(table)), torch.arange(len(table))))
-    return torch.cat([table[first], table[second]], 1)
+    return torch.cat([table.repeat_interleave(len(table), 0), table.repeat(len(table), 1)], 1)
 
 
 def cheapest(wanted: Tensor, metric: Tensor, form: SuperblockForm) -> float:
@@ -100,6 +106,23 @@ def made(form: str, *more: dict[str, str], tokens: int = 4096) -> Weight:
 def loss(w: Weight) -> float:
     error, hessian = (gaussian(16, 256) - dense(w)).double(), damped_moment(correlated(4096, 256, seed=1), 0.1)
     return float(((error @ hessian) * error).sum())
+
+
+def test_every_entry_is_the_nearest_once_earlier_errors_are_fed_back() -> None:
+    """Against all entries at the scale of its group, by an inverse in float64; over two superblocks."""
+    weight, inputs = gaussian(3, 512), correlated(4096, 512, seed=1)
+    w = compressed(weight, inputs, {"method": "gguf", "type": "IQ1_M"}).expression()
+    assert isinstance(w, Superblocks)
+    scales, stored = column_scales(unpack_superblocks(w.codes, w.form), w.form).double(), dense(w).double()
+    factor = torch.linalg.cholesky(damped_moment(inputs, 0.1).inverse(), upper=True)
+    current, entries = weight.double(), octets("IQ1_M")
+    for first in range(0, 512, 8):
+        octet, later = slice(first, first + 8), slice(first + 8, None)
+        root = factor[octet, octet].inverse()
+        errors = (current[:, octet] - stored[:, octet]) @ root
+        others = (current[:, None, octet] - scales[:, None, [first]] * entries) @ root
+        assert bool((errors.square().sum(1) <= 1.001 * others.square().sum(2).amin(1)).all())
+        current[:, later] -= errors @ factor[octet, later]
 
 
 @every_form
