@@ -45,12 +45,15 @@ from llmcompress.formats.gguf.model import gguf_model
 from llmcompress.methods.grids.gguf import FORMS, fitting
 from llmcompress.models.dense.locate import locate
 from llmcompress.runtime.precision import fast_float32
+from llmcompress.weight.superblocks import LAYOUTS
 
 INPUTS = {  # linears of a block that read one input, and what is before it
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"): "input_layernorm",
     ("mlp.gate_proj", "mlp.up_proj"): "post_attention_layernorm",
     ("mlp.down_proj",): "mlp.up_proj",
 }
+TYPES = (*FORMS, *sorted(LAYOUTS.keys() - FORMS.keys()))
+NEEDS_IMPORTANCE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS")  # it ends the process otherwise
 ARMS = ("ours", "rounded", "llama", "llama_importance")
 Matrices = dict[str, tuple[str, int, Tensor]]  # linear -> its type, its bytes, what they say
 
@@ -64,9 +67,9 @@ def main() -> None:
     parser.add_argument("--as-stored", action="store_true", help="do not scale channels")
     parser.add_argument("--jsonl", type=Path, help="collects a record of each row")
     options = parser.parse_args()
-    kinds = options.types or list(FORMS)
-    if unknown := {kind.partition(":")[0] for kind in kinds} - FORMS.keys():
-        parser.error(f"{', '.join(sorted(unknown))} cannot be filled; choose among {', '.join(FORMS)}")
+    kinds = options.types or list(TYPES)
+    if unknown := {kind.partition(":")[0] for kind in kinds} - set(TYPES):
+        parser.error(f"{', '.join(sorted(unknown))} cannot be filled; choose among {', '.join(TYPES)}")
     done = {row["arm"] for row in read_records(options.jsonl)} if options.jsonl else set()
     print(f"| type | matrices | bytes | {' | '.join(ARMS)} | ours above llama.cpp's better |\n|{'---|' * 8}")
     with tempfile.TemporaryDirectory() as place, fast_float32():
@@ -256,10 +259,15 @@ def quantized(weights: dict[str, Tensor], kind: str, importance: dict[str, Tenso
 
 
 def quantize(weight: Tensor, kind: str, importance: Tensor | None = None) -> tuple[Tensor, int]:
-    """Return `weight [out, in]` as llama.cpp's own quantizer rounds it, and its bytes."""
+    """Return `weight [out, in]` as llama.cpp's own quantizer rounds it, and its bytes.
+
+    Types that it refuses to fill without an importance matrix get one of ones.
+    """
     number = gguf.GGMLQuantizationType[kind]
     block, block_bytes = gguf.GGML_QUANT_SIZES[number]
     rows, width = weight.shape
+    if importance is None and kind in NEEDS_IMPORTANCE:
+        importance = torch.ones(width)
     source = np.ascontiguousarray(weight.numpy(), np.float32)
     written = np.zeros((rows, width // block * block_bytes), np.uint8)
     matrix = None if importance is None else np.ascontiguousarray(importance.numpy(), np.float32)

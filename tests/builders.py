@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from llmcompress.weight.nodes import (
     ScaledInputs,
     ScaleFormat,
     Sum,
+    Superblocks,
     Tiles,
     Transpose,
     TrellisCodes,
@@ -34,6 +35,7 @@ from llmcompress.weight.nodes import (
     Where,
     Zero,
 )
+from llmcompress.weight.superblocks import LAYOUTS, SuperblockForm, pack_superblocks, unpack_superblocks
 from llmcompress.weight.trellis import Trellis
 
 TRELLISES = (
@@ -136,6 +138,13 @@ def tiles(bits: int, seed: int) -> Tiles:
     return Tiles(codes, inputs, outputs, bits)
 
 
+def superblocks(form: SuperblockForm, rows: int, count: int, seed: int) -> Superblocks:
+    """Random superblocks of a type of llama.cpp, `count` a row."""
+    octets = torch.randint(256, (rows, count * LAYOUTS[form].bytes), generator=seeded(seed), dtype=torch.uint8)
+    d = torch.randn(rows, count, 1, generator=seeded(seed)).half()
+    return Superblocks(pack_superblocks(replace(unpack_superblocks(octets, form), d=d), form), form)
+
+
 def codebook(size: Sequence[int], entries: int, length: int, seed: int) -> Codebook:
     """A codebook with random codes, entries and scales."""
     random = seeded(seed)
@@ -194,6 +203,7 @@ def every_node() -> list[Weight]:
     nodes += [streams(kind, steps, 24, run) for kind in TRELLISES for steps, run in ((7, 768), (50, 22), (1, 2))]
     nodes += [streams(kind, steps, 24, run) for kind in RINGS for steps, run in ((7, 768), (50, 22))]
     nodes += [tiles(bits, bits) for bits in (1, 3)]
+    nodes += [superblocks("TQ2_0", 3, 2, 0)]  # the form whose table is not in another package
     nodes += [codebook(size, entries, length, entries) for entries, length in ((2, 1), (3, 2), (16, 4), (256, 8))]
     nodes += [codebook((5, 33), 6, 4, 0), codebook((1, 1), 256, 4, 0)]
     nodes += [minifloat(size, form, "e8m0", 8, 1) for form in FLOATS] + [minifloat(size, "e2m1", "e4m3", 16, 2)]

@@ -6,9 +6,10 @@ those of each row and group in turn. No move raises the loss on the calibration 
 no move of a column of a trellis raises the sum of what they count.
 
 Stores the same expression in the same bits. It may change grid codes, codes of floats, streams of a trellis, bits of
-binary planes, factors of columns, kept values of a pruned matrix, signs of a partially binarized one, and codes and
-entries of codebooks. Masks, selections, the scales of floats and those of groups along the output stay. The scheme is
-that of AQLM's code updates (arXiv 2401.06118), one weight, one vector, or one column of a trellis at a time.
+binary planes, factors of columns, kept values of a pruned matrix, signs of a partially binarized one, codes and entries
+of codebooks, and the codes and signs of llama.cpp's IQ types. Masks, selections, and the scales of floats, of IQ types
+and of groups along the output stay. The scheme is that of AQLM's code updates (arXiv 2401.06118), one weight, one
+vector, or one column of a trellis at a time.
 """
 
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from llmcompress.methods.solvers.hessian import metric
 from llmcompress.methods.solvers.projection import FloatPoints, GridPoints, KeptValues, Zeros, keep_places
 from llmcompress.methods.solvers.scales import divide_columns, refit_scales
 from llmcompress.methods.solvers.streams import TrellisStreams
+from llmcompress.methods.solvers.superblocks import visit_superblocks
 from llmcompress.methods.solvers.vectors import books_of, move_codebooks, visit_vectors
 from llmcompress.runtime.phases import phase
 from llmcompress.weight.expression import dense, describe, repeat_groups
@@ -37,6 +39,7 @@ from llmcompress.weight.nodes import (
     Minifloat,
     ScaledInputs,
     Sum,
+    Superblocks,
     Transpose,
     TrellisCodes,
     Weight,
@@ -85,6 +88,8 @@ def descend(base: Weight, target: Tensor, hessian: Tensor, rows: Tensor | None =
     base = move_codebooks(base, target, lambda books, own, shown: visit_vectors(books, own, hessian, shown))
     if books_of(base):
         return base
+    if isinstance(base, Superblocks):
+        return visit_superblocks(base, target, hessian)
     values = dense(base).T.clone(memory_format=torch.contiguous_format)  # [in, out], like everything below
     pull = hessian @ (target.T - values)
     if isinstance(base, TrellisCodes):
@@ -190,6 +195,7 @@ def with_values(w: Weight, values: Tensor) -> Weight:
 def _compressed_base(approx: Weight) -> Weight:
     base = base_and_term(approx)[0]
     known = isinstance(base, Grid | Minifloat | TrellisCodes | Where | ScaledInputs | Transpose)
-    if not (known or planes_of(base) or books_of(base)):
+    in_tables = isinstance(base, Superblocks) and base.form != "TQ2_0"
+    if not (known or in_tables or planes_of(base) or books_of(base)):
         raise RecipeError(f"there is nothing to polish in {describe(base)}; prune or quantize first")
     return base

@@ -26,6 +26,7 @@ from llmcompress.weight.nodes import (
     ScaledInputs,
     StoredTensor,
     Sum,
+    Superblocks,
     Tiles,
     Transpose,
     TrellisCodes,
@@ -41,6 +42,7 @@ from llmcompress.weight.nodes import (
     unknown,
 )
 from llmcompress.weight.packing import codes_in_bytes, pack, unpack
+from llmcompress.weight.superblocks import LAYOUTS, SUPERBLOCK
 from llmcompress.weight.tiles import SIDE, STEPS
 from llmcompress.weight.trellis import Code, Trellis
 
@@ -98,6 +100,8 @@ def _header(w: Weight) -> dict[str, Any]:
             return {"node": name, **size, "run": run, **{key: getattr(trellis, key) for key in SIZES}, **ring}
         case Tiles(bits=bits):
             return {"node": "tiles", **size, "bits": bits}
+        case Superblocks(form=form):
+            return {"node": "superblocks", **size, "form": form}
         case Codebook(centroids=centroids):
             return {"node": "codebook", **size, "entries": len(centroids), "length": centroids.shape[1]}
         case Minifloat(_, scale, tensor_scale, form, scales, group_size):
@@ -158,6 +162,9 @@ class Reader:
                 codes = unpack(self.own("codes"), 1 << header["bits"], rows * width)
                 tiled = codes.reshape(width // SIDE, rows // SIDE, STEPS)
                 return Tiles(tiled, self.own("inputs"), self.own("outputs"), header["bits"])
+            case "superblocks":
+                (rows, width), form = header["shape"], header["form"]
+                return Superblocks(self.rows("codes", (rows, width // SUPERBLOCK * LAYOUTS[form].bytes)), form)
             case "codebook":
                 (rows, width), length = header["shape"], header["length"]
                 codes = self.rows("codes", (rows, -(-width // length)), header["entries"])

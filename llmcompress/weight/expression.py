@@ -27,6 +27,7 @@ from llmcompress.weight.nodes import (
     RotatedInputs,
     ScaledInputs,
     Sum,
+    Superblocks,
     Tiles,
     Transpose,
     TrellisCodes,
@@ -42,6 +43,7 @@ from llmcompress.weight.nodes import (
     unknown,
 )
 from llmcompress.weight.packing import packed_bits
+from llmcompress.weight.superblocks import superblock_matrix
 from llmcompress.weight.tiles import matrix as tiled_matrix
 from llmcompress.weight.trellis import matrix
 
@@ -76,6 +78,8 @@ def dense(w: Weight, where: torch.device | None = None) -> Tensor:
             return matrix(codes, len(scale), trellis, run) * scale.float()
         case Tiles(codes, inputs, outputs, bits):
             return tiled_matrix(codes, bits, inputs, outputs)
+        case Superblocks(codes, form):
+            return superblock_matrix(codes, form)
         case Codebook(codes, centroids, scale, width):
             return centroids.float()[codes.long()].flatten(1)[:, :width] * scale.float()
         case Minifloat(codes, form=form, group_size=group_size):
@@ -200,6 +204,8 @@ def describe(w: Weight) -> str:
             return f"{trellis.rate:g}-bit trellis"
         case Tiles(bits=bits):
             return f"{bits}-bit tiles"
+        case Superblocks(form=form):
+            return form
         case Codebook(centroids=centroids):
             entries, length = centroids.shape
             return f"{entries} vectors of {length}" if length > 1 else f"{entries} points"

@@ -5,8 +5,8 @@ by `children` or `rebuild`, and count stored numbers by `stored_tensors`. So a n
 `shape` and `stored_tensors` here, one in `dense` and `describe` there, and two in `encoding`.
 
 `Where` selects element by element, so both its sides have the full shape. Elements that a side does not show are not
-stored: the selection (`shown`, true = stored) goes down to the leaves. Codes of a `Codebook`, of `TrellisCodes` and of
-`Tiles` are always all stored.
+stored: the selection (`shown`, true = stored) goes down to the leaves. Codes of a `Codebook`, of `TrellisCodes`, of
+`Tiles` and of `Superblocks` are always all stored.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.weight.packing import packed_bits
+from llmcompress.weight.superblocks import LAYOUTS, SUPERBLOCK, SuperblockForm
 from llmcompress.weight.tiles import SIDE
 from llmcompress.weight.trellis import Trellis
 
@@ -81,6 +82,17 @@ class Tiles:
     inputs: Tensor
     outputs: Tensor
     bits: int
+
+
+@dataclass(frozen=True, eq=False)
+class Superblocks:
+    """Vectors of llama.cpp's tables under small multiples of a scale of 256 columns, in its own bytes (`superblocks`).
+
+    `codes` uint8 `[out, in / 256 * bytes]`, those of a tensor of GGUF's type `form`.
+    """
+
+    codes: Tensor
+    form: SuperblockForm
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,6 +212,7 @@ Weight = (
     | Grid
     | TrellisCodes
     | Tiles
+    | Superblocks
     | Codebook
     | Minifloat
     | LowRank
@@ -224,6 +237,8 @@ def shape(w: Weight) -> tuple[int, int]:
             return scale.shape[0], codes.numel() * trellis.values // scale.shape[0]
         case Tiles(codes):
             return SIDE * codes.shape[1], SIDE * codes.shape[0]
+        case Superblocks(codes, form):
+            return codes.shape[0], codes.shape[1] // LAYOUTS[form].bytes * SUPERBLOCK
         case Codebook(codes, width=width):
             return codes.shape[0], width
         case LowRank(left, right):
@@ -262,7 +277,7 @@ def children(w: Weight, shown: Tensor | None = None) -> tuple[Child, ...]:
             return (("inner_", inner, lying),)
         case Sum(parts):
             return tuple((f"{i}_", part, shown) for i, part in enumerate(parts))
-        case Zero() | Dense() | Grid() | TrellisCodes() | Tiles() | Codebook() | Minifloat():
+        case Zero() | Dense() | Grid() | TrellisCodes() | Tiles() | Superblocks() | Codebook() | Minifloat():
             return ()
     raise unknown("children", w)
 
@@ -326,6 +341,8 @@ def stored_tensors(w: Weight) -> tuple[StoredTensor, ...]:
         case Tiles(codes, inputs, outputs, bits):
             factors = StoredTensor("inputs", inputs, per="node"), StoredTensor("outputs", outputs, per="node")
             return StoredTensor("codes", codes, 1 << bits, "node"), *factors
+        case Superblocks(codes):
+            return (StoredTensor("codes", codes),)
         case Codebook(codes, centroids, scale):
             table = StoredTensor("centroids", centroids, per="node")
             return StoredTensor("codes", codes, len(centroids)), table, StoredTensor("scale", scale)

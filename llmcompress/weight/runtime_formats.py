@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llmcompress.weight.expression import describe
-from llmcompress.weight.nodes import Dense, Grid, LowRank, Minifloat, Sum, Tiles, Weight, Zero
+from llmcompress.weight.nodes import Dense, Grid, LowRank, Minifloat, Sum, Superblocks, Tiles, Weight, Zero
 from llmcompress.weight.packing import stream_bits
 
 PACKED_FLOATS = {("e2m1", "e8m0", 32): "mxfp4", ("e2m1", "e4m3", 16): "nvfp4"}  # form, scales, columns of a scale
@@ -95,7 +95,7 @@ def mlx_group(w: Grid) -> int | None:
 def llama_cpp_obstacle(w: Weight) -> str | None:
     """Return the reason why GGUF cannot hold `w`; None if it may: whether scales suit a type, the export tells."""
     match w:
-        case Dense() | Zero():
+        case Dense() | Zero() | Superblocks():
             return None
         case Grid(codes) | Sum((LowRank(), Grid(codes))):
             fills = codes.shape[1] % GGUF_BLOCK == 0

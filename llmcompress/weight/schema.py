@@ -17,6 +17,7 @@ from torch import Tensor
 from llmcompress.weight.encoding import decode_index, trellis_of
 from llmcompress.weight.nodes import FloatFormat, ScaleFormat, float_codes
 from llmcompress.weight.packing import codes_in_bytes, digits_per_byte, ones, packed_bytes, stream_bits, unpack
+from llmcompress.weight.superblocks import LAYOUTS, SUPERBLOCK, SuperblockForm
 from llmcompress.weight.tiles import BLOCK
 
 LARGEST = 2**24  # rows, columns and groups; four times the largest vocabulary
@@ -68,6 +69,11 @@ class _Trellis(_Matrix):
 class _Tiles(_Matrix):
     node: Literal["tiles"]
     bits: Annotated[int, Field(ge=1, le=8)]
+
+
+class _Superblocks(_Matrix):
+    node: Literal["superblocks"]
+    form: SuperblockForm
 
 
 class _Codebook(_Matrix):
@@ -135,6 +141,7 @@ Node = Annotated[
     | _Grid
     | _Trellis
     | _Tiles
+    | _Superblocks
     | _Codebook
     | _Minifloat
     | _LowRank
@@ -267,6 +274,9 @@ class _Checker:
                 self._take(f"{path}codes", CODES, packed_bytes(1 << bits, rows * width))
                 self._take(f"{path}inputs", FLOATS, width)
                 self._take(f"{path}outputs", FLOATS, rows)
+            case _Superblocks(form=form):
+                _demand(width % SUPERBLOCK == 0, path, f"{SUPERBLOCK} columns do not divide the width {width}")
+                self._take(f"{path}codes", CODES, rows * width // SUPERBLOCK * LAYOUTS[form].bytes)
             case _Codebook(entries=entries, length=length):
                 self._numbers(f"{path}codes", entries, rows * -(-width // length))
                 self._take(f"{path}centroids", FLOATS, entries * length)

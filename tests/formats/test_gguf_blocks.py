@@ -30,6 +30,7 @@ from llmcompress.methods.solvers.floats import LAYOUTS, nearest_floats
 from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Dense, Grid, LowRank, Sum, Weight
+from llmcompress.weight.superblocks import LAYOUTS as SUPERBLOCKS
 from tests.builders import compressed, correlated, gaussian, grid, moments, seeded
 from tests.formats.gguf_files import byte_level, engine, gguf, largest_difference, run
 from tests.formats.gguf_files import compressed as checkpoint
@@ -37,8 +38,9 @@ from tests.tiers import tiered
 from tests.tiny import tiny
 
 READ = [kind for kind in QUANTIZED if kind.name != "Q1_0"]  # of which gguf has no reader
-TYPES = sorted(method.FORMS)
-FAST = ("IQ4_XS", "Q4_0", "Q4_1", "Q4_K")  # a table, a simple type, offsets, and superblocks with offsets
+TYPES = sorted(method.FORMS.keys() | SUPERBLOCKS.keys())
+# A table, a simple type, offsets, superblocks with offsets, a table of vectors, two bits
+FAST = ("IQ4_XS", "Q4_0", "Q4_1", "Q4_K", "IQ2_XS", "TQ2_0")
 every_type = pytest.mark.parametrize("kind", tiered(TYPES, FAST.__contains__, str))
 
 
@@ -148,7 +150,8 @@ def test_numbers_of_any_size_fit(kind: str) -> None:
     weight = gaussian(6, 256)
     weight[0], weight[1], weight[2, 3], weight[3] = 0, weight[1] * 1e-5, 50.0, weight[3].abs() + 0.1
     w = made(kind, 256, weight)
-    assert exact_type(w).row_bytes(256) <= next(each for each in QUANTIZED if each.name == kind).row_bytes(256)
+    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    assert exact_type(w).row_bytes(256) <= 256 // block * block_bytes
     assert torch.equal(read(exact_type(w).name, pack_tensor(w, exact_type(w))), dense(w))
     assert int(dense(w)[0].count_nonzero()) == 0
 
@@ -171,9 +174,10 @@ def test_feedback_pays_on_tokens_it_has_not_seen(kind: str) -> None:
     assert relative_error(weight, fed, unseen) < 0.8 * relative_error(weight, plain, unseen)
 
 
-def test_a_width_without_superblocks_gets_the_type_that_llama_cpp_takes() -> None:
-    done = compressed(gaussian(8, 96), correlated(256, 96), {"method": "gguf", "type": "Q4_K"})
-    assert exact_type(done.expression()).name == "Q5_0"
+@pytest.mark.parametrize("kind, instead", [("Q4_K", "Q5_0"), ("IQ2_XS", "IQ4_NL"), ("TQ2_0", "Q4_0")])
+def test_a_width_without_superblocks_gets_the_type_that_llama_cpp_takes(kind: str, instead: str) -> None:
+    done = compressed(gaussian(8, 96), correlated(256, 96), {"method": "gguf", "type": kind})
+    assert exact_type(done.expression()).name == instead
 
 
 def test_both_tables_of_iq4_types_are_the_same() -> None:
@@ -198,10 +202,10 @@ def test_llama_cpp_multiplies_by_what_the_method_fills(kind: str, tmp_path: Any)
     assert largest_difference(run(tmp_path / "out"), model, ids, 640) < 0.25
 
 
-@pytest.mark.parametrize("kind", [*QUANTIZED, *FLOATS.values(), MXFP4], ids=lambda kind: kind.name)
-def test_every_type_can_be_that_of_most_weights(kind: TensorType) -> None:
+@pytest.mark.parametrize("kind", [*(kind.name for kind in (*QUANTIZED, *FLOATS.values(), MXFP4)), *SUPERBLOCKS])
+def test_every_type_can_be_that_of_most_weights(kind: str) -> None:
     """llama.cpp prints a file's type; the K types are there with the letter S, MXFP4 with MOE."""
-    assert file_type(kind.name).name.split("_", 1)[1].removesuffix("_S").removesuffix("_MOE") == kind.name
+    assert file_type(kind).name.split("_", 1)[1].removesuffix("_MOE") in (kind, f"{kind}_S")
 
 
 # --- rounding what no type holds ------------------------------------------------------------------------------------

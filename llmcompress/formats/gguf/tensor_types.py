@@ -23,7 +23,8 @@ from llmcompress.formats.engine_files import UnfitError
 from llmcompress.formats.gguf import blocks
 from llmcompress.formats.gguf.blocks import IQ4, Blocks
 from llmcompress.weight.expression import dense, describe
-from llmcompress.weight.nodes import Dense, Grid, LowRank, Minifloat, Sum, Weight, Zero
+from llmcompress.weight.nodes import Dense, Grid, LowRank, Minifloat, Sum, Superblocks, Weight, Zero
+from llmcompress.weight.superblocks import LAYOUTS, SUPERBLOCK
 
 FLOAT_TYPES = {torch.bfloat16: "BF16", torch.float16: "F16"}  # all others become F32
 SMALLEST = 2.0**-24  # of which all float16 numbers are multiples
@@ -86,6 +87,8 @@ def exact_type(w: Weight) -> TensorType:
             return FLOATS[FLOAT_TYPES.get(values.dtype, "F32")]
         case Zero():
             return FLOATS["BF16"]
+        case Superblocks(form=form):
+            return TensorType(form, SUPERBLOCK, LAYOUTS[form].bytes)
         case Minifloat(scale=scale, tensor_scale=None, form="e2m1", scales="e8m0", group_size=32):
             if w.codes.shape[1] % MXFP4.block or int(scale.max()) == 255:
                 raise UnfitError(f"{describe(w)} does not fill blocks of 32 columns")
@@ -134,6 +137,8 @@ def round_to_type(values: Tensor, kind: TensorType) -> Grid:
 
 def pack_tensor(w: Weight, kind: TensorType) -> Tensor:
     """Return the bytes of `w` in its type `kind`: uint8 `[O, bytes of a row]`, `[bytes]` of a vector."""
+    if isinstance(w, Superblocks):
+        return w.codes
     if isinstance(w, Minifloat) and kind is MXFP4:
         return blocks.mxfp4(w.codes.unflatten(1, (-1, kind.block)), w.scale[..., None]).flatten(1)
     filled = to_scaled_integers(w).blocks(kind) if kind.pack else None

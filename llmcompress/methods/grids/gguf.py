@@ -4,12 +4,18 @@ Minimises tr(E H E^T) greedily, as `gptq` does, but the grid of a group is one t
 one further on one side, scales that are small multiples of a number of their superblock, offsets beside them, or the 16
 numbers of the IQ4 types. llama.cpp's own quantizer rounds each weight for itself.
 
-Stores a Grid; Q4_1, Q5_1, Q2_K, Q4_K and Q5_K a low-rank term before it, whose right factor says which columns are in
-which group: the offsets. Scales are stored as float16 numbers and the numbers of IQ4 types as integers of 8 bits, so a
-checkpoint can be larger than the GGUF file it becomes. The K types and IQ4_XS have superblocks of 256 columns; where
-these do not fill a matrix, the type is used that llama.cpp's quantizer takes instead; the export counts the types.
+In the types IQ1, IQ2 and IQ3 eight or four columns are an entry of a table, under signs or a shift. The nearest one is
+searched in the metric of the inverse Hessian's block, for each multiple that their scale may be, and their errors are
+fed back together. They need the package `gguf`, which has the tables. TQ1_0 has the integers -1, 0 and 1; TQ2_0 has 2
+besides, which llama.cpp computes with, though its own quantizer leaves it out.
 
-In the superblocks of 256 columns scales are small multiples n of one number d, and offsets small multiples of one
+Stores `Superblocks`, the bytes of the GGUF file, for IQ1, IQ2, IQ3 and TQ2_0, and a Grid for the others; Q4_1, Q5_1,
+Q2_K, Q4_K and Q5_K a low-rank term before it, whose right factor says which columns are in which group: the offsets.
+Scales of grids are stored as float16 numbers and the numbers of IQ4 types as integers of 8 bits, so a checkpoint can be
+larger than the GGUF file it becomes. The K, TQ and IQ types but IQ4_NL have superblocks of 256 columns; where these do
+not fill a matrix, the type is used that llama.cpp's quantizer takes instead; the export counts the types.
+
+In the superblocks of K types scales are small multiples n of one number d, and offsets small multiples of one
 number e: d and e are chosen where the superblock starts, n and the offset's multiple where the group starts, each on
 weights that carry all feedback so far. d has so few significant bits that every n d is a float16 number.
 """
@@ -30,10 +36,19 @@ from llmcompress.methods.layer import Layer, StepConfig, base_and_term, base_tar
 from llmcompress.methods.solvers.feedback import feedback
 from llmcompress.methods.solvers.grid import float16_scale
 from llmcompress.methods.solvers.hessian import channel_energy, feedback_factor
-from llmcompress.weight.nodes import Dense, Grid, LowRank, Sum, Weight, shape
+from llmcompress.methods.solvers.superblocks import InSuperblocks, inverse
+from llmcompress.weight.nodes import Dense, Grid, LowRank, Sum, Superblocks, Weight, shape
+from llmcompress.weight.superblocks import (
+    LAYOUTS,
+    SUPERBLOCK,
+    SuperblockForm,
+    SuperblockNumbers,
+    pack_superblocks,
+    superblock_table,
+)
 
-Type = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"]
-SUPERBLOCK = 256
+Grids = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"]
+Type = Literal[Grids, "TQ1_0", SuperblockForm]
 # Shares of the scale whose range just covers a group, from more than that (another code for the largest) to half.
 SHARES = (1.15, 1.07, 1.0, 0.95, 0.9, 0.85, 0.8, 0.74, 0.68, 0.6, 0.52)
 ROUNDS = 2  # of codes for a scale, and the scale for those codes
@@ -81,7 +96,7 @@ def _nearest_of_halves(integers: tuple[int, ...]) -> Tensor:
 
 
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-FORMS: dict[Type, BlockForm] = {
+FORMS: dict[Type, BlockForm] = {  # of types without a table of vectors
     "Q4_0": BlockForm(tuple(range(-8, 8)), 32),
     "Q4_1": BlockForm(tuple(range(16)), 32, offsets=0),
     "Q5_0": BlockForm(tuple(range(-16, 16)), 32),
@@ -94,6 +109,8 @@ FORMS: dict[Type, BlockForm] = {
     "Q5_K": BlockForm(tuple(range(32)), 32, 63, 63),
     "Q6_K": BlockForm(tuple(range(-32, 32)), 16, 127),
     "IQ4_XS": BlockForm(IQ4, 32, 31),
+    "TQ1_0": BlockForm((-1, 0, 1), SUPERBLOCK),
+    "TQ2_0": BlockForm((-1, 0, 1, 2), SUPERBLOCK),
 }
 INSTEAD: dict[Type, Type] = {  # of a type with superblocks, in matrices that these do not fill
     "Q2_K": "Q4_0",
@@ -102,6 +119,9 @@ INSTEAD: dict[Type, Type] = {  # of a type with superblocks, in matrices that th
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
     "IQ4_XS": "IQ4_NL",
+    "TQ1_0": "Q4_0",
+    "TQ2_0": "Q4_0",
+    **dict.fromkeys(LAYOUTS.keys() - {"TQ2_0"}, "IQ4_NL"),
 }
 
 
@@ -116,12 +136,15 @@ class GGUF(StepConfig):
     @property
     def rowwise(self) -> bool:
         """See `StepConfig.rowwise`."""
-        return FORMS[self.type].offsets is None  # a low-rank term has a factor of the whole matrix
+        form = FORMS.get(self.type)
+        return form is None or form.offsets is None  # a low-rank term has a factor of the whole matrix
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
         base, term = base_and_term(approx)
-        return join(in_blocks_sketch(shape(base), FORMS[fitting(self.type, shape(base)[1])]), term)
+        kind = fitting(self.type, shape(base)[1])
+        form = superblock_form(kind)
+        return join(superblock_sketch(shape(base), form) if form else in_blocks_sketch(shape(base), FORMS[kind]), term)
 
 
 def fitting(kind: Type, width: int) -> Type:
@@ -129,14 +152,23 @@ def fitting(kind: Type, width: int) -> Type:
     return INSTEAD[kind] if kind in INSTEAD and width % SUPERBLOCK else kind
 
 
+def superblock_form(kind: Type) -> SuperblockForm | None:
+    """Return the form of `Superblocks` that a type is; None for a grid."""
+    return next((form for form in LAYOUTS if form == kind), None)
+
+
 @method("gguf", GGUF, needs={"outer"}, data_free=True)
 def gguf(layer: Layer, config: GGUF) -> Layer:
     """Quantize the base with error feedback; without calibration, without feedback."""
     target = base_target(layer)
-    form = FORMS[fitting(config.type, target.shape[1])]
+    kind = fitting(config.type, target.shape[1])
     factor, notes = feedback_factor(layer.inputs, config.damping)
+    form = superblock_form(kind)
+    if form and kind not in FORMS:
+        return with_base(layer, feedback(target, factor, InSuperblocks(form, factor, target.device)), notes)
     importance = None if factor is None else channel_energy(layer.inputs).float()
-    return with_base(layer, feedback(target, factor, InBlocks(form, importance)), notes)
+    found = feedback(target, factor, InBlocks(FORMS[kind], importance))
+    return with_base(layer, to_tq2_0(found) if form else found, notes)
 
 
 @dataclass
@@ -293,9 +325,22 @@ def in_blocks_sketch(size: tuple[int, int], form: BlockForm) -> Weight:
     return Sum((LowRank(left, right), grid))
 
 
-def inverse(numbers: Tensor) -> Tensor:
-    """Return `1 / numbers`, 0 where they are 0."""
-    return torch.where(numbers == 0, 0.0, 1 / numbers)
+def superblock_sketch(size: tuple[int, int], form: SuperblockForm) -> Superblocks:
+    """Return superblocks without values. Raises RecipeError where the package that has their table is missing."""
+    superblock_table(form)
+    width = size[1] // SUPERBLOCK * LAYOUTS[form].bytes
+    return Superblocks(torch.empty(size[0], width, dtype=torch.uint8, device="meta"), form)
+
+
+def to_tq2_0(w: Weight) -> Superblocks:
+    """Return a grid of the form of TQ2_0 in its bytes; scales are negative where the grid has its signs turned."""
+    if not isinstance(w, Grid) or w.zero is None:
+        raise TypeError("superblocks of TQ2_0 are grids with a zero point")
+    turned = (w.zero != 1)[..., None]
+    codes, scale = w.codes.unflatten(1, (-1, SUPERBLOCK)), w.scale[..., None]
+    places, none = torch.where(turned, 3 - codes, codes), codes[..., :0]
+    numbers = SuperblockNumbers(torch.where(turned, -scale, scale), none, places, none)
+    return Superblocks(pack_superblocks(numbers, "TQ2_0"), "TQ2_0")
 
 
 def few_bits(numbers: Tensor, largest: int) -> Tensor:
