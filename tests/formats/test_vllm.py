@@ -88,7 +88,7 @@ def test_fused_linears_multiply_as_their_parts(folder: Path, config: Any) -> Non
         vllm.finish(layer)
         torch.testing.assert_close(layer(x), x @ torch.cat(parts).T)
         assert layer.get_parameter("weight").dtype == torch.uint8 and len(list(layer.parameters())) == 1
-        assert layer.decoders[0][0].fast is not None, "products by kernels"
+        assert parent == "self_attn" or layer.decoders[0][1].fast is not None, "up_proj has a kernel"
 
 
 def test_plain_linears_are_left_to_vllm(config: Any) -> None:
