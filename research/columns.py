@@ -143,6 +143,11 @@ TABLES: dict[str, Columns] = {
         "tokens/s": "{tokens_per_second:.2f}",
         "to dense": "{ratio:.2f}",
     },
+    "vllm-speed": {
+        "engine, model, sequences at once": "{arm}",
+        "tokens/s": "{tokens_per_second:.1f}",
+        "to dense": "{ratio:.2f}",
+    },
     "dense-models": {
         "model": "{arm}",
         "llmcompress": "{own:.3f}",

@@ -97,14 +97,15 @@ def main() -> None:
         numbers = {"tokens_per_second": statistics.median(own), "ratio": ratio, "sequences": count}
         print(f"| {engine}, {name} | {count} | {numbers['tokens_per_second']:.1f} | {ratio:.2f} |", flush=True)
         if options.jsonl:
-            append(options.jsonl, record(f"{engine}, {name}, {count}", numbers, options))
+            arm = f"{engine}, {name}, {count} sequence{'s' * (count > 1)}"
+            append(options.jsonl, record(arm, numbers, options))
 
 
 def record(arm: str, numbers: dict[str, float], options: argparse.Namespace) -> Record:
     """Return the record of a row."""
     said = f"--rounds {options.rounds} --tokens {options.tokens}"
-    command = f".engines/vllm/bin/python research/engines/vllm_speed.py {said} {' '.join(options.models)}"
-    where = {"table": "vllm-speed", "arm": arm, "model": options.models[0].partition("=")[0], "text": None}
+    command = f".engines/vllm/bin/python research/engines/vllm_speed.py {said} NAME=FOLDER ..."
+    where = {"table": "vllm-speed", "arm": arm, "model": "smollm2", "text": None}
     return where | {"command": command, "calibration": None, **provenance(), "numbers": numbers}
 
 
