@@ -49,6 +49,7 @@ from llmcompress.models.dense.families import Architecture, Linear
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.runtime.memory import trim_memory
 from llmcompress.runtime.phases import phase
+from llmcompress.runtime.progress import count_steps
 from llmcompress.runtime.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ class _Walk:
         behind = hidden.clone() if window > 1 else None
         keep_outputs = statistics.prefix == "dense"
         streams = HiddenStreams(batches, hidden, statistics, dense, behind, keep_outputs, execution.ranks)
-        self._report(0, 0.0)
+        count_steps("block", len(self.arch.blocks))  # the first one may take long
         before, started = None, time.monotonic()
         tokens = sequences.numel() * execution.ranks.count
         for index, module in self._loaded_blocks(hidden.device):
@@ -177,7 +178,6 @@ class _Walk:
 
     def without_data(self) -> Iterator[Block]:
         """Yield the blocks and tables of a walk without sequences."""
-        self._report(self.finished, 0.0)
         for index, module in self._loaded_blocks(self.device, self.finished):
             layout = self.arch.blocks[index]
             wanted = wanted_of(layout, self.statistics.needs)

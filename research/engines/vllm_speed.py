@@ -104,7 +104,7 @@ def main() -> None:
 def record(arm: str, numbers: dict[str, float], options: argparse.Namespace) -> Record:
     """Return the record of a row."""
     said = f"--rounds {options.rounds} --tokens {options.tokens}"
-    command = f".engines/vllm/bin/python research/engines/vllm_speed.py {said} NAME=FOLDER ..."
+    command = f"python research/engines/vllm_speed.py {said} NAME=FOLDER ..."
     where = {"table": "vllm-speed", "arm": arm, "model": "smollm2", "text": None}
     return where | {"command": command, "calibration": None, **provenance(), "numbers": numbers}
 

@@ -267,8 +267,8 @@ def test_the_teacher_is_gone_while_the_student_learns(
     loaded: list[weakref.ref[Any]] = []
     load = setup.load_model
 
-    def counted(*given: Any) -> Any:
-        model = load(*given)
+    def counted(*given: Any, **more: Any) -> Any:
+        model = load(*given, **more)
         loaded.append(weakref.ref(model))
         return model
 

@@ -171,8 +171,8 @@ def test_the_dense_teacher_is_gone_while_the_student_learns(
     loaded: dict[str, weakref.ref[Any]] = {}
     load = setup.load_model
 
-    def remembering(place: Place, *more: Any) -> Any:
-        model = load(place, *more)
+    def remembering(place: Place, *more: Any, **settings: Any) -> Any:
+        model = load(place, *more, **settings)
         loaded[place.folder.name + (" in 4 bits" if len(more) > 2 else "")] = weakref.ref(model)
         return model
 

@@ -150,7 +150,7 @@ def test_vllms_llama_computes_our_logits(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("by", ["compressed-tensors", "the plug-in"])
 def test_vllms_engine_answers_as_transformers(by: str, tmp_path: Path) -> None:
-    """What `--for vllm` writes, and a checkpoint of trellises, in vLLM's engine with its own kernels and cache."""
+    """Log-probabilities of what `--for vllm` writes, and of a checkpoint of trellises, in vLLM's engine."""
     program = ROOT / ".engines" / "vllm" / "bin" / "python"
     if not program.exists():
         pytest.skip("there is no vLLM here; research/engines/setup makes its environment")
