@@ -55,6 +55,7 @@ def test_a_model_that_passes_takes_its_largest_part(
             check_fits("cpu", "scoring", passing=places)
 
 
+@pytest.mark.slow
 def test_scoring_and_verifying_refuse_before_they_load(
     folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -305,6 +305,7 @@ print(*(path.name for path in locate("org/own", trust_remote_code=sys.argv[1] ==
 """
 
 
+@pytest.mark.slow
 def test_code_comes_from_the_hub_only_if_it_is_trusted(dense: Path, tmp_path: Path, marker: Path) -> None:
     with StandInHub() as hub:
         hub.commit("org/own", {path.name: path.read_bytes() for path in dense.iterdir()})

@@ -155,6 +155,7 @@ def test_models_that_an_engine_does_not_run_are_refused_before_any_work(tmp_path
         plan_for("mlx", other, recipe("mlx"))
 
 
+@pytest.mark.slow
 def test_the_command_takes_an_engine(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
@@ -168,10 +169,13 @@ def test_the_command_takes_an_engine(dense: Path, tmp_path: Path, monkeypatch: p
     assert scored.exit_code == 0, scored.output
     done = CliRunner().invoke(app, ["compress", str(dense), "--for", "exllamav3", "-o", "tiles", *short])
     assert done.exit_code == 0 and "next  " not in done.stdout
+
+
+def test_the_command_refuses_other_engines(dense: Path, tmp_path: Path) -> None:
     for words, sentence in (
         (["--for", "vlm"], "there is no engine 'vlm'; did you mean vllm?"),
         (["--for", "mlx", "--bpw", "3"], "a target counts our own bytes, not those of mlx"),
         (["default", "--for", "tgi"], "choose one of vllm, llama.cpp, mlx, exllamav3"),
     ):
-        refused = CliRunner().invoke(app, ["compress", str(dense), *words, "-o", "out"])
+        refused = CliRunner().invoke(app, ["compress", str(dense), *words, "-o", str(tmp_path / "out")])
         assert refused.exit_code == 2 and sentence in refused.stderr, refused.stderr
