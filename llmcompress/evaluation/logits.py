@@ -77,8 +77,8 @@ def window_logits(
 
     The logits are [batch, positions, vocabulary] of consecutive positions, to be read before the next windows are.
 
-    `blocks` receives (blocks, blocks in all) of a model that runs block by block, first 0. A model whose blocks cannot
-    be run one by one is read whole.
+    `blocks` receives (blocks, blocks in all) of a model that runs block by block. A model whose blocks cannot be run
+    one by one is read whole.
     """
     passed = _run_blocks(model, ids, batch_size, blocks) if len(ids) else None
     if passed is not None:
@@ -103,9 +103,7 @@ def _run_blocks(
     try:
         streamed = by_blocks(model)
         states = streamed.embed(ids, batch_size)
-        if blocks is not None:
-            blocks(0, streamed.depth)
-        for index in range(streamed.depth) if blocks else count_each(range(streamed.depth), "block"):
+        for index in count_each(range(streamed.depth), "block"):
             streamed.advance(states, index)
             if blocks is not None:
                 blocks(index + 1, streamed.depth)

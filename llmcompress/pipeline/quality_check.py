@@ -214,6 +214,6 @@ class _BothModels:
     passed: list[int] = field(default_factory=list)
 
     def __call__(self, done: int, total: int) -> None:
-        """Report one more block, or the beginning of a model."""
-        self.passed.extend([done] if done else [])
+        """Report one more block."""
+        self.passed.append(done)
         self.progress(len(self.passed), 2 * total)
