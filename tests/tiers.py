@@ -35,14 +35,14 @@ def first_of_each(cases: Iterable[Any], kind: Callable[[Any], Any]) -> Callable[
 def expressions(seed: int, count: int, fast: int = 10) -> list[ParameterSet]:
     """Return the cases that judge a law of weights: every node, and `count` random nestings.
 
-    Fast: a node of each kind, and so many nestings. Nightly: the second half of the nestings.
+    Fast: a node of each kind, and so many nestings. Nightly: all but the first quarter of the nestings.
     """
     nodes, nestings = every_node(), random_nestings(seed, count)
     is_first = first_of_each(nodes, lambda w: (type(w), type(w.index) if isinstance(w, Where) else None))
     taken = {id(w) for w in nestings[:fast]}
-    half = max(fast, count // 2)
-    early = tiered(nodes + nestings[:half], lambda w: is_first(w) or id(w) in taken, _name)
-    return early + [pytest.param(w, id=_name(w), marks=pytest.mark.nightly) for w in nestings[half:]]
+    quarter = max(fast, count // 4)
+    early = tiered(nodes + nestings[:quarter], lambda w: is_first(w) or id(w) in taken, _name)
+    return early + [pytest.param(w, id=_name(w), marks=pytest.mark.nightly) for w in nestings[quarter:]]
 
 
 def _name(w: Weight) -> str:

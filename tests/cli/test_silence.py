@@ -169,7 +169,9 @@ SELECTED = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("beats", [True, False], ids=["seconds", "counts"])
+@pytest.mark.parametrize(
+    "beats", [pytest.param(True, id="seconds", marks=pytest.mark.nightly), pytest.param(False, id="counts")]
+)
 @pytest.mark.parametrize("command", SELECTED)
 def test_the_longest_silence(
     command: str, beats: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -17,6 +17,7 @@ import typer
 from llmcompress.cli.stopping import EARLY
 from llmcompress.cli.terminal import Terminal
 from llmcompress.errors import Termination
+from tests.tiers import tiered_nightly
 
 
 def ask(number: int = signal.SIGINT) -> None:
@@ -74,8 +75,7 @@ def test_notes_of_an_error_that_came_of_it_stay(capfd: pytest.CaptureFixture[str
     assert capfd.readouterr().err.strip().endswith("[130] stopped from the keyboard; 3 finished blocks are kept")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0.05, 0.2, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("seconds", tiered_nightly([0.05, 0.2, 0.5, 1.0, 2.0], (0.5, 2.0).__contains__))
 def test_a_program_that_is_still_importing(seconds: float, tmp_path: Path) -> None:
     """From before its first import to the middle of torch's."""
     words = [sys.executable, "-X", "importtime", "-m", "llmcompress", "compress", str(tmp_path / "none"), "-o", "x"]

@@ -573,6 +573,7 @@ def test_llama_cpp_runs_smollm2(tmp_path: Path) -> None:
 
 @engine
 @smollm2
+@pytest.mark.nightly
 def test_llama_cpp_runs_smollm2_in_bfloat16(tmp_path: Path) -> None:
     folder = compressed(Path("smollm2"), tmp_path / "small", ("*.29.mlp.down_proj", [GRID | {"bits": 8}]))
     done = export(folder, tmp_path / "out", "gguf", allow_dense=True)

@@ -34,7 +34,7 @@ from llmcompress.weight.superblocks import LAYOUTS as SUPERBLOCKS
 from tests.builders import compressed, correlated, gaussian, grid, moments, seeded
 from tests.formats.gguf_files import byte_level, engine, gguf, largest_difference, run
 from tests.formats.gguf_files import compressed as checkpoint
-from tests.tiers import tiered
+from tests.tiers import tiered, tiered_nightly
 from tests.tiny import tiny
 
 READ = [kind for kind in QUANTIZED if kind.name != "Q1_0"]  # of which gguf has no reader
@@ -254,7 +254,7 @@ def test_widths_that_blocks_do_not_fill_are_refused_or_dense(tmp_path: Any) -> N
 
 
 @engine
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", tiered_nightly(TYPES, lambda kind: kind in FAST or kind not in SUPERBLOCKS))
 def test_no_type_is_filled_worse_than_by_llama_cpps_own_quantizer(kind: str) -> None:
     """On tokens that neither has seen; also where it is given an importance matrix of the same calibration."""
     from gguf_types import quantize

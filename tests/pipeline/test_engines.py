@@ -21,7 +21,7 @@ from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.read import read_recipe
 from llmcompress.reporting import report as reports
 from tests.formats.gguf_files import tiny_llama
-from tests.tiers import tiered
+from tests.tiers import tiered, tiered_nightly
 from tests.tiny import save_tiny
 
 SHORT = ["calibration.samples=4", "calibration.length=32", "calibration.held_out=1"]
@@ -38,7 +38,7 @@ def recipe(engine: str, *settings: str) -> Recipe:
     return read_recipe(ENGINES[engine].recipe, [*SHORT, *settings])
 
 
-@pytest.mark.parametrize("engine", tiered(ENGINES, lambda engine: engine == "mlx"))
+@pytest.mark.parametrize("engine", ["mlx", *tiered_nightly([*ENGINES][:2] + ["exllamav3"], "exllamav3".__ne__)])
 def test_the_output_is_what_compress_and_export_write(engine: str, dense: Path, tmp_path: Path) -> None:
     result = compress_for(engine, dense, recipe(engine), tmp_path / "out")
     lc.compress(dense, recipe(engine), tmp_path / "ours")

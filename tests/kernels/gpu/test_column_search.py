@@ -62,11 +62,13 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     return answered
 
 
+@pytest.mark.nightly
 @every_case
 def test_interpreted_search_equals_the_cpu(case: Case, interpreted: Answers) -> None:
     assert_same(interpreted[0][CASES.index(case)], found(case, "cpu", choose_here))
 
 
+@pytest.mark.nightly
 def test_interpreted_grid_rounding_equals_the_cpu(interpreted: Answers) -> None:
     for one, other in zip(interpreted[1], rounded_on("cpu", round_here), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

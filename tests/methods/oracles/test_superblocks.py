@@ -74,7 +74,7 @@ def test_the_nearest_entry_is_the_nearest_of_all(form: SuperblockForm) -> None:
         assert float(found) == pytest.approx(cheapest(row.double(), metric.double(), form), rel=1e-5)
 
 
-@pytest.mark.parametrize("form", ["IQ2_S", pytest.param("IQ3_S", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", ["IQ2_S", pytest.param("IQ3_S", marks=pytest.mark.nightly)])
 def test_free_signs_without_couplings_are_the_best_of_all(form: SuperblockForm) -> None:
     wanted, metric = problem(form, 0.0)
     _, values = Entries(form, wanted.device).nearest(wanted, metric)

@@ -14,7 +14,7 @@ from torch import Tensor
 import llmcompress as lc
 from tests.surgery.experts.trained import BLOCKS, EXPERTS, distance, loaded, predictions, train
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 
 @pytest.fixture(scope="module")
