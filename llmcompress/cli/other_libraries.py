@@ -11,7 +11,7 @@ from typing import Any
 
 from llmcompress.errors import first_line
 
-LOG = logging.getLogger("llmcompress")
+LOG, DEEPSPEED = logging.getLogger("llmcompress"), logging.getLogger("DeepSpeed")
 FOR_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
 
@@ -19,7 +19,8 @@ FOR_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 def contain_others(warn: Callable[[Iterable[str]], None]) -> Iterator[None]:
     """Log every bar of tqdm as our own progress, and pass each other warning once to `warn`, as one line.
 
-    Warnings that are for developers alone are left out.
+    Warnings that are for developers alone are left out, and so are those of DeepSpeed, which at every import regrets that
+    there is no GPU.
     """
     from tqdm.std import tqdm
 
@@ -43,8 +44,13 @@ def contain_others(warn: Callable[[Iterable[str]], None]) -> Iterator[None]:
             shown.add(sentence)
             warn([sentence])
 
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
     tqdm.__init__, tqdm.display, warnings.showwarning = begin_unseen, log_bar, show_once
+    DEEPSPEED.addFilter(is_error)
     try:
         yield
     finally:
         tqdm.__init__, tqdm.display, warnings.showwarning = begin, display, show_warning
+        DEEPSPEED.removeFilter(is_error)

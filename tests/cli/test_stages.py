@@ -193,3 +193,16 @@ def test_warnings_of_libraries_are_a_line_each_and_once(capsys: pytest.CaptureFi
         warnings.warn("use another name", FutureWarning, stacklevel=1)
         logging.getLogger("llmcompress").warning("a layer is rough")
     assert capsys.readouterr().err == "warning: the kernels are slow\nwarning: a layer is rough\n"
+
+
+def test_of_deepspeed_errors_alone_are_heard(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("DeepSpeed")
+    logger.addHandler(caplog.handler)
+    try:
+        with terminal.Terminal():
+            logger.warning("there is no GPU")
+            logger.error("no memory")
+        logger.warning("back")
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert {record.getMessage() for record in caplog.records} == {"no memory", "back"}
