@@ -19,7 +19,7 @@ FOR_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 def contain_others(warn: Callable[[Iterable[str]], None]) -> Iterator[None]:
     """Log every bar of tqdm as our own progress, and pass each other warning once to `warn`, as one line.
 
-    Warnings that are for developers alone are left out, and so are those of DeepSpeed, which at every import regrets that
+    Warnings that are for developers alone are left out, and so are those of DeepSpeed, which at every import says that
     there is no GPU.
     """
     from tqdm.std import tqdm
