@@ -17,7 +17,7 @@ import llmcompress as lc
 from llmcompress.errors import InputError, NumericsError
 from llmcompress.models.dense.experts import experts_of, fuse_experts, unfuse
 from llmcompress.models.dense.model import resolve
-from llmcompress.models.dense.packed import few_bits
+from llmcompress.models.dense.packed import describe_few_bits
 from tests.tiers import tiered
 from tests.zoo import MIXTURES, expert_slices, save_zoo, zoo
 
@@ -108,7 +108,7 @@ def test_mxfp4_is_read_as_transformers_dequantizes_it(released: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(released, dtype=torch.float32)
     source, expected = resolve(released), expert_slices("gpt_oss", model)
     assert all(torch.equal(source.read(name).float(), value) for name, value in expected.items())
-    assert source.notes == (few_bits("MXFP4"),) and "quantization_config" not in source.config_entries()
+    assert source.notes == (describe_few_bits("MXFP4"),) and "quantization_config" not in source.config_entries()
     stored = load_file(released / WEIGHTS).values()
     assert source.bytes == sum(tensor.numel() * tensor.element_size() for tensor in stored)
 

@@ -31,7 +31,7 @@ from llmcompress.errors import InputError
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.models.dense import packed
 from llmcompress.models.dense.model import resolve
-from llmcompress.models.dense.packed import few_bits
+from llmcompress.models.dense.packed import describe_few_bits
 from llmcompress.surgery.drop import drop_blocks
 from tests.tiny import save_tiny
 from tests.zoo import expert_slices, save_zoo
@@ -106,7 +106,7 @@ def blocks(tmp_path: Path) -> Path:
 def test_fp8_is_read_as_transformers_dequantizes_it(blocks: Path) -> None:
     reads(blocks, AutoModelForCausalLM.from_pretrained(blocks, dtype=torch.float32))
     source = resolve(blocks)
-    assert source.notes == (few_bits("FP8 in blocks"),)
+    assert source.notes == (describe_few_bits("FP8 in blocks"),)
     assert "quantization_config" not in source.config_entries() and not hasattr(source.config, "quantization_config")
 
 
@@ -147,7 +147,7 @@ def test_one_scale_of_a_matrix_and_powers_of_two(tmp_path: Path) -> None:
     )
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(resolve(folder).read(name), before[name] / 2)
-    assert resolve(folder).notes == (few_bits("FP8 of one scale"),), "scales of inputs belong to the model"
+    assert resolve(folder).notes == (describe_few_bits("FP8 of one scale"),), "scales of inputs belong to the model"
     exponents = torch.full((-(-96 // 128), -(-64 // 128)), 130, dtype=torch.uint8)
     change(folder, lambda tensors: tensors.__setitem__(f"{name}_scale_inv", exponents))
     assert torch.equal(resolve(folder).read(name), before[name] * 8)
@@ -176,7 +176,7 @@ def test_a_packed_model_is_compressed_as_its_numbers(blocks: Path, tmp_path: Pat
     ]
     ours, theirs = (load_file(tmp_path / name / WEIGHTS) for name in ("from-fp8", "from-plain"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], value) for name, value in theirs.items())
-    assert few_bits("FP8 in blocks") in results[0].report.warnings
+    assert describe_few_bits("FP8 in blocks") in results[0].report.warnings
     packing = json.loads((tmp_path / "from-fp8" / "config.json").read_text())["quantization_config"]
     assert packing["quant_method"] == "llmcompress" and "weight_block_size" not in packing
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "from-fp8")]).output

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import DiskError, InputError, first_line
-from llmcompress.models.dense.packed import few_bits
+from llmcompress.models.dense.packed import describe_few_bits
 from llmcompress.models.dense.pre_tokenizers import BY_NAME, build_pre_tokenizer
 from llmcompress.models.files.file_names import GGUF_SOURCE
 from llmcompress.models.files.gguf_header import GGUFHeader, read_gguf_header
@@ -59,7 +59,7 @@ class UnpackedModel:
         few = [name for name in self.types if name not in FLOATS]
         if not few:
             return ""
-        return few_bits(f"{', '.join(few)} of a GGUF file")
+        return describe_few_bits(f"{', '.join(few)} of a GGUF file")
 
 
 def cache_folder() -> Path:

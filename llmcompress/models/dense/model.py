@@ -32,7 +32,7 @@ from llmcompress.models.dense.config import (
 )
 from llmcompress.models.dense.headers import BUFFERS, FLOATS, Header, read_headers, read_tensor
 from llmcompress.models.dense.locate import Place, locate, public_name
-from llmcompress.models.dense.packed import READERS, few_bits, packing_method, unpack_headers
+from llmcompress.models.dense.packed import READERS, describe_few_bits, packing_method, unpack_headers
 from llmcompress.models.dense.sizes import own_sizes, sized_outline, with_sizes
 from llmcompress.models.dense.skeleton import architectures, class_names, dense_skeleton, is_causal
 from llmcompress.models.dense.stored_names import rename_headers
@@ -159,7 +159,7 @@ def open_source(place: Place) -> DenseModel:
     tensors, tied, unused = _match(model, stored, place.folder)
     if place.adapter is not None:
         tensors = merge_headers(model, tensors, tied, place.adapter)
-    notes = [*place.notes, *([few_bits(forms)] if forms else [])]
+    notes = [*place.notes, *([describe_few_bits(forms)] if forms else [])]
     if wrapped := [name for name, header in named.items() if header.wrapped]:
         notes.append(f"names of a wrapper are taken off: {named[wrapped[0]].wrapped} is read as {wrapped[0]}")
     if unused:

@@ -35,7 +35,7 @@ ROUNDS_INPUTS = ", whose rounding of inputs is left out"
 OF_INPUTS = ("activation_scale", "input_scale", "input_zero_point", "input_global_scale", "output_scale")
 
 
-def few_bits(forms: str) -> str:
+def describe_few_bits(forms: str) -> str:
     """Return the sentence on a model whose weights come from these forms."""
     return f"weights come from {forms}: what rounds to as many bits looks better on them"
 

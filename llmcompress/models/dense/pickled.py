@@ -31,6 +31,11 @@ NAMES = {  # of dtypes, as safetensors has them
     torch.int8: "I8",
     torch.bool: "BOOL",
 }
+# What torch's reader and zipfile raise for files that were damaged, or made to do damage
+DAMAGES = (
+    *(UnpicklingError, BadZipFile, EOFError, OSError, ValueError, TypeError, LookupError),
+    *(AttributeError, ArithmeticError, RuntimeError, ImportError, MemoryError),
+)
 WAY_OUT = "take the model's safetensors files, or write them where you trust it"
 
 
@@ -84,21 +89,15 @@ def open_pickled(path: Path) -> Iterator[PickledFile]:
         if not is_plain or sum(programs) > MOST_HEADER:
             raise InputError(f"{path} is packed in a way in which torch saves no weights; {WAY_OUT}")
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (UnpicklingError, BadZipFile, EOFError, OSError, ValueError, TypeError, LookupError) as error:
-        raise _refusal(path, error) from error
-    except (AttributeError, ArithmeticError, RuntimeError, ImportError, MemoryError) as error:
-        raise _refusal(path, error) from error
+    except DAMAGES as error:
+        kind = "holds more than tensors, which may run code" if isinstance(error, UnpicklingError) else "is damaged"
+        raise InputError(f"{path} {kind} ({type(error).__name__}), and is not read; {WAY_OUT}") from error
     if not isinstance(held, dict) or not held:
         raise InputError(f"{path} holds a {type(held).__name__} that maps no names to tensors; {WAY_OUT}")
     for name, value in held.items():
         if not isinstance(name, str) or not _is_plain(value):
             raise InputError(f"{path} holds {str(name)[:80]!r}, which is no plain tensor; {WAY_OUT}")
     yield PickledFile(held)
-
-
-def _refusal(path: Path, error: Exception) -> InputError:
-    kind = "holds more than tensors, which may run code" if isinstance(error, UnpicklingError) else "is damaged"
-    return InputError(f"{path} {kind} ({type(error).__name__}), and is not read; {WAY_OUT}")
 
 
 def _is_plain(value: object) -> bool:
