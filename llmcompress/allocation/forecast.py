@@ -18,7 +18,7 @@ from llmcompress.allocation.choices import Choices
 from llmcompress.allocation.cost import pricing_bytes, pricing_seconds, probing_tokens
 from llmcompress.compression.job import Job
 from llmcompress.compression.plan import Plan, plan_of
-from llmcompress.compression.time_estimate import estimate_seconds
+from llmcompress.compression.time_estimate import estimate_time
 from llmcompress.recipe.target import Target
 
 TABLE_SHARE = 0.4  # of a model's weights in tables: with more, bits per weight say little about its size
@@ -35,7 +35,7 @@ def forecast(job: Job) -> Plan:
         warnings=(*planned.warnings, *_table_warnings(job, target)),
         peak_memory_bytes=max(planned.peak_memory_bytes, pricing),
         target=target.model_dump(mode="json", exclude_none=True),
-        timed=lambda: estimate_seconds(settled) + pricing_seconds(job, choices, text),
+        timed=lambda: estimate_time(settled, lambda: pricing_seconds(job, choices, text)),
     )
 
 

@@ -281,7 +281,10 @@ def plan_view(plan: Row, every: bool) -> Iterator[RenderableType]:
     if plan["target"] is not None:
         yield f"target  {target_text(plan['target'])} · compress measures what options cost, and spends where it counts"
     yield f"sizes   {_sizes(plan)}"
-    yield f"needs   about {format_bytes(plan['peak_memory_bytes'])} of memory and {duration(plan['seconds'])}"
+    yield (
+        f"needs   about {format_bytes(plan['peak_memory_bytes'])} of memory and {duration(plan['seconds'])}, where "
+        f"products run at {plan['product_speed'] / 1e9:,.0f} GFLOP/s"
+    )
     if (blocks := plan["reconstruction"]) is not None:
         rates = ", ".join(f"{kind} at {rate:g}" for kind, rate in blocks["rates"].items())
         steps = "a pass over the text" if blocks["steps"] is None else f"{blocks['steps']} steps"

@@ -41,6 +41,17 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class TimeEstimate:
+    """The time of a run on this machine when it is quiet.
+
+    `product_speed`: operations a second of products, in the dtype of the recipe, which the seconds assume.
+    """
+
+    seconds: float
+    product_speed: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """The plan of a run. `bytes`: of the weights on disk. `peak_memory_bytes`: an estimate for this machine."""
 
@@ -56,18 +67,23 @@ class Plan:
     reconstruction: dict[str, Any] | None = None  # the section `reconstruct:` with every value
     distillation: dict[str, Any] | None = None  # the section `distill:` with every value
     target: dict[str, Any] | None = None  # of a recipe whose steps `compress` chooses: `layers` spends its bits evenly
-    timed: Callable[[], float] | None = field(default=None, repr=False, compare=False)
+    timed: Callable[[], TimeEstimate] | None = field(default=None, repr=False, compare=False)
 
     @cached_property
-    def seconds(self) -> float | None:
-        """The time of the run on this machine when it is quiet, from trials that take seconds; None in a run."""
+    def time(self) -> TimeEstimate | None:
+        """The time of the run, from trials that take seconds; None in a run."""
         return None if self.timed is None else self.timed()
 
+    @property
+    def seconds(self) -> float | None:
+        """The seconds of `time`."""
+        return None if self.time is None else self.time.seconds
+
     def to_json(self) -> dict[str, Any]:
-        """Return plain values, keys as in the fields, and `seconds`."""
+        """Return plain values, keys as in the fields, and `seconds` and `product_speed` of `time`."""
         values = asdict(replace(self, timed=None))
         del values["timed"]
-        return values | {"seconds": self.seconds}
+        return values | (dict.fromkeys(("seconds", "product_speed")) if self.time is None else vars(self.time))
 
 
 def plan_of(job: Job) -> Plan:

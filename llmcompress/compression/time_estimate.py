@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -20,6 +20,7 @@ import torch
 from llmcompress.compression.awq import EXPONENTS
 from llmcompress.compression.job import Job
 from llmcompress.compression.memory_estimate import by_gradient, gate_tokens
+from llmcompress.compression.plan import TimeEstimate
 from llmcompress.compression.step_timing import Steps, Trial, busy_warning, paces, product_speed
 from llmcompress.methods.layer import MANY, SAMPLED
 from llmcompress.models.dense.families import BlockLayout
@@ -56,16 +57,24 @@ class Work:
 
     def seconds(self, recipe: Recipe) -> float:
         """Return the time of the work on this machine."""
-        fast = product_speed(product_dtype(recipe.compute, torch.device("cpu")))
-        return FORWARD_SHARE * self.forward / fast + self.exact / product_speed(torch.float32) + self.other
+        exact = self.exact / product_speed(torch.float32)
+        return FORWARD_SHARE * self.forward / forward_speed(recipe) + exact + self.other
 
 
 @fast_float32()
-def estimate_seconds(job: Job) -> float:
-    """Return the time of a run, from reading the text to the finished checkpoint. Warns on a busy machine."""
+def estimate_time(job: Job, more: Callable[[], float] = lambda: 0.0) -> TimeEstimate:
+    """Return the time of a run, from reading the text to the finished checkpoint. Warns on a busy machine.
+
+    `more`: returns the seconds of what comes before it.
+    """
     if (note := busy_warning()) is not None:
         LOG.warning(note)
-    return _run_work(job).seconds(job.recipe)
+    return TimeEstimate(_run_work(job).seconds(job.recipe) + more(), forward_speed(job.recipe))
+
+
+def forward_speed(recipe: Recipe) -> float:
+    """Return the operations a second of products in the dtype of a recipe's forwards."""
+    return product_speed(product_dtype(recipe.compute, torch.device("cpu")))
 
 
 def _run_work(job: Job) -> Work:

@@ -27,7 +27,7 @@ from llmcompress.compression.plan import Plan, plan_of
 from llmcompress.compression.result import Result
 from llmcompress.compression.run import Progress
 from llmcompress.compression.run_files import is_complete
-from llmcompress.compression.time_estimate import estimate_seconds
+from llmcompress.compression.time_estimate import estimate_time
 from llmcompress.data.text import preview_text
 from llmcompress.errors import DiskError, RecipeError
 from llmcompress.models.dense.companions import companions
@@ -78,7 +78,7 @@ def plan(
         preview_text(text)
     if job.recipe.target is not None:
         return forecast(job)
-    return replace(plan_of(job), timed=partial(estimate_seconds, job))
+    return replace(plan_of(job), timed=partial(estimate_time, job))
 
 
 @fast_float32()

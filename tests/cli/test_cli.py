@@ -27,7 +27,7 @@ from llmcompress import errors
 from llmcompress.cli.app import PANELS, app
 from llmcompress.cli.compress import report_view
 from llmcompress.cli.terminal import Terminal, verdict
-from llmcompress.compression.plan import LayerPlan, Plan
+from llmcompress.compression.plan import LayerPlan, Plan, TimeEstimate
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.models.files.file_names import RECIPE
 from llmcompress.models.files.file_names import REPORT as REPORT_FILE
@@ -77,7 +77,7 @@ PLAN = Plan(
     bpw=3.25,
     model_bpw=4.5,
     peak_memory_bytes=500_000_000,
-    timed=lambda: 3.0,
+    timed=lambda: TimeEstimate(3.0, 250e9),
     warnings=("pattern '*.foo' matches no linear layer", *(f"model.layers.{i}.q stays dense" for i in range(3))),
 )
 KIND = {"perplexity": 30.5, "perplexity_stderr": 1.5, "calibration_error": 0.06, "tokens": 64}
@@ -267,7 +267,7 @@ def test_layers_that_differ_by_block_share_a_line_unless_asked(recipe: Path, cal
     assert "3-bit row [x]" in short  # brackets are no markup
     assert all(name in long for name in LAYERS)
     assert "0.9 MB -> 0.4 MB · 3.250 bpw · model_bpw 4.500" in short
-    assert "500.0 MB of memory and 3 s" in short
+    assert "500.0 MB of memory and 3 s, where products run at 250 GFLOP/s" in short
 
 
 def test_a_report_says_sizes_quality_and_what_to_type_next(recipe: Path, calls: Calls) -> None:
