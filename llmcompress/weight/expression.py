@@ -90,7 +90,7 @@ def dense(w: Weight, where: torch.device | None = None) -> Tensor:
         case Where(index, inside, outside):
             return torch.where(index.inside, dense(inside, where), dense(outside, where))
         case RotatedInputs(inner, signs, block):
-            return unrotate(dense(inner, where), signs, block)
+            return unrotate(dense(inner, where), signs, block, reuse=isinstance(inner, Grid | TrellisCodes))
         case ScaledInputs(inner, columns):
             return dense(inner, where) * columns.float()
         case Transpose(inner):

@@ -24,11 +24,14 @@ def rotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
     return turned.reshape(columns.shape).transpose(1, 2).reshape(x.shape) * block**-0.5
 
 
-def unrotate(x: Tensor, signs: Tensor, block: int) -> Tensor:
-    """Return `x [..., in] @ R.T`, by adding and subtracting, which gives the same numbers on every machine."""
+def unrotate(x: Tensor, signs: Tensor, block: int, *, reuse: bool = False) -> Tensor:
+    """Return `x [..., in] @ R.T`, by adding and subtracting, which gives the same numbers on every machine.
+
+    `reuse`: True if the memory of a long `x` may hold the result.
+    """
     is_long = not torch.compiler.is_compiling() and x.ndim == 2 and len(x) > ROWS  # a traced length has no value
     if is_long and not x.requires_grad:
-        turned = torch.empty_like(x)
+        turned = x if reuse else torch.empty_like(x)
         for part, place in zip(x.split(ROWS), turned.split(ROWS), strict=True):
             place.copy_(unrotate(part, signs, block))
         return turned

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmcompress.weight.encoding import decode, encode
 from llmcompress.weight.expression import bits, decoded, dense, describe, matmul
-from llmcompress.weight.hadamard import rotate, unrotate
+from llmcompress.weight.hadamard import ROWS, rotate, unrotate
 from llmcompress.weight.nodes import (
     Bitmap,
     Codebook,
@@ -288,6 +288,18 @@ def test_unrotate_undoes_rotate(width: int, block: int) -> None:
     torch.testing.assert_close(unrotate(rotate(x, signs, block), signs, block), x)
     torch.testing.assert_close(rotate(unrotate(x, signs, block), signs, block), x)
     torch.testing.assert_close(rotate(x, signs, block).norm(dim=-1), x.norm(dim=-1))
+
+
+def test_long_matrices_are_turned_back_in_the_memory_that_nobody_else_reads() -> None:
+    rows, signs = ROWS + 3, torch.rand(8, generator=seeded(2)) < 0.5
+    values = torch.randn(rows, 8, generator=seeded(1))
+    before, matrix = values.clone(), rotation_matrix(signs, 8).float()
+    codes = torch.randint(0, 16, (rows, 8), dtype=torch.uint8, generator=seeded(3))
+    stored = RotatedInputs(Grid(codes, torch.ones(rows, 1).half(), None, 16, 8), signs, 8)
+    for _ in range(2):
+        torch.testing.assert_close(dense(stored), (codes.float() - 7.5) @ matrix.T)
+    torch.testing.assert_close(dense(RotatedInputs(Dense(values), signs, 8)), before @ matrix.T)
+    assert torch.equal(values, before)  # `dense` of numbers as they are is their own memory
 
 
 def test_rotation_spreads_a_spike_over_the_whole_width() -> None:
