@@ -169,6 +169,14 @@ TABLES: dict[str, Columns] = {
         "PIQA": "{piqa:.2f}",
         "LAMBADA": "{lambada:.2f}",
     },
+    "regrets": {
+        "model and setting": "{arm}",
+        "seconds": "{seconds:.0f}",
+        "bytes": "{bytes:,}",
+        "KL, mean": "{kl:.3f}",
+        "over the best": "{regret:.1%}",
+        **{kind: f"{{{kind}:.3f}}" for kind in ("wikitext", "code", "stories", "sums", "advice", "sentences")},
+    },
     "trellis_codes": {
         "trellis": "{arm}",
         "bpw": "{bpw:.3f}",

@@ -113,6 +113,10 @@ def fields(record: Record, records: list[Record]) -> Record:
         row |= _beside_dense(row, records)
     if record["table"].startswith("distilled-"):
         row |= _beside_student(record, records)
+    if record["table"] == "regrets":
+        group = record["arm"].partition(":")[0]
+        peers = [each["numbers"]["kl"] for each in current("regrets", records) if each["arm"].startswith(f"{group}:")]
+        row["regret"] = row["kl"] / min(peers) - 1
     return row
 
 

@@ -130,7 +130,7 @@ def _starts(tokenizer: PreTrainedTokenizerBase, row: int, prompted: bool) -> Ite
         if start is None:
             raise RecipeError(
                 "the model cannot write calibration text: its tokenizer has neither a BOS nor an EOS token to start "
-                "from; calibrate on dataset 'stdlib' or on a file"
+                "from; calibrate on dataset 'builtin' or on a file"
             )
         yield [start]
 

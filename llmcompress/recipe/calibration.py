@@ -29,7 +29,7 @@ class Calibration(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     """The text that calibration runs on. Values that are "auto" are resolved, and reports say to what."""
 
     dataset: Annotated[str, BeforeValidator(join_names, json_schema_input_type=str | list[str])] = Field(
-        default="stdlib", min_length=1
+        default="builtin", min_length=1
     )
     """Files of text (.txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow; packed as .gz or .zst): one, a pattern such as
     data/*.jsonl, or a list; a data set of the Hub, or its folder; or one of three names. builtin: text of many kinds

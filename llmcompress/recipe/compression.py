@@ -2,7 +2,7 @@
 
     version: 1
     name: pb-eora
-    calibration: {dataset: stdlib, samples: 64}
+    calibration: {dataset: builtin, samples: 64}
     rules:                                   # the first rule that matches a layer wins
       - match: ['*.mlp.down_proj']           # globs on module paths; 're:' starts a regular expression
         steps: [{method: gptq, bits: 3, group_size: 64}]

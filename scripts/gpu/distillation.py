@@ -55,7 +55,7 @@ def _taught(given: Given, name: str, student: Path) -> None:
 def _lesson(given: Given, name: str) -> Distillation:
     text = {"dataset": str(given.text()), "samples": 24, "length": 32, "held_out": 4}
     small = [f"data={json.dumps(text)}", "steps=2", "evaluate_every=1", "batch=4", "micro_batch=2"]
-    return read_as(Distillation, name, small if given.small else [])
+    return read_as(Distillation, name, ["controls=[]", *(small if given.small else [])])
 
 
 def _scored(given: Given, folder: Path) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def test_a_method_that_learns_from_data_names_the_ways_out(tmp_path: Path) -> No
         lc.plan(source, recipe({"method": "gptq", "bits": 3}))
     sentence = str(refused.value)
     assert sentence.startswith("gptq requires calibration; add it to the recipe") and "\n" not in sentence
-    assert all(name in sentence for name in ("stdlib", "self", "rtn", "hqq", "trellis"))
+    assert all(name in sentence for name in ("builtin", "self", "rtn", "hqq", "trellis"))
     assert "wanda" not in sentence
 
 

@@ -177,7 +177,7 @@ def test_answers_need_a_template(tmp_path: Path) -> None:
         ({"dataset": "self", "boundaries": True}, "leave boundaries and answers_only out"),
         ({"answers_only": True, "chat_template": False}, "answers_only needs the chat template"),
         ({"boundaries": True, "packing": False}, "every sequence is one document"),
-        ({"subset": "small"}, "subset cannot be chosen for dataset 'stdlib'"),  # as for calibration
+        ({"subset": "small"}, "subset cannot be chosen for dataset 'builtin'"),  # as for calibration
     ],
 )
 def test_impossible_sources_are_refused(more: dict[str, Any], sentence: str) -> None:

@@ -1,0 +1,81 @@
+"""Compare settings of a recipe on several models and kinds of text, to see which default none of them regrets.
+
+    python research/regrets.py --data DATA [--work FOLDER] [--jsonl FILE] [--arms NAME ...] NAME=MODEL ...
+
+An arm of regrets.yaml is the words of a `compress` command behind the model; arms of one name before the colon are
+compared. Each is scored by KL to the dense model on windows of six kinds of text that no step reads: WikiText-2 test,
+HumanEval's problems with solutions, LAMBADA, GSM8K, PIQA and BLiMP. What FILE has is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import time
+from pathlib import Path
+
+import yaml
+from records import RESULTS, Record, append, provenance, read_records
+from three_models import TEXT, run_command
+
+ARMS: dict[str, list[str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+ROWS = 400  # of each kind's file
+
+
+def main() -> None:
+    """Measure the rows that are not there yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with wikitext2-test.raw, tasks/ and blimp/")
+    parser.add_argument("--work", type=Path, default=Path("regrets"))
+    parser.add_argument("--jsonl", type=Path, default=RESULTS / "regrets.jsonl")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("models", nargs="+", metavar="NAME=MODEL")
+    options = parser.parse_args()
+    write_kinds(options.data, options.work / "kinds")
+    for arm in options.arms:
+        for name, _, model in (entry.partition("=") for entry in options.models):
+            row = f"{name}, {arm}"
+            if row not in {record["arm"] for record in read_records(options.jsonl)}:
+                numbers = measure_row(model, ARMS[arm], options.data, options.work)
+                command = "llmcompress " + " ".join(["compress", name, *ARMS[arm]])
+                record: Record = {"table": "regrets", "arm": row, "model": name, "command": command}
+                append(options.jsonl, record | {"calibration": None, "text": TEXT, **provenance(), "numbers": numbers})
+                print(row, json.dumps(numbers), flush=True)
+
+
+def write_kinds(data: Path, folder: Path) -> None:
+    """Write a file of text for each kind but WikiText."""
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = {
+        "code": ("tasks/humaneval.jsonl", ("prompt", "canonical_solution"), ""),
+        "stories": ("tasks/lambada_test.jsonl", ("text",), "\n"),
+        "sums": ("tasks/gsm8k_test.jsonl", ("question", "answer"), "\n"),
+        "advice": ("tasks/piqa_valid.jsonl", ("goal", "sol1"), "\n"),
+    }
+    for kind, (file, names, between) in keys.items():
+        rows = [json.loads(line) for line in (data / file).read_text(encoding="utf-8").splitlines()[:ROWS]]
+        (folder / f"{kind}.txt").write_text("\n".join(between.join(row[name] for name in names) for row in rows))
+    pairs = [path.read_text(encoding="utf-8").splitlines()[:20] for path in sorted((data / "blimp").glob("*.jsonl"))]
+    sentences = [json.loads(line)["sentence_good"] for lines in pairs for line in lines]
+    (folder / "sentences.txt").write_text("\n".join(sentences))
+
+
+def measure_row(model: str, words: list[str], data: Path, work: Path) -> Record:
+    """Return the numbers of one row."""
+    out = work / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    before = time.monotonic()
+    report = run_command(["compress", model, *words, "-o", str(out)])
+    seconds = time.monotonic() - before
+    text = ["--text", str(data / TEXT), "--windows", "8", "--length", "512", "--domains", str(work / "kinds")]
+    scores = run_command(["eval", str(out), "--against", model, *text])
+    shutil.rmtree(out)
+    kinds = {"wikitext": scores["kl"], **{kind: score["kl"] for kind, score in scores["domains"].items()}}
+    sizes = {key: report[key] for key in ("bytes", "bpw", "peak_memory_bytes")}
+    return {**sizes, "seconds": seconds, "kl": statistics.mean(kinds.values()), **kinds}
+
+
+if __name__ == "__main__":
+    main()
