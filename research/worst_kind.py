@@ -5,8 +5,9 @@
 
 FOLDER keeps the prices, which are measured once for both plans, and the models: a run that was cut goes on. The recipe
 is that of `compress --bpw`. Both models are scored by the KL to the dense one on each kind of `builtin`, on documents
-that neither calibration nor prices have read, or on each .txt file of `--texts`. `--quick` has options that are chosen
-and compressed in a sixth of the time, trellises with a memory of 8 and no `refine`.
+that neither calibration nor prices have read, or on each .txt file of `--texts`. Before that, it prints what is
+predicted where the mean counts more beside the largest loss (`TIE` in allocation/solve.py). `--quick` has options that
+are chosen and compressed in a sixth of the time, trellises with a memory of 8 and no `refine`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from typing import Any
 from records import Record, append, provenance
 
 import llmcompress as lc
+from llmcompress.allocation import solve
 from llmcompress.allocation.allocate import Allocation, choose, priced_tokens
 from llmcompress.allocation.price_file import allocate_by
-from llmcompress.allocation.prices import damage_by_kind
+from llmcompress.allocation.prices import damage, damage_by_kind
 from llmcompress.cli.compress import DEFAULT
 from llmcompress.compression import run
 from llmcompress.compression.job import Job, prepare
@@ -36,6 +38,7 @@ from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.target import Target
 
 RATES = (1, 1.5, 2, 2.5, 3, 4)
+WEIGHTS = (0.0, solve.TIE, 0.1, 0.3, 1.0, 3.0)  # of the mean
 PRICED = 8  # documents of a kind that its two windows may have been cut from
 
 
@@ -55,6 +58,7 @@ def main() -> None:
     job = prepare(resolve(asked.model), read_recipe(recipe(asked)))
     found = allocate_by(asked.work / "prices.json", job)
     plans = {"plain": choose(found.choices, found.prices, Target(bpw=asked.bpw)), "worst": found.chosen}
+    print("\n".join(trade(found, plans)), flush=True)
     texts = asked.texts or write_texts(job, asked.work / "texts")
     rows = {name: measured(name, replace(found, chosen=plan), texts, asked) for name, plan in plans.items()}
     print("\n".join(table(rows)))
@@ -68,6 +72,19 @@ def recipe(asked: argparse.Namespace) -> dict[str, Any]:
     fast = [[{"method": "rotate"}, {"method": "trellis", "bits": bits, "memory": 8}] for bits in RATES]
     options = {"options": fast} if asked.quick else {}
     return DEFAULT | options | {"target": {"bpw": asked.bpw, "worst": True}, "seed": asked.seed}
+
+
+def trade(found: Allocation, plans: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    """Yield a line for each weight of the mean: the largest loss of a kind and the mean, beside those of `plans`."""
+    usual = solve.TIE
+    for weight in WEIGHTS:
+        solve.TIE = weight
+        aim = found.job.recipe.target or Target(bpw=1)
+        plans = plans | {f"mean counts {weight:g}": choose(found.choices, found.prices, aim)}
+    solve.TIE = usual
+    for name, plan in plans.items():
+        losses = damage_by_kind(found.prices, plan)
+        yield f"{name}: largest {max(losses):.4f}, mean {damage(found.prices, plan):.4f}, of kinds {fmean(losses):.4f}"
 
 
 def write_texts(job: Job, folder: Path) -> Path:

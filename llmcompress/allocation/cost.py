@@ -63,8 +63,10 @@ def pricing_bytes(job: Job, choices: Choices, tokens: int, processes: int = 1) -
     probed = sum(len(_options_to_probe(job, matrix)) for matrix in linears)
     exchanged = max((prod(matrix.shape) for matrix in linears), default=0)
     changed = FLOAT32 * (exchanged + probed * tokens * width_of(job.arch) // processes)
+    rows, width = job.source.tensors[f"{job.arch.embedding}.weight"].shape
+    ended = LIBRARIES + COMPILER + changed + FLOAT32 * rows * (tokens + width)  # log-probabilities, and the head
     read = [table.shape[0] * (FLOAT32 * tokens + EXCHANGED_TABLE * table.shape[1]) for table in tables]
-    return max([walked + changed, *(LIBRARIES + COMPILER + each for each in read)])
+    return max([walked + changed, ended, *(LIBRARIES + COMPILER + each for each in read)])
 
 
 @fast_float32()
