@@ -11,20 +11,24 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import llmcompress as lc
 from llmcompress.allocation.allocate import Allocation, allocate, choose
 from llmcompress.allocation.cost import probing_tokens
 from llmcompress.allocation.price_file import Part, allocate_by, measure_part
 from llmcompress.allocation.prices import damage_by_kind
+from llmcompress.cli.app import app
 from llmcompress.compression.job import Job, prepare
 from llmcompress.data.calibration import calibration_tokens
 from llmcompress.data.kinds import KIND_WINDOWS
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.dense.model import resolve
 from llmcompress.recipe.calibration import Calibration
+from llmcompress.recipe.overrides import Change
 from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.target import Target
+from llmcompress.reporting.formatting import target_text
 from tests.tiny import save_tiny, tiny_tokenizer
 
 LENGTH = 32
@@ -103,6 +107,14 @@ def test_what_has_no_worst_kind_is_refused(changes: dict[str, Any], words: str, 
     with pytest.raises(RecipeError, match=words):
         read_recipe(recipe(place, {"bpw": 2, "worst": True}) | changes)
     assert read_recipe(recipe(place, {"bpw": 2, "worst": False})).target == Target(bpw=2)
+
+
+def test_sizes_of_the_command_line_keep_it(place: Path) -> None:
+    base, size = recipe(place, {"bpw": 2, "worst": True}), Target(bpw=3)
+    change = Change("target", {"bpw": 3.0}, "--bpw", stay=("engine", "worst"))
+    wanted = read_recipe(base, changes=[change]).target
+    assert wanted == Target(bpw=3, worst=True) == size.in_the_way_of(wanted) != size
+    assert target_text(wanted.model_dump(exclude_none=True)) == "3 bpw by the worst kind of text"
 
 
 # --- prices and plans -------------------------------------------------------------------------------------------------
@@ -208,3 +220,7 @@ def test_the_report_has_the_loss_of_each_kind(parted: Path, plan: Allocation, tm
     assert max(row["plain_kl"] for row in kinds.values()) > max(row["predicted_kl"] for row in kinds.values())
     assert all(0 < row["measured_kl"] < 10 * row["predicted_kl"] for row in kinds.values())
     assert done.allocation["baselines"]["plain"] <= done.allocation["predicted_kl"]
+    shown = " ".join(CliRunner().invoke(app, ["inspect", str(done.folder)]).stdout.split())
+    assert all(
+        f"kind {name} · KL predicted {row['predicted_kl']:.4f}, measured" in shown for name, row in kinds.items()
+    )
