@@ -24,6 +24,7 @@ from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from random import Random
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -181,10 +182,10 @@ def measured(found: Allocation, dense: DensePredictions) -> dict[str, Any]:
     """Compresses by a plan; its sizes, and its KL on the probing tokens and on the text."""
     with tempfile.TemporaryDirectory() as folder:
         report = run.compress(found.settled, Path(folder) / "model").report
-        probing = found.measure_kl(Path(folder) / "model")
+        probing = found.measure_kl(Path(folder) / "model")[0]
         model = load_model(Place("model", Path(folder) / "model"))
         with decoded(model):
-            text = dense.divergence(logits_in_parts(model, dense.windows))
+            text = fmean(dense.divergences(logits_in_parts(model, dense.windows)))
     return {"bpw": report.bpw, "bytes": report.bytes, "probing_kl": probing, "text_kl": text}
 
 

@@ -29,7 +29,7 @@ def forecast(job: Job) -> Plan:
     target, text = target_of(job), text_of(job)
     choices = reachable_choices(job, (target,))
     settled = job.with_recipe(with_steps(job, choices, spread_evenly(choices, target)))
-    planned, pricing = plan_of(settled), pricing_bytes(job, choices, probing_tokens(text))
+    planned, pricing = plan_of(settled), pricing_bytes(job, choices, probing_tokens(text, target))
     return replace(
         planned,
         warnings=(*planned.warnings, *_table_warnings(job, target)),

@@ -217,7 +217,7 @@ def frontier(
 
     wanted = budgets(bpw, sizes)
     first = wanted[0].target.model_dump(exclude_none=True)
-    target = Change("target", first, "--sizes" if bpw is None else "--bpw", stay=("engine",))
+    target = Change("target", first, "--sizes" if bpw is None else "--bpw", stay=("engine", "worst"))
     built = [build_recipe(recipe, settings, seed, target, tune) for recipe in recipes or (None,)]
     results = () if peers is None else read_peers(peers, "bytes" if bpw is None else "bpw")
     protocol = build_protocol(text, windows, length, tasks, limit, None, batch_size)
@@ -269,7 +269,7 @@ def target_change(bpw: float | None, size: str | None, kl: float | None, sparsit
         "--sparsity": ("sparsity", sparsity),
     }
     given = {option: aim for option, aim in options.items() if aim[1] is not None}
-    return Change("target", dict(given.values()), " and ".join(given), stay=("engine",)) if given else None
+    return Change("target", dict(given.values()), " and ".join(given), stay=("engine", "worst")) if given else None
 
 
 def plan_view(plan: Row, every: bool) -> Iterator[RenderableType]:
@@ -330,6 +330,7 @@ def report_view(report: Row, every: bool) -> Iterator[RenderableType]:
         yield f"phases  {phases}"
     if "allocation" in report:
         yield _target_line(report["allocation"])
+        yield from _kind_lines(report["allocation"].get("kinds", {}))
     if report["gates"] is not None:
         yield f"gates   {GateReport(**report['gates']).sentence()}"
     if "distillation" in report:
@@ -369,6 +370,13 @@ def _target_line(allocation: Row) -> str:
     kl += f" on {allocation['probing_tokens']} tokens"
     beside = f" · {' and '.join(others)} of that size, predicted" if others else ""
     return f"target  {target_text(allocation['target'])} · {kl}{beside} · {duration(allocation['seconds'])}"
+
+
+def _kind_lines(kinds: Row) -> Iterator[str]:
+    """Yield a line for each kind of text that a target compared, the one that is predicted to lose most first."""
+    for name, row in sorted(kinds.items(), key=lambda entry: -entry[1]["predicted_kl"]):
+        kl = f"KL predicted {row['predicted_kl']:.4f}, measured {row['measured_kl']:.4f}"
+        yield f"kind    {name} · {kl} · {row['plain_kl']:.4f} for a plain plan, predicted"
 
 
 def _sizes(values: Row) -> str:

@@ -7,8 +7,8 @@ tokenizer, so that the report knows them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,7 @@ from llmcompress.data.chat import render_chat
 from llmcompress.data.columns import Document
 from llmcompress.data.files import file_notes
 from llmcompress.data.generate import TextSampling, teacher_sequences
+from llmcompress.data.kinds import kind_windows, name_document
 from llmcompress.data.packing import PackedText, count_all, first_tokens, pack_documents
 from llmcompress.data.text import Reading, read_documents, shuffle
 from llmcompress.errors import InputError, RecipeError
@@ -41,7 +42,8 @@ class CalibrationTokens:
 
     sequences: int64 [n, length], the last `held_out` of them held out; requested: the number in the recipe; documents:
     the number read for them; dropped: those left out as too short; published: `source` without folders of this machine;
-    read_as: the columns that the text is in.
+    read_as: the columns that the text is in; kinds: windows int64 [windows, length] of each kind of text, of documents
+    that `sequences` do not have.
     """
 
     sequences: Tensor
@@ -56,6 +58,7 @@ class CalibrationTokens:
     notes: tuple[str, ...] = ()  # for the report
     published: str | None = None
     read_as: str | None = None
+    kinds: Mapping[str, Tensor] = field(default_factory=dict)
 
     def held_out_windows(self, length: int) -> Tensor:
         """Return the held-out sequences cut into windows, int64 [sequences, parts, at most `length`].
@@ -87,8 +90,9 @@ class CalibrationTokens:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the tokens as little-endian 64-bit integers, row by row."""
-        return hashlib.sha256(self.sequences.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+        """SHA-256 of the tokens as little-endian 64-bit integers, row by row, those of kinds behind the others."""
+        rows = (tokens.contiguous().numpy().astype("<i8") for tokens in (self.sequences, *self.kinds.values()))
+        return hashlib.sha256(b"".join(each.tobytes() for each in rows)).hexdigest()
 
     def report(self) -> dict[str, Any]:
         """Return the report's entry on calibration: plain values only."""
@@ -114,11 +118,12 @@ def calibration_tokens(
     model: PreTrainedModel | Callable[[], PreTrainedModel] | None = None,
     model_config: PreTrainedConfig | None = None,
     progress: Progress | None = None,
+    kinds: int = 0,
 ) -> CalibrationTokens:
     """Return the token sequences of `config`; the same ones every time.
 
     Only dataset "self" needs `model`, or a function that loads it. Tokens are checked against the vocabulary and the
-    context of `model_config`.
+    context of `model_config`. `kinds`: tokens in the windows of each kind of text; 0 for none.
 
     Raises InputError for text that cannot be read, is too short, repeats one token or leaves the vocabulary, and
     RecipeError for an impossible request to the tokenizer.
@@ -131,9 +136,10 @@ def calibration_tokens(
     if config.dataset == "self":
         tokens = _teacher_tokens(config, tokenizer, model, progress)
     else:
-        tokens = _read(config, tokenizer)
+        tokens = _read(config, tokenizer, kinds)
     check_amount(tokens, config)
-    check_tokens(tokens.sequences, tokens.source, model_config)
+    for sequences in (tokens.sequences, *tokens.kinds.values()):
+        check_tokens(sequences, tokens.source, model_config)
     return tokens
 
 
@@ -179,18 +185,22 @@ def check_amount(tokens: CalibrationTokens, config: Calibration) -> None:
         )
 
 
-def _read(config: Calibration, tokenizer: PreTrainedTokenizerBase) -> CalibrationTokens:
+def _read(config: Calibration, tokenizer: PreTrainedTokenizerBase, kinds: int) -> CalibrationTokens:
     bos, eos = special_tokens(tokenizer, config.bos, config.eos)
     reading = Reading()
-    documents = (
-        count_all(document_tokens(document, tokenizer, config.chat_template, eos, config.packing, reading.cuts))
-        for document in source_documents(config, reading)
-    )
+    names: set[str] = set()
+
+    def encode(document: Document) -> Iterator[list[int]]:
+        names.update([name_document(document)] if kinds else [])
+        return document_tokens(document, tokenizer, config.chat_template, eos, config.packing, reading.cuts)
+
+    documents = (count_all(encode(document)) for document in source_documents(config, reading))
     if config.packing:
         packed = pack_documents(documents, bos, config.length, config.samples)
     else:
         packed = first_tokens(documents, bos, config.length, config.samples)
-    return tokens_of(packed, config, bos, eos, reading)
+    tokens = tokens_of(packed, config, bos, eos, reading)
+    return replace(tokens, kinds=kind_windows(config, encode, bos, kinds, frozenset(names))) if kinds else tokens
 
 
 def source_documents(config: Calibration, reading: Reading) -> Iterable[Document]:

@@ -90,8 +90,13 @@ def test_reads_what_the_model_holds(family: str, stored: str, tmp_path: Path) ->
 
 @pytest.fixture
 def released(tmp_path: Path) -> Path:
+    return save_mxfp4(tmp_path / "gpt-oss")
+
+
+def save_mxfp4(folder: Path, **changes: Any) -> Path:
     """A tiny gpt-oss with random experts in MXFP4."""
-    folder, random = save_zoo("gpt_oss", tmp_path / "gpt-oss"), torch.Generator().manual_seed(1)
+    random = torch.Generator().manual_seed(1)
+    save_zoo("gpt_oss", folder, **changes)
     tensors = load_file(folder / WEIGHTS)
     for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
         experts, columns, out = tensors.pop(name).shape
