@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmcompress.allocation.distortion import Steps
+from llmcompress.allocation.file_sizes import gguf_type
 from llmcompress.compression.job import Job
 from llmcompress.errors import RecipeError
+from llmcompress.formats.engine_files import UnfitError
+from llmcompress.formats.gguf.write import expert_stacks
 from llmcompress.methods.layer import sketch, step
 from llmcompress.models.dense.families import Linear
-from llmcompress.weight.runtime_formats import OBSTACLES, WITH_TABLES
+from llmcompress.weight.runtime_formats import GGUF_BLOCK, OBSTACLES, WITH_TABLES
+from llmcompress.weight.superblocks import SUPERBLOCK
 
 POLISH: dict[str, Any] = {"method": "refine", "passes": 1}
 FOUR_BITS: tuple[dict[str, Any], ...] = (
@@ -20,6 +24,12 @@ FOUR_BITS: tuple[dict[str, Any], ...] = (
     {"format": "mxfp4"},
 )
 EIGHT_BITS: tuple[dict[str, Any], ...] = ({"bits": 8, "narrow_range": True}, {"format": "fp8"})
+
+
+# For llama.cpp, by what the width fills; options are probed with the first
+TYPES_OF_SUPERBLOCKS = ("IQ3_XXS", "IQ2_XXS", "IQ2_S", "IQ3_S", "IQ4_XS", "Q5_K", "Q6_K")
+TYPES_OF_BLOCKS = ("IQ4_NL", "Q5_0", "Q5_1", "Q8_0")
+TYPES_OF_TABLES = ("IQ4_XS", "Q3_K", "Q5_K", "Q6_K", "Q8_0")
 
 
 def options_for(engine: str, linear: Linear, given: Sequence[Steps] | None) -> tuple[Steps, ...]:
@@ -35,22 +45,47 @@ def options_for(engine: str, linear: Linear, given: Sequence[Steps] | None) -> t
                     f"option, or give the layer a rule of its own"
                 )
         return tuple(given)
-    options = tuple(steps for steps in default_options() if _obstacle(engine, linear, steps) is None)
+    defaults = default_options(engine, linear.shape[1])
+    options = tuple(steps for steps in defaults if _obstacle(engine, linear, steps) is None)
     if not options:
-        why = _obstacle(engine, linear, default_options()[-1])
+        why = _obstacle(engine, linear, defaults[-1])
         raise RecipeError(f"target: {engine} multiplies no form of {linear.name} ({why}); drop engine")
     return options
 
 
-def default_options() -> tuple[Steps, ...]:
-    """Return grids and floats with error feedback; those of four bits with one pass of `refine`."""
+def default_options(engine: str, width: int) -> tuple[Steps, ...]:
+    """Return the default options of linears with so many inputs.
+
+    For llama.cpp its types. For vLLM grids and floats with error feedback, those of four bits with one `refine`.
+    """
+    if engine == "llama.cpp":
+        return _filled(TYPES_OF_BLOCKS if width % SUPERBLOCK else TYPES_OF_SUPERBLOCKS)
     four = tuple((step({"method": "gptq", **form}), step(POLISH)) for form in FOUR_BITS)
     return (*four, *((step({"method": "gptq", **form}),) for form in EIGHT_BITS))
 
 
+def engine_table_options(engine: str, size: tuple[int, int]) -> tuple[Steps, ...]:
+    """Return the options of a table `[rows, width]`; none where the engine reads it as it is."""
+    if engine != "llama.cpp" or size[1] % GGUF_BLOCK:
+        return ()
+    return _filled(TYPES_OF_BLOCKS if size[1] % SUPERBLOCK else TYPES_OF_TABLES)
+
+
+def _filled(types: Sequence[str]) -> tuple[Steps, ...]:
+    return tuple((step({"method": "gguf", "type": kind}),) for kind in types)
+
+
 def check_rules(job: Job, engine: str) -> None:
-    """Raise RecipeError for steps of a recipe whose outcome the engine does not multiply, or look up."""
+    """Raise RecipeError for steps of a recipe whose outcome the engine does not multiply, or look up; and for a target
+    that would choose types for experts one by one."""
     linears = job.arch.linears()
+    if engine == "llama.cpp" and job.recipe.target is not None:
+        inside = [name for layers in expert_stacks(job.source.skeleton()).values() for name in layers]
+        if chosen := [name for name in inside if name in job.assignment.unruled]:
+            raise RecipeError(
+                f"target: {engine} holds all experts of a block in one type, and a target would choose for each "
+                f"({chosen[0]} first); give experts a rule, or name a recipe without a target"
+            )
     for name, steps in job.steps.items():
         if (why := _obstacle(engine, linears[name], steps)) is not None:
             raise RecipeError(
@@ -61,14 +96,24 @@ def check_rules(job: Job, engine: str) -> None:
         if engine not in WITH_TABLES:
             raise RecipeError(f"{engine} has no compressed {name}; leave it as it is by embeddings: [] and head: []")
         rows, width = job.source.tensors[f"{name}.weight"].shape
-        if (why := OBSTACLES[engine](sketch(name, (rows, width), steps))) is not None:
+        if (why := _obstacle_of_shape(engine, name, (rows, width), steps)) is not None:
             raise RecipeError(f"{engine} does not read {_spell(steps)} of {name} ({why}); give it other steps")
 
 
 def _obstacle(engine: str, linear: Linear, steps: Steps) -> str | None:
     if linear.transposed:
         return "it is no plain linear layer"
-    return OBSTACLES[engine](sketch(linear.name, linear.shape, steps))
+    return _obstacle_of_shape(engine, linear.name, linear.shape, steps)
+
+
+def _obstacle_of_shape(engine: str, name: str, size: tuple[int, int], steps: Steps) -> str | None:
+    why = OBSTACLES[engine](sketch(name, size, steps))
+    if why is None and engine == "llama.cpp":
+        try:
+            gguf_type(name, size, steps)
+        except UnfitError as error:
+            return str(error)
+    return why
 
 
 def _spell(steps: Steps) -> str:

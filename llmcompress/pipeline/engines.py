@@ -13,9 +13,11 @@ import os
 import shutil
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from llmcompress.allocation.file_sizes import GGUFSizes, plan_in_files
 from llmcompress.allocation.target_formats import check_rules
 from llmcompress.compression.job import Job, prepare
 from llmcompress.compression.plan import Plan
@@ -57,7 +59,7 @@ ENGINES = {
     "mlx": Engine("mlx", "mlx-4", is_read=False),
     "exllamav3": Engine("exl3", "exl3", is_read=False),
 }
-TARGETED: dict[str, TargetEngine] = {"vllm": "vllm"}  # engines whose sizes a target knows
+TARGETED: dict[str, TargetEngine] = {"vllm": "vllm", "llama.cpp": "llama.cpp"}  # engines whose sizes a target knows
 
 
 def engine_of(name: str) -> Engine:
@@ -82,16 +84,20 @@ def aim_at(engine: str, wanted: Recipe) -> Recipe:
             f"a target counts our own bytes, not those of {engine}; name a recipe, or give a target to "
             f"{list_names(list(TARGETED))}"
         )
+    if wanted.target.sparsity is not None:
+        raise RecipeError(f"{engine} has no form for a share of zeros; give a size or a quality, or leave --for out")
     return wanted.model_copy(update={"target": wanted.target.for_engine(TARGETED[engine])})
 
 
 def plan_for(
     engine: str, model: str | Path, recipe: Recipe, revision: str | None = None, trust_remote_code: bool = False
 ) -> Plan:
-    """Do as `plan`. Raises RecipeError for what the engine cannot hold, too."""
+    """Do as `plan`, and raise RecipeError for what the engine cannot hold, too. For llama.cpp, sizes are its file's."""
     aimed = aim_at(engine, recipe)
-    _open_job(engine, model, aimed, revision, trust_remote_code)
-    return plan(model, aimed, revision, trust_remote_code)
+    job = _open_job(engine, model, aimed, revision, trust_remote_code)
+    planned = plan(model, aimed, revision, trust_remote_code)
+    has_sizes = engine != "llama.cpp" or aimed.target is not None  # a forecast counts the engine's file
+    return planned if has_sizes else plan_in_files(planned, job, GGUFSizes(job))
 
 
 def compress_for(
@@ -135,7 +141,8 @@ def compress_for(
     claim_folder(staging)
     clear_folder(staging)
     done = export(ours, staging / "model", ENGINES[engine].form, trust_remote_code=trust)
-    report = _engine_report(result.report, done)
+    settled = job if aimed.target is None else job.with_recipe(read_recipe(ours / file_names.RECIPE))
+    report = _engine_report(result.report, done, settled if engine == "llama.cpp" else None)
     with write_checkpoint(output) as writer:
         for name in files_of(staging / "model"):
             if name != MANIFEST:
@@ -147,7 +154,8 @@ def compress_for(
     shutil.rmtree(ours)
     if failure is not None:
         raise failure
-    return replace(result, folder=output, report=report)
+    allocation = result.allocation and result.allocation | {"measured_bytes": report.bytes}
+    return replace(result, folder=output, report=report, allocation=allocation)
 
 
 def _open_job(engine: str, model: str | Path, recipe: Recipe, revision: str | None, trust_remote_code: bool) -> Job:
@@ -174,8 +182,17 @@ def _finished_result(folder: Path, job: Job, device: str) -> Result | None:
     return completed_result(folder, chosen, device)
 
 
-def _engine_report(report: Report, done: ExportReport) -> Report:
-    """Return the report with the sizes of the engine's files, and what the export changed among its warnings."""
-    size = done.bytes_after
-    notes = (*report.warnings, *done.changed)
-    return replace(report, bytes=size, model_bpw=size * 8 / report.parameters, warnings=notes)
+def _engine_report(report: Report, done: ExportReport, in_gguf: Job | None) -> Report:
+    """Return the report with the sizes of the engine's files, and what the export changed among its warnings.
+
+    `in_gguf`: the job whose matrices are in a GGUF file.
+    """
+    size, rows, bpw = done.bytes_after, report.layers, report.bpw
+    if in_gguf is not None:
+        sizes, steps = GGUFSizes(in_gguf), in_gguf.all_steps
+        counted = {row.name: sizes.bits(row.name, row.shape, steps[row.name]) for row in rows}
+        rows = tuple(replace(row, bpw=counted[row.name] / prod(row.shape)) for row in rows)
+        linears = [row for row in rows if row.name in in_gguf.steps]
+        bpw = sum(counted[row.name] for row in linears) / sum(prod(row.shape) for row in linears)
+    notes, model_bpw = (*report.warnings, *done.changed), size * 8 / report.parameters
+    return replace(report, bytes=size, bpw=bpw, model_bpw=model_bpw, layers=rows, warnings=notes)
