@@ -179,8 +179,10 @@ def gguf_type(name: str, size: Shape, steps: Steps) -> TensorType:
         return presumed_type(stored)
     kind, later = fitting(steps[0].type, size[1]), len(steps) > 1
     form = FORMS.get(kind)
-    if later and form is not None and (form.multiples or form.levels > len(form.integers)):
-        return presumed_type(stored)  # `refine` leaves its integers or its scales
+    if later and kind == "IQ4_XS":
+        kind = "IQ4_NL"  # `refine` leaves small multiples as scales
+    elif later and form is not None and form.multiples:
+        return presumed_type(stored)
     found = type_called(kind)
     if size[1] % found.block:
         raise UnfitError(f"blocks of {found.block} columns do not fill the width {size[1]}")

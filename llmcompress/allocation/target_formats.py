@@ -8,7 +8,7 @@ from typing import Any
 from llmcompress.allocation.distortion import Steps
 from llmcompress.allocation.file_sizes import gguf_type
 from llmcompress.compression.job import Job
-from llmcompress.errors import RecipeError
+from llmcompress.errors import RecipeError, list_names
 from llmcompress.formats.engine_files import UnfitError
 from llmcompress.formats.gguf.write import expert_stacks
 from llmcompress.methods.layer import sketch, step
@@ -26,10 +26,10 @@ FOUR_BITS: tuple[dict[str, Any], ...] = (
 EIGHT_BITS: tuple[dict[str, Any], ...] = ({"bits": 8, "narrow_range": True}, {"format": "fp8"})
 
 
-# For llama.cpp, by what the width fills; options are probed with the first
-TYPES_OF_SUPERBLOCKS = ("IQ3_XXS", "IQ2_XXS", "IQ2_S", "IQ3_S", "IQ4_XS", "Q5_K", "Q6_K")
-TYPES_OF_BLOCKS = ("IQ4_NL", "Q5_0", "Q5_1", "Q8_0")
-TYPES_OF_TABLES = ("IQ4_XS", "Q3_K", "Q5_K", "Q6_K", "Q8_0")
+# For llama.cpp, by what fills the width; sensitivities are measured with the first
+TYPES_OF_SUPERBLOCKS = ("IQ3_XXS", "IQ2_XXS", "IQ2_S", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K")
+TYPES_OF_BLOCKS = ("IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+TYPES_OF_TABLES = ("IQ4_XS", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 
 
 def options_for(engine: str, linear: Linear, given: Sequence[Steps] | None) -> tuple[Steps, ...]:
@@ -76,16 +76,8 @@ def _filled(types: Sequence[str]) -> tuple[Steps, ...]:
 
 
 def check_rules(job: Job, engine: str) -> None:
-    """Raise RecipeError for steps of a recipe whose outcome the engine does not multiply, or look up; and for a target
-    that would choose types for experts one by one."""
+    """Raise RecipeError for steps of a recipe whose outcome the engine does not multiply, or look up."""
     linears = job.arch.linears()
-    if engine == "llama.cpp" and job.recipe.target is not None:
-        inside = [name for layers in expert_stacks(job.source.skeleton()).values() for name in layers]
-        if chosen := [name for name in inside if name in job.assignment.unruled]:
-            raise RecipeError(
-                f"target: {engine} holds all experts of a block in one type, and a target would choose for each "
-                f"({chosen[0]} first); give experts a rule, or name a recipe without a target"
-            )
     for name, steps in job.steps.items():
         if (why := _obstacle(engine, linears[name], steps)) is not None:
             raise RecipeError(
@@ -98,6 +90,26 @@ def check_rules(job: Job, engine: str) -> None:
         rows, width = job.source.tensors[f"{name}.weight"].shape
         if (why := _obstacle_of_shape(engine, name, (rows, width), steps)) is not None:
             raise RecipeError(f"{engine} does not read {_spell(steps)} of {name} ({why}); give it other steps")
+    if engine == "llama.cpp":
+        _check_experts(job)
+
+
+def _check_experts(job: Job) -> None:
+    """Raise RecipeError for experts that would not have one type in a block."""
+    linears = job.arch.linears()
+    for layers in expert_stacks(job.source.skeleton()).values():
+        if job.recipe.target is not None and layers[0] in job.assignment.unruled:
+            raise RecipeError(
+                f"target: llama.cpp holds all experts of a block in one type, and a target would choose for each "
+                f"({layers[0]} first); give experts a rule, or name a recipe without a target"
+            )
+        steps = {layer: job.steps.get(layer) for layer in layers}
+        kinds = {gguf_type(it, linears[it].shape, own).name if own else "no type" for it, own in steps.items()}
+        if len(kinds) > 1:
+            raise RecipeError(
+                f"rules: llama.cpp holds all experts of a block in one type, and {layers[0]} and its neighbours would "
+                f"have {list_names(sorted(kinds))}; give them the same steps"
+            )
 
 
 def _obstacle(engine: str, linear: Linear, steps: Steps) -> str | None:
