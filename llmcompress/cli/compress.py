@@ -202,14 +202,22 @@ def frontier(
     settings: Settings = None,
     revision: Revision = None,
     seed: Seed = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            "--for", metavar="ENGINE", help="Choose among the forms of vllm, or those of llama.cpp in its file."
+        ),
+    ] = None,
     **access: Any,
 ) -> None:
     """Compress MODEL to several sizes, score each, and plot quality over size.
 
-    The options for layers are measured once for all sizes. An interrupted sweep resumes.
+    The options for layers are measured once for all sizes. An interrupted sweep resumes. With --for, each can be
+    exported for the engine.
 
     Example: llmcompress frontier smollm2 --bpw 1.25,1.6,2,2.5,3 -o curve
     """
+    from llmcompress.pipeline.engines import aim_at
     from llmcompress.pipeline.frontier import SweepCallbacks
     from llmcompress.pipeline.frontier import frontier as run
     from llmcompress.pipeline.frontier_inputs import budgets, read_peers
@@ -219,6 +227,7 @@ def frontier(
     first = wanted[0].target.model_dump(exclude_none=True)
     target = Change("target", first, "--sizes" if bpw is None else "--bpw", stay=("engine",))
     built = [build_recipe(recipe, settings, seed, target, tune) for recipe in recipes or (None,)]
+    built = built if engine is None else [aim_at(engine, recipe) for recipe in built]
     results = () if peers is None else read_peers(peers, "bytes" if bpw is None else "bpw")
     protocol = build_protocol(text, windows, length, tasks, limit, None, batch_size)
     callbacks = SweepCallbacks(terminal.stage, terminal.pricing, terminal.progress, terminal.training)

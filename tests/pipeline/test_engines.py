@@ -124,7 +124,8 @@ def test_a_missed_gate_leaves_the_engine_its_files(
         ("vllm", "mlx-4", "vllm does not multiply"),
         ("mlx", "llama-cpp-4", "mlx does not multiply gguf"),
         ("llama.cpp", "balanced", "llama.cpp does not multiply"),
-        ("llama.cpp", "partial-binarization", "a target counts our own bytes"),
+        ("llama.cpp", "partial-binarization", "options: llama.cpp does not multiply rotate > pb_llm"),
+        ("mlx", "partial-binarization", "a target counts our own bytes"),
         ("exllamav3", "vllm-4", "exllamav3 does not multiply .*no tiles"),
     ],
 )

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import llmcompress as lc
 from llmcompress.allocation.choices import Choices, find_choices
 from llmcompress.allocation.file_sizes import gguf_type
+from llmcompress.cli.app import app
 from llmcompress.compression.job import prepare
 from llmcompress.errors import RecipeError
 from llmcompress.formats.export import export
@@ -121,6 +123,18 @@ def test_llama_cpp_reads_what_a_target_chose(dense: Path, tmp_path: Path) -> Non
     assert largest_difference(run(tmp_path / "theirs"), model, ids) < 0.1, "it rounds inputs to 8 bits"
     assert json.loads((made / ALLOCATION).read_text())["target"] == {"bytes": 300_000, "engine": "llama.cpp"}
     assert reports.read(made).recipe == "aimed"
+
+
+@pytest.mark.slow
+def test_a_sweep_counts_the_file_of_the_engine(dense: Path, tmp_path: Path) -> None:
+    settings = [f"calibration.{key}" for key in ("samples=6", "length=32", "held_out=2")]
+    words = ["frontier", str(dense), "--for", "llama.cpp", "--sizes", "300kB", "-o", str(tmp_path / "curve"), "--json"]
+    words += ["--windows", "2", "--length", "32", *(word for setting in settings for word in ("--set", setting))]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    [point] = json.loads(done.stdout)["series"][0]["points"]
+    report = export(tmp_path / "curve" / point["folder"], tmp_path / "theirs", "gguf")
+    assert 0.97 * 300_000 <= point["bytes"] == report.bytes_after <= 300_000
 
 
 def test_every_matrix_has_the_types_that_its_width_bears(dense: Path) -> None:
