@@ -8,7 +8,7 @@ from typing import Any
 from llmcompress.allocation.distortion import Steps
 from llmcompress.allocation.file_sizes import gguf_type
 from llmcompress.compression.job import Job
-from llmcompress.errors import RecipeError, list_names
+from llmcompress.errors import RecipeError
 from llmcompress.formats.engine_files import UnfitError
 from llmcompress.formats.gguf.write import expert_stacks
 from llmcompress.methods.layer import sketch, step
@@ -108,7 +108,7 @@ def _check_experts(job: Job) -> None:
         if len(kinds) > 1:
             raise RecipeError(
                 f"rules: llama.cpp holds all experts of a block in one type, and {layers[0]} and its neighbours would "
-                f"have {list_names(sorted(kinds))}; give them the same steps"
+                f"have {' and '.join(sorted(kinds))}; give them the same steps"
             )
 
 

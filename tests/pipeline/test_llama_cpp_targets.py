@@ -41,7 +41,6 @@ PAIRS = [(family, number) for family, sizes in CASES.items() for number in range
 EVERYTHING = {
     "version": 1,
     "rules": [
-        {"match": "*layers.1.*", "steps": [{"method": "gguf", "type": "Q5_1"}]},
         {"match": "*", "steps": [{"method": "gguf", "type": "IQ4_NL"}]},
     ],
     "embeddings": [{"method": "gguf", "type": "Q8_0"}],
@@ -84,7 +83,7 @@ def test_the_plan_has_the_size_of_the_file(case: tuple[str, int], tmp_path: Path
     written = types(tmp_path / "out" / "model.gguf")
     assert planned.bytes == report.bytes == (tmp_path / "out" / "model.gguf").stat().st_size
     assert planned.bpw == pytest.approx(report.bpw) and planned.model_bpw == pytest.approx(report.model_bpw)
-    compressed = [size for kind, size in written.values() if kind in ("Q5_1", "IQ4_NL", "Q8_0")]
+    compressed = [size for kind, size in written.values() if kind in ("IQ4_NL", "Q8_0")]
     assert sum(row.bits for row in planned.layers) == 8 * sum(compressed)
 
 
@@ -142,7 +141,7 @@ def test_every_matrix_has_the_types_that_its_width_bears(dense: Path) -> None:
     offered = {
         name: [gguf_type(name, matrix.shape, steps).name for steps in matrix.options] for name, matrix in found.items()
     }
-    assert offered["model.layers.0.self_attn.q_proj"] == ["IQ4_NL", "Q5_0", "Q5_1", "Q8_0"]
+    assert offered["model.layers.0.self_attn.q_proj"] == ["IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
     assert {"IQ2_XXS", "IQ3_XXS", "IQ4_XS", "Q6_K"} < set(offered["model.layers.0.mlp.down_proj"])
     assert "Q8_0" in offered["model.embed_tokens"] and found["model.embed_tokens"].is_table
     assert all(len(kinds) == len(set(kinds)) for kinds in offered.values())
@@ -152,7 +151,6 @@ def test_every_matrix_has_the_types_that_its_width_bears(dense: Path) -> None:
     ("kind", "width", "expected"),
     [
         ("Q4_0", 64, "Q4_0"),
-        ("Q5_1", 64, "Q5_1"),
         ("Q4_K", 96, "Q5_0"),
         ("IQ4_NL", 64, "IQ4_NL"),
         ("IQ3_S", 96, "IQ4_NL"),
@@ -177,7 +175,7 @@ def test_refine_keeps_the_type_that_sizes_are_counted_by(kind: str, width: int, 
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        ({"options": [[{"method": "gguf", "type": "Q4_K"}, {"method": "refine"}]]}, "options: llama.cpp does not"),
+        ({"options": [[{"method": "gguf", "type": "Q3_K"}, {"method": "refine"}]]}, "options: llama.cpp does not"),
         ({"options": [[{"method": "gptq", "bits": 8}]]}, "fits when it is compressed with narrow_range: true"),
         (
             {"rules": [{"match": "*.q_proj", "steps": [{"method": "gptq", "bits": 4, "group_size": 16}]}]},
