@@ -2,8 +2,8 @@
 
 The recipe's rules come first; options are for matrices that no rule covers. If the target is in bytes or a quality,
 the token table and the output head have options too, unless the recipe gives their steps. A target in bits per weight
-or in zeros counts the decoder's linears alone. A target for an engine has options that it multiplies, and none for
-tables.
+or in zeros counts the decoder's linears alone. A target for an engine has options that it multiplies, and for tables
+those that it reads, if any.
 
 Sizes are those of `file_sizes.py`: of our weight files, or of an engine's.
 """
@@ -240,7 +240,7 @@ def _tables(job: Job) -> dict[str, Sequence[Steps]]:
 def table_options(engine: str | None, size: tuple[int, int], only_looked_up: bool) -> Sequence[Steps]:
     """Return the options of a table `[rows, width]` for an engine, or for llmcompress itself; none where it stays."""
     if engine is not None:
-        return engine_table_options(engine, size)
+        return engine_table_options(engine, size, only_looked_up)
     trellises = tuple(_steps(_trellis(rate)) for rate in TABLE_RATES)
     plain = {"method": "rtn", "group_size": TABLE_GROUP, "symmetric": False}
     looked_up = tuple((step(plain | {"bits": width}),) for width in WIDTHS)

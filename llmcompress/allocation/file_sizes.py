@@ -23,6 +23,7 @@ from llmcompress.formats.engine_files import UnfitError
 from llmcompress.formats.gguf.head import Head, Origin, PlannedTensor, pad, read_head
 from llmcompress.formats.gguf.tensor_types import FLOATS, TensorType, presumed_type, type_called
 from llmcompress.formats.gguf.write import expert_stacks
+from llmcompress.formats.mlx import form_of
 from llmcompress.methods.grids.gguf import FORMS, GGUF, fitting
 from llmcompress.methods.layer import sketch
 from llmcompress.models.dense.headers import Header
@@ -34,6 +35,7 @@ from llmcompress.weight.modules import LIKE
 from llmcompress.weight.nodes import LowRank, Sum, Weight, shape
 
 PADDING = 8  # bytes of a weight file's header, at most
+HALF = 2  # bytes of a float16
 FACTOR = 4  # bytes of a number in the file beside it for low-rank terms
 
 Shape = tuple[int, int]
@@ -55,7 +57,17 @@ class FileSizes(Protocol):
 def file_sizes(job: Job) -> FileSizes:
     """Return the sizes that the job's target counts. Raises InputError for a model that its engine does not run."""
     target = job.recipe.target
-    return GGUFSizes(job) if target is not None and target.engine == "llama.cpp" else OurSizes(job)
+    return sizes_for(None if target is None else target.engine, job)
+
+
+def sizes_for(engine: str | None, job: Job) -> FileSizes:
+    """Return the sizes in the files of an engine, or in ours where its are not known."""
+    match engine:
+        case "llama.cpp":
+            return GGUFSizes(job)
+        case "mlx":
+            return MLXSizes(job)
+    return OurSizes(job)
 
 
 def plan_in_files(planned: Plan, job: Job, sizes: FileSizes) -> Plan:
@@ -98,7 +110,11 @@ class OurSizes:
         if table in compressed:
             tensors[f"{table}.{LIKE}"] = tensors[f"{table}.weight"]
         dense = sum(header.bytes_of_numbers for name, header in stored.items() if name not in payloads)
-        return dense + _header_bytes(tensors, payloads)
+        entries = {
+            name: ("U8", [header.bytes]) if name in payloads else (header.dtype, [*header.shape])
+            for name, header in tensors.items()
+        }
+        return dense + _header_bytes(entries, sum(header.bytes_of_numbers for header in tensors.values()))
 
 
 def payload_bytes(w: Weight) -> int:
@@ -106,16 +122,14 @@ def payload_bytes(w: Weight) -> int:
     return sum(-(-count // (8 * ALIGNMENT)) * ALIGNMENT for count in tensor_bits(w))
 
 
-def _header_bytes(tensors: Mapping[str, Header], payloads: Collection[str]) -> int:
-    """Return an upper bound of the bytes of all headers in the weight files."""
-    most = max(sum(header.bytes_of_numbers for header in tensors.values()), 1)
+def _header_bytes(tensors: Mapping[str, tuple[str, list[int]]], most: int) -> int:
+    """Return an upper bound of the bytes of all headers in weight files of at most so many bytes.
+
+    `tensors`: dtype and shape by name.
+    """
     entries = {
-        name: {
-            "data_offsets": [most, most],
-            "dtype": "U8" if name in payloads else header.dtype,
-            "shape": [header.bytes] if name in payloads else list(header.shape),
-        }
-        for name, header in tensors.items()
+        name: {"data_offsets": [max(most, 1)] * 2, "dtype": dtype, "shape": size}
+        for name, (dtype, size) in tensors.items()
     }
     sample = digest(torch.empty(0))
     bound = json.dumps(dict.fromkeys(("id", "config", "tokenizer"), sha256().hexdigest()))
@@ -123,6 +137,37 @@ def _header_bytes(tensors: Mapping[str, Header], payloads: Collection[str]) -> i
     each = len(json.dumps({"__metadata__": {BINDING: bound, DIGESTS: "{}", "format": "pt"}})) + 8 + PADDING
     text = json.dumps({"__metadata__": metadata} | entries, separators=(",", ":"), ensure_ascii=False)
     return len(text.encode()) + each * (1 + most // SHARD)
+
+
+# --- MLX --------------------------------------------------------------------------------------------------------------
+
+
+class MLXSizes:
+    """Sizes in the weight files of an MLX folder."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def bits(self, name: str, size: Shape, steps: Steps) -> int:
+        """See `FileSizes.bits`."""
+        return 8 * self.bytes(name, size, steps)
+
+    def bytes(self, name: str, size: Shape, steps: Steps) -> int:
+        """See `FileSizes.bytes`: codes, and a scale and a bias for each group."""
+        form, (rows, width) = form_of(sketch(name, size, steps)), size
+        of_a_group = 2 * HALF if form.mode == "affine" else 1
+        return rows * (width * form.bits // 8 + width // form.group_size * of_a_group)
+
+    def around(self, compressed: Collection[str]) -> int:
+        """See `FileSizes.around`: dense tensors in float16, and headers."""
+        packed, stored = {f"{name}.weight" for name in compressed}, self.job.source.tensors
+        entries = {name: ("BF16", [*header.shape]) for name, header in stored.items()}
+        for name in compressed:
+            rows = stored[f"{name}.weight"].shape[0]
+            parts = {"weight": "U32", "scales": "F16", "biases": "F16"}
+            entries |= {f"{name}.{part}": (dtype, [rows, rows]) for part, dtype in parts.items()}
+        dense = HALF * sum(prod(header.shape) for name, header in stored.items() if name not in packed)
+        return dense + _header_bytes(entries, HALF * self.job.source.parameters)
 
 
 # --- GGUF -------------------------------------------------------------------------------------------------------------

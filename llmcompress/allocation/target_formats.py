@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llmcompress.allocation.distortion import Steps
@@ -26,10 +26,12 @@ FOUR_BITS: tuple[dict[str, Any], ...] = (
 EIGHT_BITS: tuple[dict[str, Any], ...] = ({"bits": 8, "narrow_range": True}, {"format": "fp8"})
 
 
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)  # for MLX
 # For llama.cpp, by what fills the width; sensitivities are measured with the first
 TYPES_OF_SUPERBLOCKS = ("IQ3_XXS", "IQ2_XXS", "IQ2_S", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K")
 TYPES_OF_BLOCKS = ("IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 TYPES_OF_TABLES = ("IQ4_XS", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+POLISHED = ("IQ2_XXS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "Q5_0")  # which `refine` makes better, and keeps
 
 
 def options_for(engine: str, linear: Linear, given: Sequence[Steps] | None) -> tuple[Steps, ...]:
@@ -56,23 +58,36 @@ def options_for(engine: str, linear: Linear, given: Sequence[Steps] | None) -> t
 def default_options(engine: str, width: int) -> tuple[Steps, ...]:
     """Return the default options of linears with so many inputs.
 
-    For llama.cpp its types. For vLLM grids and floats with error feedback, those of four bits with one `refine`.
+    For llama.cpp its types, for MLX its bits; for vLLM grids and floats, those of four bits with one `refine`.
     """
     if engine == "llama.cpp":
         return _filled(TYPES_OF_BLOCKS if width % SUPERBLOCK else TYPES_OF_SUPERBLOCKS)
+    if engine == "mlx":
+        return tuple((step({"method": "gptq", **form}), step(POLISH)) for form in _affine(width))
     four = tuple((step({"method": "gptq", **form}), step(POLISH)) for form in FOUR_BITS)
     return (*four, *((step({"method": "gptq", **form}),) for form in EIGHT_BITS))
 
 
-def engine_table_options(engine: str, size: tuple[int, int]) -> tuple[Steps, ...]:
+def engine_table_options(engine: str, size: tuple[int, int], only_looked_up: bool) -> tuple[Steps, ...]:
     """Return the options of a table `[rows, width]`; none where the engine reads it as it is."""
-    if engine != "llama.cpp" or size[1] % GGUF_BLOCK:
+    if engine not in ("llama.cpp", "mlx") or size[1] % GGUF_BLOCK:
         return ()
+    if engine == "mlx":
+        return tuple((step({"method": "rtn" if only_looked_up else "gptq", **form}),) for form in _affine(size[1]))
     return _filled(TYPES_OF_BLOCKS if size[1] % SUPERBLOCK else TYPES_OF_TABLES)
 
 
+def _affine(width: int) -> Iterator[dict[str, Any]]:
+    """Yield MLX's grids with offsets, in groups of 64 columns where these fill the width, else of 32."""
+    for bits in AFFINE_BITS:
+        yield {"bits": bits, "group_size": 32 if width % 64 else 64, "symmetric": False}
+
+
 def _filled(types: Sequence[str]) -> tuple[Steps, ...]:
-    return tuple((step({"method": "gguf", "type": kind}),) for kind in types)
+    """Return steps that fill types, with one `refine` where it keeps the type."""
+    return tuple(
+        (step({"method": "gguf", "type": kind}), *([step(POLISH)] if kind in POLISHED else [])) for kind in types
+    )
 
 
 def check_rules(job: Job, engine: str) -> None:

@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from llmcompress.allocation.file_sizes import GGUFSizes, plan_in_files
+from llmcompress.allocation.file_sizes import FileSizes, plan_in_files, sizes_for
 from llmcompress.allocation.target_formats import check_rules
 from llmcompress.compression.job import Job, prepare
 from llmcompress.compression.plan import Plan
@@ -59,7 +59,9 @@ ENGINES = {
     "mlx": Engine("mlx", "mlx-4", is_read=False),
     "exllamav3": Engine("exl3", "exl3", is_read=False),
 }
-TARGETED: dict[str, TargetEngine] = {"vllm": "vllm", "llama.cpp": "llama.cpp"}  # engines whose sizes a target knows
+# Engines that a target has options for
+TARGETED: dict[str, TargetEngine] = {"vllm": "vllm", "llama.cpp": "llama.cpp", "mlx": "mlx"}
+SIZED = ("llama.cpp", "mlx")  # engines whose files' sizes are known beforehand
 
 
 def engine_of(name: str) -> Engine:
@@ -92,12 +94,12 @@ def aim_at(engine: str, wanted: Recipe) -> Recipe:
 def plan_for(
     engine: str, model: str | Path, recipe: Recipe, revision: str | None = None, trust_remote_code: bool = False
 ) -> Plan:
-    """Do as `plan`, and raise RecipeError for what the engine cannot hold, too. For llama.cpp, sizes are its file's."""
+    """Do as `plan`, with the sizes of the engine's files if known. Raises RecipeError for what it cannot hold, too."""
     aimed = aim_at(engine, recipe)
     job = _open_job(engine, model, aimed, revision, trust_remote_code)
     planned = plan(model, aimed, revision, trust_remote_code)
-    has_sizes = engine != "llama.cpp" or aimed.target is not None  # a forecast counts the engine's file
-    return planned if has_sizes else plan_in_files(planned, job, GGUFSizes(job))
+    is_known = engine in SIZED and aimed.target is None  # a forecast counts the engine's files
+    return plan_in_files(planned, job, sizes_for(engine, job)) if is_known else planned
 
 
 def compress_for(
@@ -142,7 +144,8 @@ def compress_for(
     clear_folder(staging)
     done = export(ours, staging / "model", ENGINES[engine].form, trust_remote_code=trust)
     settled = job if aimed.target is None else job.with_recipe(read_recipe(ours / file_names.RECIPE))
-    report = _engine_report(result.report, done, settled if engine == "llama.cpp" else None)
+    sizes = sizes_for(engine, settled) if engine in SIZED else None
+    report = _engine_report(result.report, done, settled, sizes)
     with write_checkpoint(output) as writer:
         for name in files_of(staging / "model"):
             if name != MANIFEST:
@@ -182,17 +185,16 @@ def _finished_result(folder: Path, job: Job, device: str) -> Result | None:
     return completed_result(folder, chosen, device)
 
 
-def _engine_report(report: Report, done: ExportReport, in_gguf: Job | None) -> Report:
+def _engine_report(report: Report, done: ExportReport, job: Job, sizes: FileSizes | None) -> Report:
     """Return the report with the sizes of the engine's files, and what the export changed among its warnings.
 
-    `in_gguf`: the job whose matrices are in a GGUF file.
+    `sizes`: those of matrices there, where they are known.
     """
-    size, rows, bpw = done.bytes_after, report.layers, report.bpw
-    if in_gguf is not None:
-        sizes, steps = GGUFSizes(in_gguf), in_gguf.all_steps
+    size, rows, bpw, steps = done.bytes_after, report.layers, report.bpw, job.all_steps
+    if sizes is not None:
         counted = {row.name: sizes.bits(row.name, row.shape, steps[row.name]) for row in rows}
         rows = tuple(replace(row, bpw=counted[row.name] / prod(row.shape)) for row in rows)
-        linears = [row for row in rows if row.name in in_gguf.steps]
+        linears = [row for row in rows if row.name in job.steps]
         bpw = sum(counted[row.name] for row in linears) / sum(prod(row.shape) for row in linears)
     notes, model_bpw = (*report.warnings, *done.changed), size * 8 / report.parameters
     return replace(report, bytes=size, bpw=bpw, model_bpw=model_bpw, layers=rows, warnings=notes)

@@ -245,7 +245,7 @@ def _point(
     callbacks.report_stage(f"scoring {folder.name}")
     report, distillation = reports.read(folder), reports.read_distillation(folder)
     target, size, bpw = plan.job.recipe.target, report.bytes, report.bpw
-    if target is not None and target.engine == "llama.cpp":
+    if target is not None and target.engine in ("llama.cpp", "mlx"):
         size, bpw = plan.choices.size(plan.chosen), plan.choices.bpw(plan.chosen) or bpw
     sizes = {
         "budget": budget.name,

@@ -7,7 +7,7 @@
 
 The steps of every layer that no rule covers are then chosen. With `engine: vllm` beside a size, only forms that vLLM
 multiplies are chosen, as `export --to compressed-tensors` writes them. With `engine: llama.cpp` types of llama.cpp are
-chosen, and the size is that of the GGUF file that `export --to gguf` writes.
+chosen, with `engine: mlx` its bits; the size is that of the files that `export --to gguf` or `--to mlx` writes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from llmcompress.recipe.yaml import shorten
 
-Engine = Literal["vllm", "llama.cpp"]
+Engine = Literal["vllm", "llama.cpp", "mlx"]
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
