@@ -51,7 +51,7 @@ EVERYTHING = {
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose widths blocks fill, and those of one matrix in a block superblocks; with a token table as head."""
     place = tmp_path_factory.mktemp("dense")
-    more = {"max_position_embeddings": 128, "tie_word_embeddings": True}
+    more = {"max_position_embeddings": 128, "tie_word_embeddings": True, "initializer_range": 0.05}
     return tiny_llama(place, dtype=torch.bfloat16, **more, **SIZES)
 
 
@@ -119,7 +119,7 @@ def test_llama_cpp_reads_what_a_target_chose(dense: Path, tmp_path: Path) -> Non
     export(made, tmp_path / "theirs", "gguf")
     model: Any = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
     ids = [(number * 37) % 640 for number in range(1, 33)]
-    assert largest_difference(run(tmp_path / "theirs"), model, ids) < 0.1, "it rounds inputs to 8 bits"
+    assert largest_difference(run(tmp_path / "theirs"), model, ids, 640) < 0.25, "it rounds inputs to 8 bits"
     assert json.loads((made / ALLOCATION).read_text())["target"] == {"bytes": 300_000, "engine": "llama.cpp"}
     assert reports.read(made).recipe == "aimed"
 
