@@ -29,7 +29,7 @@ from llmcompress.methods.layer import sketch
 from llmcompress.models.dense.headers import Header
 from llmcompress.models.files.integrity import BINDING, DIGESTS, digest
 from llmcompress.models.files.tensor_files import SHARD
-from llmcompress.weight.expression import bits, tensor_bits
+from llmcompress.weight.expression import bits, describe, tensor_bits
 from llmcompress.weight.layout import ALIGNMENT
 from llmcompress.weight.modules import LIKE
 from llmcompress.weight.nodes import LowRank, Sum, Weight, shape
@@ -43,6 +43,9 @@ Shape = tuple[int, int]
 
 class FileSizes(Protocol):
     """Sizes in some files."""
+
+    def form(self, name: str, size: Shape, steps: Steps) -> str:
+        """Return what a matrix is stored as, for people."""
 
     def bits(self, name: str, size: Shape, steps: Steps) -> int:
         """Return what a matrix counts for in bits per weight."""
@@ -73,15 +76,18 @@ def sizes_for(engine: str | None, job: Job) -> FileSizes:
 def plan_in_files(planned: Plan, job: Job, sizes: FileSizes) -> Plan:
     """Return a plan of the job with its sizes in some files."""
     steps = job.all_steps
-    counted = {row.name: sizes.bits(row.name, row.shape, steps[row.name]) for row in planned.layers}
-    rows = tuple(
-        replace(row, bits=counted[row.name], bpw=counted[row.name] / prod(row.shape)) for row in planned.layers
+    rows = []
+    for row in planned.layers:
+        matrix = row.name, row.shape, steps[row.name]
+        count = sizes.bits(*matrix)
+        rows.append(replace(row, bits=count, bpw=count / prod(row.shape), description=sizes.form(*matrix)))
+    size = sizes.around({row.name for row in rows}) + sum(
+        sizes.bytes(row.name, row.shape, steps[row.name]) for row in rows
     )
-    size = sizes.around(counted) + sum(sizes.bytes(row.name, row.shape, steps[row.name]) for row in rows)
     linears = [row for row in rows if row.name in job.steps]
     return replace(
         planned,
-        layers=rows,
+        layers=tuple(rows),
         bytes=size,
         bpw=sum(row.bits for row in linears) / sum(prod(row.shape) for row in linears),
         model_bpw=size * 8 / job.source.parameters,
@@ -93,6 +99,10 @@ class OurSizes:
 
     def __init__(self, job: Job) -> None:
         self.job = job
+
+    def form(self, name: str, size: Shape, steps: Steps) -> str:
+        """See `FileSizes.form`."""
+        return describe(sketch(name, size, steps))
 
     def bits(self, name: str, size: Shape, steps: Steps) -> int:
         """See `FileSizes.bits`."""
@@ -148,6 +158,11 @@ class MLXSizes:
     def __init__(self, job: Job) -> None:
         self.job = job
 
+    def form(self, name: str, size: Shape, steps: Steps) -> str:
+        """See `FileSizes.form`."""
+        form = form_of(sketch(name, size, steps))
+        return f"{form.bits}-bit g{form.group_size} {form.mode}"
+
     def bits(self, name: str, size: Shape, steps: Steps) -> int:
         """See `FileSizes.bits`."""
         return 8 * self.bytes(name, size, steps)
@@ -186,6 +201,10 @@ class GGUFSizes:
         origin = Origin(source.public_name, source.hub_id, source.license)
         return read_head(source.folder, source.config_entries(), origin)
 
+    def form(self, name: str, size: Shape, steps: Steps) -> str:
+        """See `FileSizes.form`: the tensor's type."""
+        return gguf_type(name, size, steps).name
+
     def bits(self, name: str, size: Shape, steps: Steps) -> int:
         """See `FileSizes.bits`: those of the tensor."""
         return 8 * size[0] * self._row_bytes(name, size, steps)
@@ -220,7 +239,7 @@ class GGUFSizes:
 def gguf_type(name: str, size: Shape, steps: Steps) -> TensorType:
     """Return the tensor type in which the outcome of steps goes into a GGUF file. Raises UnfitError where none does."""
     stored = sketch(name, size, steps)
-    if not isinstance(steps[0], GGUF):
+    if not steps or not isinstance(steps[0], GGUF):
         return presumed_type(stored)
     kind, later = fitting(steps[0].type, size[1]), len(steps) > 1
     form = FORMS.get(kind)
@@ -236,7 +255,7 @@ def gguf_type(name: str, size: Shape, steps: Steps) -> TensorType:
 
 def _factor_bytes(name: str, size: Shape, steps: Steps) -> int:
     """Return the bytes of a low-rank term in the file beside the model; offsets of a type are in the type."""
-    stored, first = sketch(name, size, steps), steps[0]
+    stored, first = sketch(name, size, steps), steps[0] if steps else None
     form = FORMS.get(first.type) if isinstance(first, GGUF) else None
     if form is None or form.offsets is None:
         match stored:

@@ -17,6 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from llmcompress.allocation.distortion import Steps
 from llmcompress.allocation.file_sizes import FileSizes, plan_in_files, sizes_for
 from llmcompress.allocation.target_formats import check_rules
 from llmcompress.compression.job import Job, prepare
@@ -37,7 +38,7 @@ from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.target import Engine as TargetEngine
 from llmcompress.reporting import report as reports
-from llmcompress.reporting.report import Report
+from llmcompress.reporting.report import LayerReport, Report
 from llmcompress.runtime.ranks import process_count
 
 CHECKPOINT, EXPORT = ".checkpoint", ".export"  # follow the name of the output folder
@@ -192,9 +193,14 @@ def _engine_report(report: Report, done: ExportReport, job: Job, sizes: FileSize
     """
     size, rows, bpw, steps = done.bytes_after, report.layers, report.bpw, job.all_steps
     if sizes is not None:
-        counted = {row.name: sizes.bits(row.name, row.shape, steps[row.name]) for row in rows}
-        rows = tuple(replace(row, bpw=counted[row.name] / prod(row.shape)) for row in rows)
+        rows = tuple(_in_engine(row, steps[row.name], sizes) for row in rows)
         linears = [row for row in rows if row.name in job.steps]
-        bpw = sum(counted[row.name] for row in linears) / sum(prod(row.shape) for row in linears)
+        bpw = sum(row.bpw * prod(row.shape) for row in linears) / sum(prod(row.shape) for row in linears)
     notes, model_bpw = (*report.warnings, *done.changed), size * 8 / report.parameters
     return replace(report, bytes=size, bpw=bpw, model_bpw=model_bpw, layers=rows, warnings=notes)
+
+
+def _in_engine(row: LayerReport, steps: Steps, sizes: FileSizes) -> LayerReport:
+    """Return a row with the bits and the form of its matrix in the engine's files."""
+    matrix = row.name, row.shape, steps
+    return replace(row, bpw=sizes.bits(*matrix) / prod(row.shape), stored=sizes.form(*matrix))

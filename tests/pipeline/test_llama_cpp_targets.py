@@ -109,6 +109,7 @@ def test_types_are_chosen_up_to_the_size_and_written(target: dict[str, Any], den
     for row in result.report.layers:
         kind = gguf_type(row.name, row.shape, job.all_steps[row.name])
         assert written[head.model.name(f"{row.name}.weight")] == (kind.name, row.bpw * prod(row.shape) / 8)
+        assert row.stored == kind.name
     assert len({kind for kind, _ in written.values()} - {"F32", "BF16"}) > 1
 
 
