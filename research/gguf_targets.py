@@ -139,10 +139,9 @@ class Bench:
             values, size = quantize(child.weight.data, kind, self.energy[name])
             found[f"layers.{name}"] = kind, size, values
         width = config.hidden_size
-        last = fitting("Q5_K" if mixture.startswith("IQ2") else "Q6_K", width)
-        kind = table or ("Q8_0" if width % 256 else last)
-        values, size = quantize(self.dense.model.embed_tokens.weight.data, kind)
-        found[TABLE] = kind, size, values
+        named = table or ("Q8_0" if width % 256 else "Q5_K" if mixture.startswith("IQ2") else "Q6_K")
+        values, size = quantize(self.dense.model.embed_tokens.weight.data, named)
+        found[TABLE] = named, size, values
         job = prepare(resolve(str(self.place / "dense")), read_recipe(DEFAULT | {"target": {"bytes": 10**12}}))
         around = GGUFSizes(job).around({f"model.{name}" for name in found})
         return found, around + sum(pad(size) for _, size, _ in found.values())
