@@ -20,7 +20,7 @@ from llmcompress.allocation.distortion import Steps
 from llmcompress.compression.job import Job
 from llmcompress.compression.plan import Plan
 from llmcompress.formats.engine_files import UnfitError
-from llmcompress.formats.gguf.head import Head, Origin, PlannedTensor, pad, read_head
+from llmcompress.formats.gguf.head import FileHead, FileOrigin, PlannedTensor, pad, read_head
 from llmcompress.formats.gguf.tensor_types import FLOATS, TensorType, presumed_type, type_called
 from llmcompress.formats.gguf.write import expert_stacks
 from llmcompress.formats.mlx import form_of
@@ -195,10 +195,10 @@ class GGUFSizes:
         self.job = job
 
     @cached_property
-    def head(self) -> Head:
+    def head(self) -> FileHead:
         """The head of the file. Raises InputError for a model that llama.cpp does not run alike."""
         source = self.job.source
-        origin = Origin(source.public_name, source.hub_id, source.license)
+        origin = FileOrigin(source.public_name, source.hub_id, source.license)
         return read_head(source.folder, source.config_entries(), origin)
 
     def form(self, name: str, size: Shape, steps: Steps) -> str:

@@ -66,6 +66,10 @@ Engine = Annotated[
         "exllamav3 of 3.",
     ),
 ]
+EngineOfSweep = Annotated[
+    str | None,
+    typer.Option("--for", metavar="ENGINE", help="Choose among the forms of this engine: vllm, llama.cpp or mlx."),
+]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Resume an interrupted run, or start over.")]
 PricePart = Annotated[
     str | None,
@@ -202,12 +206,7 @@ def frontier(
     settings: Settings = None,
     revision: Revision = None,
     seed: Seed = None,
-    engine: Annotated[
-        str | None,
-        typer.Option(
-            "--for", metavar="ENGINE", help="Choose among the forms of vllm, or those of llama.cpp in its file."
-        ),
-    ] = None,
+    engine: EngineOfSweep = None,
     **access: Any,
 ) -> None:
     """Compress MODEL to several sizes, score each, and plot quality over size.

@@ -19,7 +19,7 @@ from llmcompress.cli.app import app
 from llmcompress.compression.job import prepare
 from llmcompress.errors import RecipeError
 from llmcompress.formats.export import export
-from llmcompress.formats.gguf.head import Origin, read_head
+from llmcompress.formats.gguf.head import FileOrigin, read_head
 from llmcompress.formats.gguf.tensor_types import exact_type
 from llmcompress.methods.layer import apply, step
 from llmcompress.methods.solvers.hessian import metric
@@ -104,7 +104,7 @@ def test_types_are_chosen_up_to_the_size_and_written(target: dict[str, Any], den
         assert 0.97 * target["bpw"] <= result.report.bpw <= target["bpw"]
     chosen = read_recipe(tmp_path / "out" / RECIPE)
     job = prepare(resolve(str(dense)), chosen)
-    head = read_head(dense, job.source.config_entries(), Origin("", None, None))
+    head = read_head(dense, job.source.config_entries(), FileOrigin("", None, None))
     written = types(file)
     for row in result.report.layers:
         kind = gguf_type(row.name, row.shape, job.all_steps[row.name])

@@ -42,7 +42,7 @@ class PlannedTensor:
 
 
 @dataclass(frozen=True)
-class Origin:
+class FileOrigin:
     """What a file says of its model's origin; `base`: a Hub id."""
 
     name: str
@@ -64,12 +64,12 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Head:
+class FileHead:
     """What a file says before its tensors' numbers."""
 
     model: GGUFModel
     vocabulary: Vocabulary
-    origin: Origin
+    origin: FileOrigin
 
     def writer(self, path: Path, tensors: Sequence[PlannedTensor]) -> GGUFWriter:
         """Return a writer of a file, which has all of the head, and nothing on the disk yet."""
@@ -104,7 +104,7 @@ def write_head(writer: GGUFWriter) -> None:
     writer.write_ti_data_to_file()
 
 
-def read_head(folder: Path, config: dict[str, Any], origin: Origin) -> Head:
+def read_head(folder: Path, config: dict[str, Any], origin: FileOrigin) -> FileHead:
     """Return the head of the file of a model.
 
     Raises InputError for a model that llama.cpp does not run alike, RecipeError if the package is missing.
@@ -112,7 +112,7 @@ def read_head(folder: Path, config: dict[str, Any], origin: Origin) -> Head:
     if find_spec("gguf") is None:
         raise RecipeError('this export needs gguf; run pip install "llmcompress[export]"')
     model = gguf_model(folder, config)
-    return Head(model, read_vocabulary(folder, model.config.vocab_size, config), origin)
+    return FileHead(model, read_vocabulary(folder, model.config.vocab_size, config), origin)
 
 
 def pad(size: int) -> int:

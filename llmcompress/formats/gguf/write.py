@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.formats.engine_files import ALLOW_DENSE, ExportReport, UnfitError
-from llmcompress.formats.gguf.head import Head, Origin, PlannedTensor, read_head, write_head
+from llmcompress.formats.gguf.head import FileHead, FileOrigin, PlannedTensor, read_head, write_head
 from llmcompress.formats.gguf.model import GGUFModel
 from llmcompress.formats.gguf.tensor_types import (
     FLOATS,
@@ -222,15 +222,15 @@ def _read_rounded(opened: CompressedCheckpoint, layer: str, kind: TensorType) ->
 # --- the files ------------------------------------------------------------------------------------------------------
 
 
-def _origin(folder: Path) -> Origin:
+def _origin(folder: Path) -> FileOrigin:
     """Return the origin of a checkpoint by its report."""
     known = report.read(folder) if (folder / file_names.REPORT).is_file() else None
     if known is None:
-        return Origin(folder.resolve().name, None, None)
-    return Origin(known.model, known.base_model, known.license)
+        return FileOrigin(folder.resolve().name, None, None)
+    return FileOrigin(known.model, known.base_model, known.license)
 
 
-def _write_model(path: Path, tensors: list[PlannedTensor], head: Head) -> int:
+def _write_model(path: Path, tensors: list[PlannedTensor], head: FileHead) -> int:
     """Write head and tensors; return the bytes of the file. Raises DiskError when they do not fit."""
     writer = head.writer(path, tensors)
     with _to_disk(writer):
