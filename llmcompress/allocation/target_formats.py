@@ -61,7 +61,7 @@ def default_options(engine: str, width: int) -> tuple[Steps, ...]:
     For llama.cpp its types, for MLX its bits; for vLLM grids and floats, those of four bits with one `refine`.
     """
     if engine == "llama.cpp":
-        return _filled(TYPES_OF_BLOCKS if width % SUPERBLOCK else TYPES_OF_SUPERBLOCKS)
+        return _gguf_steps(TYPES_OF_BLOCKS if width % SUPERBLOCK else TYPES_OF_SUPERBLOCKS)
     if engine == "mlx":
         return tuple((step({"method": "gptq", **form}), step(POLISH)) for form in _affine(width))
     four = tuple((step({"method": "gptq", **form}), step(POLISH)) for form in FOUR_BITS)
@@ -74,7 +74,7 @@ def engine_table_options(engine: str, size: tuple[int, int], only_looked_up: boo
         return ()
     if engine == "mlx":
         return tuple((step({"method": "rtn" if only_looked_up else "gptq", **form}),) for form in _affine(size[1]))
-    return _filled(TYPES_OF_BLOCKS if size[1] % SUPERBLOCK else TYPES_OF_TABLES)
+    return _gguf_steps(TYPES_OF_BLOCKS if size[1] % SUPERBLOCK else TYPES_OF_TABLES)
 
 
 def _affine(width: int) -> Iterator[dict[str, Any]]:
@@ -83,7 +83,7 @@ def _affine(width: int) -> Iterator[dict[str, Any]]:
         yield {"bits": bits, "group_size": 32 if width % 64 else 64, "symmetric": False}
 
 
-def _filled(types: Sequence[str]) -> tuple[Steps, ...]:
+def _gguf_steps(types: Sequence[str]) -> tuple[Steps, ...]:
     """Return steps that fill types, with one `refine` where it keeps the type."""
     return tuple(
         (step({"method": "gguf", "type": kind}), *([step(POLISH)] if kind in POLISHED else [])) for kind in types

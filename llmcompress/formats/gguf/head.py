@@ -43,7 +43,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class FileOrigin:
-    """What a file says of its model's origin; `base`: a Hub id."""
+    """Origin of the model in a file; `base`: a Hub id."""
 
     name: str
     base: str | None
@@ -65,7 +65,7 @@ class FileOrigin:
 
 @dataclass(frozen=True)
 class FileHead:
-    """What a file says before its tensors' numbers."""
+    """All of a file but the numbers of its tensors."""
 
     model: GGUFModel
     vocabulary: Vocabulary
