@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 import llmcompress as lc
 from llmcompress.benchmark.worker import Worker
-from llmcompress.formats.gguf.write import read_model
+from llmcompress.formats.gguf.head import FileOrigin, read_head
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.weight.hadamard import SYLVESTER
@@ -167,7 +167,8 @@ def llama_speed(stack: ExitStack, kind: str, threads: int) -> Speed:
 def write_gguf(config: LlamaConfig, folder: Path, kind: str) -> Path:
     """Write a GGUF file with linears of the type `kind` and a table of Q4_0, all zeros, and norms of one."""
     load_tokenizer(locate("smollm2").folder).save_pretrained(folder)
-    model, vocabulary = read_model(folder, config.to_dict())
+    head = read_head(folder, config.to_dict(), FileOrigin(folder.name, None, None))
+    model, vocabulary = head.model, head.vocabulary
     path = folder / "model.gguf"
     writer = gguf.GGUFWriter(path, model.architecture)
     model.describe(writer, len(vocabulary.tokens))

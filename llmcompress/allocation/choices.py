@@ -2,39 +2,29 @@
 
 The recipe's rules come first; options are for matrices that no rule covers. If the target is in bytes or a quality,
 the token table and the output head have options too, unless the recipe gives their steps. A target in bits per weight
-or in zeros counts the decoder's linears alone. A target for an engine has options that it multiplies, and none for
-tables.
+or in zeros counts the decoder's linears alone. A target for an engine has options that it multiplies, and for tables
+those that it reads, if any.
 
-Sizes of weight files are predicted from headers and sketches alone: at most a few bytes a tensor too high, never too
-low, since a file must not exceed its target.
+Sizes are those of `file_sizes.py`: of our weight files, or of an engine's.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from math import prod
 from typing import Any
 
-import torch
-
 from llmcompress.allocation.distortion import Steps
-from llmcompress.allocation.target_formats import check_rules, options_for
+from llmcompress.allocation.file_sizes import FileSizes, file_sizes
+from llmcompress.allocation.target_formats import check_rules, engine_table_options, options_for
 from llmcompress.compression.job import Job
 from llmcompress.errors import RecipeError, list_names
 from llmcompress.methods.layer import sketch, step
 from llmcompress.methods.solvers.sparsity import kept_count
-from llmcompress.models.dense.headers import Header
-from llmcompress.models.files.integrity import BINDING, DIGESTS, digest
-from llmcompress.models.files.tensor_files import SHARD
 from llmcompress.recipe.target import Target
-from llmcompress.weight.expression import bits, not_zero, tensor_bits
-from llmcompress.weight.layout import ALIGNMENT
-from llmcompress.weight.modules import LIKE
-from llmcompress.weight.nodes import Weight
+from llmcompress.weight.expression import not_zero
 from llmcompress.weight.rows import check_rows
 
 RATES = (1, 1.5, 2, 2.5, 3, 4)  # of trellises, in bits a weight: the default options of linears
@@ -45,7 +35,6 @@ WIDTHS = (4, 5, 6, 8)  # of grids, in bits: their other options
 AROUND = (-0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2)  # a target's sparsity: that of the default options
 MOST_ZEROS = 0.98  # of a default option
 TABLE_GROUP = 64  # columns that share a scale in a table that is only looked up
-PADDING = 8  # bytes of a weight file's header, at most
 
 
 @dataclass(frozen=True)
@@ -169,36 +158,37 @@ def _lay_options(job: Job, options: Sequence[Steps]) -> Choices:
     """Return the options laid over the matrices that no rule covers. Raises RecipeError as `find_choices`."""
     recipe, linears = job.recipe, job.arch.linears()
     engine = None if recipe.target is None else recipe.target.engine
+    sizes = file_sizes(job)
     notes: tuple[str, ...] = ()
+    open_linears = [linears[name] for name in job.assignment.unruled]
     if engine is None:
-        suited, notes = _suitable_options({name: linears[name].shape for name in job.assignment.unruled}, options)
-        matrices = [_matrix(name, linears[name].shape, suited[name]) for name in suited]
-        matrices += _tables(job) if recipe.target is not None and recipe.target.with_tables else []
+        suited, notes = _suitable_options({it.name: it.shape for it in open_linears}, options)
     else:
         check_rules(job, engine)
-        open_linears = [linears[name] for name in job.assignment.unruled]
-        matrices = [_matrix(it.name, it.shape, options_for(engine, it, recipe.options)) for it in open_linears]
+        suited = {it.name: options_for(engine, it, recipe.options) for it in open_linears}
+    matrices = [_matrix(sizes, it.name, it.shape, suited[it.name]) for it in open_linears]
+    if recipe.target is not None and recipe.target.with_tables:
+        matrices += [_matrix(sizes, name, _shape(job, name), each, True) for name, each in _tables(job).items()]
     if not matrices:
         raise RecipeError(
             f"the rules of recipe {recipe.name!r} cover every layer of {job.source.name}, so none is left to choose "
             f"steps for; drop the target, or the rule that matches all"
         )
-    fixed = {name: sketch(name, linears[name].shape, steps) for name, steps in job.steps.items()}
-    tables = {name: sketch(name, _shape(job, name), steps) for name, steps in job.tables.items()}
-    compressed = {*fixed, *tables, *(matrix.name for matrix in matrices)}
+    shapes = {name: linears[name].shape for name in job.steps} | {name: _shape(job, name) for name in job.tables}
+    compressed = {*shapes, *(matrix.name for matrix in matrices)}
     return Choices(
         tuple(matrices),
-        sum(map(bits, fixed.values())),
-        sum(prod(linears[name].shape) for name in fixed),
-        sum(map(not_zero, fixed.values())),
-        _bytes_around(job, compressed) + sum(map(payload_bytes, (*fixed.values(), *tables.values()))),
+        sum(sizes.bits(name, shapes[name], steps) for name, steps in job.steps.items()),
+        sum(prod(shapes[name]) for name in job.steps),
+        sum(not_zero(sketch(name, shapes[name], steps)) for name, steps in job.steps.items()),
+        sizes.around(compressed) + sum(sizes.bytes(name, shapes[name], each) for name, each in job.all_steps.items()),
         notes,
     )
 
 
 def _suitable_options(
     shapes: Mapping[str, tuple[int, int]], options: Sequence[Steps]
-) -> tuple[dict[str, list[Steps]], tuple[str, ...]]:
+) -> tuple[dict[str, Sequence[Steps]], tuple[str, ...]]:
     """Return the options that can store each matrix, by its name, and a note if some cannot.
 
     Raises RecipeError for a matrix that none suits.
@@ -233,23 +223,29 @@ def _steps(*arguments: dict[str, Any]) -> Steps:
     return tuple(step(config) for config in ({"method": "rotate"}, *arguments))
 
 
-def _tables(job: Job) -> list[Matrix]:
-    """Return the token table and an untied output head that the recipe gives no steps for."""
+def _tables(job: Job) -> dict[str, Sequence[Steps]]:
+    """Return the options of the token table and an untied output head that the recipe gives no steps for."""
     arch, recipe = job.arch, job.recipe
-    trellises = tuple(_steps(_trellis(rate)) for rate in TABLE_RATES)
-    grids = tuple(_steps({"method": "gptq", "bits": width}) for width in WIDTHS)
-    plain = {"method": "rtn", "group_size": TABLE_GROUP, "symmetric": False}
-    only_looked_up = tuple((step(plain | {"bits": width}),) for width in WIDTHS)
-    options = {}
+    engine = None if recipe.target is None else recipe.target.engine
+    options: dict[str, Sequence[Steps]] = {}
     if not recipe.embeddings and job.has_plain_table:
-        options[arch.embedding] = (*trellises, *(grids if arch.tied else only_looked_up))
+        options[arch.embedding] = table_options(engine, _shape(job, arch.embedding), only_looked_up=not arch.tied)
     if recipe.head is None and not arch.tied and f"{arch.head}.weight" in job.source.tensors:
-        options[arch.head] = (*trellises, *grids)
-    return [
-        _matrix(name, _shape(job, name), each, is_table=True)
-        for name, each in options.items()
-        if name not in job.tables and not recipe.keeps_dense(name)
-    ]
+        options[arch.head] = table_options(engine, _shape(job, arch.head), only_looked_up=False)
+    return {
+        name: each for name, each in options.items() if each and name not in job.tables and not recipe.keeps_dense(name)
+    }
+
+
+def table_options(engine: str | None, size: tuple[int, int], only_looked_up: bool) -> Sequence[Steps]:
+    """Return the options of a table `[rows, width]` for an engine, or for llmcompress itself; none where it stays."""
+    if engine is not None:
+        return engine_table_options(engine, size, only_looked_up)
+    trellises = tuple(_steps(_trellis(rate)) for rate in TABLE_RATES)
+    plain = {"method": "rtn", "group_size": TABLE_GROUP, "symmetric": False}
+    looked_up = tuple((step(plain | {"bits": width}),) for width in WIDTHS)
+    grids = tuple(_steps({"method": "gptq", "bits": width}) for width in WIDTHS)
+    return (*trellises, *(looked_up if only_looked_up else grids))
 
 
 def _shape(job: Job, name: str) -> tuple[int, int]:
@@ -257,44 +253,13 @@ def _shape(job: Job, name: str) -> tuple[int, int]:
     return rows, width
 
 
-def _matrix(name: str, shape: tuple[int, int], options: Sequence[Steps], is_table: bool = False) -> Matrix:
+def _matrix(
+    sizes: FileSizes, name: str, shape: tuple[int, int], options: Sequence[Steps], is_table: bool = False
+) -> Matrix:
     stored = [sketch(name, shape, steps) for steps in options]
     if is_table:
         for weight in stored:
             check_rows(weight)
-    sizes = tuple(map(bits, stored)), tuple(map(payload_bytes, stored)), tuple(map(not_zero, stored))
-    return Matrix(name, shape, tuple(options), *sizes, is_table)
-
-
-def payload_bytes(w: Weight) -> int:
-    """Return the bytes of a module's payload, in which each stored tensor is padded to a multiple of 8 bytes."""
-    return sum(-(-count // (8 * ALIGNMENT)) * ALIGNMENT for count in tensor_bits(w))
-
-
-def _bytes_around(job: Job, compressed: set[str]) -> int:
-    """Return the bytes of all weight files without the payloads of `compressed`: dense tensors and headers."""
-    payloads, table = {f"{name}.weight" for name in compressed}, job.arch.embedding
-    tensors = dict(job.source.tensors)
-    if table in compressed:
-        tensors[f"{table}.{LIKE}"] = tensors[f"{table}.weight"]
-    dense = sum(header.bytes_of_numbers for name, header in job.source.tensors.items() if name not in payloads)
-    return dense + _header_bytes(tensors, payloads)
-
-
-def _header_bytes(tensors: Mapping[str, Header], payloads: set[str]) -> int:
-    """Return an upper bound of the bytes of all headers in the weight files."""
-    most = max(sum(header.bytes_of_numbers for header in tensors.values()), 1)
-    entries = {
-        name: {
-            "data_offsets": [most, most],
-            "dtype": "U8" if name in payloads else header.dtype,
-            "shape": [header.bytes] if name in payloads else list(header.shape),
-        }
-        for name, header in tensors.items()
-    }
-    sample = digest(torch.empty(0))
-    bound = json.dumps(dict.fromkeys(("id", "config", "tokenizer"), sha256().hexdigest()))
-    metadata = {DIGESTS: json.dumps(dict.fromkeys(tensors, sample)), "format": "pt"}
-    each = len(json.dumps({"__metadata__": {BINDING: bound, DIGESTS: "{}", "format": "pt"}})) + 8 + PADDING
-    text = json.dumps({"__metadata__": metadata} | entries, separators=(",", ":"), ensure_ascii=False)
-    return len(text.encode()) + each * (1 + most // SHARD)
+    costs = [(sizes.bits(name, shape, steps), sizes.bytes(name, shape, steps)) for steps in options]
+    each_bits, each_bytes = zip(*costs, strict=True)
+    return Matrix(name, shape, tuple(options), each_bits, each_bytes, tuple(map(not_zero, stored)), is_table)

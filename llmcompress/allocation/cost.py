@@ -10,13 +10,13 @@ from __future__ import annotations
 from math import prod
 
 from llmcompress.allocation.choices import Choices, Matrix
-from llmcompress.allocation.distortion import ROWS, rough
+from llmcompress.allocation.distortion import FEW, ROWS, is_slow, rough
 from llmcompress.allocation.prices import (
     middle_option,
     options_to_run,
     probed_options,
     sequence_counts,
-    smallest_matrix,
+    smallest_matrices,
     statistics_needs,
 )
 from llmcompress.allocation.sensitivity import WINDOW, WINDOWS
@@ -93,8 +93,8 @@ def _walk_operations(job: Job, tokens: int, shares: dict[str, float]) -> float:
 
 def _trial_work(job: Job, choices: Choices) -> Work:
     """Return the work of options on matrices, and of their errors."""
-    smallest = smallest_matrix([matrix for matrix in choices.matrices if not matrix.is_table])
-    trials = {matrix.name: _trials(job, matrix, matrix is smallest) for matrix in choices.matrices}
+    smallest = {matrix.name for matrix in smallest_matrices(choices.matrices).values()}
+    trials = {matrix.name: _trials(job, matrix, matrix.name in smallest) for matrix in choices.matrices}
     sizes = [(rows, width) for each in trials.values() for _, rows, width in each]
     errors = sum(4 * (rows if rows < MANY else SAMPLED) * width**2 for rows, width in sizes)
     return Work(exact=errors, other=step_seconds(job, trials))
@@ -107,11 +107,14 @@ def _trials(job: Job, matrix: Matrix, is_reference: bool) -> list[Trial]:
         some_rows = [Trial(steps, min(rows, ROWS), width) for steps in matrix.options]
         whole = [Trial(rough(matrix.options[number]), rows, width) for number in _options_to_probe(job, matrix)]
         return [*some_rows, *whole]
-    trials = [Trial(steps, rows, width) for steps in matrix.options] if is_reference else []
+    trials = []
+    if is_reference:
+        trials = [Trial(steps, min(rows, FEW) if is_slow(steps) else rows, width) for steps in matrix.options]
     for number in options_to_run(matrix):
         fast = rough(matrix.options[number])
         some = number != middle and rows >= MANY and all(config.rowwise for config in fast)
-        trials.append(Trial(fast, SAMPLED if some else rows, width))
+        slow = number != middle and is_slow(fast)
+        trials.append(Trial(fast, min(rows, FEW) if slow else SAMPLED if some else rows, width))
     return trials
 
 

@@ -31,6 +31,7 @@ Steps = tuple[StepConfig, ...]
 
 MOST_RUN = 3  # options of a family that are run on every layer
 ROWS = 2048  # of a table that an error is measured on
+FEW = 128  # rows that the error of slow steps is measured on
 LEAST = 1e-12  # an error below it counts as this
 NOISE = 0.1  # of the size of a matrix that is changed by noise
 
@@ -62,12 +63,24 @@ def rough(steps: Steps) -> Steps:
     return tuple(fast for config in steps if (fast := config.rough()) is not None)
 
 
+def is_slow(steps: Steps) -> bool:
+    """True if steps take so long that a few rows have to tell of a matrix."""
+    return any(config.is_slow for config in steps)
+
+
 def sample_rows(layer: Layer, is_table: bool = False) -> Layer:
     """Return a layer of evenly spaced rows of a large one: as many as a report takes, or ROWS of a table."""
-    rows = len(layer.weight)
     most, enough = (ROWS, ROWS + 1) if is_table else (SAMPLED, MANY)
-    if rows < enough:
-        return layer
+    return layer if len(layer.weight) < enough else _spaced_rows(layer, most)
+
+
+def sample_few_rows(layer: Layer) -> Layer:
+    """Return a layer of at most FEW evenly spaced rows."""
+    return layer if len(layer.weight) <= FEW else _spaced_rows(layer, FEW)
+
+
+def _spaced_rows(layer: Layer, most: int) -> Layer:
+    rows = len(layer.weight)
     chosen = torch.linspace(0, rows - 1, most, device=layer.weight.device).long()
     weight, importance = layer.weight[chosen], None if layer.rows is None else layer.rows[chosen]
     return Layer(layer.name, weight, Dense(weight.to(torch.bfloat16)), layer.inputs, layer.seed, rows=importance)

@@ -16,6 +16,7 @@ from math import prod
 from llmcompress.allocation.allocate import reachable_choices, target_of, text_of, with_steps
 from llmcompress.allocation.choices import Choices
 from llmcompress.allocation.cost import pricing_bytes, pricing_seconds, probing_tokens
+from llmcompress.allocation.file_sizes import OurSizes, file_sizes, plan_in_files
 from llmcompress.compression.job import Job
 from llmcompress.compression.plan import Plan, plan_of
 from llmcompress.compression.time_estimate import estimate_time
@@ -30,6 +31,8 @@ def forecast(job: Job) -> Plan:
     choices = reachable_choices(job, (target,))
     settled = job.with_recipe(with_steps(job, choices, spread_evenly(choices, target)))
     planned, pricing = plan_of(settled), pricing_bytes(job, choices, probing_tokens(text, target))
+    if not isinstance(sizes := file_sizes(job), OurSizes):
+        planned = plan_in_files(planned, settled, sizes)
     return replace(
         planned,
         warnings=(*planned.warnings, *_table_warnings(job, target)),

@@ -32,8 +32,10 @@ from llmcompress.allocation.distortion import (
     families,
     interpolate_errors,
     interpolate_logarithms,
+    is_slow,
     options_to_measure,
     rough,
+    sample_few_rows,
     sample_rows,
 )
 from llmcompress.allocation.sensitivity import Probe, probe_text
@@ -132,10 +134,10 @@ class MatrixMeasurement:
 
 @dataclass(frozen=True)
 class Measurements:
-    """The measurements of some matrices by name, and the `reference`: of the smallest linear, if it is among them."""
+    """The measurements of some matrices by name; `references`: of those that are the smallest with their options."""
 
     matrices: dict[str, MatrixMeasurement]
-    reference: Reference
+    references: dict[str, Reference]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; numbers of options lie in lists, since keys of JSON are text."""
@@ -147,7 +149,10 @@ class Measurements:
             }
             for name, each in self.matrices.items()
         }
-        return {"matrices": matrices, "reference": [[[*fast.items()], own] for fast, own in self.reference]}
+        references = {
+            name: [[[*fast.items()], own] for fast, own in reference] for name, reference in self.references.items()
+        }
+        return {"matrices": matrices, "references": references}
 
     @staticmethod
     def from_json(entries: dict[str, Any]) -> Measurements:
@@ -160,7 +165,11 @@ class Measurements:
             )
             for name, each in entries["matrices"].items()
         }
-        return Measurements(matrices, [(dict(fast), list(own)) for fast, own in entries["reference"]])
+        references = {
+            name: [(dict(fast), list(own)) for fast, own in reference]
+            for name, reference in entries["references"].items()
+        }
+        return Measurements(matrices, references)
 
 
 def measure_matrices(
@@ -178,16 +187,18 @@ def measure_matrices(
     which process measures it: each takes every so many-th block, and its changes to the end. Raises InputError and
     NumericsError as the walk and methods do.
     """
-    smallest = smallest_matrix([matrix for matrix in choices.matrices if not matrix.is_table])
+    smallest = {matrix.name for matrix in smallest_matrices(choices.matrices).values()}
     wanted = {matrix.name: matrix for matrix in _own_matrices(job, choices.matrices, ranks)}
     errors: dict[str, dict[int, float]] = {}
     changes: dict[str, dict[int, tuple[int, float]]] = {}
-    reference: Reference = []
+    references: dict[str, Reference] = {}
     step = count_steps("matrix priced", len(wanted))
     for block, layer, held_out in _layers(job, wanted, tokens, probe, device, progress):
         matrix = wanted[layer.name]
-        if matrix is smallest:
-            reference = [_reference_errors(layer, matrix, family, held_out) for family in families(matrix.options)]
+        if matrix.name in smallest:
+            references[matrix.name] = [
+                _reference_errors(layer, matrix, family, held_out) for family in families(matrix.options)
+            ]
         results = _run_options(block, layer, matrix, held_out, probe, job.recipe.damage)
         errors[layer.name], changes[layer.name] = results
         step()
@@ -200,18 +211,21 @@ def measure_matrices(
         }
         _check_finite(name, chain.from_iterable(sensitivities.values()))
         measurements[name] = MatrixMeasurement(own, sensitivities, middle_option(wanted[name]))
-    return Measurements(measurements, reference)
+    return Measurements(measurements, references)
 
 
 def prices_of(choices: Choices, parts: Iterable[Measurements]) -> tuple[MatrixPrices, ...]:
     """Return the price list of all matrices from the measurements of all processes."""
     matrices: dict[str, MatrixMeasurement] = {}
-    reference: Reference = []
+    references: dict[str, Reference] = {}
     for part in parts:
         matrices |= part.matrices
-        reference = reference or part.reference
+        references |= part.references
+    smallest = smallest_matrices(choices.matrices)
     return tuple(
-        _price_options(matrix, matrices[matrix.name], [] if matrix.is_table else reference)
+        _price_options(
+            matrix, matrices[matrix.name], [] if matrix.is_table else references[smallest[matrix.options].name]
+        )
         for matrix in choices.matrices
     )
 
@@ -224,11 +238,18 @@ def _own_matrices(job: Job, matrices: Sequence[Matrix], ranks: Ranks) -> list[Ma
     return [matrix for matrix in matrices if matrix.name in own]
 
 
-def smallest_matrix(linears: list[Matrix]) -> Matrix | None:
-    """Return the smallest of some linears, of equal ones the one nearest to the middle; None of none."""
+def smallest_matrices(matrices: Sequence[Matrix]) -> dict[tuple[Steps, ...], Matrix]:
+    """Return by options the smallest linear that has them, of equal ones the one nearest to the middle."""
+    by_options: dict[tuple[Steps, ...], list[Matrix]] = {}
+    for matrix in (matrix for matrix in matrices if not matrix.is_table):
+        by_options.setdefault(matrix.options, []).append(matrix)
+    return {options: _smallest(linears) for options, linears in by_options.items()}
+
+
+def _smallest(linears: list[Matrix]) -> Matrix:
     middle = len(linears) // 2
     ranked = [(prod(linear.shape), abs(place - middle), place) for place, linear in enumerate(linears)]
-    return linears[min(ranked)[-1]] if ranked else None
+    return linears[min(ranked)[-1]]
 
 
 def options_to_run(matrix: Matrix) -> list[int]:
@@ -309,6 +330,8 @@ def _reference_errors(
 
     Those with rough steps by number, and those with their own steps in order.
     """
+    if any(is_slow(rough(matrix.options[number])) for number in family):
+        layer = sample_few_rows(layer)
     fast = {number: error(layer, rough(matrix.options[number]), held_out) for number in options_to_measure(family)}
     return fast, [error(layer, matrix.options[number], held_out) for number in family]
 
@@ -321,7 +344,7 @@ def _run_options(
     Probes with the `probed_options`, by `noise` with noise. Returns the error of each option; and of those that were
     probed, the number of the change and the error that it made.
     """
-    rows = sample_rows(layer, matrix.is_table)
+    rows, few = sample_rows(layer, matrix.is_table), sample_few_rows(layer)
     probed = probed_options(matrix, by)
     errors, changes = {}, {}
     for number in options_to_run(matrix):
@@ -332,7 +355,7 @@ def _run_options(
                 change = change._replace(weight=change.weight.to(torch.bfloat16))
             changes[number] = probe.exchange(block, layer.name, change.weight), change.error
         rowwise = matrix.is_table or all(config.rowwise for config in fast)
-        target = rows if rowwise else layer  # some rows tell of all
+        target = few if is_slow(fast) else rows if rowwise else layer  # some rows tell of all
         if is_probed and by != "noise" and target is layer and not matrix.is_table:
             errors[number] = change.error
         else:

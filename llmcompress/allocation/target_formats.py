@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llmcompress.allocation.distortion import Steps
+from llmcompress.allocation.file_sizes import gguf_type
 from llmcompress.compression.job import Job
 from llmcompress.errors import RecipeError
+from llmcompress.formats.engine_files import UnfitError
+from llmcompress.formats.gguf.write import expert_stacks
 from llmcompress.methods.layer import sketch, step
 from llmcompress.models.dense.families import Linear
-from llmcompress.weight.runtime_formats import OBSTACLES, WITH_TABLES
+from llmcompress.weight.runtime_formats import GGUF_BLOCK, OBSTACLES, WITH_TABLES
+from llmcompress.weight.superblocks import SUPERBLOCK
 
 POLISH: dict[str, Any] = {"method": "refine", "passes": 1}
 FOUR_BITS: tuple[dict[str, Any], ...] = (
@@ -20,6 +24,14 @@ FOUR_BITS: tuple[dict[str, Any], ...] = (
     {"format": "mxfp4"},
 )
 EIGHT_BITS: tuple[dict[str, Any], ...] = ({"bits": 8, "narrow_range": True}, {"format": "fp8"})
+
+
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)  # for MLX
+# For llama.cpp, by what fills the width; sensitivities are measured with the first
+TYPES_OF_SUPERBLOCKS = ("IQ3_XXS", "IQ2_XXS", "IQ2_S", "IQ3_S", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K")
+TYPES_OF_BLOCKS = ("IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+TYPES_OF_TABLES = ("IQ4_XS", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+POLISHED = ("IQ2_XXS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_NL", "Q5_0")  # which `refine` makes better, and keeps
 
 
 def options_for(engine: str, linear: Linear, given: Sequence[Steps] | None) -> tuple[Steps, ...]:
@@ -35,17 +47,47 @@ def options_for(engine: str, linear: Linear, given: Sequence[Steps] | None) -> t
                     f"option, or give the layer a rule of its own"
                 )
         return tuple(given)
-    options = tuple(steps for steps in default_options() if _obstacle(engine, linear, steps) is None)
+    defaults = default_options(engine, linear.shape[1])
+    options = tuple(steps for steps in defaults if _obstacle(engine, linear, steps) is None)
     if not options:
-        why = _obstacle(engine, linear, default_options()[-1])
+        why = _obstacle(engine, linear, defaults[-1])
         raise RecipeError(f"target: {engine} multiplies no form of {linear.name} ({why}); drop engine")
     return options
 
 
-def default_options() -> tuple[Steps, ...]:
-    """Return grids and floats with error feedback; those of four bits with one pass of `refine`."""
+def default_options(engine: str, width: int) -> tuple[Steps, ...]:
+    """Return the default options of linears with so many inputs.
+
+    For llama.cpp its types, for MLX its bits; for vLLM grids and floats, those of four bits with one `refine`.
+    """
+    if engine == "llama.cpp":
+        return _gguf_steps(TYPES_OF_BLOCKS if width % SUPERBLOCK else TYPES_OF_SUPERBLOCKS)
+    if engine == "mlx":
+        return tuple((step({"method": "gptq", **form}), step(POLISH)) for form in _affine(width))
     four = tuple((step({"method": "gptq", **form}), step(POLISH)) for form in FOUR_BITS)
     return (*four, *((step({"method": "gptq", **form}),) for form in EIGHT_BITS))
+
+
+def engine_table_options(engine: str, size: tuple[int, int], only_looked_up: bool) -> tuple[Steps, ...]:
+    """Return the options of a table `[rows, width]`; none where the engine reads it as it is."""
+    if engine not in ("llama.cpp", "mlx") or size[1] % GGUF_BLOCK:
+        return ()
+    if engine == "mlx":
+        return tuple((step({"method": "rtn" if only_looked_up else "gptq", **form}),) for form in _affine(size[1]))
+    return _gguf_steps(TYPES_OF_BLOCKS if size[1] % SUPERBLOCK else TYPES_OF_TABLES)
+
+
+def _affine(width: int) -> Iterator[dict[str, Any]]:
+    """Yield MLX's grids with offsets, in groups of 64 columns where these fill the width, else of 32."""
+    for bits in AFFINE_BITS:
+        yield {"bits": bits, "group_size": 32 if width % 64 else 64, "symmetric": False}
+
+
+def _gguf_steps(types: Sequence[str]) -> tuple[Steps, ...]:
+    """Return steps that fill types, with one `refine` where it keeps the type."""
+    return tuple(
+        (step({"method": "gguf", "type": kind}), *([step(POLISH)] if kind in POLISHED else [])) for kind in types
+    )
 
 
 def check_rules(job: Job, engine: str) -> None:
@@ -61,14 +103,44 @@ def check_rules(job: Job, engine: str) -> None:
         if engine not in WITH_TABLES:
             raise RecipeError(f"{engine} has no compressed {name}; leave it as it is by embeddings: [] and head: []")
         rows, width = job.source.tensors[f"{name}.weight"].shape
-        if (why := OBSTACLES[engine](sketch(name, (rows, width), steps))) is not None:
+        if (why := _obstacle_of_shape(engine, name, (rows, width), steps)) is not None:
             raise RecipeError(f"{engine} does not read {_spell(steps)} of {name} ({why}); give it other steps")
+    if engine == "llama.cpp":
+        _check_experts(job)
+
+
+def _check_experts(job: Job) -> None:
+    """Raise RecipeError for experts that would not have one type in a block."""
+    linears = job.arch.linears()
+    for layers in expert_stacks(job.source.skeleton()).values():
+        if job.recipe.target is not None and layers[0] in job.assignment.unruled:
+            raise RecipeError(
+                f"target: llama.cpp holds all experts of a block in one type, and a target would choose for each "
+                f"({layers[0]} first); give experts a rule, or name a recipe without a target"
+            )
+        steps = {layer: job.steps.get(layer) for layer in layers}
+        kinds = {gguf_type(it, linears[it].shape, own).name if own else "no type" for it, own in steps.items()}
+        if len(kinds) > 1:
+            raise RecipeError(
+                f"rules: llama.cpp holds all experts of a block in one type, and {layers[0]} and its neighbours would "
+                f"have {' and '.join(sorted(kinds))}; give them the same steps"
+            )
 
 
 def _obstacle(engine: str, linear: Linear, steps: Steps) -> str | None:
     if linear.transposed:
         return "it is no plain linear layer"
-    return OBSTACLES[engine](sketch(linear.name, linear.shape, steps))
+    return _obstacle_of_shape(engine, linear.name, linear.shape, steps)
+
+
+def _obstacle_of_shape(engine: str, name: str, size: tuple[int, int], steps: Steps) -> str | None:
+    why = OBSTACLES[engine](sketch(name, size, steps))
+    if why is None and engine == "llama.cpp":
+        try:
+            gguf_type(name, size, steps)
+        except UnfitError as error:
+            return str(error)
+    return why
 
 
 def _spell(steps: Steps) -> str:

@@ -66,6 +66,10 @@ Engine = Annotated[
         "exllamav3 of 3.",
     ),
 ]
+EngineOfSweep = Annotated[
+    str | None,
+    typer.Option("--for", metavar="ENGINE", help="Choose among the forms of this engine: vllm, llama.cpp or mlx."),
+]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Resume an interrupted run, or start over.")]
 PricePart = Annotated[
     str | None,
@@ -202,14 +206,17 @@ def frontier(
     settings: Settings = None,
     revision: Revision = None,
     seed: Seed = None,
+    engine: EngineOfSweep = None,
     **access: Any,
 ) -> None:
     """Compress MODEL to several sizes, score each, and plot quality over size.
 
-    The options for layers are measured once for all sizes. An interrupted sweep resumes.
+    The options for layers are measured once for all sizes. An interrupted sweep resumes. With --for, each can be
+    exported for the engine.
 
     Example: llmcompress frontier smollm2 --bpw 1.25,1.6,2,2.5,3 -o curve
     """
+    from llmcompress.pipeline.engines import aim_at
     from llmcompress.pipeline.frontier import SweepCallbacks
     from llmcompress.pipeline.frontier import frontier as run
     from llmcompress.pipeline.frontier_inputs import budgets, read_peers
@@ -219,6 +226,7 @@ def frontier(
     first = wanted[0].target.model_dump(exclude_none=True)
     target = Change("target", first, "--sizes" if bpw is None else "--bpw", stay=("engine", "worst"))
     built = [build_recipe(recipe, settings, seed, target, tune) for recipe in recipes or (None,)]
+    built = built if engine is None else [aim_at(engine, recipe) for recipe in built]
     results = () if peers is None else read_peers(peers, "bytes" if bpw is None else "bpw")
     protocol = build_protocol(text, windows, length, tasks, limit, None, batch_size)
     callbacks = SweepCallbacks(terminal.stage, terminal.pricing, terminal.progress, terminal.training)

@@ -206,7 +206,7 @@ def _check_calibration(recipe: Recipe) -> None:
     if hungry:
         frugal = ", ".join(name for name, method in sorted(methods().items()) if method.data_free)
         raise RecipeError(
-            f"{', '.join(hungry)} requires calibration; add it to the recipe, such as calibration: {{dataset: builtin}} "
+            f"{', '.join(hungry)} requires calibration; add it to the recipe, as calibration: {{dataset: builtin}} "
             f"(or self: the model writes the text), or use methods that need none: {frugal}"
         )
 

@@ -9,7 +9,8 @@ from llmcompress.formats.dense import to_dense
 from llmcompress.formats.engine_configs import EXL3, MLX, readable_entries
 from llmcompress.formats.engine_files import ExportReport
 from llmcompress.formats.exl3 import to_exl3
-from llmcompress.formats.gguf.write import read_model, to_gguf
+from llmcompress.formats.gguf.head import FileOrigin, read_head
+from llmcompress.formats.gguf.write import to_gguf
 from llmcompress.formats.mlx import to_mlx
 from llmcompress.formats.peft import to_peft
 from llmcompress.models.dense.experts import experts_of
@@ -72,7 +73,7 @@ def check_model(folder: Path, config: dict[str, Any], to: str, trust_remote_code
     its engine reads otherwise, or a kind of model; RecipeError if a package is missing."""
     _check_kind(folder, to, trust_remote_code)
     if to == "gguf":
-        read_model(folder, config)
+        read_head(folder, config, FileOrigin(folder.name, None, None))
     elif to in READERS:
         readable_entries(folder, config, READERS[to])
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +72,31 @@ def to_mlx(opened: CompressedCheckpoint, output: Path, allow_dense: bool = False
 def pack_matrix(layer: str, w: Weight) -> tuple[Quantization, dict[str, Tensor]]:
     """Return the form of a matrix, and its tensors. Raises UnfitError where MLX cannot hold it, InputError for biases
     beyond float16."""
-    if (why := mlx_obstacle(w)) is not None:
-        raise UnfitError(why)
+    form = form_of(w)
     if isinstance(w, Minifloat):
-        mode, bits = MLX_FLOATS[w.form]
-        return Quantization(32, bits, mode), {"weight": pack_words(w.codes, bits), "scales": w.scale}
+        return form, {"weight": pack_words(w.codes, form.bits), "scales": w.scale}
     if not isinstance(w, Grid):
         raise unknown("pack_matrix", w)
-    return _pack_grid(w)
+    return _pack_grid(w, form)
 
 
-def _pack_grid(w: Grid) -> tuple[Quantization, dict[str, Tensor]]:
+def form_of(w: Weight) -> Quantization:
+    """Return the form of a matrix, which may be without values. Raises UnfitError where MLX cannot hold it."""
+    if (why := mlx_obstacle(w)) is not None:
+        raise UnfitError(why)
+    match w:
+        case Minifloat(form=form):
+            mode, bits = MLX_FLOATS[form]
+            return Quantization(32, bits, mode)
+        case Grid():
+            bits = next(size for size in MLX_BITS if size >= stream_bits(w.levels))
+            return Quantization(mlx_group(w) or w.codes.shape[1], bits)
+    raise unknown("form_of", w)
+
+
+def _pack_grid(w: Grid, form: Quantization) -> tuple[Quantization, dict[str, Tensor]]:
     rows, width = w.codes.shape
-    group = mlx_group(w) or width
-    bits = next(size for size in MLX_BITS if size >= stream_bits(w.levels))
+    group, bits = form.group_size, form.bits
     firsts = torch.arange(0, width, group) // w.group_size  # the grid's group of each group of MLX
     scales = w.scale.expand(rows, -1)[:, firsts]
     centres = (w.levels - 1) / 2 if w.zero is None else w.zero.expand(rows, -1)[:, firsts].float()
@@ -95,7 +106,7 @@ def _pack_grid(w: Grid) -> tuple[Quantization, dict[str, Tensor]]:
         raise InputError(f"a bias of a {describe(w)} is beyond float16's range; export to dense instead")
     moved = (biases.float() - exact).norm() * group**0.5 / dense(w).norm().clamp_min(1e-30)
     tensors = {"weight": pack_words(w.codes, bits), "scales": scales.contiguous(), "biases": biases}
-    return Quantization(group, bits, moved=float(moved)), tensors
+    return replace(form, moved=float(moved)), tensors
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:

@@ -7,9 +7,9 @@ no move of a column of a trellis raises the sum of what they count.
 
 Stores the same expression in the same bits. It may change grid codes, codes of floats, streams of a trellis, bits of
 binary planes, factors of columns, kept values of a pruned matrix, signs of a partially binarized one, codes and entries
-of codebooks, and the codes and signs of llama.cpp's IQ types. Masks, selections, and the scales of floats, of IQ types
-and of groups along the output stay. The scheme is that of AQLM's code updates (arXiv 2401.06118), one weight, one
-vector, or one column of a trellis at a time.
+of codebooks, and the codes and signs of llama.cpp's IQ types, of which IQ4_XS becomes IQ4_NL. Masks, selections, and
+the scales of floats, of types with tables and of groups along the output stay. The scheme is that of AQLM's code
+updates (arXiv 2401.06118), one weight, one vector, or one column of a trellis at a time.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import Layer, StepConfig, base_and_term, base_target, method, with_base
 from llmcompress.methods.solvers.bitplanes import Planes, planes_of
 from llmcompress.methods.solvers.feedback import few_threads
-from llmcompress.methods.solvers.grid import grid_of, round_to
+from llmcompress.methods.solvers.grid import IQ4, IQ4_LEVELS, grid_of, round_to
 from llmcompress.methods.solvers.hessian import metric
 from llmcompress.methods.solvers.projection import FloatPoints, GridPoints, KeptValues, Zeros, keep_places
 from llmcompress.methods.solvers.scales import divide_columns, refit_scales
@@ -96,7 +96,7 @@ def descend(base: Weight, target: Tensor, hessian: Tensor, rows: Tensor | None =
         streams = TrellisStreams.of(base, rows)
         _descend_blocks(streams.choose, values, pull, hessian)
         return streams.weight(values.T)
-    if isinstance(base, Grid):
+    if isinstance(base, Grid) and base.levels != IQ4_LEVELS:
         _descend_blocks(GridPoints.like(base).choose, values, pull, hessian)
         return with_values(base, values.T.contiguous())
     if _is_pruned(base):
@@ -147,6 +147,8 @@ def nearest(w: Weight) -> Callable[[int, Tensor], Tensor]:
             return Zeros().project
         case Dense(values):
             return KeptValues(values.dtype).project
+        case Grid(levels=levels) if levels == IQ4_LEVELS:
+            return _nearest_iq4(w)
         case Grid():
             return GridPoints.like(w).project
         case Minifloat():
@@ -169,6 +171,21 @@ def nearest(w: Weight) -> Callable[[int, Tensor], Tensor]:
             middles = [None] * len(steps) if zero is None else repeat_groups(zero, group_size, codes.shape[1])
             return lambda column, wanted: round_to(wanted, steps[column], middles[column], levels)
     raise RecipeError(f"refine cannot move the values of {describe(w)}; leave it out for this layer")
+
+
+def _nearest_iq4(w: Grid) -> Callable[[int, Tensor], Tensor]:
+    """Return `nearest` of a grid that has only the integers of llama.cpp's IQ4 types, turned where its zero point says
+    so."""
+    table = torch.tensor(IQ4, dtype=torch.float32, device=w.codes.device)
+    middles = (table[1:] + table[:-1]) / 2
+    turned = torch.zeros_like(w.scale, dtype=torch.bool) if w.zero is None else w.zero != -IQ4[0]
+    scale = torch.where(turned, -w.scale.float(), w.scale.float())
+
+    def project(column: int, wanted: Tensor) -> Tensor:
+        steps = scale[:, column // w.group_size]
+        return table[torch.bucketize(wanted * torch.where(steps == 0, 0.0, 1 / steps), middles)] * steps
+
+    return project
 
 
 def with_values(w: Weight, values: Tensor) -> Weight:

@@ -13,9 +13,12 @@ import os
 import shutil
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from llmcompress.allocation.distortion import Steps
+from llmcompress.allocation.file_sizes import FileSizes, plan_in_files, sizes_for
 from llmcompress.allocation.target_formats import check_rules
 from llmcompress.compression.job import Job, prepare
 from llmcompress.compression.plan import Plan
@@ -35,7 +38,7 @@ from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.target import Engine as TargetEngine
 from llmcompress.reporting import report as reports
-from llmcompress.reporting.report import Report
+from llmcompress.reporting.report import LayerReport, Report
 from llmcompress.runtime.ranks import process_count
 
 CHECKPOINT, EXPORT = ".checkpoint", ".export"  # follow the name of the output folder
@@ -57,7 +60,9 @@ ENGINES = {
     "mlx": Engine("mlx", "mlx-4", is_read=False),
     "exllamav3": Engine("exl3", "exl3", is_read=False),
 }
-TARGETED: dict[str, TargetEngine] = {"vllm": "vllm"}  # engines whose sizes a target knows
+# Engines that a target has options for
+TARGETED: dict[str, TargetEngine] = {"vllm": "vllm", "llama.cpp": "llama.cpp", "mlx": "mlx"}
+SIZED = ("llama.cpp", "mlx")  # engines whose files' sizes are known beforehand
 
 
 def engine_of(name: str) -> Engine:
@@ -82,16 +87,20 @@ def aim_at(engine: str, wanted: Recipe) -> Recipe:
             f"a target counts our own bytes, not those of {engine}; name a recipe, or give a target to "
             f"{list_names(list(TARGETED))}"
         )
+    if wanted.target.sparsity is not None:
+        raise RecipeError(f"{engine} has no form for a share of zeros; give a size or a quality, or leave --for out")
     return wanted.model_copy(update={"target": wanted.target.for_engine(TARGETED[engine])})
 
 
 def plan_for(
     engine: str, model: str | Path, recipe: Recipe, revision: str | None = None, trust_remote_code: bool = False
 ) -> Plan:
-    """Do as `plan`. Raises RecipeError for what the engine cannot hold, too."""
+    """Do as `plan`, with the sizes of the engine's files if known. Raises RecipeError for what it cannot hold, too."""
     aimed = aim_at(engine, recipe)
-    _open_job(engine, model, aimed, revision, trust_remote_code)
-    return plan(model, aimed, revision, trust_remote_code)
+    job = _open_job(engine, model, aimed, revision, trust_remote_code)
+    planned = plan(model, aimed, revision, trust_remote_code)
+    is_known = engine in SIZED and aimed.target is None  # a forecast counts the engine's files
+    return plan_in_files(planned, job, sizes_for(engine, job)) if is_known else planned
 
 
 def compress_for(
@@ -135,7 +144,9 @@ def compress_for(
     claim_folder(staging)
     clear_folder(staging)
     done = export(ours, staging / "model", ENGINES[engine].form, trust_remote_code=trust)
-    report = _engine_report(result.report, done)
+    settled = job if aimed.target is None else job.with_recipe(read_recipe(ours / file_names.RECIPE))
+    sizes = sizes_for(engine, settled) if engine in SIZED else None
+    report = _engine_report(result.report, done, settled, sizes)
     with write_checkpoint(output) as writer:
         for name in files_of(staging / "model"):
             if name != MANIFEST:
@@ -147,7 +158,8 @@ def compress_for(
     shutil.rmtree(ours)
     if failure is not None:
         raise failure
-    return replace(result, folder=output, report=report)
+    allocation = result.allocation and result.allocation | {"measured_bytes": report.bytes}
+    return replace(result, folder=output, report=report, allocation=allocation)
 
 
 def _open_job(engine: str, model: str | Path, recipe: Recipe, revision: str | None, trust_remote_code: bool) -> Job:
@@ -174,8 +186,21 @@ def _finished_result(folder: Path, job: Job, device: str) -> Result | None:
     return completed_result(folder, chosen, device)
 
 
-def _engine_report(report: Report, done: ExportReport) -> Report:
-    """Return the report with the sizes of the engine's files, and what the export changed among its warnings."""
-    size = done.bytes_after
-    notes = (*report.warnings, *done.changed)
-    return replace(report, bytes=size, model_bpw=size * 8 / report.parameters, warnings=notes)
+def _engine_report(report: Report, done: ExportReport, job: Job, sizes: FileSizes | None) -> Report:
+    """Return the report with the sizes of the engine's files, and what the export changed among its warnings.
+
+    `sizes`: those of matrices there, where they are known.
+    """
+    size, rows, bpw, steps = done.bytes_after, report.layers, report.bpw, job.all_steps
+    if sizes is not None:
+        rows = tuple(_in_engine(row, steps[row.name], sizes) for row in rows)
+        linears = [row for row in rows if row.name in job.steps]
+        bpw = sum(row.bpw * prod(row.shape) for row in linears) / sum(prod(row.shape) for row in linears)
+    notes, model_bpw = (*report.warnings, *done.changed), size * 8 / report.parameters
+    return replace(report, bytes=size, bpw=bpw, model_bpw=model_bpw, layers=rows, warnings=notes)
+
+
+def _in_engine(row: LayerReport, steps: Steps, sizes: FileSizes) -> LayerReport:
+    """Return a row with the bits and the form of its matrix in the engine's files."""
+    matrix = row.name, row.shape, steps
+    return replace(row, bpw=sizes.bits(*matrix) / prod(row.shape), stored=sizes.form(*matrix))

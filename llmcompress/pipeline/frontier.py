@@ -245,12 +245,15 @@ def _point(
     quality_check.judge(plan.settled, folder, judge.device, plan=plan)
     callbacks.report_stage(f"scoring {folder.name}")
     report, distillation = reports.read(folder), reports.read_distillation(folder)
+    target, size, bpw = plan.job.recipe.target, report.bytes, report.bpw
+    if target is not None and target.engine in ("llama.cpp", "mlx"):
+        size, bpw = plan.choices.size(plan.chosen), plan.choices.bpw(plan.chosen) or bpw
     sizes = {
         "budget": budget.name,
         "folder": folder.name,
-        "bytes": report.bytes,
-        "bpw": report.bpw,
-        "model_bpw": report.model_bpw,
+        "bytes": size,
+        "bpw": bpw,
+        "model_bpw": size * 8 / report.parameters,
         "predicted_kl": allocation["predicted_kl"],
         "measured_kl": allocation["measured_kl"],
         "seconds": report.seconds + (0.0 if distillation is None else distillation["seconds"]),

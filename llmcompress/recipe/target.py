@@ -7,7 +7,8 @@
     target: {bpw: 2.05, worst: true}  # by the kind of text that is predicted to lose most, not by the mean
 
 The steps of every layer that no rule covers are then chosen. With `engine: vllm` beside a size, only forms that vLLM
-multiplies are chosen, as `export --to compressed-tensors` writes them.
+multiplies are chosen, as `export --to compressed-tensors` writes them. With `engine: llama.cpp` types of llama.cpp are
+chosen, with `engine: mlx` its bits; the size is that of the files that `export --to gguf` or `--to mlx` writes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from llmcompress.recipe.yaml import shorten
 
-Engine = Literal["vllm"]
+Engine = Literal["vllm", "llama.cpp", "mlx"]
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 

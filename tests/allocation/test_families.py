@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from llmcompress.allocation.allocate import PriceList, choose, damage, measure_prices, priced_tokens, reachable_choices
-from llmcompress.allocation.choices import Choices, Matrix, payload_bytes
+from llmcompress.allocation.choices import Choices, Matrix
 from llmcompress.allocation.distortion import error, families
+from llmcompress.allocation.file_sizes import payload_bytes
 from llmcompress.allocation.prices import MatrixPrices, OptionPrice
 from llmcompress.compression import run
 from llmcompress.compression.job import prepare

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import llmcompress as lc
 from llmcompress.allocation.allocate import reachable_choices
-from llmcompress.allocation.choices import LOW_RATES, RATES, find_choices, goes_low, payload_bytes
+from llmcompress.allocation.choices import LOW_RATES, RATES, find_choices, goes_low
 from llmcompress.allocation.distortion import (
     compress_roughly,
     error,
@@ -20,6 +20,7 @@ from llmcompress.allocation.distortion import (
     rough,
     sample_rows,
 )
+from llmcompress.allocation.file_sizes import payload_bytes
 from llmcompress.allocation.sensitivity import AT_ONCE, WINDOW, WINDOWS, Probe, probe_windows
 from llmcompress.calibration.gather import Statistics
 from llmcompress.calibration.walk import walk

@@ -61,9 +61,9 @@ def test_default_options_are_those_that_fit_the_shape_and_leave_tables_alone(pla
         stored = [sketch(one.name, one.shape, steps) for steps in one.options]
         assert all(vllm_obstacle(w) is None for w in stored)
         ragged = one.shape[1] > 128  # 160 columns have no groups of 128, and 64 columns are one group
-        assert len(one.options) == len(default_options()) - ragged
+        assert len(one.options) == len(default_options("vllm", 64)) - ragged
     odd = options_for("vllm", Linear("odd", (8, 52)), None)
-    rows = (default_options()[0], *default_options()[-2:])
+    rows = tuple(default_options("vllm", 52)[place] for place in (0, -2, -1))
     assert odd == rows, "52 columns are one group of 128, and no smaller one divides them"
 
 

@@ -12,6 +12,7 @@ from llmcompress.errors import InputError, RecipeError
 from llmcompress.formats.engine_files import UnfitError
 from llmcompress.formats.export import export
 from llmcompress.formats.gguf.blocks import IQ4, Blocks
+from llmcompress.formats.gguf.head import file_type
 from llmcompress.formats.gguf.tensor_types import (
     FLOATS,
     MXFP4,
@@ -23,7 +24,6 @@ from llmcompress.formats.gguf.tensor_types import (
     pack_tensor,
     round_to_type,
 )
-from llmcompress.formats.gguf.write import file_type
 from llmcompress.methods.grids import gguf as method
 from llmcompress.methods.layer import relative_error
 from llmcompress.methods.solvers.floats import LAYOUTS, nearest_floats

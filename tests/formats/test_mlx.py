@@ -17,6 +17,9 @@ from llmcompress.errors import InputError
 from llmcompress.formats.engine_configs import MLX
 from llmcompress.formats.export import export
 from llmcompress.models.files.compressed import CompressedCheckpoint
+from llmcompress.models.files.file_names import RECIPE
+from llmcompress.pipeline.engines import compress_for, plan_for
+from llmcompress.recipe.read import read_recipe
 from llmcompress.weight.expression import dense
 from tests.formats.test_gguf_families import CASES, GEMMA, LINEAR, PLAIN, YARN, every
 from tests.tiny import save_tiny
@@ -68,6 +71,34 @@ def decoded(tensors: dict[str, np.ndarray], layer: str, form: dict[str, Any]) ->
         return codes * scales.astype(float) + tensors[f"{layer}.biases"].repeat(form["group_size"], 1).astype(float)
     numbers = np.concatenate([E2M1, -E2M1])[codes] if form["mode"] == "mxfp4" else e4m3(codes)
     return numbers * 2.0 ** (scales.astype(int) - 127)
+
+
+def test_the_plan_has_the_size_of_the_files(tmp_path: Path) -> None:
+    """For every form of a matrix, and never less."""
+    folder = compressed(tmp_path)
+    planned = plan_for("mlx", tmp_path / "dense", read_recipe(folder / RECIPE))
+    written = export(folder, tmp_path / "mlx", "mlx").bytes_after
+    assert written <= planned.bytes <= 1.03 * written
+    bits = {row.name: row.bits for row in planned.layers}
+    for path in (tmp_path / "mlx").glob("model*.safetensors"):
+        tensors = load_file(path)
+        for name in bits:
+            parts = [
+                tensors[f"{name}.{part}"] for part in ("weight", "scales", "biases") if f"{name}.{part}" in tensors
+            ]
+            assert bits[name] == 8 * sum(part.nbytes for part in parts)
+
+
+@pytest.mark.slow
+def test_bits_are_chosen_up_to_a_size(tmp_path: Path) -> None:
+    source = save_tiny("llama", tmp_path / "dense", tie_word_embeddings=False, **SIZES)
+    text = {"dataset": "builtin", "samples": 6, "length": 32, "held_out": 2}
+    recipe = read_recipe({"version": 1, "calibration": text, "target": {"bytes": 90_000}})
+    report = compress_for("mlx", source, recipe, tmp_path / "out").report
+    assert 0.97 * 90_000 <= report.bytes <= 90_000
+    entry = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+    bits = {entry["bits"]} | {form["bits"] for form in entry.values() if isinstance(form, dict)}
+    assert len(bits) > 1 and bits <= {2, 3, 4, 5, 6, 8}
 
 
 def test_every_grid_is_read_by_the_documented_packing(tmp_path: Path) -> None:

@@ -124,7 +124,8 @@ def test_a_missed_gate_leaves_the_engine_its_files(
         ("vllm", "mlx-4", "vllm does not multiply"),
         ("mlx", "llama-cpp-4", "mlx does not multiply gguf"),
         ("llama.cpp", "balanced", "llama.cpp does not multiply"),
-        ("llama.cpp", "partial-binarization", "a target counts our own bytes"),
+        ("llama.cpp", "partial-binarization", "options: llama.cpp does not multiply rotate > pb_llm"),
+        ("exllamav3", "partial-binarization", "a target counts our own bytes"),
         ("exllamav3", "vllm-4", "exllamav3 does not multiply .*no tiles"),
     ],
 )
@@ -174,7 +175,7 @@ def test_the_command_takes_an_engine(dense: Path, tmp_path: Path, monkeypatch: p
 def test_the_command_refuses_other_engines(dense: Path, tmp_path: Path) -> None:
     for words, sentence in (
         (["--for", "vlm"], "there is no engine 'vlm'; did you mean vllm?"),
-        (["--for", "mlx", "--bpw", "3"], "a target counts our own bytes, not those of mlx"),
+        (["--for", "exllamav3", "--bpw", "3"], "a target counts our own bytes, not those of exllamav3"),
         (["default", "--for", "tgi"], "choose one of vllm, llama.cpp, mlx, exllamav3"),
     ):
         refused = CliRunner().invoke(app, ["compress", str(dense), *words, "-o", str(tmp_path / "out")])

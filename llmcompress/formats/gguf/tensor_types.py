@@ -80,6 +80,14 @@ MXFP4 = TensorType("MXFP4", 32, 17)
 FLOATS = {name: TensorType(name, 1, size) for name, size in (("BF16", 2), ("F16", 2), ("F32", 4))}
 
 
+def type_called(name: str) -> TensorType:
+    """Return a quantized type by its name, which must be known."""
+    layouts = {str(form): layout for form, layout in LAYOUTS.items()}
+    if name in layouts:
+        return TensorType(name, SUPERBLOCK, layouts[name].bytes)
+    return next(kind for kind in QUANTIZED if kind.name == name)
+
+
 def exact_type(w: Weight) -> TensorType:
     """Return the smallest type that holds `w` value for value. Raises UnfitError where there is none."""
     match w:
@@ -88,7 +96,7 @@ def exact_type(w: Weight) -> TensorType:
         case Zero():
             return FLOATS["BF16"]
         case Superblocks(form=form):
-            return TensorType(form, SUPERBLOCK, LAYOUTS[form].bytes)
+            return type_called(form)
         case Minifloat(scale=scale, tensor_scale=None, form="e2m1", scales="e8m0", group_size=32):
             if w.codes.shape[1] % MXFP4.block or int(scale.max()) == 255:
                 raise UnfitError(f"{describe(w)} does not fill blocks of 32 columns")
@@ -101,6 +109,33 @@ def exact_type(w: Weight) -> TensorType:
             return smallest
         case _:
             raise UnfitError(f"{describe(w)} is no single grid")
+
+
+def presumed_type(w: Weight) -> TensorType:
+    """Return the type that a matrix will have, from an expression without values, as in a plan.
+
+    Its codes are taken to fill their range, its scales to have nothing in common. Raises UnfitError where no type holds
+    it.
+    """
+    match w:
+        case Minifloat():
+            return MXFP4  # the only one, see `runtime_formats.llama_cpp_obstacle`
+        case Grid():
+            return exact_type(_stand_in(w))
+        case Sum((LowRank(), Grid() as grid)):
+            return exact_type(_stand_in(grid))
+        case _:
+            return exact_type(w)
+
+
+def _stand_in(w: Grid) -> Grid:
+    """Return two rows of a grid with values: their zero points are the first code and the last."""
+    last, width, groups = w.levels - 1, w.codes.shape[1], w.scale.shape[1]
+    place = torch.arange(width) % min(w.group_size, width)
+    codes = torch.where(place == 1, last, place % w.levels).expand(2, -1)
+    scale = (1 + torch.arange(groups) * 37 % 1024 / 1024).half().expand(2, -1)
+    zero = None if w.zero is None else torch.tensor([[0], [last]]).expand(-1, w.zero.shape[1]).to(torch.uint8)
+    return replace(w, codes=codes.to(torch.uint8), scale=scale, zero=zero)
 
 
 def common_type(reads: Sequence[Callable[[], Weight]]) -> TensorType:

@@ -12,17 +12,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.util import find_spec
-from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.formats.engine_files import ALLOW_DENSE, ExportReport, UnfitError
-from llmcompress.formats.gguf.model import GGUFModel, gguf_model
+from llmcompress.formats.gguf.head import FileHead, FileOrigin, PlannedTensor, read_head, write_head
+from llmcompress.formats.gguf.model import GGUFModel
 from llmcompress.formats.gguf.tensor_types import (
     FLOATS,
     ROUNDABLE,
@@ -32,7 +31,6 @@ from llmcompress.formats.gguf.tensor_types import (
     pack_tensor,
     round_to_type,
 )
-from llmcompress.formats.gguf.vocabulary import Vocabulary, read_vocabulary
 from llmcompress.formats.peft import split_low_rank
 from llmcompress.models.dense.experts import experts_of
 from llmcompress.models.dense.skeleton import folder_skeleton, transposed_linears
@@ -46,27 +44,11 @@ from llmcompress.weight.modules import LIKE
 from llmcompress.weight.nodes import Dense, Weight, shape
 
 if TYPE_CHECKING:
-    from gguf import GGUFWriter, LlamaFileType
+    from gguf import GGUFWriter
 
 MODEL, ADAPTER = "model.gguf", "lora.gguf"
 TABLE = "token_embd.weight"  # whose low-rank factors llama.cpp reads in another way
 Factors = tuple[Tensor, Tensor]  # A [rank, in], B [out, rank]
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """A tensor of the file to write. `weights`: functions that read its matrices, of which experts' tensors have
-    several; memory need not hold more than one."""
-
-    name: str
-    shape: tuple[int, ...]
-    type: TensorType
-    weights: tuple[Callable[[], Weight], ...]
-
-    @property
-    def bytes(self) -> int:
-        """Its bytes in the file."""
-        return prod(self.shape[:-1]) * self.type.row_bytes(self.shape[-1])
 
 
 @dataclass
@@ -110,14 +92,6 @@ class FilePlan:
         self.rounded[layer] = called, float(distance)
         return rounded, kind
 
-    @property
-    def commonest_type(self) -> str:
-        """The tensor type of most weights."""
-        weights: Counter[str] = Counter()
-        for tensor in self.tensors:
-            weights[tensor.type.name] += prod(tensor.shape)
-        return weights.most_common(1)[0][0]
-
 
 def to_gguf(
     opened: CompressedCheckpoint, output: Path, allow_dense: bool = False, round_to: str | None = None
@@ -126,18 +100,13 @@ def to_gguf(
     if round_to is not None and round_to not in ROUNDABLE:
         raise RecipeError(f"nothing is rounded to {round_to!r} here; choose one of {', '.join(ROUNDABLE)}")
     folder = opened.folder
-    model, vocabulary = read_model(folder, opened.config)
-    from gguf import GGUFWriter
-
+    head = read_head(folder, opened.config, _origin(folder))
+    model, vocabulary = head.model, head.vocabulary
     with write_checkpoint(output, opened.dense_bytes) as staged:
         plan = plan_file(opened, model, FilePlan(allow_dense, ROUNDABLE[round_to] if round_to else None))
-        writer = GGUFWriter(staged.folder / MODEL, model.architecture)
-        _add_origin(writer, folder, plan.commonest_type)
-        model.describe(writer, len(vocabulary.tokens))
-        vocabulary.describe(writer)
-        size = _write_model(writer, plan.tensors, model)
+        size = _write_model(staged.folder / MODEL, plan.tensors, head)
         if plan.factors:
-            size += _write_adapter(GGUFWriter(staged.folder / ADAPTER, model.architecture), plan.factors, model)
+            size += _write_adapter(staged.folder / ADAPTER, plan.factors, model)
     return ExportReport(
         to="gguf",
         output=str(output),
@@ -149,17 +118,6 @@ def to_gguf(
         ),
         changed=(*_changes(plan, output), *model.rotary.notes(), *vocabulary.notes),
     )
-
-
-def read_model(folder: Path, config: dict[str, Any]) -> tuple[GGUFModel, Vocabulary]:
-    """Return what the head of a file says of a model and of its tokenizer.
-
-    Raises InputError for a model that llama.cpp does not run alike, RecipeError if the package is missing.
-    """
-    if find_spec("gguf") is None:
-        raise RecipeError('this export needs gguf; run pip install "llmcompress[export]"')
-    model = gguf_model(folder, config)
-    return model, read_vocabulary(folder, model.config.vocab_size, config)
 
 
 def _held_exactly(plan: FilePlan) -> Iterator[str]:
@@ -185,7 +143,7 @@ def plan_file(opened: CompressedCheckpoint, model: GGUFModel, plan: FilePlan) ->
     transposed = transposed_linears(opened.folder)
     for name, factors in model.rotary.divisors().items():
         plan.add(name, Dense(factors), partial(Dense, factors))
-    stacks = expert_stacks(opened)
+    stacks = expert_stacks(folder_skeleton(opened.folder, trust_remote_code=opened.trust_remote_code))
     inside = {layer for layers in stacks.values() for layer in layers}
     for layers, others in opened.parts():
         for layer in count_each(layers, "matrix read"):
@@ -200,11 +158,10 @@ def plan_file(opened: CompressedCheckpoint, model: GGUFModel, plan: FilePlan) ->
     return plan
 
 
-def expert_stacks(opened: CompressedCheckpoint) -> dict[str, list[str]]:
+def expert_stacks(model: nn.Module) -> dict[str, list[str]]:
     """Return the matrices of experts that are one tensor in GGUF, in order: by their common name, without a number."""
     stacks: dict[str, list[str]] = {}
-    experts = experts_of(folder_skeleton(opened.folder, trust_remote_code=opened.trust_remote_code))
-    for path, each in experts.items():
+    for path, each in experts_of(model).items():
         for number, expert in enumerate(each):
             for leaf, _ in expert.named_children():
                 stacks.setdefault(f"{path}.{leaf}", []).append(f"{path}.{number}.{leaf}")
@@ -265,63 +222,36 @@ def _read_rounded(opened: CompressedCheckpoint, layer: str, kind: TensorType) ->
 # --- the files ------------------------------------------------------------------------------------------------------
 
 
-def _add_origin(writer: GGUFWriter, folder: Path, commonest_type: str) -> None:
-    """Write the name, licence, base model and type of the file."""
-    from gguf import GGML_QUANT_VERSION
-
+def _origin(folder: Path) -> FileOrigin:
+    """Return the origin of a checkpoint by its report."""
     known = report.read(folder) if (folder / file_names.REPORT).is_file() else None
-    base = known.base_model if known else None
-    writer.add_type("model")
-    name = base or (known.model if known else folder.resolve().name)
-    writer.add_name(name.rpartition("/")[2])
-    if known and known.license:
-        writer.add_license(known.license)
-    if base:
-        owner, _, own = base.rpartition("/")
-        writer.add_base_model_count(1)
-        writer.add_base_model_name(0, own)
-        writer.add_base_model_organization(0, owner)
-        writer.add_base_model_repo_url(0, f"https://huggingface.co/{base}")
-    writer.add_file_type(file_type(commonest_type))
-    writer.add_quantization_version(GGML_QUANT_VERSION)
+    if known is None:
+        return FileOrigin(folder.resolve().name, None, None)
+    return FileOrigin(known.model, known.base_model, known.license)
 
 
-def file_type(tensor_type: str) -> LlamaFileType:
-    """Return GGUF's type of a file whose weights mostly have a tensor type."""
-    from gguf import LlamaFileType
-
-    names = [f"ALL_{tensor_type}", *(f"MOSTLY_{tensor_type}{end}" for end in ("", "_S", "_MOE"))]
-    return LlamaFileType[next(name for name in names if name in LlamaFileType.__members__)]
-
-
-def _write_model(writer: GGUFWriter, tensors: list[PlannedTensor], model: GGUFModel) -> int:
+def _write_model(path: Path, tensors: list[PlannedTensor], head: FileHead) -> int:
     """Write head and tensors; return the bytes of the file. Raises DiskError when they do not fit."""
-    from gguf import GGMLQuantizationType
-
-    byte = torch.empty(0, dtype=torch.uint8).numpy().dtype
-    for tensor in tensors:
-        rows = (*tensor.shape[:-1], tensor.type.row_bytes(tensor.shape[-1]))
-        writer.add_tensor_info(tensor.name, rows, byte, tensor.bytes, GGMLQuantizationType[tensor.type.name])
+    writer = head.writer(path, tensors)
     with _to_disk(writer):
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+        write_head(writer)
         for tensor in count_each(tensors, "tensor written"):
             rows_of_bytes = torch.cat([pack_tensor(read(), tensor.type) for read in tensor.weights])
-            order = model.row_order(tensor.name)
+            order = head.model.row_order(tensor.name)
             if order is not None:
                 rows_of_bytes = rows_of_bytes.reshape(len(order), -1)[order]
             writer.write_tensor_data(rows_of_bytes.contiguous().numpy())
-    return Path(str(writer.path)).stat().st_size
+    return path.stat().st_size
 
 
-def _write_adapter(writer: GGUFWriter, factors: dict[str, Factors], model: GGUFModel) -> int:
+def _write_adapter(path: Path, factors: dict[str, Factors], model: GGUFModel) -> int:
     """Write the low-rank terms as a LoRA adapter; return the bytes of the file.
 
     llama.cpp multiplies by alpha / rank, one alpha for all: smaller ranks are padded with zeros.
     """
-    from gguf import Keys
+    from gguf import GGUFWriter, Keys
 
+    writer = GGUFWriter(path, model.architecture)
     rank = max(len(a) for a, _ in factors.values())
     writer.add_type("adapter")
     writer.add_string(Keys.Adapter.TYPE, "lora")
@@ -336,7 +266,7 @@ def _write_adapter(writer: GGUFWriter, factors: dict[str, Factors], model: GGUFM
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-    return Path(str(writer.path)).stat().st_size
+    return path.stat().st_size
 
 
 @contextmanager

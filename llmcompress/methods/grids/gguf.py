@@ -34,7 +34,7 @@ from torch import Tensor
 
 from llmcompress.methods.layer import Layer, StepConfig, base_and_term, base_target, join, method, with_base
 from llmcompress.methods.solvers.feedback import feedback
-from llmcompress.methods.solvers.grid import float16_scale
+from llmcompress.methods.solvers.grid import IQ4, float16_scale
 from llmcompress.methods.solvers.hessian import channel_energy, feedback_factor
 from llmcompress.methods.solvers.superblocks import InSuperblocks, inverse
 from llmcompress.weight.nodes import Dense, Grid, LowRank, Sum, Superblocks, Weight, shape
@@ -95,7 +95,6 @@ def _nearest_of_halves(integers: tuple[int, ...]) -> Tensor:
     return table[(middles[:, None] - table).abs().argmin(1)]
 
 
-IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 FORMS: dict[Type, BlockForm] = {  # of types without a table of vectors
     "Q4_0": BlockForm(tuple(range(-8, 8)), 32),
     "Q4_1": BlockForm(tuple(range(16)), 32, offsets=0),
@@ -131,6 +130,7 @@ class GGUF(StepConfig):
     method: Literal["gguf"] = "gguf"
     type: Type = Field("Q4_0", description="a tensor type of GGUF")
     damping: float = Field(0.1, gt=0, le=10, description="share of the mean Hessian diagonal that is added")
+    is_slow = True
     examples = ({}, {"type": "Q4_1"}, {"type": "IQ4_NL"}, {"type": "Q8_0"}, {"type": "Q5_K"})
 
     @property

@@ -15,6 +15,9 @@ from llmcompress.weight.nodes import Grid
 # Shares of the full range tried by the clip search; fewer levels want a tighter clip.
 SHRINKS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.5, 0.4, 0.3)
 
+IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # integers of llama.cpp's IQ4 types
+IQ4_LEVELS = IQ4[-1] - IQ4[0] + 1  # of a grid that has them; no other has so many
+
 
 @dataclass(frozen=True)
 class GridFormat:

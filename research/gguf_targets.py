@@ -1,0 +1,195 @@
+"""Is a file whose types are chosen by price nearer to the model than llama.cpp's own mixture of the same size?
+
+    python research/gguf_targets.py --data DATA [--model MODEL] [--jsonl FILE] [MIXTURE[/TABLE] ...]
+
+A mixture is what `llama-quantize` makes of a Llama-type model under that name, by its rules (`src/llama-quant.cpp`,
+commit 007dbbf), with an importance matrix; `/TABLE` is its option for the type of the token table. Its file is counted,
+and `compress --for llama.cpp --size` gets as many bytes. Both are filled on the first 16 windows of 1024 tokens of
+WikiText-2 validation, read by the `gguf` package, run as float32 in transformers, and scored on the first `--windows`
+of its test split. The last column is ours over llama.cpp's.
+
+SmolLM2's channels are scaled first, as in `gguf_types.py`; `--as-stored` leaves them. Models with an untied head are
+not known here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from gguf_types import Matrices, calibration_tokens, energies, linears, quantize, scale_channels, spread
+from records import append, provenance, read_records
+from rows import calibration
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import llmcompress as lc
+from llmcompress.allocation.file_sizes import GGUFSizes
+from llmcompress.cli.compress import DEFAULT
+from llmcompress.compression.job import prepare
+from llmcompress.evaluation.distance import Distance, distance
+from llmcompress.evaluation.perplexity import evaluation_windows
+from llmcompress.formats.gguf.head import pad
+from llmcompress.methods.grids.gguf import fitting
+from llmcompress.models.dense.locate import locate
+from llmcompress.models.dense.model import resolve
+from llmcompress.pipeline.engines import compress_for
+from llmcompress.recipe.read import read_recipe
+from llmcompress.runtime.precision import fast_float32
+
+TABLE = "embed_tokens"
+BASE = {"Q2_K": "Q2_K", "IQ2_M": "IQ2_S", "IQ3_M": "IQ3_S", "Q3_K_M": "Q3_K", "Q4_K_M": "Q4_K"}
+VALUES = {"Q2_K": ("Q3_K", "Q4_K"), "IQ2_M": ("IQ3_S", "Q4_K"), "IQ3_M": ("Q4_K", "Q4_K")}  # below 4 heads a key, above
+OUTPUTS = {"Q2_K": "Q3_K", "IQ2_M": "IQ3_S", "IQ3_M": "Q4_K", "Q3_K_M": "Q4_K"}
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mixtures", nargs="*", help=f"of {', '.join(BASE)} (default: all)")
+    parser.add_argument("--data", type=Path, required=True, help="folder with the two WikiText-2 files")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--as-stored", action="store_true", help="do not scale channels")
+    parser.add_argument("--jsonl", type=Path, help="collects a record of each row, and skips those that it has")
+    options = parser.parse_args()
+    mixtures = options.mixtures or list(BASE)
+    if unknown := {each.partition("/")[0] for each in mixtures} - BASE.keys():
+        parser.error(f"{', '.join(sorted(unknown))} is not known; choose among {', '.join(BASE)}")
+    done = {row["arm"] for row in read_records(options.jsonl)} if options.jsonl else set()
+    print(f"| mixture | bytes | types | theirs | ours | seconds | over theirs |\n|{'---|' * 7}")
+    with tempfile.TemporaryDirectory() as place, fast_float32():
+        bench = Bench(options, Path(place))
+        for mixture in mixtures:
+            name = f"{options.model.rstrip('/').rpartition('/')[2]} {mixture}{' as stored' * options.as_stored}"
+            if name in done:
+                continue
+            record = bench.record(mixture) | {"arm": name}
+            if options.jsonl:
+                append(options.jsonl, record)
+            n = record["numbers"]
+            print(
+                f"| {name} | {n['bytes']:,} and {n['bytes_ours']:,} | {record['types_ours']} | {n['kl_theirs']:.4f} ± "
+                f"{n['kl_theirs_stderr']:.4f} | {n['kl_ours']:.4f} ± {n['kl_ours_stderr']:.4f} | {n['seconds']:.0f} | "
+                f"{n['kl_ours'] / n['kl_theirs']:.3f} |",
+                flush=True,
+            )
+
+
+class Bench:
+    """The dense model, the text, and what llama.cpp's importance matrix holds."""
+
+    def __init__(self, options: argparse.Namespace, place: Path) -> None:
+        source = locate(options.model).folder
+        self.options, self.place = options, place
+        self.dense: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if not options.as_stored:
+            scale_channels(self.dense)
+        for parameter in self.dense.parameters():  # both start from what is stored
+            parameter.data = parameter.data.bfloat16().float()
+        copy.deepcopy(self.dense).to(torch.bfloat16).save_pretrained(place / "dense")
+        tokenizer.save_pretrained(place / "dense")
+        self.student = copy.deepcopy(self.dense)
+        self.text = calibration(options.data)
+        self.energy = energies(self.dense, calibration_tokens(options.data, tokenizer, self.text))
+        protocol = lc.Protocol(text=options.data / "wikitext2-test.raw", windows=options.windows)
+        self.windows = evaluation_windows(tokenizer, protocol, self.dense.config)
+
+    def record(self, mixture: str) -> dict[str, Any]:
+        """Measure a row."""
+        theirs, size = self.mixed(*mixture.partition("/")[::2])
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory(dir=self.place) as folder:
+            target = {"bytes": size, "engine": "llama.cpp"}
+            recipe = read_recipe(DEFAULT | {"calibration": self.text, "target": target})
+            made = compress_for("llama.cpp", self.place / "dense", recipe, Path(folder) / "out")
+            seconds, ours = time.monotonic() - started, self.read(Path(folder) / "out" / "model.gguf")
+        found = {"theirs": self.distances(theirs), "ours": self.distances(ours)}
+        numbers: dict[str, Any] = {"bytes": size, "bytes_ours": made.report.bytes, "seconds": seconds}
+        for name, each in found.items():
+            numbers |= spread(f"kl_{name}", [one.kl for one in each])
+        types = {name: Counter(kind for kind, _, _ in each.values()) for name, each in (("", theirs), ("_ours", ours))}
+        return {
+            "table": "gguf_targets",
+            **{f"types{name}": ", ".join(f"{n} {kind}" for kind, n in each.items()) for name, each in types.items()},
+            "command": f"python research/gguf_targets.py --data DATA --model MODEL {mixture}",
+            "model": self.options.model.rstrip("/").rpartition("/")[2],
+            "text": "wikitext2-test.raw",
+            "windows": self.options.windows,
+            "calibration": self.text | {"dataset": Path(self.text["dataset"]).name},
+            **provenance(),
+            "numbers": numbers,
+        }
+
+    def mixed(self, mixture: str, table: str) -> tuple[Matrices, int]:
+        """Return what llama.cpp makes of the matrices, and the bytes of its file."""
+        config, found = self.dense.config, Matrices()
+        for name, child in linears(self.dense):
+            block, leaf = int(name.partition(".")[0]), name.rpartition(".")[2]
+            heads = config.num_attention_heads // config.num_key_value_heads
+            kind = fitting(chosen(mixture, leaf, block, config.num_hidden_layers, heads), child.in_features)  # type: ignore[arg-type]
+            values, size = quantize(child.weight.data, kind, self.energy[name])
+            found[f"layers.{name}"] = kind, size, values
+        width = config.hidden_size
+        named = table or ("Q8_0" if width % 256 else "Q5_K" if mixture.startswith("IQ2") else "Q6_K")
+        values, size = quantize(self.dense.model.embed_tokens.weight.data, named)
+        found[TABLE] = named, size, values
+        job = prepare(resolve(str(self.place / "dense")), read_recipe(DEFAULT | {"target": {"bytes": 10**12}}))
+        around = GGUFSizes(job).around({f"model.{name}" for name in found})
+        return found, around + sum(pad(size) for _, size, _ in found.values())
+
+    def read(self, path: Path) -> Matrices:
+        """Return the matrices of a file, with the rows of heads in the order that transformers has them."""
+        from llmcompress.formats.gguf.model import gguf_model
+
+        form = gguf_model(self.place, json.loads((self.place / "dense" / "config.json").read_text()))
+        stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+        found: Matrices = {}
+        for name in (TABLE, *(f"layers.{name}" for name, _ in linears(self.dense))):
+            tensor = stored[form.name(f"model.{name}.weight")]
+            values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+            order = form.row_order(tensor.name)
+            values = values if order is None else values[order.argsort()]
+            found[name] = (tensor.tensor_type.name, int(tensor.n_bytes), values)
+        return found
+
+    def distances(self, matrices: Matrices) -> list[Distance]:
+        """Return the distance from the dense model in each window, with these matrices in place of its own."""
+        for name, (_, _, values) in matrices.items():
+            self.student.model.get_submodule(name).weight.data.copy_(values)
+        return [distance(self.dense, self.student, window[None]) for window in self.windows]
+
+
+def chosen(mixture: str, leaf: str, block: int, blocks: int, heads: int) -> str:
+    """Return the type of a linear before widths are looked at. `heads`: of queries for one of keys."""
+    first = block < blocks // 8
+    more = first or block >= 7 * blocks // 8 or (block - blocks // 8) % 3 == 2
+    base = BASE[mixture]
+    match leaf, mixture:
+        case "v_proj", "Q3_K_M":
+            return "Q5_K" if block < 2 else "Q4_K"
+        case (("v_proj" | "down_proj"), "Q4_K_M"):
+            return "Q6_K" if more else base
+        case "v_proj", _:
+            return VALUES[mixture][heads >= 4]
+        case "down_proj", "Q2_K":
+            return "Q3_K"
+        case "down_proj", "Q3_K_M":
+            return "Q5_K" if block < blocks // 16 else "Q4_K"
+        case "down_proj", ("IQ2_M" | "IQ3_M") if first:
+            return "IQ3_S" if mixture == "IQ2_M" else "Q4_K"
+        case "o_proj", _:
+            return OUTPUTS.get(mixture, base)
+    return base
+
+
+if __name__ == "__main__":
+    main()
