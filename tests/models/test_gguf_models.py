@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 from typer.testing import CliRunner
 
 import llmcompress as lc
@@ -37,7 +37,9 @@ HALVES = [BYTE]
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("dense"), dtype=torch.bfloat16, max_position_embeddings=128)
+    folder = tiny_llama(tmp_path_factory.mktemp("dense"), dtype=torch.bfloat16, max_position_embeddings=128)
+    GenerationConfig(eos_token_id=[602, 601]).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,7 @@ def test_a_file_is_read_as_the_model_it_was_made_of(dense: Path, file: Path, cac
         ids = [tokenizer(text).input_ids for tokenizer in tokenizers]
         assert ids[0] == ids[1], text
     assert tokenizers[0].chat_template == CHAT_TEMPLATE
+    assert GenerationConfig.from_pretrained(source.folder).eos_token_id == [601, 602]
 
 
 def test_a_file_is_unpacked_once(file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

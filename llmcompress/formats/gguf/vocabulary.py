@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError
+from llmcompress.models.dense.companions import GENERATION
 from llmcompress.models.dense.pre_tokenizers import PRE_TOKENIZERS, Steps
 from llmcompress.models.dense.tokenizer import load_tokenizer
+from llmcompress.models.files.gguf_header import ENDS
+from llmcompress.models.files.reading import read_json
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -27,6 +30,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token type
 FILE = "tokenizer.json"
 BYTES = tuple(f"<0x{value:02X}>" for value in range(256))  # tokens for what has no other, in SentencePiece
 SPACE = "▁"  # in SentencePiece
+SPECIAL = ("bos", *ENDS, "unk", "pad")
 
 SPACE_NOTES = {  # on llama.cpp, by the place of a pre-tokenizer's space; "late": before special tokens are looked for
     "never": (),
@@ -38,7 +42,7 @@ SPACE_NOTES = {  # on llama.cpp, by the place of a pre-tokenizer's space; "late"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokenizer entries of a GGUF file. `special`: ids by `bos`, `eos`, `unk`, `pad`; `notes`: on losses."""
+    """Tokenizer entries of a GGUF file. `special`: ids by the names of `SPECIAL`; `notes`: on losses."""
 
     model: str  # "gpt2" (byte-level BPE) or "llama" (SentencePiece's BPE)
     pre: str
@@ -61,14 +65,9 @@ class Vocabulary:
         writer.add_token_types(self.types)
         writer.add_token_merges(self.merges)
         writer.add_token_scores(self.scores)
-        for add, key in (
-            (writer.add_bos_token_id, "bos"),
-            (writer.add_eos_token_id, "eos"),
-            (writer.add_unk_token_id, "unk"),
-            (writer.add_pad_token_id, "pad"),
-        ):
+        for key in SPECIAL:
             if key in self.special:
-                add(self.special[key])
+                getattr(writer, f"add_{key}_token_id")(self.special[key])
         writer.add_add_bos_token(self.add_bos)
         writer.add_add_eos_token(self.add_eos)
         writer.add_add_space_prefix(self.add_space_prefix)
@@ -94,10 +93,14 @@ def read_vocabulary(folder: Path, size: int, config: dict[str, Any]) -> Vocabula
     if "eos" not in special:
         raise InputError(f"{folder} names no token that ends a text; name one (eos_token) in tokenizer_config.json")
     add_bos, add_eos = _tokens_around(path, tokenizer, special)
+    ends = [special["eos"], *(end for end in _ends(folder, config) if end != special["eos"] and end < size)]
+    special |= zip(ENDS, ends, strict=False)
     template = tokenizer.chat_template
     if not isinstance(template, str):
         template = (template or {}).get("default")  # some have several, by name
     notes = _notes(entries, tokenizer)
+    if left := [tokens[end] for end in ends[len(ENDS) :]]:
+        notes = (*notes, f"llama.cpp does not stop after {', '.join(left)}, as transformers does")
     about = (tokens, types, special, add_bos, add_eos)
     if not model.get("byte_fallback"):
         merges = [" ".join(pair) for pair in model["merges"]]
@@ -149,6 +152,14 @@ def _special_id(tokenizer: Any, config: dict[str, Any], key: str) -> int | None:
     number = getattr(tokenizer, f"{key}_token_id")
     number = config.get(f"{key}_token_id") if number is None else number
     return number[0] if isinstance(number, list) else number
+
+
+def _ends(folder: Path, config: dict[str, Any]) -> list[int]:
+    """Return the ids of the tokens after which transformers stops, each once."""
+    path = folder / GENERATION
+    told = (read_json(path) if path.is_file() else {}).get("eos_token_id", config.get("eos_token_id"))
+    listed = told if isinstance(told, list) else [told]
+    return list(dict.fromkeys(end for end in listed if isinstance(end, int)))
 
 
 def _tokens_around(path: Path, tokenizer: Any, special: dict[str, int]) -> tuple[bool, bool]:

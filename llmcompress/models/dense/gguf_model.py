@@ -24,7 +24,7 @@ from llmcompress.errors import DiskError, InputError, first_line
 from llmcompress.models.dense.packed import describe_few_bits
 from llmcompress.models.dense.pre_tokenizers import BY_NAME, build_pre_tokenizer
 from llmcompress.models.files.file_names import GGUF_SOURCE
-from llmcompress.models.files.gguf_header import GGUFHeader, read_gguf_header
+from llmcompress.models.files.gguf_header import ENDS, GGUFHeader, read_gguf_header
 from llmcompress.models.files.output import sync
 from llmcompress.models.files.reading import TokenizerReading
 from llmcompress.runtime.progress import digest_file
@@ -32,7 +32,7 @@ from llmcompress.runtime.progress import digest_file
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-UNPACKING = 4  # counts the ways in which files were unpacked: part of a folder's name in the cache
+UNPACKING = 5  # counts the ways in which files were unpacked: part of a folder's name in the cache
 FLOATS = {"F32", "F16", "BF16", "F64"}
 TOKENIZER = "tokenizer.ggml"
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # types of tokens
@@ -133,6 +133,8 @@ def _write_model(file: Path, header: GGUFHeader, name: str, folder: Path) -> Non
         if hasattr(owner, key):  # the weights are plain numbers now
             delattr(owner, key)
     model.config._name_or_path = name
+    ends = [header.entries.get(f"{TOKENIZER}.{key}_token_id") for key in ENDS]
+    model.generation_config.eos_token_id = list(dict.fromkeys(end for end in ends if end is not None)) or None
     model.save_pretrained(folder)
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(folder)

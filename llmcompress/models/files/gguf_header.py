@@ -53,6 +53,7 @@ TYPES = {  # of tensors, by their numbers
     35: "TQ2_0",
     39: "MXFP4",
 }
+ENDS = ("eos", "eot", "eom")  # tokens after which llama.cpp stops, in names of entries: of a text, a turn, a message
 Places = dict[str, tuple[list[int], int, int]]
 TABLE, HEAD = "token_embd.weight", "output.weight"
 
