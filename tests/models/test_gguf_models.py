@@ -114,6 +114,7 @@ def edited(file: Path, target: Path, key: str, value: str) -> Path:
 def test_what_cannot_be_read_is_refused_in_a_sentence(file: Path, tmp_path: Path, cache: Path) -> None:
     whole = file.read_bytes()
     (tmp_path / "text.gguf").write_text("not a model")
+    (tmp_path / "pointer.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     (tmp_path / "short.gguf").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "model.bin").write_bytes(whole)
     edited(file, tmp_path / "family.gguf", "general.architecture", "lxama")
@@ -124,6 +125,7 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(file: Path, tmp_path: Path
     cases = {
         "merges.gguf": "has no tokenizer that can be read",
         "text.gguf": "does not begin with the letters GGUF",
+        "pointer.gguf": "is a pointer of Git LFS",
         "short.gguf": "is shorter than its header says",
         "model.bin": "or a .gguf file",
         "family.gguf": "does not read",

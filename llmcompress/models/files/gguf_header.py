@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llmcompress.errors import InputError
+from llmcompress.models.files.reading import check_regular
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # with 64-bit counts, little endian
@@ -87,6 +88,7 @@ def read_gguf_header(path: Path) -> GGUFHeader:
     """Read the header of a file. Raises InputError for one that is missing, of another kind, damaged, or in parts."""
     if not path.is_file():
         raise InputError(f"there is no file {path}; give a GGUF file")
+    check_regular(path)
     try:
         with path.open("rb") as file:
             if file.read(4) != MAGIC:
