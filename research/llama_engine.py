@@ -45,7 +45,7 @@ class LlamaEngine:
         found: list[int] = self._answer("/completion", asked)["tokens"]
         return found
 
-    def written(self, token: int, count: int) -> int:
+    def answer_length(self, token: int, count: int) -> int:
         """The number of tokens that it writes, of at most `count`, where each is `token`: one if that ends a text."""
         asked = {"prompt": [self.letter], "n_predict": count, "temperature": 0, "logit_bias": [[token, 1e4]]}
         return int(self._answer("/completion", asked)["tokens_predicted"])

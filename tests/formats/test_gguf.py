@@ -452,7 +452,7 @@ def test_all_tokens_that_end_an_answer_are_told(checkpoint: Path, tmp_path: Path
 def test_llama_cpp_stops_after_every_end(checkpoint: Path, tmp_path: Path) -> None:
     export(ending(checkpoint, tmp_path / "model", 601, 602, 5), tmp_path / "out", "gguf")
     llama = run(tmp_path / "out")
-    assert [llama.written(end, 4) for end in (601, 602, 5, 7)] == [1, 1, 1, 4]
+    assert [llama.answer_length(end, 4) for end in (601, 602, 5, 7)] == [1, 1, 1, 4]
 
 
 @engine

@@ -39,6 +39,10 @@ HALVES = [BYTE]
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tiny_llama(tmp_path_factory.mktemp("dense"), dtype=torch.bfloat16, max_position_embeddings=128)
     GenerationConfig(eos_token_id=[602, 601]).save_pretrained(folder)
+    for name in ("tool_use", "rag"):
+        template = folder / "additional_chat_templates" / f"{name}.jinja"
+        template.parent.mkdir(exist_ok=True)
+        template.write_text(name)
     return folder
 
 
@@ -71,7 +75,8 @@ def test_a_file_is_read_as_the_model_it_was_made_of(dense: Path, file: Path, cac
     for text in TEXTS:
         ids = [tokenizer(text).input_ids for tokenizer in tokenizers]
         assert ids[0] == ids[1], text
-    assert tokenizers[0].chat_template == CHAT_TEMPLATE
+    named = {"default": CHAT_TEMPLATE, "tool_use": "tool_use", "rag": "rag"}
+    assert tokenizers[0].chat_template == tokenizers[1].chat_template == named
     assert GenerationConfig.from_pretrained(source.folder).eos_token_id == [601, 602]
 
 

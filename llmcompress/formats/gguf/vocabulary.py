@@ -54,7 +54,7 @@ class Vocabulary:
     merges: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     add_space_prefix: bool = False
-    chat_template: str | None = None
+    chat_templates: dict[str, str] = field(default_factory=dict)  # by name; "default" is the one of every chat
     notes: tuple[str, ...] = ()
 
     def describe(self, writer: GGUFWriter) -> None:
@@ -71,8 +71,12 @@ class Vocabulary:
         writer.add_add_bos_token(self.add_bos)
         writer.add_add_eos_token(self.add_eos)
         writer.add_add_space_prefix(self.add_space_prefix)
-        if self.chat_template:
-            writer.add_chat_template(self.chat_template)
+        if default := self.chat_templates.get("default"):
+            writer.add_chat_template(default)
+        if named := sorted(self.chat_templates.keys() - {"default"}):
+            writer.add_array("tokenizer.chat_templates", named)
+        for name in named:
+            writer.add_string(f"tokenizer.chat_template.{name}", self.chat_templates[name])
 
 
 def read_vocabulary(folder: Path, size: int, config: dict[str, Any]) -> Vocabulary:
@@ -95,9 +99,8 @@ def read_vocabulary(folder: Path, size: int, config: dict[str, Any]) -> Vocabula
     add_bos, add_eos = _tokens_around(path, tokenizer, special)
     ends = [special["eos"], *(end for end in _ends(folder, config) if end != special["eos"] and end < size)]
     special |= zip(ENDS, ends, strict=False)
-    template = tokenizer.chat_template
-    if not isinstance(template, str):
-        template = (template or {}).get("default")  # some have several, by name
+    template = tokenizer.chat_template or {}
+    templates = {"default": template} if isinstance(template, str) else template  # some have several, by name
     notes = _notes(entries, tokenizer)
     if left := [tokens[end] for end in ends[len(ENDS) :]]:
         notes = (*notes, f"llama.cpp does not stop after {', '.join(left)}, as transformers does")
@@ -107,11 +110,11 @@ def read_vocabulary(folder: Path, size: int, config: dict[str, Any]) -> Vocabula
         if not merges:
             raise InputError(f"{path} merges nothing, which llama.cpp does not load; export to another format")
         name = _pre_tokenizer_name(path, entries)
-        return Vocabulary("gpt2", name, *about, merges, chat_template=template, notes=notes)
+        return Vocabulary("gpt2", name, *about, merges, chat_templates=templates, notes=notes)
     prefix, more = _space_prefix(path, entries)
     scores = _scores(path, model, tokens, types)
     return Vocabulary(
-        "llama", "default", *about, [], scores, add_space_prefix=prefix, chat_template=template, notes=(*notes, *more)
+        "llama", "default", *about, [], scores, add_space_prefix=prefix, chat_templates=templates, notes=(*notes, *more)
     )
 
 

@@ -34,9 +34,10 @@ if TYPE_CHECKING:
 
 UNPACKING = 5  # counts the ways in which files were unpacked: part of a folder's name in the cache
 FLOATS = {"F32", "F16", "BF16", "F64"}
-TOKENIZER = "tokenizer.ggml"
+TOKENIZER, CHAT_TEMPLATE = "tokenizer.ggml", "tokenizer.chat_template"
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # types of tokens
 PADDING = re.compile(r"\[+PAD\d+\]+")  # names of the rows of a token table that no token has
+NAMED_TEMPLATE = re.compile(r"tokenizer\.chat_template\.([A-Za-z0-9_]+)")  # the name becomes that of a file
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 ORIGINAL = "give the folder or the Hub id of the model that it was made of"
 SENTENCES = (  # that a tokenizer must read and write unchanged
@@ -153,6 +154,10 @@ def _read_tokenizer(file: Path, header: GGUFHeader) -> PreTrainedTokenizerBase:
     else:
         with TokenizerReading(file, ORIGINAL):
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    matches = {key: NAMED_TEMPLATE.fullmatch(key) for key in header.entries}
+    named = {found[1]: header.entries[key] for key, found in matches.items() if found}
+    if named:
+        tokenizer.chat_template = named | ({"default": tokenizer.chat_template} if tokenizer.chat_template else {})
     if len(tokenizer) > header.vocabulary:
         raise InputError(
             f"{file} has {len(tokenizer)} tokens and a token table of {header.vocabulary} rows; give another file"
@@ -201,7 +206,7 @@ def _byte_level(file: Path, header: GGUFHeader, steps: tuple[str, ...], whole_wo
             ),
         ]
     )
-    template = header.entries.get("tokenizer.chat_template")
+    template = header.entries.get(CHAT_TEMPLATE)
     return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=template, **special)
 
 
