@@ -441,7 +441,7 @@ def test_all_tokens_that_end_an_answer_are_told(checkpoint: Path, tmp_path: Path
     found = read_vocabulary(ending(checkpoint, tmp_path / "four", 602, 601, 5, 7), 640, {"eos_token_id": 9})
     assert [found.special[key] for key in ("eos", "eot", "eom")] == [601, 602, 5]
     assert found.notes[-1] == f"llama.cpp does not stop after {found.tokens[7]}, as transformers does"
-    found = read_vocabulary(ending(checkpoint, tmp_path / "one", 601, 640), 640, {})
+    found = read_vocabulary(ending(checkpoint, tmp_path / "one", 601, 640, -1), 640, {})
     assert found.special["eos"] == 601 and not found.special.keys() & {"eot", "eom"}
 
 

@@ -97,7 +97,7 @@ def read_vocabulary(folder: Path, size: int, config: dict[str, Any]) -> Vocabula
     if "eos" not in special:
         raise InputError(f"{folder} names no token that ends a text; name one (eos_token) in tokenizer_config.json")
     add_bos, add_eos = _tokens_around(path, tokenizer, special)
-    ends = [special["eos"], *(end for end in _ends(folder, config) if end != special["eos"] and end < size)]
+    ends = list(dict.fromkeys([special["eos"], *_ends(folder, config, size)]))
     special |= zip(ENDS, ends, strict=False)
     template = tokenizer.chat_template or {}
     templates = {"default": template} if isinstance(template, str) else template  # some have several, by name
@@ -157,12 +157,12 @@ def _special_id(tokenizer: Any, config: dict[str, Any], key: str) -> int | None:
     return number[0] if isinstance(number, list) else number
 
 
-def _ends(folder: Path, config: dict[str, Any]) -> list[int]:
-    """Return the ids of the tokens after which transformers stops, each once."""
+def _ends(folder: Path, config: dict[str, Any], size: int) -> list[int]:
+    """Return the ids, below `size`, of the tokens after which transformers stops."""
     path = folder / GENERATION
     told = (read_json(path) if path.is_file() else {}).get("eos_token_id", config.get("eos_token_id"))
     listed = told if isinstance(told, list) else [told]
-    return list(dict.fromkeys(end for end in listed if isinstance(end, int)))
+    return [end for end in listed if isinstance(end, int) and 0 <= end < size]
 
 
 def _tokens_around(path: Path, tokenizer: Any, special: dict[str, int]) -> tuple[bool, bool]:

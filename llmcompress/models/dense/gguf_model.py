@@ -135,7 +135,8 @@ def _write_model(file: Path, header: GGUFHeader, name: str, folder: Path) -> Non
             delattr(owner, key)
     model.config._name_or_path = name
     ends = [header.entries.get(f"{TOKENIZER}.{key}_token_id") for key in ENDS]
-    model.generation_config.eos_token_id = list(dict.fromkeys(end for end in ends if end is not None)) or None
+    known = [end for end in ends if isinstance(end, int) and end < header.vocabulary]
+    model.generation_config.eos_token_id = list(dict.fromkeys(known)) or None
     model.save_pretrained(folder)
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
@@ -154,9 +155,8 @@ def _read_tokenizer(file: Path, header: GGUFHeader) -> PreTrainedTokenizerBase:
     else:
         with TokenizerReading(file, ORIGINAL):
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    matches = {key: NAMED_TEMPLATE.fullmatch(key) for key in header.entries}
-    named = {found[1]: header.entries[key] for key, found in matches.items() if found}
-    if named:
+    texts = {NAMED_TEMPLATE.fullmatch(key): text for key, text in header.entries.items() if isinstance(text, str)}
+    if named := {match[1]: text for match, text in texts.items() if match}:
         tokenizer.chat_template = named | ({"default": tokenizer.chat_template} if tokenizer.chat_template else {})
     if len(tokenizer) > header.vocabulary:
         raise InputError(

@@ -32,8 +32,15 @@ def check_regular(path: Path) -> None:
         return
     if not path.is_file():
         raise InputError(f"{path} is no regular file; put the file of the model in its place")
-    if path.stat().st_size <= LONGEST_POINTER and path.read_bytes().startswith(POINTER):
+    if _is_pointer(path):
         raise InputError(f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` in its folder")
+
+
+def _is_pointer(path: Path) -> bool:
+    try:
+        return path.stat().st_size <= LONGEST_POINTER and path.read_bytes().startswith(POINTER)
+    except OSError:  # whoever opens it says why
+        return False
 
 
 def read_json(path: Path, way_out: str | None = None, most: int = MOST_JSON) -> dict[str, Any]:
