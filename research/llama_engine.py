@@ -45,6 +45,11 @@ class LlamaEngine:
         found: list[int] = self._answer("/completion", asked)["tokens"]
         return found
 
+    def answer_length(self, token: int, count: int) -> int:
+        """The number of tokens that it writes, of at most `count`, where each is `token`: one if that ends a text."""
+        asked = {"prompt": [self.letter], "n_predict": count, "temperature": 0, "logit_bias": [[token, 1e4]]}
+        return int(self._answer("/completion", asked)["tokens_predicted"])
+
     def tokens(self, text: str) -> list[int]:
         """Return llama.cpp's tokens of a text, special ones recognized and put around it as the file says."""
         asked = {"content": text, "add_special": True, "parse_special": True}

@@ -6,7 +6,7 @@ step announces for the layer's shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import takewhile
@@ -156,7 +156,11 @@ def _warnings(job: Job, rows: Sequence[LayerPlan], dense_bytes: int, total: int)
     inside = [name for name in job.assignment.steps if name not in job.steps]
     outside = [linear.name for linear in job.arch.outside if not _is_compressed(job, linear.name)]
     yield from (f"{name} stays dense" for name in (*inside, *_parts(outside, job.arch.stack), *job.arch.other))
-    yield from _ragged_groups(job)
+    widths = {name: linear.shape[1] for name, linear in job.arch.linears().items()}
+    widths |= {name: job.source.tensors[f"{name}.weight"].shape[1] for name in job.tables}
+    yield from _ragged_groups(job, widths)
+    for name, steps in job.all_steps.items():
+        yield from (f"{name}: {why}" for step in steps if (why := step.substitute(widths[name])))
     used = {step.method for steps in job.all_steps.values() for step in steps}
     able = sorted(name for name in used if methods()[name].needs)
     if job.recipe.calibration is None and able:
@@ -192,10 +196,8 @@ def _parts(names: Sequence[str], stack: str) -> Iterator[str]:
         yield f"{part} ({count} linears)" if count > 1 else part
 
 
-def _ragged_groups(job: Job) -> Iterator[str]:
+def _ragged_groups(job: Job, widths: Mapping[str, int]) -> Iterator[str]:
     """Yield a sentence for each matrix whose width is no multiple of its group size."""
-    widths = {name: linear.shape[1] for name, linear in job.arch.linears().items()}
-    widths |= {name: job.source.tensors[f"{name}.weight"].shape[1] for name in job.tables}
     for name, steps in job.all_steps.items():
         sizes = {getattr(step, "group_size", None) or widths[name] for step in steps}
         for size in sorted(size for size in sizes if widths[name] % size):

@@ -77,6 +77,10 @@ class StepConfig(BaseModel):
         """Return the step that stores the same and needs no statistics of inputs; None if there is none."""
         return self if _METHODS[self.method].data_free else None
 
+    def substitute(self, width: int) -> str | None:
+        """Return what matrices of so many columns become in place of what was asked for, and why; None for no other."""
+        return None
+
     def rough(self) -> StepConfig | None:
         """Return a faster step whose error is a nearly constant multiple of this one's on every layer.
 

@@ -58,3 +58,17 @@ def test_what_becomes_larger_is_told_by_plan_and_report(tmp_path: Path) -> None:
     planned, report = lc.plan(tmp_path / "dense", asked), lc.compress(tmp_path / "dense", asked).report
     for warnings in (planned.warnings, report.warnings):
         assert {one for one in warnings if "sparsity" in one or "bits per weight" in one} == expected
+
+
+def test_substitutes_of_types_are_told_by_plan_and_report(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "model", intermediate_size=256)
+    steps = {"*.down_proj": [{"method": "gguf", "type": "IQ4_XS"}], "*.up_proj": [{"method": "gguf", "type": "IQ4_XS"}]}
+    recipe = {"version": 1, "rules": [{"match": match, "steps": steps[match]} for match in steps]}
+    expected = [
+        f"model.layers.{block}.mlp.up_proj: superblocks of 256 columns do not fill its width 32, so it becomes IQ4_NL, "
+        f"not IQ4_XS"
+        for block in (0, 1)
+    ]
+    report = lc.compress(str(folder), recipe, tmp_path / "out").report
+    for warnings in (lc.plan(str(folder), recipe).warnings, report.warnings):
+        assert [one for one in warnings if "superblocks" in one] == expected

@@ -430,7 +430,29 @@ def test_unused_ids_get_unique_names(checkpoint: Path, tmp_path: Path) -> None:
     assert len(set(tokens)) == 640 and tokens[637:] == ["[PAD637]", "[[PAD638]]", "[[[PAD639]]]"]
 
 
+def ending(checkpoint: Path, place: Path, *ends: int) -> Path:
+    """A copy of a checkpoint that stops after the tokens `ends`; its tokenizer names 601 alone."""
+    folder = with_tokenizer(checkpoint, place, byte_level(("words",)))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(ends)}))
+    return folder
+
+
+def test_all_tokens_that_end_an_answer_are_told(checkpoint: Path, tmp_path: Path) -> None:
+    found = read_vocabulary(ending(checkpoint, tmp_path / "four", 602, 601, 5, 7), 640, {"eos_token_id": 9})
+    assert [found.special[key] for key in ("eos", "eot", "eom")] == [601, 602, 5]
+    assert found.notes[-1] == f"llama.cpp does not stop after {found.tokens[7]}, as transformers does"
+    found = read_vocabulary(ending(checkpoint, tmp_path / "one", 601, 640, -1), 640, {})
+    assert found.special["eos"] == 601 and not found.special.keys() & {"eot", "eom"}
+
+
 # --- the engine -----------------------------------------------------------------------------------------------------
+
+
+@engine
+def test_llama_cpp_stops_after_every_end(checkpoint: Path, tmp_path: Path) -> None:
+    export(ending(checkpoint, tmp_path / "model", 601, 602, 5), tmp_path / "out", "gguf")
+    llama = run(tmp_path / "out")
+    assert [llama.answer_length(end, 4) for end in (601, 602, 5, 7)] == [1, 1, 1, 4]
 
 
 @engine

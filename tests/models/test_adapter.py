@@ -147,11 +147,29 @@ def test_hostile_adapters_are_refused_in_one_sentence(damage: str, base: Path, t
 def test_an_adapter_of_a_tied_table_and_of_an_adapter_are_refused(base: Path, tmp_path: Path) -> None:
     tied = save_tiny("llama", tmp_path / "tied", tie_word_embeddings=True)
     folder = adapted(tied, tmp_path / "of-table", target_modules=["embed_tokens"])
-    with pytest.raises(InputError, match="is nothing that is merged into model.embed_tokens.weight here"):
+    with pytest.raises(
+        InputError, match="is for a table that is the head too in its base; give the base a head of its"
+    ):
         resolve(folder)
     change_json(folder / "adapter_config.json", base_model_name_or_path=str(adapted(base, tmp_path / "adapter")))
     with pytest.raises(InputError, match="is an adapter of .*, which is one itself"):
         resolve(folder)
+
+
+@torch.no_grad()
+def test_the_way_out_of_a_tied_table_keeps_what_its_adapter_computes(tmp_path: Path) -> None:
+    """PEFT's merge into the one matrix does not: then the head has the term of the table as well."""
+    tied = save_tiny("llama", tmp_path / "tied", tie_word_embeddings=True)
+    folder = adapted(tied, tmp_path / "of-table", target_modules=["embed_tokens"])
+    expected = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tied), folder)(IDS).logits
+    merged = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tied), folder).merge_and_unload()
+    assert float((merged(IDS).logits - expected).abs().max()) > 0.1
+    model = AutoModelForCausalLM.from_pretrained(tied)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.get_input_embeddings().weight.clone())
+    peft.PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(tmp_path / "merged")
+    found = load_model(locate(tmp_path / "merged"))(IDS).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_peft_is_named_where_it_is_missing(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

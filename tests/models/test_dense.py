@@ -25,6 +25,7 @@ from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny
 from tests.zoo import save_zoo, zoo
 
 WEIGHTS = "model.safetensors"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
 
 @pytest.fixture(scope="session")
@@ -228,7 +229,8 @@ def emptied(folder: Path) -> None:
         ),
         (cut, r"model\.safetensors is damaged \(.*\); download or copy it again"),
         (put(WEIGHTS, ""), r"model\.safetensors is damaged"),
-        (put(WEIGHTS, "version https://git-lfs.github.com/spec/v1\n"), r"model\.safetensors is damaged"),
+        (put(WEIGHTS, POINTER), r"model\.safetensors is a pointer of Git LFS, not the file itself; run `git lfs pull`"),
+        (put("config.json", POINTER), r"config\.json is a pointer of Git LFS, not the file itself; run `git lfs pull`"),
         (without_a_layer, r"lacks weights that its config requires: model\.layers\.1\.mlp\.gate_proj\.weight, "),
         (as_int8, r"up_proj\.weight in .* is stored as I8, so it is already compressed"),
         (indexed(x="../a.safetensors"), r"names '\.\./a\.safetensors', which is no safetensors file of the folder"),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 from typer.testing import CliRunner
 
 import llmcompress as lc
@@ -37,7 +37,13 @@ HALVES = [BYTE]
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llama(tmp_path_factory.mktemp("dense"), dtype=torch.bfloat16, max_position_embeddings=128)
+    folder = tiny_llama(tmp_path_factory.mktemp("dense"), dtype=torch.bfloat16, max_position_embeddings=128)
+    GenerationConfig(eos_token_id=[602, 601]).save_pretrained(folder)
+    for name in ("tool_use", "rag"):
+        template = folder / "additional_chat_templates" / f"{name}.jinja"
+        template.parent.mkdir(exist_ok=True)
+        template.write_text(name)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +75,9 @@ def test_a_file_is_read_as_the_model_it_was_made_of(dense: Path, file: Path, cac
     for text in TEXTS:
         ids = [tokenizer(text).input_ids for tokenizer in tokenizers]
         assert ids[0] == ids[1], text
-    assert tokenizers[0].chat_template == CHAT_TEMPLATE
+    named = {"default": CHAT_TEMPLATE, "tool_use": "tool_use", "rag": "rag"}
+    assert tokenizers[0].chat_template == tokenizers[1].chat_template == named
+    assert GenerationConfig.from_pretrained(source.folder).eos_token_id == [601, 602]
 
 
 def test_a_file_is_unpacked_once(file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +119,7 @@ def edited(file: Path, target: Path, key: str, value: str) -> Path:
 def test_what_cannot_be_read_is_refused_in_a_sentence(file: Path, tmp_path: Path, cache: Path) -> None:
     whole = file.read_bytes()
     (tmp_path / "text.gguf").write_text("not a model")
+    (tmp_path / "pointer.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     (tmp_path / "short.gguf").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "model.bin").write_bytes(whole)
     edited(file, tmp_path / "family.gguf", "general.architecture", "lxama")
@@ -121,6 +130,7 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(file: Path, tmp_path: Path
     cases = {
         "merges.gguf": "has no tokenizer that can be read",
         "text.gguf": "does not begin with the letters GGUF",
+        "pointer.gguf": "is a pointer of Git LFS",
         "short.gguf": "is shorter than its header says",
         "model.bin": "or a .gguf file",
         "family.gguf": "does not read",

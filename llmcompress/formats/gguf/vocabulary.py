@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError
+from llmcompress.models.dense.companions import GENERATION
 from llmcompress.models.dense.pre_tokenizers import PRE_TOKENIZERS, Steps
 from llmcompress.models.dense.tokenizer import load_tokenizer
+from llmcompress.models.files.gguf_header import ENDS
+from llmcompress.models.files.reading import read_json
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -27,6 +30,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token type
 FILE = "tokenizer.json"
 BYTES = tuple(f"<0x{value:02X}>" for value in range(256))  # tokens for what has no other, in SentencePiece
 SPACE = "▁"  # in SentencePiece
+SPECIAL = ("bos", *ENDS, "unk", "pad")
 
 SPACE_NOTES = {  # on llama.cpp, by the place of a pre-tokenizer's space; "late": before special tokens are looked for
     "never": (),
@@ -38,7 +42,7 @@ SPACE_NOTES = {  # on llama.cpp, by the place of a pre-tokenizer's space; "late"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokenizer entries of a GGUF file. `special`: ids by `bos`, `eos`, `unk`, `pad`; `notes`: on losses."""
+    """Tokenizer entries of a GGUF file. `special`: ids by the names of `SPECIAL`; `notes`: on losses."""
 
     model: str  # "gpt2" (byte-level BPE) or "llama" (SentencePiece's BPE)
     pre: str
@@ -50,7 +54,7 @@ class Vocabulary:
     merges: list[str] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     add_space_prefix: bool = False
-    chat_template: str | None = None
+    chat_templates: dict[str, str] = field(default_factory=dict)  # by name; "default" is the one of every chat
     notes: tuple[str, ...] = ()
 
     def describe(self, writer: GGUFWriter) -> None:
@@ -61,19 +65,18 @@ class Vocabulary:
         writer.add_token_types(self.types)
         writer.add_token_merges(self.merges)
         writer.add_token_scores(self.scores)
-        for add, key in (
-            (writer.add_bos_token_id, "bos"),
-            (writer.add_eos_token_id, "eos"),
-            (writer.add_unk_token_id, "unk"),
-            (writer.add_pad_token_id, "pad"),
-        ):
+        for key in SPECIAL:
             if key in self.special:
-                add(self.special[key])
+                getattr(writer, f"add_{key}_token_id")(self.special[key])
         writer.add_add_bos_token(self.add_bos)
         writer.add_add_eos_token(self.add_eos)
         writer.add_add_space_prefix(self.add_space_prefix)
-        if self.chat_template:
-            writer.add_chat_template(self.chat_template)
+        if default := self.chat_templates.get("default"):
+            writer.add_chat_template(default)
+        if named := sorted(self.chat_templates.keys() - {"default"}):
+            writer.add_array("tokenizer.chat_templates", named)
+        for name in named:
+            writer.add_string(f"tokenizer.chat_template.{name}", self.chat_templates[name])
 
 
 def read_vocabulary(folder: Path, size: int, config: dict[str, Any]) -> Vocabulary:
@@ -94,21 +97,24 @@ def read_vocabulary(folder: Path, size: int, config: dict[str, Any]) -> Vocabula
     if "eos" not in special:
         raise InputError(f"{folder} names no token that ends a text; name one (eos_token) in tokenizer_config.json")
     add_bos, add_eos = _tokens_around(path, tokenizer, special)
-    template = tokenizer.chat_template
-    if not isinstance(template, str):
-        template = (template or {}).get("default")  # some have several, by name
+    ends = list(dict.fromkeys([special["eos"], *_ends(folder, config, size)]))
+    special |= zip(ENDS, ends, strict=False)
+    template = tokenizer.chat_template or {}
+    templates = {"default": template} if isinstance(template, str) else template  # some have several, by name
     notes = _notes(entries, tokenizer)
+    if left := [tokens[end] for end in ends[len(ENDS) :]]:
+        notes = (*notes, f"llama.cpp does not stop after {', '.join(left)}, as transformers does")
     about = (tokens, types, special, add_bos, add_eos)
     if not model.get("byte_fallback"):
         merges = [" ".join(pair) for pair in model["merges"]]
         if not merges:
             raise InputError(f"{path} merges nothing, which llama.cpp does not load; export to another format")
         name = _pre_tokenizer_name(path, entries)
-        return Vocabulary("gpt2", name, *about, merges, chat_template=template, notes=notes)
+        return Vocabulary("gpt2", name, *about, merges, chat_templates=templates, notes=notes)
     prefix, more = _space_prefix(path, entries)
     scores = _scores(path, model, tokens, types)
     return Vocabulary(
-        "llama", "default", *about, [], scores, add_space_prefix=prefix, chat_template=template, notes=(*notes, *more)
+        "llama", "default", *about, [], scores, add_space_prefix=prefix, chat_templates=templates, notes=(*notes, *more)
     )
 
 
@@ -149,6 +155,14 @@ def _special_id(tokenizer: Any, config: dict[str, Any], key: str) -> int | None:
     number = getattr(tokenizer, f"{key}_token_id")
     number = config.get(f"{key}_token_id") if number is None else number
     return number[0] if isinstance(number, list) else number
+
+
+def _ends(folder: Path, config: dict[str, Any], size: int) -> list[int]:
+    """Return the ids, below `size`, of the tokens after which transformers stops."""
+    path = folder / GENERATION
+    told = (read_json(path) if path.is_file() else {}).get("eos_token_id", config.get("eos_token_id"))
+    listed = told if isinstance(told, list) else [told]
+    return [end for end in listed if isinstance(end, int) and 0 <= end < size]
 
 
 def _tokens_around(path: Path, tokenizer: Any, special: dict[str, int]) -> tuple[bool, bool]:

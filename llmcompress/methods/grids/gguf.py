@@ -146,6 +146,15 @@ class GGUF(StepConfig):
         form = superblock_form(kind)
         return join(superblock_sketch(shape(base), form) if form else in_blocks_sketch(shape(base), FORMS[kind]), term)
 
+    def substitute(self, width: int) -> str | None:
+        """See `StepConfig.substitute`."""
+        kind = fitting(self.type, width)
+        if kind == self.type:
+            return None
+        return (
+            f"superblocks of {SUPERBLOCK} columns do not fill its width {width}, so it becomes {kind}, not {self.type}"
+        )
+
 
 def fitting(kind: Type, width: int) -> Type:
     """Return the type, or its substitute in matrices of that width."""

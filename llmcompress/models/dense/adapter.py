@@ -32,6 +32,11 @@ PART = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_
 BEYOND = ("layer_replication", "target_parameters", "megatron_config", "alora_invocation_tokens", "arrow_config")
 MERGE = "merge it with PEFT (merge_and_unload) and give the folder that you save"
 
+UNTIE = (  # else PEFT adds both terms to the one matrix, or saves but one of two
+    "give the base a head of its own first (config.tie_word_embeddings = False, lm_head.weight a copy of the table), "
+    "merge the adapter there with PEFT (merge_and_unload), and give the folder that you save"
+)
+
 
 def is_adapter(folder: Path) -> bool:
     """True for a folder with an adapter and no model of its own."""
@@ -70,7 +75,9 @@ def merge_headers(
         part = key.removeprefix(BEFORE).replace(".base_layer.", ".")  # of a table that goes along with its adapter
         match = PART.fullmatch(part)
         name = f"{match[1]}.weight" if match else part
-        if name not in tensors or {name} & {*tied, *tied.values()} or header.dtype not in FLOATS:
+        if {name} & {*tied, *tied.values()}:
+            raise InputError(f"{key} of the adapter {folder} is for a table that is the head too in its base; {UNTIE}")
+        if name not in tensors or header.dtype not in FLOATS:
             raise InputError(f"{key} of the adapter {folder} is nothing that is merged into {name} here; {MERGE}")
         if match:
             layers.setdefault(match[1], {})[part] = header

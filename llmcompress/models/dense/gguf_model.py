@@ -24,7 +24,7 @@ from llmcompress.errors import DiskError, InputError, first_line
 from llmcompress.models.dense.packed import describe_few_bits
 from llmcompress.models.dense.pre_tokenizers import BY_NAME, build_pre_tokenizer
 from llmcompress.models.files.file_names import GGUF_SOURCE
-from llmcompress.models.files.gguf_header import GGUFHeader, read_gguf_header
+from llmcompress.models.files.gguf_header import ENDS, GGUFHeader, read_gguf_header
 from llmcompress.models.files.output import sync
 from llmcompress.models.files.reading import TokenizerReading
 from llmcompress.runtime.progress import digest_file
@@ -32,11 +32,12 @@ from llmcompress.runtime.progress import digest_file
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-UNPACKING = 4  # counts the ways in which files were unpacked: part of a folder's name in the cache
+UNPACKING = 5  # counts the ways in which files were unpacked: part of a folder's name in the cache
 FLOATS = {"F32", "F16", "BF16", "F64"}
-TOKENIZER = "tokenizer.ggml"
+TOKENIZER, CHAT_TEMPLATE = "tokenizer.ggml", "tokenizer.chat_template"
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # types of tokens
 PADDING = re.compile(r"\[+PAD\d+\]+")  # names of the rows of a token table that no token has
+NAMED_TEMPLATE = re.compile(r"tokenizer\.chat_template\.([A-Za-z0-9_]+)")  # the name becomes that of a file
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 ORIGINAL = "give the folder or the Hub id of the model that it was made of"
 SENTENCES = (  # that a tokenizer must read and write unchanged
@@ -133,6 +134,9 @@ def _write_model(file: Path, header: GGUFHeader, name: str, folder: Path) -> Non
         if hasattr(owner, key):  # the weights are plain numbers now
             delattr(owner, key)
     model.config._name_or_path = name
+    ends = [header.entries.get(f"{TOKENIZER}.{key}_token_id") for key in ENDS]
+    known = [end for end in ends if isinstance(end, int) and end < header.vocabulary]
+    model.generation_config.eos_token_id = list(dict.fromkeys(known)) or None
     model.save_pretrained(folder)
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
@@ -151,6 +155,9 @@ def _read_tokenizer(file: Path, header: GGUFHeader) -> PreTrainedTokenizerBase:
     else:
         with TokenizerReading(file, ORIGINAL):
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    texts = {NAMED_TEMPLATE.fullmatch(key): text for key, text in header.entries.items() if isinstance(text, str)}
+    if named := {match[1]: text for match, text in texts.items() if match}:
+        tokenizer.chat_template = named | ({"default": tokenizer.chat_template} if tokenizer.chat_template else {})
     if len(tokenizer) > header.vocabulary:
         raise InputError(
             f"{file} has {len(tokenizer)} tokens and a token table of {header.vocabulary} rows; give another file"
@@ -199,7 +206,7 @@ def _byte_level(file: Path, header: GGUFHeader, steps: tuple[str, ...], whole_wo
             ),
         ]
     )
-    template = header.entries.get("tokenizer.chat_template")
+    template = header.entries.get(CHAT_TEMPLATE)
     return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=template, **special)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llmcompress.errors import InputError
+from llmcompress.models.files.reading import check_regular
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # with 64-bit counts, little endian
@@ -53,6 +54,7 @@ TYPES = {  # of tensors, by their numbers
     35: "TQ2_0",
     39: "MXFP4",
 }
+ENDS = ("eos", "eot", "eom")  # tokens after which llama.cpp stops, in names of entries: of a text, a turn, a message
 Places = dict[str, tuple[list[int], int, int]]
 TABLE, HEAD = "token_embd.weight", "output.weight"
 
@@ -86,6 +88,7 @@ def read_gguf_header(path: Path) -> GGUFHeader:
     """Read the header of a file. Raises InputError for one that is missing, of another kind, damaged, or in parts."""
     if not path.is_file():
         raise InputError(f"there is no file {path}; give a GGUF file")
+    check_regular(path)
     try:
         with path.open("rb") as file:
             if file.read(4) != MAGIC:

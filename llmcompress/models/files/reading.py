@@ -18,13 +18,29 @@ from llmcompress.errors import InputError
 
 MOST_JSON = 2**26  # bytes; an index of 90,000 tensors has 9 MB
 MOST_HEADER = 2**25  # bytes; about 300,000 tensors in one file
+POINTER = b"version https://git-lfs.github.com/spec/"  # how a pointer of Git LFS begins
+LONGEST_POINTER = 1024  # bytes, by its specification
 PANIC = "PanicException"  # of the tokenizers library, which makes it no Exception
 
 
 def check_regular(path: Path) -> None:
-    """Raise InputError for a pipe, a device or a folder. Links are followed; a missing file passes."""
-    if path.exists() and not path.is_file():
+    """Raise InputError for a pipe, a device, a folder, and what Git leaves in the place of a large file.
+
+    Links are followed; a missing file passes.
+    """
+    if not path.exists():
+        return
+    if not path.is_file():
         raise InputError(f"{path} is no regular file; put the file of the model in its place")
+    if _is_pointer(path):
+        raise InputError(f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` in its folder")
+
+
+def _is_pointer(path: Path) -> bool:
+    try:
+        return path.stat().st_size <= LONGEST_POINTER and path.read_bytes().startswith(POINTER)
+    except OSError:  # whoever opens it says why
+        return False
 
 
 def read_json(path: Path, way_out: str | None = None, most: int = MOST_JSON) -> dict[str, Any]:
