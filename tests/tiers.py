@@ -13,14 +13,24 @@ from llmcompress.weight.nodes import Weight, Where
 from tests.builders import every_node, random_nestings
 
 
-def tiered(cases: Iterable[Any], fast: Callable[[Any], bool], name: Callable[[Any], str] = str) -> list[ParameterSet]:
-    """The values of one parameter of a test with their names; those that are not `fast` are marked slow."""
-    return [pytest.param(case, id=name(case), marks=() if fast(case) else pytest.mark.slow) for case in cases]
+def tiered(
+    cases: Iterable[Any],
+    fast: Callable[[Any], bool],
+    name: Callable[[Any], str] = str,
+    slow: Callable[[Any], bool] = lambda case: True,
+) -> list[ParameterSet]:
+    """Return the values of one parameter of a test with their names: fast, else slow, else nightly."""
+    return [pytest.param(case, id=name(case), marks=() if fast(case) else tier_of(slow(case))) for case in cases]
 
 
 def tiered_nightly(cases: Iterable[Any], slow: Callable[[Any], bool]) -> list[ParameterSet]:
     """Return the values of one parameter of a test; those that are not `slow` are marked nightly."""
-    return [pytest.param(case, marks=pytest.mark.slow if slow(case) else pytest.mark.nightly) for case in cases]
+    return [pytest.param(case, marks=tier_of(slow(case))) for case in cases]
+
+
+def tier_of(is_slow: bool) -> pytest.MarkDecorator:
+    """Return the mark of a case that is slow, or else nightly."""
+    return pytest.mark.slow if is_slow else pytest.mark.nightly
 
 
 def first_of_each(cases: Iterable[Any], kind: Callable[[Any], Any]) -> Callable[[Any], bool]:

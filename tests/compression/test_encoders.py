@@ -24,7 +24,7 @@ from tests.tiers import tiered
 from tests.zoo import ENCODERS, save_zoo, text_for_calibration
 
 IDS = torch.arange(3, 27)[None]
-FAST = ("modernbert", "deberta-v2", "bert_classifier", "bert_body")
+FAST = ("deberta-v2", "bert_classifier")
 FAMILIES = tiered(ENCODERS, FAST.__contains__)
 HALF = pytest.mark.parametrize("family", FAMILIES)
 

@@ -72,6 +72,7 @@ def test_a_shortened_model_is_recovered(place: Path, tmp_path: Path) -> None:
     assert scores[1]["kl"] < 0.7 * scores[0]["kl"]
 
 
+@pytest.mark.slow
 def test_steps_below_the_resolution_of_bfloat16_add_up(place: Path, tmp_path: Path) -> None:
     """bfloat16 resolves 1/128 to 1/256 of a number: steps of 1/1000 round away one by one."""
     small = asked(place, steps=12, rates={"weights": 1e-3}, warmup=0, final_rate=1)

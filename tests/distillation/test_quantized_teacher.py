@@ -115,7 +115,7 @@ def decoded_student(place: Path) -> Path:
     return place / "decoded"
 
 
-@pytest.mark.parametrize("kind", ["online", "cached"])
+@pytest.mark.parametrize("kind", ["online", pytest.param("cached", marks=pytest.mark.slow)])
 def test_losses_are_to_the_quantized_teacher_and_looks_to_the_dense_one(
     kind: str, place: Path, decoded_student: Path, tmp_path: Path
 ) -> None:
@@ -137,7 +137,8 @@ def dense_run(place: Path) -> Any:
     return distill(place / "small", place / "dense", recipe(place), place / "by-dense")
 
 
-@pytest.mark.parametrize("bits, compute", [(8, "float32"), pytest.param(4, "bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits, compute", [(8, "float32"), (4, "bfloat16")])
 def test_fewer_bits_recover_what_the_dense_teacher_does(
     bits: int, compute: str, place: Path, dense_run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -164,7 +165,13 @@ def test_the_cost_of_quantizing_is_reported_everywhere(place: Path, dense_run: A
         assert ("the teacher had its linears in 8 bits, at a KL of 0.000" in text) == said
 
 
-@pytest.mark.parametrize("kind, names", [("online", ["small", "dense in 4 bits"]), ("cached", ["small"])])
+@pytest.mark.parametrize(
+    "kind, names",
+    [
+        ("online", ["small", "dense in 4 bits"]),
+        pytest.param("cached", ["small"], marks=pytest.mark.slow),
+    ],
+)
 def test_the_dense_teacher_is_gone_while_the_student_learns(
     kind: str, names: list[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

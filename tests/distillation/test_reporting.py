@@ -113,7 +113,13 @@ def test_every_step_and_every_look_is_a_line(whole: DistillationResult, folders:
     assert (folders / "whole" / "distillation.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("at, kept", [(2, 0), (5, 3)], ids=["before a state", "after a state"])
+@pytest.mark.parametrize(
+    "at, kept",
+    [
+        pytest.param(2, 0, id="before a state", marks=pytest.mark.slow),
+        pytest.param(5, 3, id="after a state"),
+    ],
+)
 def test_a_resumed_run_has_the_same_metrics(
     at: int, kept: int, whole: DistillationResult, folders: Path, tmp_path: Path
 ) -> None:

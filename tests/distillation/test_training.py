@@ -35,7 +35,7 @@ from llmcompress.weight.expression import describe
 from llmcompress.weight.modules import compressed_linears
 from tests.distillation import miniature
 from tests.distillation.miniature import cut_short, make, weight_files
-from tests.tiers import tiered
+from tests.tiers import tiered_nightly
 from tests.tiny import save_tiny
 
 RULES = [
@@ -153,7 +153,7 @@ def test_an_interrupted_run_resumes_exactly(folders: Path, tmp_path: Path, monke
     assert weight_files(tmp_path / "whole") == weight_files(tmp_path / "cut")
 
 
-@pytest.mark.parametrize("step", tiered([2, 6], lambda step: step == 2))
+@pytest.mark.parametrize("step", tiered_nightly([2, 6], lambda step: step == 2))
 def test_sigterm_keeps_the_state_of_the_last_step(step: int, folders: Path, tmp_path: Path) -> None:
     """Within the run, and within its last step."""
     asked = recipe(folders, steps=7, save_every=7)

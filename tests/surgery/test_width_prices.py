@@ -53,7 +53,7 @@ def with_idle(family: str, folder: Path) -> Path:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", tiered(["llama", "phi3", "qwen2"], {"llama", "phi3"}.__contains__))
+@pytest.mark.parametrize("family", tiered(["llama", "phi3", "qwen2"], "phi3".__eq__))
 def test_per_block_removes_idle_neurons_of_one_block_without_a_change(family: str, tmp_path: Path, text: str) -> None:
     """And equal widths would have hurt the other block."""
     whole = with_idle(family, tmp_path / "whole")

@@ -42,7 +42,7 @@ from tests.builders import (
     streams,
     tensor_bytes,
 )
-from tests.tiers import tiered
+from tests.tiers import tier_of, tiered
 
 HERE = TIERS[TIERS.index(host_tier()) :]  # this machine's tier, and those below
 RUNNABLE = [tier for tier in HERE if tier.name != "neon" or host_tier().name == "neon"]
@@ -167,13 +167,12 @@ every_tier = pytest.mark.parametrize(
     "tier", tiered(RUNNABLE, lambda tier: tier == host_tier(), lambda tier: str(tier.name))
 )
 SLOW_TO_COMPILE = (STREAMS[0], TABLES[0], *VECTORS[:2], FLOATS[0])  # for processors without vectors
+SLOW = (GRIDS[0], ELEMENTS[0], STREAMS[0], TABLES[0], VECTORS[0], FLOATS[0])  # one of each kind
 
 
-def marks_of(tier: Tier, is_slow_to_compile: bool) -> tuple[pytest.MarkDecorator, ...]:
-    """Return the marks of a case on a tier."""
-    if tier == host_tier():
-        return ()
-    return (pytest.mark.nightly if is_slow_to_compile and tier.name == "portable" else pytest.mark.slow,)
+def tier_of_form(tier: Tier, w: Weight) -> pytest.MarkDecorator:
+    """Return the mark of a form on a tier below this machine's."""
+    return tier_of(w in SLOW and (tier.name != "portable" or w not in SLOW_TO_COMPILE))
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
@@ -189,8 +188,8 @@ def on_tier(monkeypatch: pytest.MonkeyPatch, tier: Tier) -> Iterator[Tier]:
 @pytest.mark.parametrize(
     "tier, w",
     [
-        pytest.param(tier, w, id=f"{tier.name}-{type(w).__name__}", marks=marks_of(tier, w in SLOW_TO_COMPILE))
-        for tier in RUNNABLE
+        pytest.param(tier, w, id=f"{tier.name}-{type(w).__name__}", marks=tier_of_form(tier, w))
+        for tier in RUNNABLE[1:]  # the first one multiplies every form below
         for w in (*GRIDS[:3], TURNED[1], *ELEMENTS[:3], *SLOW_TO_COMPILE)
     ],
 )
@@ -198,7 +197,7 @@ def test_every_tier_multiplies_as_the_dense_matrix(on_tier: Tier, w: Weight) -> 
     check(w)
 
 
-@pytest.mark.parametrize("at", tiered(range(len(FORMS)), lambda at: at % 4 == 3))
+@pytest.mark.parametrize("at", tiered(range(len(FORMS)), lambda at: at % 8 == 3, slow=lambda at: at % 4 == 1))
 def test_every_form_multiplies_as_the_dense_matrix(at: int) -> None:
     check(FORMS[at])
 
@@ -222,7 +221,9 @@ def check(w: Weight) -> None:
         assert distance(found, x.double() @ matrix.T) <= tolerance, (tokens, mode, dtype)
 
 
-@pytest.mark.parametrize("tier", [pytest.param(tier, marks=marks_of(tier, True)) for tier in RUNNABLE])
+@pytest.mark.parametrize(
+    "tier", tiered(RUNNABLE, host_tier().__eq__, lambda tier: tier.name, slow=lambda tier: tier.name != "portable")
+)
 def test_every_tier_rounds_and_adds_the_same_integers(on_tier: Tier) -> None:
     """Inputs that are whole numbers with 127 in each block are rounded to themselves, so sums are exact."""
     for w in (GRIDS[0], STREAMS[0], STREAMS[5]):
