@@ -42,17 +42,17 @@ def first_of_each(cases: Iterable[Any], kind: Callable[[Any], Any]) -> Callable[
     return lambda case: id(case) in chosen
 
 
-def expressions(seed: int, count: int, fast: int = 10) -> list[ParameterSet]:
+def expressions(seed: int, count: int, fast: int = 4) -> list[ParameterSet]:
     """Return the cases that judge a law of weights: every node, and `count` random nestings.
 
-    Fast: a node of each kind, and so many nestings. Nightly: all but the first quarter of the nestings.
+    Fast: a node of each kind, and so many nestings. Slow: half of the other nodes, and an eighth of the nestings.
     """
     nodes, nestings = every_node(), random_nestings(seed, count)
     is_first = first_of_each(nodes, lambda w: (type(w), type(w.index) if isinstance(w, Where) else None))
-    taken = {id(w) for w in nestings[:fast]}
-    quarter = max(fast, count // 4)
-    early = tiered(nodes + nestings[:quarter], lambda w: is_first(w) or id(w) in taken, _name)
-    return early + [pytest.param(w, id=_name(w), marks=pytest.mark.nightly) for w in nestings[quarter:]]
+    first = {id(w) for w in nestings[:fast]}
+    second = {id(w) for w in nodes[::2] + nestings[: count // 8]}
+    cases = nodes + nestings
+    return tiered(cases, lambda w: is_first(w) or id(w) in first, _name, slow=lambda w: id(w) in second)
 
 
 def _name(w: Weight) -> str:

@@ -193,7 +193,7 @@ for name in sys.argv[1:]:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_file_of_the_hub(file: Path, tmp_path: Path) -> None:
     """In a process of its own: huggingface_hub reads its environment when it is imported."""
     with StandInHub() as hub:
@@ -209,6 +209,7 @@ def test_a_file_of_the_hub(file: Path, tmp_path: Path) -> None:
     assert "has no file other.gguf" in lines[1]
 
 
+@pytest.mark.nightly
 @engine
 @pytest.mark.parametrize("name", ["smollm2", "gemma3-270m"])
 def test_llama_cpp_cuts_text_as_the_unpacked_model(name: str, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_the_code_goes_with_the_output(small: Path) -> None:
     assert entries["auto_map"] == AUTO_MAP
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_fresh_process_loads_the_output_if_it_is_told_to_trust_it(small: Path, tmp_path: Path, marker: Path) -> None:
     refused = fresh(small, tmp_path / "logits", "no")
     assert refused.returncode != 0 and "trust_remote_code" in refused.stderr and not marker.exists()
