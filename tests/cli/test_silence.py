@@ -85,7 +85,7 @@ COMMANDS = {
     "bench": "bench dense --prompt 8 --tokens 2 --rounds 2 --threads 1",
 }
 FAST = ("compress",)
-SLOW = ("target", "plan", "unpack", "eval", "verify", "distill", "gguf", "damage", "bench")
+OFTEN = ("target", "plan", "unpack", "eval", "verify", "distill", "gguf", "damage", "bench")
 
 
 class SlowClock:
@@ -171,7 +171,7 @@ def run_slowly(command: str, output: Path, monkeypatch: pytest.MonkeyPatch, beat
 @pytest.mark.parametrize(
     "beats", [pytest.param(True, id="seconds", marks=pytest.mark.nightly), pytest.param(False, id="counts")]
 )
-@pytest.mark.parametrize("command", tiered(COMMANDS, FAST.__contains__, slow=SLOW.__contains__))
+@pytest.mark.parametrize("command", tiered(COMMANDS, FAST.__contains__, slow=OFTEN.__contains__))
 def test_the_longest_silence(
     command: str, beats: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,14 +27,15 @@ SIXTEEN = (
     *("mixtral", "qwen3_moe"),
 )
 UNLIKE = ("qwen2", "gemma3_text", "phi3", "gpt2", "bloom", "mixtral")  # biases, norms, fused, ALiBi, experts
+LONG = ("budget-2-tuned", "partial-binarization")
 EACH = 8  # a slow test has every recipe on this share of families, in turn, and a nightly one on the others
 
 
 def tier(recipe: str, family: str) -> Any:
-    """Return the marks of a pair. Fast: every recipe on a plain model, and the one of most users on six others."""
-    if family == "llama" or (recipe == "default" and family in UNLIKE):
+    """Return the marks of a pair. Fast: most recipes on a plain model, and that of most users on six others."""
+    if (family == "llama" and recipe not in LONG) or (recipe == "default" and family in UNLIKE):
         return ()
-    if recipe == "default":
+    if family == "llama" or recipe == "default":
         return pytest.mark.slow
     turn = (RECIPES.index(recipe) + SIXTEEN.index(family)) % EACH
     return pytest.mark.nightly if turn else pytest.mark.slow

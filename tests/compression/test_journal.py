@@ -238,6 +238,7 @@ def test_power_that_fails_before_a_report_is_written(
     assert files(again) == files(lc.compress(place / "dense", asked, tmp_path / "whole").folder)
 
 
+@pytest.mark.slow
 def test_what_the_kept_blocks_are_of_is_compared(place: Path, tmp_path: Path) -> None:
     """Another recipe, text or model is refused by name, and nothing is lost; asked to, the run starts over."""
     shutil.copytree(place / "dense", tmp_path / "dense")
@@ -312,6 +313,7 @@ def test_damage_is_a_sentence(damage: str, place: Path, tmp_path: Path) -> None:
         lc.compress(place / "dense", recipe(place), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_gates_may_be_set_anew(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that missed one at its end has done its work: with another gate nothing is compressed again."""
     asked = recipe(place)

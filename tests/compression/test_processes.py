@@ -177,6 +177,7 @@ def test_runs_resume_in_any_number_of_processes(counts: tuple[int, int], place: 
         check_alike(whole.folder, done.folder, place / "dense", place / "text.txt")
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_found_by_all(place: Path, tmp_path: Path) -> None:
     compressed(place, recipe(place), tmp_path / "out", 2)
     job = prepare(resolve(str(place / "dense")), read_recipe(recipe(place)))

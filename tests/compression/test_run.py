@@ -104,6 +104,7 @@ def test_the_same_run_gives_the_same_files(folder: Path, tmp_path: Path, text: P
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_result_without_output_can_be_saved(folder: Path, tmp_path: Path, text: Path) -> None:
     result = lc.compress(folder, recipe(text))
     result.save(tmp_path / "saved")
@@ -142,6 +143,7 @@ def test_data_free_methods_need_no_calibration(folder: Path, tmp_path: Path) -> 
         lc.compress(folder, {"version": 1, "rules": [{"match": "*", "steps": [{"method": "gptq"}]}]})
 
 
+@pytest.mark.slow
 def test_aiming_at_dense_outputs_lowers_the_output_error(folder: Path, tmp_path: Path, text: Path) -> None:
     """Two bits on a random model: what reaches the head must be nearer to the dense model's with the correction."""
     steps = [{"method": "gptq", "bits": 2}]

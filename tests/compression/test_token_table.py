@@ -21,7 +21,7 @@ from llmcompress.recipe.read import read_recipe
 from llmcompress.weight import modules
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import CompressedEmbedding, CompressedLinear
-from tests.tiers import tiered
+from tests.tiers import tiered, tiered_nightly
 from tests.tiny import FAMILY_CONFIGS, save_tiny
 
 RTN = [{"method": "rtn", "bits": 4, "group_size": 16, "symmetric": False}]
@@ -136,6 +136,7 @@ def test_the_head_is_calibrated_on_what_it_reads(family: str, tmp_path: Path) ->
     torch.testing.assert_close(last.groups[0].inputs.outer, expected.outer, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_calibration_lowers_the_error_of_the_logits(tmp_path: Path, text: Path) -> None:
     source = save_tiny("llama", tmp_path / "dense", tie_word_embeddings=True)
     errors = {}
@@ -153,6 +154,7 @@ def rows_of(report: Any) -> dict[str, tuple[tuple[str, ...], float]]:
     return {row.name: (row.steps, row.bpw) for row in report.layers if row.name in names}
 
 
+@pytest.mark.slow
 def test_embeddings_serve_a_head_of_its_own_and_a_table_without_inputs(tmp_path: Path, text: Path) -> None:
     """The table is what the same recipe by rtn gives, the head what it gives as the head's own steps."""
     source = save_tiny("llama", tmp_path / "dense")
@@ -263,8 +265,13 @@ def test_what_cannot_be_done_is_said(
     "steps",
     [
         [PRUNED],
-        [{"method": "magnitude", "sparsity": 0.3}, {"method": "rtn", "bits": 3}],
-        [{"method": "rotate"}, {"method": "pb_llm", "salient": 0.25, "group_size": 16}],
+        *tiered_nightly(
+            [
+                [{"method": "magnitude", "sparsity": 0.3}, {"method": "rtn", "bits": 3}],
+                [{"method": "rotate"}, {"method": "pb_llm", "salient": 0.25, "group_size": 16}],
+            ],
+            lambda steps: True,
+        ),
     ],
 )
 def test_pruned_tables_are_looked_up_and_read_out(steps: list[dict[str, Any]], tmp_path: Path, text: Path) -> None:

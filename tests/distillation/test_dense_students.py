@@ -93,6 +93,7 @@ def test_weight_files_stay_below_a_limit(place: Path, tmp_path: Path, monkeypatc
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_dense_weights_of_a_compressed_student_train(place: Path, tmp_path: Path) -> None:
     """Unequal widths, one block compressed, the other dense."""
     model = lc.compress(save_tiny("llama", tmp_path / "dense"), RECIPE, tmp_path / "small").model

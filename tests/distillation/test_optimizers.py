@@ -196,6 +196,7 @@ def test_a_compressed_teacher_teaches_with_a_warning(folders: Path, tmp_path: Pa
     assert done.history[0]["kl"] < 1e-6 and "the teacher is compressed too" in done.warnings[0]
 
 
+@pytest.mark.slow
 def test_missing_kinds_are_warned_of_at_once_and_in_the_report(
     folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -37,7 +37,7 @@ from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import read_as
 from llmcompress.weight.modules import compressed_linears
 from tests.distillation.miniature import cut_short, loaded, make, recipe
-from tests.tiers import tiered_nightly
+from tests.tiers import tiered, tiered_nightly
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny
 
 RULES = [{"match": "*", "steps": [{"method": "rotate"}, {"method": "rtn", "bits": 2, "group_size": 16}]}]
@@ -110,7 +110,7 @@ def test_the_error_is_the_mean_of_relative_errors_of_tokens_that_count() -> None
     assert math.isclose(found, sum(errors) / len(errors), rel_tol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["codes", "scales", "norms"])
+@pytest.mark.parametrize("kind", tiered(["codes", "scales", "norms"], "codes".__eq__))
 def test_a_block_improves_on_held_out_text(kind: Any, folders: Path) -> None:
     student, block, train, held_out = first_block(folders)
     settings = asked(folders, rates={kind: RATES[kind]})

@@ -203,6 +203,7 @@ def test_another_recipe_does_not_continue(folders: Path, tmp_path: Path) -> None
         distill(folders / "small", folders / "dense", recipe(folders, steps=5, save_every=1), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_another_student_of_the_same_size_does_not_continue(folders: Path, tmp_path: Path) -> None:
     data = {"dataset": str(folders / "text.txt"), "samples": 8, "length": 32, "held_out": 2, "seed": 1}
     tables = [{"method": "rtn", "bits": 4}]

@@ -79,6 +79,7 @@ def test_gains_are_those_of_perplexities(place: Path) -> None:
     assert found.gain_dense == pytest.approx(math.log(before / after), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_an_adapter_without_gain_has_nothing_to_keep(place: Path) -> None:
     both = [place / "nothing", place / "adapter"]
     nothing, something = passport(place / "small", both, place / "dense", PROTOCOL).adapters

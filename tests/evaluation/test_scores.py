@@ -204,6 +204,7 @@ def test_pairs_are_scored_as_by_hand_and_nothing_is_left_behind(
     assert scores[PAIRS]["samples"] == 40
 
 
+@pytest.mark.slow
 def test_local_files_and_folders_are_tasks(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     own = tmp_path / "own_pairs.jsonl"

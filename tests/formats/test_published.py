@@ -112,6 +112,7 @@ def test_push_announces_all_files_before_it_sends_them(made: Path, monkeypatch: 
     assert ended.exit_code == 0 and " files go to me/small" in ended.stderr and "model.safetensors  " in ended.stderr
 
 
+@pytest.mark.slow
 def test_push_leaves_out_files_of_older_releases(
     made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,6 +103,7 @@ def test_it_is_not_pushed(missed: tuple[Path, Any]) -> None:
         push(missed[0], "me/small", dry_run=True)
 
 
+@pytest.mark.slow
 def test_asked_again_it_says_the_same_and_other_gates_judge_it_anew(
     missed: tuple[Path, Any], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

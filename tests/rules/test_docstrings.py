@@ -20,7 +20,7 @@ def test_no_docstring_begins_with_a_clause() -> None:
     for module in (*modules(), *files):
         for node in ast.walk(module.tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                text = ast.get_docstring(node) or ""
+                text = (ast.get_docstring(node, clean=False) or "").lstrip()
                 if CLAUSE.match(text):
                     wrong.append(f"{module}: {text.splitlines()[0]}")
     assert not wrong, f"{wrong}: begin with a verb (Return, Write, True if) or with a noun"

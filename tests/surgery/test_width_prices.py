@@ -183,6 +183,7 @@ def test_model_with_widths_by_block_is_saved_by_transformers(slim: Path, tmp_pat
     assert torch.equal(logits(tmp_path / "again"), logits(slim / "slim"))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_model_with_widths_by_block_is_compressed(slim: Path, tmp_path: Path) -> None:
     """Some of its matrices, so that dense ones with sizes of their own stay beside them."""

@@ -33,16 +33,14 @@ from llmcompress.weight.nodes import (
 from llmcompress.weight.trellis import Trellis
 from tests.builders import (
     codebook,
-    every_node,
     grid,
     minifloat,
     pattern,
-    random_nestings,
     seeded,
     streams,
     tensor_bytes,
 )
-from tests.tiers import tier_of, tiered
+from tests.tiers import expressions, tier_of, tiered
 
 HERE = TIERS[TIERS.index(host_tier()) :]  # this machine's tier, and those below
 RUNNABLE = [tier for tier in HERE if tier.name != "neon" or host_tier().name == "neon"]
@@ -235,7 +233,7 @@ def test_every_tier_rounds_and_adds_the_same_integers(on_tier: Tier) -> None:
         torch.testing.assert_close(found.double(), whole.double() @ dense(ones).double().T, rtol=1e-6, atol=1e-3)
 
 
-@pytest.mark.parametrize("w", list(every_node() + random_nestings(5, 30)), ids=lambda w: type(w).__name__)
+@pytest.mark.parametrize("w", expressions(5, 30))
 def test_is_supported_agrees_with_prepare(w: Weight) -> None:
     prepared = prepare(w)
     assert (prepared is not None) == is_supported(w)
