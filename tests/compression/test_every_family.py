@@ -97,7 +97,9 @@ def test_every_recommended_recipe_works_on_every_family(recipe: str, family: str
     check(dense(family), recipe, tmp_path / "out")
 
 
-@pytest.mark.parametrize("family", tiered(SIXTEEN, {"llama", "gpt2", "mixtral"}.__contains__))
+@pytest.mark.parametrize(
+    "family", tiered(SIXTEEN, {"llama", "gpt2", "mixtral"}.__contains__, slow={"phi3", "bloom"}.__contains__)
+)
 def test_a_plan_refuses_what_a_run_refuses(family: str, dense: Made) -> None:
     """As shipped, though the context of these models is shorter than the default length of calibration."""
     for recipe in RECIPES:

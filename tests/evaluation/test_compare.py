@@ -274,7 +274,7 @@ def test_a_failure_leaves_no_results(folders: Path, tmp_path: Path, monkeypatch:
         lc.score(folders / "dense", protocol, output=tmp_path / "out")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_find_what_one_finds(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`accelerate launch` on the command line, for a compressed and a dense model at once."""
     pytest.importorskip("lm_eval")

@@ -109,7 +109,7 @@ for folder in sys.argv[1:]:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_scoring_and_pricing_hold_one_block(tmp_path: Path) -> None:
     """8 and 32 blocks of 14 MB in float32: held all at once they would differ by 330 MB."""
     folders = [str(save_wide(tmp_path / str(layers), layers)) for layers in (8, 32)]

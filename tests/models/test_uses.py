@@ -510,13 +510,12 @@ SLOW = {"trl_trains", "trl_trains_by_preferences", "is_one_program", "other_adap
 
 
 def cases() -> list[Any]:
-    """Every use with either family; those with the second are slow."""
+    """Every use with either family; those with the second are nightly."""
     found = []
     for family in FAMILIES:
         for case in USES:
             name = case.shown.__name__
-            is_slow = name in SLOW or family != FAMILIES[0]
-            marks = pytest.mark.slow if is_slow else ()
+            marks = [pytest.mark.slow] * (name in SLOW) + [pytest.mark.nightly] * (family != FAMILIES[0])
             found.append(pytest.param(case, family, id=f"{name}-{family}", marks=marks))
     return found
 

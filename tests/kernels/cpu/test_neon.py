@@ -83,7 +83,7 @@ def test_neon_gives_what_this_machine_gives(case: tuple[str, matmul.Mode], by_ne
         assert float((found.double() - wanted).norm() / wanted.norm()) < 2e-2, "no oracle is needed to see nonsense"
 
 
-@pytest.mark.parametrize("name", tiered(FORMS, lambda name: name == "4 bits"))
+@pytest.mark.parametrize("name", tiered(FORMS, "4 bits".__eq__, slow=[*FORMS][::3].__contains__))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_neon_decodes_as_this_machine(name: str, dtype: torch.dtype, by_neon: Callable[..., Tensor]) -> None:
     """Many tokens go through the decoded matrix."""

@@ -162,7 +162,7 @@ FLOATS = [
 ]
 FORMS = GRIDS + STREAMS + TURNED + ELEMENTS + TABLES + VECTORS + FLOATS
 every_tier = pytest.mark.parametrize(
-    "tier", tiered(RUNNABLE, lambda tier: tier == host_tier(), lambda tier: str(tier.name))
+    "tier", tiered(RUNNABLE, host_tier().__eq__, lambda tier: tier.name, slow=lambda tier: tier.name != "portable")
 )
 SLOW_TO_COMPILE = (STREAMS[0], TABLES[0], *VECTORS[:2], FLOATS[0])  # for processors without vectors
 SLOW = (GRIDS[0], ELEMENTS[0], STREAMS[0], TABLES[0], VECTORS[0], FLOATS[0])  # one of each kind
@@ -219,9 +219,7 @@ def check(w: Weight) -> None:
         assert distance(found, x.double() @ matrix.T) <= tolerance, (tokens, mode, dtype)
 
 
-@pytest.mark.parametrize(
-    "tier", tiered(RUNNABLE, host_tier().__eq__, lambda tier: tier.name, slow=lambda tier: tier.name != "portable")
-)
+@every_tier
 def test_every_tier_rounds_and_adds_the_same_integers(on_tier: Tier) -> None:
     """Inputs that are whole numbers with 127 in each block are rounded to themselves, so sums are exact."""
     for w in (GRIDS[0], STREAMS[0], STREAMS[5]):
