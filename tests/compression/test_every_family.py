@@ -26,13 +26,13 @@ SIXTEEN = (
     *("phi3", "gpt2", "gpt_neox", "falcon", "bloom", "opt"),  # fused, or by other names
     *("mixtral", "qwen3_moe"),
 )
-UNLIKE = ("qwen2", "gemma3_text", "phi3", "gpt2", "bloom", "mixtral")  # biases, norms, fused, ALiBi, experts
+UNLIKE = ("gemma3_text", "phi3", "gpt2", "mixtral")  # norms, fused, transposed, experts
 LONG = ("budget-2-tuned", "partial-binarization")
 EACH = 8  # a slow test has every recipe on this share of families, in turn, and a nightly one on the others
 
 
 def tier(recipe: str, family: str) -> Any:
-    """Return the marks of a pair. Fast: most recipes on a plain model, and that of most users on six others."""
+    """Return the marks of a pair. Fast: most recipes on a plain model, and that of most users on four others."""
     if (family == "llama" and recipe not in LONG) or (recipe == "default" and family in UNLIKE):
         return ()
     if family == "llama" or recipe == "default":

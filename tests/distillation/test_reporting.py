@@ -117,7 +117,7 @@ def test_every_step_and_every_look_is_a_line(whole: DistillationResult, folders:
     "at, kept",
     [
         pytest.param(2, 0, id="before a state", marks=pytest.mark.slow),
-        pytest.param(5, 3, id="after a state"),
+        pytest.param(5, 3, id="after a state", marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_run_has_the_same_metrics(

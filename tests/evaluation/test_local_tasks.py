@@ -69,6 +69,7 @@ def scores(model: PreTrainedModel, path: str, **options: Any) -> dict[str, float
     return result.scores[Path(path).stem]
 
 
+@pytest.mark.slow
 def test_two_solutions_are_judged_by_likelihood_and_by_length(model: PreTrainedModel, tmp_path: Path) -> None:
     found = scores(model, write_lines(tmp_path / "piqa.jsonl", PIQA))
     right = dict.fromkeys(("acc", "acc_norm"), 0)
