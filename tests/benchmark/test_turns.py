@@ -133,6 +133,7 @@ def test_a_compressed_model_keeps_its_own_dtype(tmp_path: Path, same_threads: No
     assert next(answers([load]))["dtype"] == "float32"
 
 
+@pytest.mark.slow
 def test_memory_is_a_model_too(same_threads: None) -> None:
     _, turn = answers([{"engine": "memory", "name": "m", "bytes": 2**20}, {"ask": "turn", "threads": 1} | EMPTY])
     assert turn["threads"] == 1 and turn["bandwidth"] > 0

@@ -273,6 +273,7 @@ def test_a_training_goes_on_with_its_models_alone(changed: str, place: Path, tmp
         distill(tmp_path / "small", teacher, lesson(place), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_one_training_at_a_time(place: Path, tmp_path: Path) -> None:
     """The second is refused before it reads a model, and the state of the first stays."""
     stopped(place, tmp_path, place / "dense")

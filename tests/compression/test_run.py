@@ -47,7 +47,7 @@ def logits(path: Path) -> torch.Tensor:
     return model(torch.arange(20)[None] % 200).logits
 
 
-@pytest.mark.parametrize("family", tiered(FAMILY_CONFIGS, {"llama", "gpt2"}.__contains__))
+@pytest.mark.parametrize("family", tiered(FAMILY_CONFIGS, "gpt2".__eq__))
 def test_every_family_compresses_saves_and_loads(family: str, tmp_path: Path, text: Path) -> None:
     source = save_tiny(family, tmp_path / "dense")
     result = lc.compress(source, recipe(text), tmp_path / "out")
@@ -127,6 +127,7 @@ def test_tokenizer_and_recipe_travel_with_the_result(
     assert torch.equal(logits(out), logits(again.folder))
 
 
+@pytest.mark.slow
 def test_decoded_model_generates_the_same_tokens(folder: Path, tmp_path: Path, text: Path) -> None:
     model = lc.compress(folder, recipe(text), tmp_path / "out").model
     prompt = tiny_tokenizer()("geese", return_tensors="pt")

@@ -85,6 +85,7 @@ def tensors(path: Path) -> list[str]:
         return list(file.keys())
 
 
+@pytest.mark.slow
 def test_a_tied_table_is_saved_moved_and_cast(tmp_path: Path, text: Path) -> None:
     source = save_tiny("llama", tmp_path / "dense", tie_word_embeddings=True)
     model = lc.compress(source, recipe(text, embeddings=GPTQ), tmp_path / "out").model
@@ -203,7 +204,7 @@ def test_a_table_and_a_head_of_their_own_have_steps_of_their_own(tmp_path: Path,
     )
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_what_stays_dense_is_said_with_the_setting_that_helps(tied: bool, tmp_path: Path, text: Path) -> None:
     """The setting is tried, and nothing is said after it."""
     source = save_tiny("llama", tmp_path / "dense", tie_word_embeddings=tied, hidden_size=64, intermediate_size=96)

@@ -83,6 +83,7 @@ def test_steps_below_the_resolution_of_bfloat16_add_up(place: Path, tmp_path: Pa
     assert float((before[name] != after[name])[large].float().mean()) > 0.2
 
 
+@pytest.mark.slow
 def test_weight_files_stay_below_a_limit(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_files, "SHARD", 20_000)
     distill(place / "short", place / "dense", asked(place, steps=1), tmp_path / "out")

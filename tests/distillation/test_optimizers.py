@@ -190,6 +190,7 @@ def test_text_that_cannot_serve_is_refused(
     assert found.value.exit_code == 5 and "\n" not in str(found.value)
 
 
+@pytest.mark.slow
 def test_a_compressed_teacher_teaches_with_a_warning(folders: Path, tmp_path: Path) -> None:
     asked = recipe(folders, steps=1, latents="teacher")
     done = distill(folders / "small", folders / "small", asked, tmp_path / "out")

@@ -155,7 +155,7 @@ def answers(engine: str, asked: list[dict[str, Any]], out: Path) -> list[list[di
 
 
 class Answers(dict[str, Any]):
-    """What came of jobs in one process, each of which is run when it is first asked for."""
+    """Results of jobs in one process, each of which is run when it is first asked for."""
 
     def __init__(self, asked: dict[str, dict[str, Any]]) -> None:
         super().__init__()

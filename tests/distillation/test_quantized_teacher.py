@@ -153,6 +153,7 @@ def test_fewer_bits_recover_what_the_dense_teacher_does(
     assert not caplog.records and logging.getLogger("bitsandbytes").level == logging.NOTSET
 
 
+@pytest.mark.slow
 def test_the_cost_of_quantizing_is_reported_everywhere(place: Path, dense_run: Any, tmp_path: Path) -> None:
     assert dense_run.quantized_teacher is None
     done = distill(place / "small", place / "dense", recipe(place, steps=1, teacher={"bits": 8}), tmp_path / "out")
@@ -305,6 +306,7 @@ def test_teachers_that_are_compressed_are_refused(
         distill(place / "small", folder, recipe(place, teacher={"bits": bits}), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_inputs_too_large_for_8_bits_raise_numerics_error(place: Path, tmp_path: Path) -> None:
     """LLM.int8() reads them in float16, which ends at 65504; the dense model, and its 4 bits, go further."""
     dense = AutoModelForCausalLM.from_pretrained(place / "dense")

@@ -231,6 +231,7 @@ def test_a_text_with_nothing_to_hold_out_is_refused(place: Path, tmp_path: Path)
         lc.compress(place / "dense", asked, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_errors_of_blocks(place: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(place, {"rates": SCALES, "steps": 4})))

@@ -183,6 +183,7 @@ def test_progress_has_the_held_out_kl_and_starts_over_after_blocks(capsys: pytes
     assert steps.startswith("step 4/4 · loss 0.5000 · held-out KL 0.2500 · 1,234 tokens/s ... ")
 
 
+@pytest.mark.slow
 def test_progress_reports_the_last_held_out_kl(folders: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, float]] = []
     done = distill(

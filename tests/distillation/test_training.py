@@ -108,6 +108,7 @@ def test_training_recovers_quality_at_the_same_bytes(folders: Path, tmp_path: Pa
     assert read(tmp_path / "out").bytes == sizes[1]
 
 
+@pytest.mark.slow
 def test_the_teacher_that_is_loaded_writes_the_text(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,6 +137,7 @@ def test_push_leaves_out_files_of_older_releases(
     assert check_manifest(pulled)
 
 
+@pytest.mark.slow
 def test_code_names_in_configs_are_dropped_with_a_warning(
     place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -133,7 +133,7 @@ def test_linears_of_several_terms_are_compiled(
     torch.testing.assert_close(short, logits(model), rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_compiled_block_gives_what_its_steps_give(
     threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,6 +98,7 @@ def test_a_ruined_model_is_no_success_and_stays_as_evidence(missed: tuple[Path, 
     assert "Held against the gates of the recipe" in (folder.parent / "page.html").read_text()
 
 
+@pytest.mark.slow
 def test_it_is_not_pushed(missed: tuple[Path, Any]) -> None:
     with pytest.raises(GateError, match=r"out is outside of its gates \(KL .*\) and is not pushed"):
         push(missed[0], "me/small", dry_run=True)
