@@ -13,14 +13,24 @@ from llmcompress.weight.nodes import Weight, Where
 from tests.builders import every_node, random_nestings
 
 
-def tiered(cases: Iterable[Any], fast: Callable[[Any], bool], name: Callable[[Any], str] = str) -> list[ParameterSet]:
-    """The values of one parameter of a test with their names; those that are not `fast` are marked slow."""
-    return [pytest.param(case, id=name(case), marks=() if fast(case) else pytest.mark.slow) for case in cases]
+def tiered(
+    cases: Iterable[Any],
+    fast: Callable[[Any], bool],
+    name: Callable[[Any], str] = str,
+    slow: Callable[[Any], bool] = lambda case: True,
+) -> list[ParameterSet]:
+    """Return the values of one parameter of a test with their names: fast, else slow, else nightly."""
+    return [pytest.param(case, id=name(case), marks=() if fast(case) else tier_of(slow(case))) for case in cases]
 
 
 def tiered_nightly(cases: Iterable[Any], slow: Callable[[Any], bool]) -> list[ParameterSet]:
     """Return the values of one parameter of a test; those that are not `slow` are marked nightly."""
-    return [pytest.param(case, marks=pytest.mark.slow if slow(case) else pytest.mark.nightly) for case in cases]
+    return [pytest.param(case, marks=tier_of(slow(case))) for case in cases]
+
+
+def tier_of(is_slow: bool) -> pytest.MarkDecorator:
+    """Return the mark of a case that is slow, or else nightly."""
+    return pytest.mark.slow if is_slow else pytest.mark.nightly
 
 
 def first_of_each(cases: Iterable[Any], kind: Callable[[Any], Any]) -> Callable[[Any], bool]:
@@ -32,17 +42,17 @@ def first_of_each(cases: Iterable[Any], kind: Callable[[Any], Any]) -> Callable[
     return lambda case: id(case) in chosen
 
 
-def expressions(seed: int, count: int, fast: int = 10) -> list[ParameterSet]:
+def expressions(seed: int, count: int, fast: int = 4) -> list[ParameterSet]:
     """Return the cases that judge a law of weights: every node, and `count` random nestings.
 
-    Fast: a node of each kind, and so many nestings. Nightly: all but the first quarter of the nestings.
+    Fast: a node of each kind, and so many nestings. Slow: half of the other nodes, and an eighth of the nestings.
     """
     nodes, nestings = every_node(), random_nestings(seed, count)
     is_first = first_of_each(nodes, lambda w: (type(w), type(w.index) if isinstance(w, Where) else None))
-    taken = {id(w) for w in nestings[:fast]}
-    quarter = max(fast, count // 4)
-    early = tiered(nodes + nestings[:quarter], lambda w: is_first(w) or id(w) in taken, _name)
-    return early + [pytest.param(w, id=_name(w), marks=pytest.mark.nightly) for w in nestings[quarter:]]
+    first = {id(w) for w in nestings[:fast]}
+    second = {id(w) for w in nodes[::2] + nestings[: count // 8]}
+    cases = nodes + nestings
+    return tiered(cases, lambda w: is_first(w) or id(w) in first, _name, slow=lambda w: id(w) in second)
 
 
 def _name(w: Weight) -> str:

@@ -75,6 +75,7 @@ def test_a_missing_part_is_named(place: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+@pytest.mark.slow
 def test_parts_of_other_jobs_are_refused(place: Path, tmp_path: Path) -> None:
     measure(place, tmp_path / "out", "1/2")
     measure(place, tmp_path / "out", "2/2", seed=5)

@@ -126,12 +126,14 @@ def test_a_worker_loads_sets_its_threads_and_tells_its_memory(tmp_path: Path, sa
     json.dumps([loaded, two, one, memory])
 
 
+@pytest.mark.slow
 def test_a_compressed_model_keeps_its_own_dtype(tmp_path: Path, same_threads: None) -> None:
     folder = save_tiny("llama", tmp_path / "dense")  # in float32, as a config says
     load = {"ask": "load", "engine": "transformers", "name": "dense", "path": str(folder), "dtype": None}
     assert next(answers([load]))["dtype"] == "float32"
 
 
+@pytest.mark.slow
 def test_memory_is_a_model_too(same_threads: None) -> None:
     _, turn = answers([{"engine": "memory", "name": "m", "bytes": 2**20}, {"ask": "turn", "threads": 1} | EMPTY])
     assert turn["threads"] == 1 and turn["bandwidth"] > 0

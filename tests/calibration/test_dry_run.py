@@ -61,7 +61,7 @@ def test_a_plan_refuses_what_a_run_refuses(family: str, tmp_path: Path, monkeypa
         list(walk(dense, arch, torch.zeros(2, 16, dtype=torch.long), Statistics(needs=frozenset({"outer"}))))
 
 
-@pytest.mark.parametrize("family", tiered(HYBRIDS | PLAIN, {"bamba", "olmo2"}.__contains__))
+@pytest.mark.parametrize("family", tiered(HYBRIDS | PLAIN, {"bamba", "olmo2"}.__contains__, slow=HYBRIDS.__contains__))
 def test_linears_that_no_block_calls_stay_dense_and_are_named(family: str, tmp_path: Path) -> None:
     source = save_zoo(family, tmp_path / "model")
     asked = recipe(text_for_calibration(tmp_path), bits=8)

@@ -97,7 +97,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DenseMod
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-@pytest.mark.parametrize("by", tiered([None, "attention", "gradient"], "gradient".__eq__))
+@pytest.mark.parametrize("by", tiered([None, "attention", "gradient"], lambda by: by is None))
 def test_a_walk_together_is_a_walk_alone(
     family: str, by: Literal["attention", "gradient"] | None, models: Callable[[str], DenseModel]
 ) -> None:

@@ -31,7 +31,7 @@ def run(way: str, mixture: Path, *more: str) -> Any:
     return CliRunner().invoke(app, ["experts", way, str(mixture), "--text", text, "--samples", "4", *more])
 
 
-@pytest.mark.parametrize("way", tiered(WAYS, {"prune", "condense"}.__contains__))
+@pytest.mark.parametrize("way", tiered(WAYS, "condense".__eq__))
 def test_a_dry_run_is_the_plan_of_the_run(way: str, mixture: Path, tmp_path: Path) -> None:
     there = sorted(mixture.parent.iterdir())
     planned = run(way, mixture, *WAYS[way], "--dry-run", "--json", "-o", str(tmp_path / "out"))

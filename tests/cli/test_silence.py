@@ -31,6 +31,7 @@ from llmcompress.models.files import compressed, tensor_files
 from llmcompress.runtime import progress
 from tests.benchmark.test_bench import StandIn
 from tests.formats.gguf_files import tiny_llama
+from tests.tiers import tiered
 
 SLOW = 25.0  # seconds of a piece of work
 MOST = 32  # pieces of work between two counts: no more than two blocks take
@@ -84,6 +85,7 @@ COMMANDS = {
     "bench": "bench dense --prompt 8 --tokens 2 --rounds 2 --threads 1",
 }
 FAST = ("compress",)
+OFTEN = ("target", "plan", "unpack", "eval", "verify", "distill", "gguf", "damage", "bench")
 
 
 class SlowClock:
@@ -165,14 +167,11 @@ def run_slowly(command: str, output: Path, monkeypatch: pytest.MonkeyPatch, beat
     return pipe
 
 
-SELECTED = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in COMMANDS]
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "beats", [pytest.param(True, id="seconds", marks=pytest.mark.nightly), pytest.param(False, id="counts")]
 )
-@pytest.mark.parametrize("command", SELECTED)
+@pytest.mark.parametrize("command", tiered(COMMANDS, FAST.__contains__, slow=OFTEN.__contains__))
 def test_the_longest_silence(
     command: str, beats: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

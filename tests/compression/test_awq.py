@@ -227,6 +227,7 @@ def test_a_checkpoint_loads_and_computes_like_the_dense_model(fuse: dict[str, An
     assert lc.read(tmp_path / "out") == result.report
 
 
+@pytest.mark.slow
 def test_layers_are_compressed_for_the_scaled_inputs(tmp_path: Path, text: Path) -> None:
     """The error that plain rounding leaves is the one that chose the scales. For linears that produce no input of
     others: rows of those are scaled after their own columns are."""

@@ -16,6 +16,7 @@ import llmcompress as lc
 from llmcompress.errors import InputError
 from llmcompress.recipe.library import library
 from llmcompress.recipe.read import read_recipe
+from tests.tiers import tiered
 from tests.tiny import FAMILY_CONFIGS
 from tests.zoo import ENCODERS, EVERY, REFUSED, save_any
 
@@ -25,13 +26,17 @@ SIXTEEN = (
     *("phi3", "gpt2", "gpt_neox", "falcon", "bloom", "opt"),  # fused, or by other names
     *("mixtral", "qwen3_moe"),
 )
-EACH = 4  # a slow test has every recipe on this share of families, in turn, and a nightly one on the others
+UNLIKE = ("gemma3_text", "phi3", "gpt2", "mixtral")  # norms, fused, transposed, experts
+LONG = ("budget-2-tuned", "partial-binarization")
+EACH = 8  # a slow test has every recipe on this share of families, in turn, and a nightly one on the others
 
 
 def tier(recipe: str, family: str) -> Any:
-    """Return the marks of a pair. Fast: every recipe on a plain model, and the two first of most users on all."""
-    if family == "llama" or recipe in ("default", "quick"):
+    """Return the marks of a pair. Fast: most recipes on a plain model, and that of most users on four others."""
+    if (family == "llama" and recipe not in LONG) or (recipe == "default" and family in UNLIKE):
         return ()
+    if family == "llama" or recipe == "default":
+        return pytest.mark.slow
     turn = (RECIPES.index(recipe) + SIXTEEN.index(family)) % EACH
     return pytest.mark.nightly if turn else pytest.mark.slow
 
@@ -92,7 +97,9 @@ def test_every_recommended_recipe_works_on_every_family(recipe: str, family: str
     check(dense(family), recipe, tmp_path / "out")
 
 
-@pytest.mark.parametrize("family", SIXTEEN)
+@pytest.mark.parametrize(
+    "family", tiered(SIXTEEN, {"llama", "gpt2", "mixtral"}.__contains__, slow={"phi3", "bloom"}.__contains__)
+)
 def test_a_plan_refuses_what_a_run_refuses(family: str, dense: Made) -> None:
     """As shipped, though the context of these models is shorter than the default length of calibration."""
     for recipe in RECIPES:

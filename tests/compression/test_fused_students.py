@@ -67,6 +67,7 @@ def test_a_section_is_refused_before_anything_is_compressed(place: Path, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_blocks_of_a_scaled_student_recover(place: Path, tmp_path: Path) -> None:
     """Scales leave the states between blocks as they were."""
     done = distill(place / "awq", place / "dense", recipe(place, phases=BLOCKWISE), tmp_path / "out")

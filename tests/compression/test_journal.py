@@ -30,7 +30,7 @@ from llmcompress.evaluation.verify import verify
 from llmcompress.models.files.store import Store
 from llmcompress.reporting.report import LayerReport, Report
 from tests.compression.test_run import TEXT
-from tests.tiers import tiered
+from tests.tiers import tiered, tiered_nightly
 from tests.tiny import save_tiny
 
 DEPTH = 4
@@ -68,6 +68,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "without data": {"calibration": None, "rules": RTN, "embeddings": RTN[0]["steps"], "head": RTN[0]["steps"]},
 }
+SLOW = ("gradient", "fused rotation", "learning between layers", "awq in windows", "some layers in windows")
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def told(report: Report) -> dict[str, Any]:
     return {name: value for name, value in report.to_json().items() if name not in cuts}
 
 
-@pytest.mark.parametrize("name", tiered(SETTINGS, lambda name: name == "tables"))
+@pytest.mark.parametrize("name", tiered(SETTINGS, "tables".__eq__, slow=SLOW.__contains__))
 def test_a_run_that_was_cut_ends_with_the_same_files(
     name: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,7 +144,7 @@ def test_a_run_that_was_cut_ends_with_the_same_files(
     verify(again.folder, text=place / "text.txt", length=16)
 
 
-@pytest.mark.parametrize("family", tiered(["gpt2", "qwen2", "gemma2"], lambda family: family == "gpt2"))
+@pytest.mark.parametrize("family", tiered_nightly(["gpt2", "qwen2", "gemma2"], "gpt2".__eq__))
 def test_other_families_go_on_too(family: str, place: Path, tmp_path: Path) -> None:
     """Weights that lie transposed, biases, and more norms."""
     save_tiny(family, tmp_path / "dense")
@@ -158,7 +159,7 @@ def test_other_families_go_on_too(family: str, place: Path, tmp_path: Path) -> N
     assert files(again) == files(whole)
 
 
-@pytest.mark.parametrize("table", tiered([0, 1], lambda table: table == 0))
+@pytest.mark.parametrize("table", tiered_nightly([0, 1], lambda table: table == 0))
 def test_tables_are_kept_as_well(table: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted while the token table or the head is compressed, which come after all blocks."""
     asked = recipe(place, **TABLES)
@@ -211,8 +212,8 @@ def test_a_process_that_was_killed_is_gone_on_with(
     assert compressed == [2, 3, 0, 1, 2, 3] and files(again) == files(whole)
 
 
-@pytest.mark.parametrize("name", tiered(["plain", "windows"], lambda name: name == "plain"))
-@pytest.mark.parametrize("torn", tiered([False, True], bool))
+@pytest.mark.parametrize("name", tiered_nightly(["plain", "windows"], "plain".__eq__))
+@pytest.mark.parametrize("torn", tiered_nightly([False, True], bool))
 def test_power_that_fails_before_a_report_is_written(
     name: str, torn: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +238,7 @@ def test_power_that_fails_before_a_report_is_written(
     assert files(again) == files(lc.compress(place / "dense", asked, tmp_path / "whole").folder)
 
 
+@pytest.mark.slow
 def test_what_the_kept_blocks_are_of_is_compared(place: Path, tmp_path: Path) -> None:
     """Another recipe, text or model is refused by name, and nothing is lost; asked to, the run starts over."""
     shutil.copytree(place / "dense", tmp_path / "dense")
@@ -311,6 +313,7 @@ def test_damage_is_a_sentence(damage: str, place: Path, tmp_path: Path) -> None:
         lc.compress(place / "dense", recipe(place), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_gates_may_be_set_anew(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that missed one at its end has done its work: with another gate nothing is compressed again."""
     asked = recipe(place)

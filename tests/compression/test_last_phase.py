@@ -73,9 +73,11 @@ ENDS = {  # where the end comes: module, function, at which call
 
 CUTS = [(end, full) for end in ENDS for full in (False, True)]
 FAST = {("before the rename", True)}
+SLOW = {("while headers are made", True), ("before the last part is merged", False), ("before the report", False)}
+SLOW |= {("before the manifest", True), ("behind the rename", False)}
 
 
-@pytest.mark.parametrize("cut", tiered(CUTS, lambda cut: cut in FAST))
+@pytest.mark.parametrize("cut", tiered(CUTS, FAST.__contains__, slow=SLOW.__contains__))
 def test_the_last_phase_loses_nothing(
     cut: tuple[str, bool], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,7 +255,7 @@ def stopped(place: Path, tmp_path: Path, teacher: Path) -> None:
         distill(student(place, tmp_path / "small"), teacher, lesson(place), tmp_path / "out", progress=stop)
 
 
-@pytest.mark.parametrize("changed", ["teacher", "student's config.json"])
+@pytest.mark.parametrize("changed", ["teacher", pytest.param("student's config.json", marks=pytest.mark.slow)])
 def test_a_training_goes_on_with_its_models_alone(changed: str, place: Path, tmp_path: Path) -> None:
     """The teacher's folder holds other weights of the same size and time; or the student another epsilon."""
     teacher = shutil.copytree(place / "dense", tmp_path / "dense")
@@ -271,6 +273,7 @@ def test_a_training_goes_on_with_its_models_alone(changed: str, place: Path, tmp
         distill(tmp_path / "small", teacher, lesson(place), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_one_training_at_a_time(place: Path, tmp_path: Path) -> None:
     """The second is refused before it reads a model, and the state of the first stays."""
     stopped(place, tmp_path, place / "dense")
@@ -303,6 +306,7 @@ def test_a_bit_of_a_kept_training_that_flips(place: Path, tmp_path: Path) -> Non
     assert distill(tmp_path / "small", place / "dense", lesson(place), tmp_path / "out").steps == 4
 
 
+@pytest.mark.slow
 def test_a_distilled_output_is_checked_too(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distillation_result, "check_written", nth(0, lambda *_: None, InputError("cannot load")))
     with pytest.raises(InputError, match="cannot load"):
@@ -321,6 +325,7 @@ def test_the_message_says_what_is_kept(place: Path, tmp_path: Path, monkeypatch:
     )
 
 
+@pytest.mark.slow
 def test_a_copied_part_of_a_sibling_is_noticed(place: Path, tmp_path: Path) -> None:
     """A part that another run of the same recipe left does not fit the reports."""
     other = shutil.copytree(place / "dense", tmp_path / "dense") / "model.safetensors"

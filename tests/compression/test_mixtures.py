@@ -31,7 +31,8 @@ ONE_BLOCK = {  # of the two has experts
     "jamba_moe",
 }
 PER_TOKEN = {"ernie4_5_moe": "moe_k"}  # entry of the config; num_experts_per_tok in others
-FAMILIES = tiered(MIXTURES, {"mixtral", "llama4_text"}.__contains__)
+SLOW = ("deepseek_v3", "gpt_oss", "llama4_text", "qwen2_moe", "granitemoe", "jamba_moe", "phimoe")
+FAMILIES = tiered(MIXTURES, "mixtral".__eq__, slow=SLOW.__contains__)
 WEIGHTS = "model.safetensors"
 
 

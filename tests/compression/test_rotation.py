@@ -105,7 +105,7 @@ def recipe(text: Path, **fuse: Any) -> dict[str, Any]:
     return {"version": 1, "name": "test", "calibration": calibration, "fuse": fuse, "rules": rules}
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True], ids=["untied", "tied"])
 def test_a_checkpoint_loads_and_computes_like_the_dense_model(tied: bool, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{i}. {TEXT}" for i in range(60)))

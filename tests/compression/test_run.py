@@ -47,7 +47,7 @@ def logits(path: Path) -> torch.Tensor:
     return model(torch.arange(20)[None] % 200).logits
 
 
-@pytest.mark.parametrize("family", tiered(FAMILY_CONFIGS, {"llama", "gpt2"}.__contains__))
+@pytest.mark.parametrize("family", tiered(FAMILY_CONFIGS, "gpt2".__eq__))
 def test_every_family_compresses_saves_and_loads(family: str, tmp_path: Path, text: Path) -> None:
     source = save_tiny(family, tmp_path / "dense")
     result = lc.compress(source, recipe(text), tmp_path / "out")
@@ -104,6 +104,7 @@ def test_the_same_run_gives_the_same_files(folder: Path, tmp_path: Path, text: P
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_result_without_output_can_be_saved(folder: Path, tmp_path: Path, text: Path) -> None:
     result = lc.compress(folder, recipe(text))
     result.save(tmp_path / "saved")
@@ -126,6 +127,7 @@ def test_tokenizer_and_recipe_travel_with_the_result(
     assert torch.equal(logits(out), logits(again.folder))
 
 
+@pytest.mark.slow
 def test_decoded_model_generates_the_same_tokens(folder: Path, tmp_path: Path, text: Path) -> None:
     model = lc.compress(folder, recipe(text), tmp_path / "out").model
     prompt = tiny_tokenizer()("geese", return_tensors="pt")
@@ -142,6 +144,7 @@ def test_data_free_methods_need_no_calibration(folder: Path, tmp_path: Path) -> 
         lc.compress(folder, {"version": 1, "rules": [{"match": "*", "steps": [{"method": "gptq"}]}]})
 
 
+@pytest.mark.slow
 def test_aiming_at_dense_outputs_lowers_the_output_error(folder: Path, tmp_path: Path, text: Path) -> None:
     """Two bits on a random model: what reaches the head must be nearer to the dense model's with the correction."""
     steps = [{"method": "gptq", "bits": 2}]

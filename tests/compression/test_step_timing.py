@@ -24,7 +24,15 @@ from llmcompress.compression.step_timing import (
 from llmcompress.methods.layer import Layer, apply, step
 from llmcompress.methods.moments import Moments
 
+WHOLE = {name: getattr(step_timing, name) for name in ("time_products", "BRIEF", "_write")}
 RTN, GPTQ = {"method": "rtn", "bits": 4}, {"method": "gptq", "bits": 4, "group_size": 32}
+
+
+@pytest.fixture(autouse=True)
+def whole_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials as they are, which other tests cut short."""
+    for name, value in WHOLE.items():
+        monkeypatch.setattr(step_timing, name, value)
 
 
 @pytest.mark.parametrize("sizes", [[(576, 576), (192, 576), (1536, 576), (576, 1536)], [(8192, 2048)], [(64, 32)]])

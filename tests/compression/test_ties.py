@@ -23,7 +23,7 @@ from llmcompress.models.dense.model import resolve
 from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.sections import Tie
 from llmcompress.weight.modules import TiedMatrix, compressed_linears, multiplying, ties_of
-from tests.tiers import tiered
+from tests.tiers import tiered, tiered_nightly
 from tests.tiny import save_tiny, tiny
 
 TEXT = "Forty farms bring their corn to the mill by the river, and the miller counts every sack of it. "
@@ -253,7 +253,7 @@ def test_the_gradient_is_the_sum_over_the_depths() -> None:
     torch.testing.assert_close(found.reshape(8, 8), both[0].grad + both[1].grad)
 
 
-@pytest.mark.parametrize("text", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("text", tiered_nightly([True, False], bool))
 def test_a_cut_run_resumes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: bool) -> None:
     rules = RULES if text else [{"match": "*", "steps": [{"method": "rtn", "bits": 3}]}]
     term = TERM if text else {"method": "svd", "rank": 4}

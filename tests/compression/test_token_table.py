@@ -21,7 +21,7 @@ from llmcompress.recipe.read import read_recipe
 from llmcompress.weight import modules
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import CompressedEmbedding, CompressedLinear
-from tests.tiers import tiered
+from tests.tiers import tiered, tiered_nightly
 from tests.tiny import FAMILY_CONFIGS, save_tiny
 
 RTN = [{"method": "rtn", "bits": 4, "group_size": 16, "symmetric": False}]
@@ -85,6 +85,7 @@ def tensors(path: Path) -> list[str]:
         return list(file.keys())
 
 
+@pytest.mark.slow
 def test_a_tied_table_is_saved_moved_and_cast(tmp_path: Path, text: Path) -> None:
     source = save_tiny("llama", tmp_path / "dense", tie_word_embeddings=True)
     model = lc.compress(source, recipe(text, embeddings=GPTQ), tmp_path / "out").model
@@ -136,6 +137,7 @@ def test_the_head_is_calibrated_on_what_it_reads(family: str, tmp_path: Path) ->
     torch.testing.assert_close(last.groups[0].inputs.outer, expected.outer, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_calibration_lowers_the_error_of_the_logits(tmp_path: Path, text: Path) -> None:
     source = save_tiny("llama", tmp_path / "dense", tie_word_embeddings=True)
     errors = {}
@@ -153,6 +155,7 @@ def rows_of(report: Any) -> dict[str, tuple[tuple[str, ...], float]]:
     return {row.name: (row.steps, row.bpw) for row in report.layers if row.name in names}
 
 
+@pytest.mark.slow
 def test_embeddings_serve_a_head_of_its_own_and_a_table_without_inputs(tmp_path: Path, text: Path) -> None:
     """The table is what the same recipe by rtn gives, the head what it gives as the head's own steps."""
     source = save_tiny("llama", tmp_path / "dense")
@@ -201,7 +204,7 @@ def test_a_table_and_a_head_of_their_own_have_steps_of_their_own(tmp_path: Path,
     )
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_what_stays_dense_is_said_with_the_setting_that_helps(tied: bool, tmp_path: Path, text: Path) -> None:
     """The setting is tried, and nothing is said after it."""
     source = save_tiny("llama", tmp_path / "dense", tie_word_embeddings=tied, hidden_size=64, intermediate_size=96)
@@ -263,8 +266,13 @@ def test_what_cannot_be_done_is_said(
     "steps",
     [
         [PRUNED],
-        [{"method": "magnitude", "sparsity": 0.3}, {"method": "rtn", "bits": 3}],
-        [{"method": "rotate"}, {"method": "pb_llm", "salient": 0.25, "group_size": 16}],
+        *tiered_nightly(
+            [
+                [{"method": "magnitude", "sparsity": 0.3}, {"method": "rtn", "bits": 3}],
+                [{"method": "rotate"}, {"method": "pb_llm", "salient": 0.25, "group_size": 16}],
+            ],
+            lambda steps: True,
+        ),
     ],
 )
 def test_pruned_tables_are_looked_up_and_read_out(steps: list[dict[str, Any]], tmp_path: Path, text: Path) -> None:

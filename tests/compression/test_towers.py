@@ -135,6 +135,7 @@ def test_the_part_that_reads_text_is_compressed(name: str, tmp_path: Path) -> No
     assert any("linears) stays dense" in warning for warning in report.warnings)
 
 
+@pytest.mark.slow
 def test_the_whole_takes_an_image(tmp_path: Path) -> None:
     dense = saved("llava", tmp_path / "dense")
     lc.compress(tmp_path / "dense", RECIPE, tmp_path / "out")

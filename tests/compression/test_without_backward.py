@@ -45,6 +45,7 @@ def test_no_step_keeps_anything_for_a_backward_pass(tmp_path: Path) -> None:
     compress(tmp_path)
 
 
+@pytest.mark.slow
 def test_blocks_that_learn_do(tmp_path: Path) -> None:
     with pytest.raises(GraphBuilt):
         compress(tmp_path, reconstruct=LEARNS)

@@ -153,6 +153,7 @@ def test_the_shares_of_a_run_are_those_of_the_formula(folders: Path, tmp_path: P
     assert list(last["shares"].values()) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_answers_and_padding_do_not_depend_on_micro_batches(folders: Path, tmp_path: Path) -> None:
     data = {"dataset": str(folders / "chats.jsonl"), "samples": 22, "length": 56, "held_out": 2, "packing": False}
     results = [
@@ -169,6 +170,7 @@ def test_answers_and_padding_do_not_depend_on_micro_batches(folders: Path, tmp_p
     assert results[0].tokens == results[1].tokens < 3 * 4 * 19 and "shares" not in one
 
 
+@pytest.mark.slow
 def test_blocks_are_recovered_on_domains_of_unequal_lengths(folders: Path, tmp_path: Path) -> None:
     chats = {"name": "chats", "dataset": str(folders / "chats.jsonl"), "samples": 16, "length": 56, "held_out": 2}
     data, phases = [domains(folders)[0], chats | {"packing": False}], [{"kind": "blockwise", "steps": 4}]

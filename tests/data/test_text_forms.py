@@ -28,6 +28,7 @@ from llmcompress.recipe.data import TextSource
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import dump, hide_folders, read_as
 from llmcompress.recipe.text_files import list_files
+from tests.tiers import tiered
 from tests.tiny import tiny, tiny_tokenizer
 
 ASKED, ANSWERED = {"role": "user", "content": "Hi, ü"}, {"role": "assistant", "content": "Hello.\nYes?"}
@@ -444,7 +445,7 @@ def test_an_endless_row_takes_no_more_than_its_limit(
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("name", ["rows.json", "rows.csv.gz", "rows.jsonl.zst"])
+@pytest.mark.parametrize("name", tiered(["rows.json", "rows.csv.gz", "rows.jsonl.zst"], "rows.json".__eq__))
 def test_memory_does_not_follow_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(files, "CHUNK", 1 << 16)
     rows = [{"text": f"{number} " + "x" * 2000} for number in range(4000)]

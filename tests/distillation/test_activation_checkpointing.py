@@ -40,7 +40,7 @@ def calls(student: Path, place: Path, recipe: dict[str, Any], output: Path) -> i
     return forward.call_count
 
 
-@pytest.mark.parametrize("compute", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compute", ["float32", pytest.param("bfloat16", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(
     "student, rates",
     [

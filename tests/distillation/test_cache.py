@@ -261,6 +261,7 @@ def test_a_cached_teacher_recovers_what_an_online_one_does(folders: Path, tmp_pa
     assert {path.name for path in (tmp_path / "shared").iterdir()} == {"cache"}
 
 
+@pytest.mark.slow
 def test_the_teacher_is_gone_while_the_student_learns(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

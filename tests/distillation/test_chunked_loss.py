@@ -216,6 +216,7 @@ def test_tied_embeddings_get_both_gradients() -> None:
     assert_close(gradient(True), gradient(False), **EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype, error", [(torch.bfloat16, 0.02), pytest.param(torch.float16, 0.003, marks=pytest.mark.slow)]
 )

@@ -16,6 +16,7 @@ from llmcompress.formats.model_card import DistillationRecord, _distillation
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import read_as
 from tests.distillation.miniature import cut_short, make, recipe
+from tests.tiers import tiered_nightly
 
 RULES = [{"match": "*", "steps": [{"method": "rtn", "bits": 2, "group_size": 16}]}]
 BOTH = ["no_teacher", "vanilla"]
@@ -31,6 +32,7 @@ def settings(folders: Path, **more: Any) -> dict[str, Any]:
     return recipe(folders, **({"steps": 3, "losses": REVERSE, "controls": BOTH} | more))
 
 
+@pytest.mark.slow
 def test_controls_are_runs_of_their_own_and_change_nothing(folders: Path, tmp_path: Path) -> None:
     """Each ends where a distillation by its loss ends, and the distillation itself where it ends without them."""
     done = distill(folders / "small", folders / "dense", settings(folders), tmp_path / "out")
@@ -57,8 +59,8 @@ def test_controls_are_runs_of_their_own_and_change_nothing(folders: Path, tmp_pa
     assert any(line.startswith("control no teacher · KL") for line in shown)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("calls", [2, 5, 8])  # within the distillation itself, and within either control
+# within the distillation itself, and within either control
+@pytest.mark.parametrize("calls", tiered_nightly([2, 5, 8], lambda calls: calls == 5))
 def test_a_run_interrupted_anywhere_resumes_exactly(calls: int, folders: Path, tmp_path: Path) -> None:
     asked = settings(folders, save_every=1)
     whole = distill(folders / "small", folders / "dense", asked, tmp_path / "whole")
@@ -94,7 +96,6 @@ def test_a_diverging_control_is_reported_and_the_result_stays(
     assert "control no teacher · step 2: the loss is nan" in distilled_view(done.to_json(), False)
 
 
-@pytest.mark.slow
 def test_controls_share_a_cached_teacher(folders: Path, tmp_path: Path) -> None:
     cached = {"kind": "cached", "k": 16}
     asked = settings(folders, losses=[{"of": {"loss": "forward_kl"}}], controls=["no_teacher"], teacher=cached)

@@ -72,6 +72,7 @@ def test_a_shortened_model_is_recovered(place: Path, tmp_path: Path) -> None:
     assert scores[1]["kl"] < 0.7 * scores[0]["kl"]
 
 
+@pytest.mark.slow
 def test_steps_below_the_resolution_of_bfloat16_add_up(place: Path, tmp_path: Path) -> None:
     """bfloat16 resolves 1/128 to 1/256 of a number: steps of 1/1000 round away one by one."""
     small = asked(place, steps=12, rates={"weights": 1e-3}, warmup=0, final_rate=1)
@@ -82,6 +83,7 @@ def test_steps_below_the_resolution_of_bfloat16_add_up(place: Path, tmp_path: Pa
     assert float((before[name] != after[name])[large].float().mean()) > 0.2
 
 
+@pytest.mark.slow
 def test_weight_files_stay_below_a_limit(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_files, "SHARD", 20_000)
     distill(place / "short", place / "dense", asked(place, steps=1), tmp_path / "out")
@@ -92,6 +94,7 @@ def test_weight_files_stay_below_a_limit(place: Path, tmp_path: Path, monkeypatc
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_dense_weights_of_a_compressed_student_train(place: Path, tmp_path: Path) -> None:
     """Unequal widths, one block compressed, the other dense."""
     model = lc.compress(save_tiny("llama", tmp_path / "dense"), RECIPE, tmp_path / "small").model

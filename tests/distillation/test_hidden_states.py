@@ -29,7 +29,7 @@ from llmcompress.weight.modules import compressed_linears
 from tests.distillation.miniature import TEXT, Cut
 from tests.distillation.test_batches import objective_of
 from tests.distillation.test_dense_students import asked, tensors
-from tests.tiers import tiered
+from tests.tiers import tiered_nightly
 from tests.tiny import save_tiny, tiny
 
 HIDDEN = {"of": {"loss": "hidden"}, "weight": 0.5}
@@ -116,7 +116,7 @@ def test_recomputed_activations_change_nothing() -> None:
     assert len(again) == 2
 
 
-@pytest.mark.parametrize("layers", tiered([[1], [0, 1], [[2, 1]]], [[2, 1]].__eq__))
+@pytest.mark.parametrize("layers", tiered_nightly([[1], [0, 1], [[2, 1]]], [[2, 1]].__eq__))
 def test_a_teacher_of_early_states_alone_runs_no_further(layers: Any, place: Path, tmp_path: Path) -> None:
     """Not one of its blocks from the last compared state on, and the student learns what it learns otherwise."""
     early = {"of": {"loss": "hidden"}, "layers": layers}

@@ -115,6 +115,7 @@ def test_masks_change_and_no_byte_is_added(more: dict[str, Any], folders: Path, 
     assert found.history[-1]["kl"] == pytest.approx(found.history[-2]["kl"], rel=1e-3)  # it trained as it is kept
 
 
+@pytest.mark.slow
 def test_masks_may_learn_while_values_stay(folders: Path, tmp_path: Path) -> None:
     settings = recipe(folders, rates={"masks": 5e-2}, regrow=LEARNED, steps=4)
     found = distill(folders / "small", folders / "dense", settings, tmp_path / "out")

@@ -21,6 +21,7 @@ from llmcompress.weight.expression import bits, dense, describe
 from llmcompress.weight.modules import CompressedLinear, compressed_linears
 from llmcompress.weight.nodes import LowRank, Sum, shape
 from tests.distillation.miniature import cut_short, loaded, make, recipe, weight_files, weights_bytes
+from tests.tiers import tiered_nightly
 
 RULES = [
     {"match": "*.down_proj", "steps": [{"method": "rtn", "bits": 3}, {"method": "svd", "rank": 2}]},
@@ -144,7 +145,7 @@ def test_the_checkpoint_grows_by_the_bits_of_its_terms(factor_bits: int, folders
     assert steps == ([0, 6] if factor_bits == 16 else [0, 6, 6])
 
 
-@pytest.mark.parametrize("start", ["zero", pytest.param("residual", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("start", tiered_nightly(["zero", "residual"], "zero".__eq__))
 def test_terms_bring_the_student_nearer_at_equal_steps(start: str, folders: Path, tmp_path: Path) -> None:
     rates = {"scales": 5e-3, "norms": 2e-3, "factors": 1e-2}
     plain = distill(folders / "small", folders / "dense", recipe(folders, steps=12, rates=rates), tmp_path / "plain")

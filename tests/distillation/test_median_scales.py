@@ -257,6 +257,7 @@ def test_an_interrupted_run_resumes_exactly(folders: Path, tmp_path: Path) -> No
     assert weight_files(tmp_path / "whole") == weight_files(tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_blocks_have_median_scales_too(folders: Path, tmp_path: Path) -> None:
     phase = {"kind": "blockwise", "steps": 8, "evaluate_every": 2, "rates": {"codes": 3e-2}}
     asked = recipe(folders, phases=[phase | {"scales": "median", "latents": "teacher"}])

@@ -190,12 +190,14 @@ def test_text_that_cannot_serve_is_refused(
     assert found.value.exit_code == 5 and "\n" not in str(found.value)
 
 
+@pytest.mark.slow
 def test_a_compressed_teacher_teaches_with_a_warning(folders: Path, tmp_path: Path) -> None:
     asked = recipe(folders, steps=1, latents="teacher")
     done = distill(folders / "small", folders / "small", asked, tmp_path / "out")
     assert done.history[0]["kl"] < 1e-6 and "the teacher is compressed too" in done.warnings[0]
 
 
+@pytest.mark.slow
 def test_missing_kinds_are_warned_of_at_once_and_in_the_report(
     folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -23,7 +23,7 @@ from llmcompress.weight.nodes import Grid, Sum
 from llmcompress.weight.trainable.relax import Relaxation, RelaxedLinear
 from tests.builders import grid, seeded
 from tests.distillation.miniature import cut_short, make, recipe, weight_files
-from tests.tiers import tiered
+from tests.tiers import tiered_nightly
 from tests.tiny import save_tiny
 
 RULES = [{"match": "*", "steps": [{"method": "rotate"}, {"method": "rtn", "bits": 2, "group_size": 16}]}]
@@ -234,7 +234,7 @@ def test_frozen_codes_are_counted_in_metrics_and_view(whole: Any) -> None:
     assert f"frozen  {seen[-1]:,} codes that oscillated" in list(distilled_view(whole.to_json(), False))
 
 
-@pytest.mark.parametrize("after", tiered([3, 6], lambda after: after == 6))
+@pytest.mark.parametrize("after", tiered_nightly([3, 6], lambda after: after == 6))
 def test_frozen_codes_survive_an_interruption(after: int, whole: Any, folders: Path, tmp_path: Path) -> None:
     """Between two states, and after the last step."""
     asked = recipe(folders, **CODES, freezing=SOON, save_every=2)
@@ -245,6 +245,7 @@ def test_frozen_codes_survive_an_interruption(after: int, whole: Any, folders: P
     assert again.phases[0]["frozen"] == whole.phases[0]["frozen"] > 0
 
 
+@pytest.mark.slow
 def test_blocks_freeze_codes_too(folders: Path, tmp_path: Path) -> None:
     phase = {"kind": "blockwise", "steps": 8, "evaluate_every": 2, "rates": {"codes": 4e-2}, "latents": "teacher"}
     data = recipe(folders, phases=[phase | {"freezing": SOON}])

@@ -37,6 +37,7 @@ from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import read_as
 from llmcompress.weight.modules import compressed_linears
 from tests.distillation.miniature import cut_short, loaded, make, recipe
+from tests.tiers import tiered, tiered_nightly
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny
 
 RULES = [{"match": "*", "steps": [{"method": "rotate"}, {"method": "rtn", "bits": 2, "group_size": 16}]}]
@@ -109,7 +110,7 @@ def test_the_error_is_the_mean_of_relative_errors_of_tokens_that_count() -> None
     assert math.isclose(found, sum(errors) / len(errors), rel_tol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["codes", "scales", "norms"])
+@pytest.mark.parametrize("kind", tiered(["codes", "scales", "norms"], "codes".__eq__))
 def test_a_block_improves_on_held_out_text(kind: Any, folders: Path) -> None:
     student, block, train, held_out = first_block(folders)
     settings = asked(folders, rates={kind: RATES[kind]})
@@ -199,8 +200,7 @@ def test_phases_follow_each_other(folders: Path, tmp_path: Path) -> None:
     assert math.isclose(second.history[-1]["kl"], distances[-1], rel_tol=1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("calls", [1, 4])
+@pytest.mark.parametrize("calls", tiered_nightly([1, 4], lambda calls: calls == 4))
 def test_a_run_interrupted_in_a_phase_resumes_exactly(calls: int, folders: Path, tmp_path: Path) -> None:
     """After the first of two blocks, and after the second of three steps."""
     phases = [{"kind": "blockwise", "steps": 2}, {"kind": "end_to_end", "steps": 3}]

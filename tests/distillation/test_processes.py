@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,10 +44,16 @@ RULES = [
 ]
 ALL = {"codes": 1e-2, "scales": 5e-3, "factors": 5e-3, "values": 2e-3, "norms": 2e-3}
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="an extra")
-COMMON = ("narrow", "short", "whole", "phased", "median", "controlled", "cached", "second-hand", "own")
+COMMON = ("short", "whole", "narrow", "phased", "median", "controlled", "cached", "second-hand", "own")
+ALWAYS = ("short", "whole", "cut", "resumed", "kept", "moved", "other", "unlike", "no-cache")
 launches = pytest.mark.slow  # two processes that have to import everything
 CONFIGS = ROOT / "configs" / "accelerate"
 ENGINES = {"ddp": "cpu-ddp.yaml", "fsdp2": "fsdp2.yaml", "deepspeed": "deepspeed.yaml"}
+
+
+def nightly(names: Iterable[str]) -> list[Any]:
+    """Return values of a parameter, all of them nightly."""
+    return tiered_nightly(names, lambda name: False)
 
 
 @pytest.fixture(scope="module")
@@ -147,13 +154,28 @@ def answers(engine: str, asked: list[dict[str, Any]], out: Path) -> list[list[di
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+class Answers(dict[str, Any]):
+    """Results of jobs in one process, each of which is run when it is first asked for."""
+
+    def __init__(self, asked: dict[str, dict[str, Any]]) -> None:
+        super().__init__()
+        self.asked = asked
+
+    def __missing__(self, name: str) -> Any:
+        self[name] = run(self.asked[name])
+        return self[name]
+
+
 @pytest.fixture(scope="module")
-def alone(place: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """The folder of the jobs' outputs, and what came of them in one process."""
-    out = place / "alone"
-    asked = jobs(place, out)
-    later = {"cut", "resumed", "moved", "other", "unlike", "no-cache"}
-    return out, {name: run(asked[name]) for name in asked if name not in later}
+def alone(place: Path) -> tuple[Path, Answers]:
+    """The folder of the jobs' outputs, and what comes of them in one process."""
+    return place / "alone", Answers(jobs(place, place / "alone"))
+
+
+def compared(request: pytest.FixtureRequest) -> set[str]:
+    """Return the names of jobs that the selected tests compare."""
+    cases = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    return {case["name"] for case in cases if case.get("together") == request.param and "name" in case}
 
 
 @pytest.fixture(scope="module", params=tiered_nightly(["ddp", "fsdp2", "deepspeed"], "fsdp2".__eq__))
@@ -164,7 +186,9 @@ def together(request: pytest.FixtureRequest, place: Path, alone: Any) -> tuple[P
     out = place / request.param
     out.mkdir()
     asked = jobs(place, out)
-    asked.pop("finished")
+    few = {*ALWAYS, *compared(request)} if request.param == "fsdp2" else asked.keys() - {"finished"}
+    asked = {name: job for name, job in asked.items() if name in few}
+    assert alone[1]["kept"]
     shutil.copytree(alone[0] / "kept.training", out / "moved.training")
     first, second = answers(request.param, list(asked.values()), out)
     return out, dict(zip(asked, map(list, zip(first, second, strict=True)), strict=True))
@@ -184,10 +208,9 @@ def measured(folder: Path) -> list[dict[str, Any]]:
 @launches
 @pytest.mark.parametrize(
     "name",
-    [*COMMON, pytest.param("coarse", marks=needs_bitsandbytes)],
+    [*COMMON[:2], *nightly(COMMON[2:]), pytest.param("coarse", marks=[pytest.mark.nightly, needs_bitsandbytes])],
 )
 def test_two_processes_learn_the_same_as_one(name: str, alone: Any, together: Any) -> None:
-    wanted = alone[1][name]["history"]
     refused = {
         "cached": "a single process caches a teacher",
         "coarse": "{bits: 4} requires a whole teacher",
@@ -198,6 +221,7 @@ def test_two_processes_learn_the_same_as_one(name: str, alone: Any, together: An
     if name in refused and together[0].name == "fsdp2":
         assert all(refused[name] in found["error"] for found in together[1][name])
         return
+    wanted = alone[1][name]["history"]
     first = 1 if name == "median" else 0  # the step in which scales become medians
     assert wanted[-1]["kl"] < wanted[first]["kl"]
     for found in together[1][name]:
@@ -220,7 +244,7 @@ def test_two_processes_learn_the_same_as_one(name: str, alone: Any, together: An
 
 
 @launches
-@pytest.mark.parametrize("name", ["narrow", "short", "whole", "kept", "second-hand"])
+@pytest.mark.parametrize("name", ["short", "whole", "kept", *nightly(["narrow", "second-hand"])])
 def test_every_process_begins_with_the_weights_of_one(name: str, alone: Any, together: Any) -> None:
     """Bit for bit, of student and teacher."""
     assert {each["held"]["digest"] for each in together[1][name]} == {alone[1][name]["held"]["digest"]}
@@ -252,9 +276,10 @@ def test_models_are_in_memory_no_more_than_they_have_to(engine: str, place: Path
 
 
 @launches
-@pytest.mark.parametrize("name", ["kept", "clipped", "confined", "narrow-kept"])
+@pytest.mark.parametrize("name", ["kept", *nightly(["clipped", "confined", "narrow-kept"])])
 def test_moments_equal_those_of_one_process(name: str, alone: Any, together: Any) -> None:
     """They are sums of gradients, so that a wrong factor shows, which the steps of Adam hide."""
+    assert alone[1][name]
     states = [next((folder / f"{name}.training").glob("*.safetensors")) for folder in (alone[0], together[0])]
     ours, theirs = map(load_file, states)
     assert ours.keys() == theirs.keys() and any(key.startswith("exp_avg.") for key in ours)
@@ -328,12 +353,13 @@ def test_every_process_raises_the_error_of_a_cache(alone: Any, together: Any) ->
 
 
 @launches
-def test_a_compressed_teacher_is_warned_of(alone: Any, together: Any) -> None:
-    for found in (alone[1], {name: each[0] for name, each in together[1].items()}):
+@pytest.mark.parametrize("name", nightly(["second-hand"]))
+def test_a_compressed_teacher_is_warned_of(name: str, alone: Any, together: Any) -> None:
+    for found in (alone[1], {job: each[0] for job, each in together[1].items()}):
         assert not found["whole"]["warnings"]
-        [said] = found["second-hand"]["warnings"]
+        [said] = found[name]["warnings"]
         assert said.startswith("the teacher is compressed too")
-    written = json.loads((together[0] / "second-hand" / file_names.REPORT).read_text())
+    written = json.loads((together[0] / name / file_names.REPORT).read_text())
     assert said in written["warnings"]
 
 
@@ -347,7 +373,7 @@ def test_latents_can_start_at_a_compressed_teacher(place: Path, tmp_path: Path) 
 @launches
 def test_student_and_teacher_are_shared_out(together: Any) -> None:
     out, found = together
-    for name in ("narrow", "short", "whole", "kept", "second-hand"):
+    for name in found.keys() & {"narrow", "short", "whole", "kept", "second-hand"}:
         blocks = [2, 3] if name in {"narrow", "short"} else [2, 2]
         assert found[name][0]["held"]["blocks"] == (blocks if out.name == "fsdp2" else [0, 0])
         for model in ("student", "teacher"):
@@ -371,6 +397,7 @@ def test_the_optimizers_part_is_shared_out(alone: Any, together: Any) -> None:
             assert trained / 2 <= pieces < 0.51 * trained if out.name == "deepspeed" else pieces == 0
 
 
+@pytest.mark.nightly
 @launches
 def test_accelerate_launches_the_command(place: Path, alone: Any, tmp_path: Path) -> None:
     """`accelerate launch --config_file configs/accelerate/cpu-ddp.yaml -m llmcompress distill ...`"""

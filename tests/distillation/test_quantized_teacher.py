@@ -115,7 +115,7 @@ def decoded_student(place: Path) -> Path:
     return place / "decoded"
 
 
-@pytest.mark.parametrize("kind", ["online", "cached"])
+@pytest.mark.parametrize("kind", ["online", pytest.param("cached", marks=pytest.mark.slow)])
 def test_losses_are_to_the_quantized_teacher_and_looks_to_the_dense_one(
     kind: str, place: Path, decoded_student: Path, tmp_path: Path
 ) -> None:
@@ -137,7 +137,8 @@ def dense_run(place: Path) -> Any:
     return distill(place / "small", place / "dense", recipe(place), place / "by-dense")
 
 
-@pytest.mark.parametrize("bits, compute", [(8, "float32"), pytest.param(4, "bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits, compute", [(8, "float32"), (4, "bfloat16")])
 def test_fewer_bits_recover_what_the_dense_teacher_does(
     bits: int, compute: str, place: Path, dense_run: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -152,6 +153,7 @@ def test_fewer_bits_recover_what_the_dense_teacher_does(
     assert not caplog.records and logging.getLogger("bitsandbytes").level == logging.NOTSET
 
 
+@pytest.mark.slow
 def test_the_cost_of_quantizing_is_reported_everywhere(place: Path, dense_run: Any, tmp_path: Path) -> None:
     assert dense_run.quantized_teacher is None
     done = distill(place / "small", place / "dense", recipe(place, steps=1, teacher={"bits": 8}), tmp_path / "out")
@@ -164,7 +166,13 @@ def test_the_cost_of_quantizing_is_reported_everywhere(place: Path, dense_run: A
         assert ("the teacher had its linears in 8 bits, at a KL of 0.000" in text) == said
 
 
-@pytest.mark.parametrize("kind, names", [("online", ["small", "dense in 4 bits"]), ("cached", ["small"])])
+@pytest.mark.parametrize(
+    "kind, names",
+    [
+        ("online", ["small", "dense in 4 bits"]),
+        pytest.param("cached", ["small"], marks=pytest.mark.slow),
+    ],
+)
 def test_the_dense_teacher_is_gone_while_the_student_learns(
     kind: str, names: list[str], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +306,7 @@ def test_teachers_that_are_compressed_are_refused(
         distill(place / "small", folder, recipe(place, teacher={"bits": bits}), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_inputs_too_large_for_8_bits_raise_numerics_error(place: Path, tmp_path: Path) -> None:
     """LLM.int8() reads them in float16, which ends at 65504; the dense model, and its 4 bits, go further."""
     dense = AutoModelForCausalLM.from_pretrained(place / "dense")

@@ -113,7 +113,13 @@ def test_every_step_and_every_look_is_a_line(whole: DistillationResult, folders:
     assert (folders / "whole" / "distillation.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("at, kept", [(2, 0), (5, 3)], ids=["before a state", "after a state"])
+@pytest.mark.parametrize(
+    "at, kept",
+    [
+        pytest.param(2, 0, id="before a state", marks=pytest.mark.slow),
+        pytest.param(5, 3, id="after a state", marks=pytest.mark.slow),
+    ],
+)
 def test_a_resumed_run_has_the_same_metrics(
     at: int, kept: int, whole: DistillationResult, folders: Path, tmp_path: Path
 ) -> None:
@@ -177,6 +183,7 @@ def test_progress_has_the_held_out_kl_and_starts_over_after_blocks(capsys: pytes
     assert steps.startswith("step 4/4 · loss 0.5000 · held-out KL 0.2500 · 1,234 tokens/s ... ")
 
 
+@pytest.mark.slow
 def test_progress_reports_the_last_held_out_kl(folders: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, float]] = []
     done = distill(

@@ -18,6 +18,7 @@ from llmcompress.models.files.identity import teacher_digest
 from tests.distillation import miniature
 from tests.models.test_adapter import adapted, change_json
 from tests.models.test_packed import by_compressed_tensors, fp8, scheme, store
+from tests.tiers import tiered_nightly
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 RULES = [{"match": "*_proj", "steps": [{"method": "rtn", "bits": 3, "group_size": 16}]}]
@@ -36,8 +37,12 @@ def packed(folder: Path, form: str) -> Path:
     return store(folder, by_compressed_tensors(entries), **settings)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("form", ["fp8", "W4A16", "FP8_DYNAMIC", "pickled", "wrapped", "adapter"])
+@pytest.mark.parametrize(
+    "form",
+    tiered_nightly(
+        ["fp8", "W4A16", "FP8_DYNAMIC", "pickled", "wrapped", "adapter"], {"fp8", "W4A16", "adapter"}.__contains__
+    ),
+)
 def test_a_teacher_of_another_form_teaches_as_its_numbers(form: str, tmp_path: Path) -> None:
     place = miniature.make(tmp_path / "place", RULES)
     teacher = shutil.copytree(place / "dense", tmp_path / "teacher")

@@ -35,7 +35,7 @@ from llmcompress.weight.expression import describe
 from llmcompress.weight.modules import compressed_linears
 from tests.distillation import miniature
 from tests.distillation.miniature import cut_short, make, weight_files
-from tests.tiers import tiered
+from tests.tiers import tiered_nightly
 from tests.tiny import save_tiny
 
 RULES = [
@@ -108,6 +108,7 @@ def test_training_recovers_quality_at_the_same_bytes(folders: Path, tmp_path: Pa
     assert read(tmp_path / "out").bytes == sizes[1]
 
 
+@pytest.mark.slow
 def test_the_teacher_that_is_loaded_writes_the_text(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,7 +154,7 @@ def test_an_interrupted_run_resumes_exactly(folders: Path, tmp_path: Path, monke
     assert weight_files(tmp_path / "whole") == weight_files(tmp_path / "cut")
 
 
-@pytest.mark.parametrize("step", tiered([2, 6], lambda step: step == 2))
+@pytest.mark.parametrize("step", tiered_nightly([2, 6], lambda step: step == 2))
 def test_sigterm_keeps_the_state_of_the_last_step(step: int, folders: Path, tmp_path: Path) -> None:
     """Within the run, and within its last step."""
     asked = recipe(folders, steps=7, save_every=7)
@@ -203,6 +204,7 @@ def test_another_recipe_does_not_continue(folders: Path, tmp_path: Path) -> None
         distill(folders / "small", folders / "dense", recipe(folders, steps=5, save_every=1), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_another_student_of_the_same_size_does_not_continue(folders: Path, tmp_path: Path) -> None:
     data = {"dataset": str(folders / "text.txt"), "samples": 8, "length": 32, "held_out": 2, "seed": 1}
     tables = [{"method": "rtn", "bits": 4}]

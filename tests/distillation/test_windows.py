@@ -136,6 +136,7 @@ def test_learning_at_tiny_rates_changes_nothing(place: Path, tmp_path: Path) -> 
     assert list(_weights(one)) == list(_weights(two))
 
 
+@pytest.mark.slow
 def test_blocks_are_written_when_nothing_changes_them(place: Path, tmp_path: Path) -> None:
     """Beside them the one that waits for the next window lies in a file that goes again."""
     asked = recipe(place, {"rates": SCALES, "window": 2, "steps": 4, "evaluate_every": 2})
@@ -152,6 +153,7 @@ def test_blocks_are_written_when_nothing_changes_them(place: Path, tmp_path: Pat
     assert seen == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_block_without_steps_stays_dense(place: Path, tmp_path: Path) -> None:
     """It opens no window of its own, and those beside it are stored all the same."""
     rules = [{"match": f"{PATHS[1]}.*", "steps": []}, *RULES]

@@ -28,6 +28,7 @@ from llmcompress.pipeline.frontier import frontier
 from llmcompress.pipeline.frontier_inputs import budgets
 from llmcompress.recipe.read import read_recipe
 from scripts.demo import written
+from tests.tiers import tiered
 from tests.tiny import save_tiny, tiny_tokenizer
 
 BOS = 256
@@ -131,7 +132,9 @@ READERS = [score, compare, score_pairs, drift, verify, compress_to_a_size, disti
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("reads", READERS, ids=lambda each: each.__name__)
+@pytest.mark.parametrize(
+    "reads", tiered(READERS, lambda each: each not in (compress_to_a_size, sweep), lambda each: each.__name__)
+)
 def test_every_context_begins_with_bos(
     reads: Callable[[Path, Path], None], folders: Path, contexts: list[Tensor], tmp_path: Path
 ) -> None:

@@ -123,6 +123,7 @@ def test_items_are_those_that_a_metric_is_the_mean_of() -> None:
     assert "both" not in _items(results)
 
 
+@pytest.mark.slow
 def test_prompts_can_be_chats() -> None:
     pytest.importorskip("lm_eval")
     model, tokenizer = tiny("llama", max_position_embeddings=1024), tiny_tokenizer()
@@ -226,6 +227,7 @@ def test_comparisons_that_cannot_be_made(folders: Path, tmp_path: Path, monkeypa
             lc.compare(models, Protocol(windows=1, length=16), output=output and tmp_path / output)
 
 
+@pytest.mark.slow
 def test_what_another_tool_quantized_is_scored_beside_ours(folders: Path, tmp_path: Path) -> None:
     """Here bitsandbytes' 4-bit floats; it reads whatever transformers does, and counts every stored tensor."""
     asked = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
@@ -272,7 +274,7 @@ def test_a_failure_leaves_no_results(folders: Path, tmp_path: Path, monkeypatch:
         lc.score(folders / "dense", protocol, output=tmp_path / "out")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_find_what_one_finds(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`accelerate launch` on the command line, for a compressed and a dense model at once."""
     pytest.importorskip("lm_eval")

@@ -69,6 +69,7 @@ def scores(model: PreTrainedModel, path: str, **options: Any) -> dict[str, float
     return result.scores[Path(path).stem]
 
 
+@pytest.mark.slow
 def test_two_solutions_are_judged_by_likelihood_and_by_length(model: PreTrainedModel, tmp_path: Path) -> None:
     found = scores(model, write_lines(tmp_path / "piqa.jsonl", PIQA))
     right = dict.fromkeys(("acc", "acc_norm"), 0)
@@ -88,7 +89,7 @@ def test_last_words_are_predicted_behind_the_others(model: PreTrainedModel, tmp_
     assert found["perplexity"] == pytest.approx(math.exp(-sum(logs) / 2), rel=1e-4)
 
 
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("chat", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_answers_have_bits_a_byte(model: PreTrainedModel, tmp_path: Path, chat: bool) -> None:
     path, row = write_lines(tmp_path / "gsm8k.jsonl", GSM8K), GSM8K[0]
     tokenizer = tiny_tokenizer()
@@ -109,6 +110,7 @@ def test_solutions_have_bits_a_byte_and_are_not_run(
     assert found["bits_per_byte"] == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_chat_asks_for_a_program_and_begins_the_answer(model: PreTrainedModel, tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT
@@ -123,10 +125,10 @@ def test_a_chat_asks_for_a_program_and_begins_the_answer(model: PreTrainedModel,
     ("row", "chat", "written", "metric", "score"),
     [
         (GSM8K[0], False, " it is 5, so\n#### 5", "exact_match", 1),
-        (GSM8K[0], True, " the answer is $5.", "exact_match", 1),
-        (GSM8K[0], False, " 5 minus 1 is 4", "exact_match", 0),
+        pytest.param(GSM8K[0], True, " the answer is $5.", "exact_match", 1, marks=pytest.mark.slow),
+        pytest.param(GSM8K[0], False, " 5 minus 1 is 4", "exact_match", 0, marks=pytest.mark.slow),
         (PROGRAM, True, "    return a + b\n", "pass@1", 1),
-        (PROGRAM, False, "    return a - b\n", "pass@1", 0),
+        pytest.param(PROGRAM, False, "    return a - b\n", "pass@1", 0, marks=pytest.mark.slow),
     ],
 )
 def test_written_answers_are_checked(

@@ -43,7 +43,7 @@ def test_scores_are_those_of_whole_models(tmp_path: Path) -> None:
     assert perplexity(open_model(dense, "cpu"), windows()) == wanted.teacher
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_large_vocabulary_is_scored_in_parts(batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = locate(str(save_tiny("qwen3", tmp_path / "dense")))
     small = locate(str(lc.compress(dense.folder, RTN, tmp_path / "small").folder))
@@ -109,7 +109,7 @@ for folder in sys.argv[1:]:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_scoring_and_pricing_hold_one_block(tmp_path: Path) -> None:
     """8 and 32 blocks of 14 MB in float32: held all at once they would differ by 330 MB."""
     folders = [str(save_wide(tmp_path / str(layers), layers)) for layers in (8, 32)]

@@ -50,6 +50,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_model_beside_itself_keeps_all(place: Path) -> None:
     [found] = passport(place / "dense", [place / "adapter"], place / "dense", PROTOCOL).adapters
     assert found.gain_dense == found.gain > 0.5 and found.kept == 1 and found.kept_stderr == 0
@@ -66,6 +67,7 @@ def test_a_ruin_keeps_less_than_a_good_model(place: Path) -> None:
     assert good.adapters[0].adapter == "adapter" and (good.model, good.against) == ("small", "dense")
 
 
+@pytest.mark.slow
 def test_gains_are_those_of_perplexities(place: Path) -> None:
     """As PEFT's own merge has them on the dense model."""
     [found] = passport(place / "small", [place / "adapter"], place / "dense", PROTOCOL).adapters
@@ -77,6 +79,7 @@ def test_gains_are_those_of_perplexities(place: Path) -> None:
     assert found.gain_dense == pytest.approx(math.log(before / after), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_an_adapter_without_gain_has_nothing_to_keep(place: Path) -> None:
     both = [place / "nothing", place / "adapter"]
     nothing, something = passport(place / "small", both, place / "dense", PROTOCOL).adapters

@@ -127,6 +127,7 @@ def test_evaluate_has_the_promised_keys(tmp_path: Path) -> None:
     assert alone["perplexity_stderr"] > 0
 
 
+@pytest.mark.slow
 def test_both_ways_to_compare_agree_and_read_the_standard_library_by_default() -> None:
     dense, other, tokenizer, protocol = reader(0), reader(1), tiny_tokenizer(), Protocol(windows=2, length=48)
     both = [one.to_json() for one in evaluate_all(dense, [lambda: other], tokenizer, protocol)]
@@ -203,6 +204,7 @@ def test_pairs_are_scored_as_by_hand_and_nothing_is_left_behind(
     assert scores[PAIRS]["samples"] == 40
 
 
+@pytest.mark.slow
 def test_local_files_and_folders_are_tasks(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     own = tmp_path / "own_pairs.jsonl"

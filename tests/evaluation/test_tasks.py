@@ -86,6 +86,7 @@ def test_cut_prompts_are_counted_as_lm_eval_cuts_them(write: Write, monkeypatch:
     )
 
 
+@pytest.mark.slow
 def test_room_for_the_answer_is_kept_free(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     said = said_by("Left truncation", monkeypatch)
     how = {"output_type": "generate_until", "generation_kwargs": "{max_gen_toks: 20}", "doc_to_choice": None}
@@ -223,6 +224,7 @@ def test_a_limit_is_a_number_of_items_or_a_share(limit: str) -> None:
 # --- silence --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_git_does_not_complain_of_a_folder_that_is_no_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

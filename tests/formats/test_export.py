@@ -116,7 +116,7 @@ def test_checkpoint_of_save_pretrained_is_exported(tmp_path: Path) -> None:
     assert (logits(tmp_path / "plain") - expected).norm() < 0.01 * expected.norm()
 
 
-@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("rotate", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_peft_reads_base_and_adapter(rotate: bool, tmp_path: Path) -> None:
     from peft import PeftModel
 

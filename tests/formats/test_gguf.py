@@ -211,7 +211,7 @@ def with_config(checkpoint: Path, place: Path, **changes: Any) -> Path:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("mistral", marks=pytest.mark.slow)])
 def test_gguf_file_holds_our_matrices(family: str, tmp_path: Path) -> None:
     """Every matrix by gguf's own reader, rows of q and k back in transformers' order."""
     more = {"attention_bias": True} if family == "llama" else {"sliding_window": None}

@@ -41,7 +41,8 @@ READ = [kind for kind in QUANTIZED if kind.name != "Q1_0"]  # of which gguf has 
 TYPES = sorted(method.FORMS.keys() | SUPERBLOCKS.keys())
 # A table, a simple type, offsets, superblocks with offsets, a table of vectors, two bits
 FAST = ("IQ4_XS", "Q4_0", "Q4_1", "Q4_K", "IQ2_XS", "TQ2_0")
-every_type = pytest.mark.parametrize("kind", tiered(TYPES, FAST.__contains__, str))
+SLOW = ("Q8_0", "Q6_K", "Q3_K", "IQ3_S", "IQ1_M")
+every_type = pytest.mark.parametrize("kind", tiered(TYPES, FAST.__contains__, slow=SLOW.__contains__))
 
 
 def read(kind: str, written: Tensor) -> Tensor:
@@ -254,7 +255,7 @@ def test_widths_that_blocks_do_not_fill_are_refused_or_dense(tmp_path: Any) -> N
 
 
 @engine
-@pytest.mark.parametrize("kind", tiered_nightly(TYPES, lambda kind: kind in FAST or kind not in SUPERBLOCKS))
+@pytest.mark.parametrize("kind", tiered_nightly(TYPES, FAST.__contains__))
 def test_no_type_is_filled_worse_than_by_llama_cpps_own_quantizer(kind: str) -> None:
     """On tokens that neither has seen; also where it is given an importance matrix of the same calibration."""
     from gguf_types import quantize

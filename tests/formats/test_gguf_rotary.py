@@ -18,6 +18,7 @@ from llmcompress.formats.gguf.families import FAMILIES
 from llmcompress.formats.gguf.model import GGUFModel, gguf_model
 from tests.formats.gguf_files import GRID, byte_level, compressed, engine, gguf, in_float32, largest_difference, run
 from tests.formats.test_gguf_families import CASES, GEMMA, HEADS, LINEAR, OLDER, PLAIN, SIZES, YARN, every, long_rope
+from tests.tiers import tiered_nightly
 from tests.tiny import tiny
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -175,7 +176,7 @@ def tolerance(family: str) -> float:
 
 
 @engine
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", tiered_nightly(CHANGES, [*CHANGES][::3].__contains__))
 def test_llama_cpp_computes_every_parameter(name: str, tmp_path: Path) -> None:
     rotary, change = CHANGES[name]
     assert difference("llama", SIZES | {"rope_parameters": rotary | change}, tmp_path) < 1e-3
@@ -202,8 +203,9 @@ SCALED = [(family, name) for family, name in SCALED if family not in ("gpt2", "p
 
 
 @engine
-@pytest.mark.parametrize("family, name", SCALED, ids=[f"{family} {name}" for family, name in SCALED])
-def test_llama_cpp_rotates_every_family(family: str, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", tiered_nightly(SCALED, SCALED[::3].__contains__), ids=" ".join)
+def test_llama_cpp_rotates_every_family(case: tuple[str, str], tmp_path: Path) -> None:
+    family, name = case
     rotary, change = CHANGES[name]
     assert difference(family, with_rotary(family, rotary | change), tmp_path) < tolerance(family)
 
@@ -232,6 +234,6 @@ def changed_facts(family: str) -> dict[str, Any]:
 
 
 @engine
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", tiered_nightly(FAMILIES, [*FAMILIES][::2].__contains__))
 def test_llama_cpp_computes_every_written_entry(family: str, tmp_path: Path) -> None:
     assert difference(family, changed_facts(family), tmp_path) < tolerance(family)

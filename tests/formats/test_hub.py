@@ -263,6 +263,7 @@ def test_card_has_every_layer(here: StandInHub, folders: dict[str, Path], monkey
     assert published["layers.png"].startswith(b"\x89PNG") and b"](layers.png)" in published["README.md"]
 
 
+@pytest.mark.slow
 def test_without_matplotlib_the_card_says_so(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmcompress.formats.hub.find_spec", lambda name: None)
     assert "layers.png" not in push(folders["out"], "me/small", dry_run=True).files

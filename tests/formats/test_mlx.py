@@ -146,7 +146,14 @@ def test_mlx_refuses_other_expressions_or_stores_them_dense(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "family, tied", [("llama", True), ("llama", False), ("qwen3", True), ("gemma2", True), ("mistral", False)]
+    "family, tied",
+    [
+        ("llama", True),
+        pytest.param("llama", False, marks=pytest.mark.slow),
+        pytest.param("qwen3", True, marks=pytest.mark.slow),
+        pytest.param("gemma2", True, marks=pytest.mark.slow),
+        ("mistral", False),
+    ],
 )
 def test_mlx_computes_our_logits(family: str, tied: bool, tmp_path: Path) -> None:
     mx = pytest.importorskip("mlx.core")

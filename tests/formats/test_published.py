@@ -112,6 +112,7 @@ def test_push_announces_all_files_before_it_sends_them(made: Path, monkeypatch: 
     assert ended.exit_code == 0 and " files go to me/small" in ended.stderr and "model.safetensors  " in ended.stderr
 
 
+@pytest.mark.slow
 def test_push_leaves_out_files_of_older_releases(
     made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +137,7 @@ def test_push_leaves_out_files_of_older_releases(
     assert check_manifest(pulled)
 
 
+@pytest.mark.slow
 def test_code_names_in_configs_are_dropped_with_a_warning(
     place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

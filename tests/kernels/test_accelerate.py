@@ -110,7 +110,8 @@ slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("tokens", "batch"), [(1, 1), (5, 1), (40, 1), *(pytest.param(tokens, 2, marks=slow) for tokens in (1, 5, 40))]
+    ("tokens", "batch"),
+    [(1, 1), *(pytest.param(*case, marks=slow) for case in ((5, 1), (40, 1), (1, 2), (5, 2), (40, 2)))],
 )
 def test_logits_are_those_of_plain_products(
     tokens: int, batch: int, load: Load, products: list[tuple[int, ...]]
@@ -172,7 +173,7 @@ def test_inference_mode(tokens: int, load: Load) -> None:
     close(logits(model, tokens), wanted)
 
 
-@pytest.mark.parametrize("tokens", [1, pytest.param(5, marks=slow), 40])
+@pytest.mark.parametrize("tokens", [pytest.param(1, marks=slow), pytest.param(5, marks=slow), 40])
 def test_autocast(tokens: int, load: Load, products: list[tuple[int, ...]]) -> None:
     model = load()
     with torch.autocast("cpu", torch.bfloat16):
@@ -246,7 +247,7 @@ def test_a_copy_is_another_model(load: Load, products: list[tuple[int, ...]]) ->
     assert not torch.equal(logits(other), wanted) and torch.equal(logits(model), wanted)
 
 
-@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("assign", [pytest.param(False, marks=slow), True])
 def test_loaded_weights_are_prepared_again(assign: bool, load: Load, tmp_path: Path) -> None:
     model, other = load(), load(path=compressed(tmp_path, 1))
     first, wanted = logits(model), plain_logits(other)
@@ -320,7 +321,7 @@ def test_gradients_of_inputs_are_those_of_plain_products(load: Load) -> None:
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("tokens", [1, pytest.param(5, marks=slow), 40])
+@pytest.mark.parametrize("tokens", [1, pytest.param(5, marks=slow), pytest.param(40, marks=slow)])
 def test_torch_compile_keeps_the_operator(tokens: int, load: Load, products: list[tuple[int, ...]]) -> None:
     layer = load().get_submodule("model.layers.0.mlp")
     x = torch.randn(tokens, 64)

@@ -75,7 +75,7 @@ def test_compiles_without_a_graph_break(folder: Path) -> None:
     torch.testing.assert_close(torch.compile(linear, backend="eager", fullgraph=True)(x), linear(x))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_whole_model_compiles_without_a_graph_break(folder: Path) -> None:
     """Its compressed table too, also after it ran otherwise."""
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -28,6 +28,7 @@ from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.models.files.gguf_header import read_gguf_header
 from tests.formats.gguf_files import BYTE, TEXTS, byte_level, compressed, engine, gguf, run, tiny_llama
 from tests.stand_in_hub import StandInHub
+from tests.tiers import tiered
 from tests.tiny import CHAT_TEMPLATE
 from tests.unbound import unbound
 
@@ -94,8 +95,9 @@ def test_a_compressed_file_says_where_its_weights_come_from(file: Path, tmp_path
     assert "Q8_0 of a GGUF file" in CliRunner().invoke(app, ["inspect", str(tmp_path / "out")]).output
 
 
-@pytest.mark.parametrize("steps, whole_words", gguf_model.BY_NAME.values(), ids=gguf_model.BY_NAME)
-def test_text_is_cut_as_the_file_says(steps: tuple[str, ...], whole_words: bool, dense: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", tiered(gguf_model.BY_NAME, [*gguf_model.BY_NAME][::3].__contains__))
+def test_text_is_cut_as_the_file_says(name: str, dense: Path, tmp_path: Path) -> None:
+    steps, whole_words = gguf_model.BY_NAME[name]
     place = shutil.copytree(dense, tmp_path / "dense")
     unbound(place)
     theirs = byte_level(steps, whole_words)
@@ -203,7 +205,7 @@ for name in sys.argv[1:]:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_file_of_the_hub(file: Path, tmp_path: Path) -> None:
     """In a process of its own: huggingface_hub reads its environment when it is imported."""
     with StandInHub() as hub:
@@ -219,6 +221,7 @@ def test_a_file_of_the_hub(file: Path, tmp_path: Path) -> None:
     assert "has no file other.gguf" in lines[1]
 
 
+@pytest.mark.nightly
 @engine
 @pytest.mark.parametrize("name", ["smollm2", "gemma3-270m"])
 def test_llama_cpp_cuts_text_as_the_unpacked_model(name: str, tmp_path: Path) -> None:

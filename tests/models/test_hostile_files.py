@@ -376,7 +376,7 @@ def test_sizes_of_no_layer(packed: Path, tmp_path: Path, sizes: Any) -> None:
         refused(load, folder)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @settings(LAW, max_examples=300)
 @given(st.data())
 def test_any_change_of_a_config(packed: Path, dense: Path, tmp_path: Path, data: st.DataObject) -> None:
@@ -415,7 +415,7 @@ print(peak() - before)
 
 
 @pytest.mark.parametrize("family", tiered_nightly(["llama", "gpt2", "opt"], "llama".__eq__))
-@pytest.mark.parametrize("how", ["open", "load"])
+@pytest.mark.parametrize("how", tiered_nightly(["open", "load"], "load".__eq__))
 def test_a_hostile_config_is_refused_in_little_memory(tmp_path: Path, family: str, how: str) -> None:
     """Sizes that a model could have, beside the weights of a tiny one: no more than 500 MB besides what it takes."""
     layers, positions = (

@@ -72,6 +72,7 @@ def test_training_changes_the_adapter_alone(dora: bool, folder: Path, tmp_path: 
     assert not torch.allclose(logits(again), logits(compressed(folder)), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_supervised_fine_tuning(folder: Path, tmp_path: Path) -> None:
     """TRL's trainer attaches the adapter itself, and multiplies by the head's matrix without calling the head."""
     model = compressed(folder)

@@ -194,6 +194,7 @@ def test_scores_of_objects_are_refused(llama: Path) -> None:
         lc.compare(str(llama))
 
 
+@pytest.mark.slow
 def test_threads_of_one_process_compress_as_one_does(llama: Path, tmp_path: Path) -> None:
     recipe = {"version": 1, "rules": RULES}
     folders = [tmp_path / str(number) for number in range(3)]

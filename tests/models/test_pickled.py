@@ -198,7 +198,7 @@ WRAPPED: dict[str, Callable[[str], str]] = {
 }
 
 
-@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("pickled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("wrapper", WRAPPED)
 def test_names_of_wrappers_are_taken_off(wrapper: str, pickled: bool, copied: Path, plain: Path) -> None:
     rename = WRAPPED[wrapper]

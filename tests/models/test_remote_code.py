@@ -157,7 +157,7 @@ def test_the_code_goes_with_the_output(small: Path) -> None:
     assert entries["auto_map"] == AUTO_MAP
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_fresh_process_loads_the_output_if_it_is_told_to_trust_it(small: Path, tmp_path: Path, marker: Path) -> None:
     refused = fresh(small, tmp_path / "logits", "no")
     assert refused.returncode != 0 and "trust_remote_code" in refused.stderr and not marker.exists()
@@ -194,6 +194,7 @@ def test_verify_eval_distill_and_push_work_where_code_is_trusted(small: Path, de
     assert 'from_pretrained("me/small", trust_remote_code=True)' in told and "Read it before you" in told
 
 
+@pytest.mark.slow
 def test_a_dense_student_keeps_its_code(dense: Path, tmp_path: Path) -> None:
     lc.distill(dense, dense, lesson(tmp_path, norms=1e-3), tmp_path / "taught", trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "taught", trust_remote_code=True)

@@ -123,7 +123,7 @@ RIGHT: list[Change] = [
 ]
 
 
-@pytest.mark.parametrize("change", RIGHT)
+@pytest.mark.parametrize("change", tiered(RIGHT, RIGHT[::2].__contains__, lambda change: change.__name__))
 def test_what_is_saved_loads_to_the_same_bits(change: Change, folder: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     change(model)
@@ -140,7 +140,12 @@ def test_what_is_saved_loads_to_the_same_bits(change: Change, folder: Path, tmp_
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(
-    "family", tiered([*FAMILY_CONFIGS, *MIXTURES, *HYBRIDS, *PLAIN], {"gpt2", "mixtral", "olmo_hybrid"}.__contains__)
+    "family",
+    tiered(
+        [*FAMILY_CONFIGS, *MIXTURES, *HYBRIDS, *PLAIN],
+        {"gpt2", "mixtral", "olmo_hybrid"}.__contains__,
+        slow=FAMILY_CONFIGS.__contains__,
+    ),
 )
 def test_every_family_is_saved_in_the_type_it_has(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Also where a class keeps some weights in float32."""

@@ -13,13 +13,13 @@ from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 from llmcompress.errors import InputError
 from llmcompress.models.dense.skeleton import auto_class, dense_skeleton
 from tests.tiers import tiered
-from tests.tiny import tiny
+from tests.tiny import FAMILY_CONFIGS, tiny
 from tests.zoo import EVERY, ZOO, zoo
 
 FAST = {"gemma3_text", "gpt2", "opt", "mixtral", "deepseek_v3", "bert", "mamba2"}
 
 
-@pytest.mark.parametrize("family", tiered(EVERY, lambda family: family in FAST))
+@pytest.mark.parametrize("family", tiered(EVERY, FAST.__contains__, slow=FAMILY_CONFIGS.__contains__))
 def test_all_but_the_weights_is_there(family: str, tmp_path: Path) -> None:
     config = (zoo if family in ZOO else tiny)(family).config
     drawn: PreTrainedModel = auto_class(config).from_config(config, dtype=torch.float32)

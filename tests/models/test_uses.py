@@ -386,7 +386,7 @@ def adapters_are_folded(folder: Path, place: Path) -> None:
         "tied": {"target_modules": ["embed_tokens"], "ensure_weight_tying": True, "task_type": "CAUSAL_LM"},
     }
     for name, config in cases.items():
-        for attach in (by_peft, by_transformers):
+        for attach in (by_peft, by_transformers)[: 2 if name == "linears" else 1]:
             model, dense = both(folder)
             table = model.get_input_embeddings().weight.clone()
             model, dense = (attach(one, LoraConfig(r=2, **config)) for one in (model, dense))
@@ -506,18 +506,16 @@ def gradients_are_checkpointed(folder: Path, place: Path) -> None:
     same_training(found[0].train(), found[1].train())
 
 
-SCALED = {"lora_trains", "tables_are_resized"}  # where the scale of rows matters
-SLOW = {"trl_trains_by_preferences", "is_one_program"}
+SLOW = {"trl_trains", "trl_trains_by_preferences", "is_one_program", "other_adapters_train"}
 
 
 def cases() -> list[Any]:
-    """Every use with either family; those with the second that show no more are slow."""
+    """Every use with either family; those with the second are nightly."""
     found = []
     for family in FAMILIES:
         for case in USES:
             name = case.shown.__name__
-            is_slow = name in SLOW or (family != FAMILIES[0] and name not in SCALED)
-            marks = pytest.mark.slow if is_slow else ()
+            marks = [pytest.mark.slow] * (name in SLOW) + [pytest.mark.nightly] * (family != FAMILIES[0])
             found.append(pytest.param(case, family, id=f"{name}-{family}", marks=marks))
     return found
 

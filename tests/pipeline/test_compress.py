@@ -150,6 +150,7 @@ def test_a_hub_model_is_resolved_once_and_is_the_teacher(
     assert "Taught by [org/dense](https://huggingface.co/org/dense) in " in text
 
 
+@pytest.mark.slow
 def test_without_an_output_the_result_is_in_memory_of_its_own(place: Path, tmp_path: Path) -> None:
     result = lc.compress(place / "dense", recipe(place, steps=1))
     assert result.distillation is not None

@@ -79,6 +79,7 @@ def test_a_run_that_ends_in_the_export_goes_on_from_there(
     assert (tmp_path / "out" / "model.safetensors").is_file() and not list(tmp_path.glob("out.*"))
 
 
+@pytest.mark.slow
 def test_a_run_can_start_over(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lc.compress(dense, "data-free", tmp_path / "out.checkpoint")
     compress_for("vllm", dense, recipe("vllm"), tmp_path / "out", resume=False)

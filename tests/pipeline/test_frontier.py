@@ -206,6 +206,7 @@ def test_what_is_finished_is_read_and_more_budgets_are_added(
     assert not more["dense"]["tasks"] and json.loads((tmp_path / "out" / "bpw-4" / SCORES).read_text())["tasks"] == []
 
 
+@pytest.mark.slow
 def test_what_was_cut_between_a_file_and_its_manifest_is_written_again(
     place: Path, tmp_path: Path, curve: tuple[Path, Found]
 ) -> None:
@@ -222,6 +223,7 @@ def test_what_was_cut_between_a_file_and_its_manifest_is_written_again(
     assert check_manifest(path.parent)
 
 
+@pytest.mark.slow
 def test_a_text_of_the_same_name_is_read_again(place: Path, tmp_path: Path, curve: tuple[Path, Found]) -> None:
     shutil.copytree(curve[0], tmp_path / "out")
     (tmp_path / "other.txt").write_text((place / "text.txt").read_text())

@@ -98,11 +98,13 @@ def test_a_ruined_model_is_no_success_and_stays_as_evidence(missed: tuple[Path, 
     assert "Held against the gates of the recipe" in (folder.parent / "page.html").read_text()
 
 
+@pytest.mark.slow
 def test_it_is_not_pushed(missed: tuple[Path, Any]) -> None:
     with pytest.raises(GateError, match=r"out is outside of its gates \(KL .*\) and is not pushed"):
         push(missed[0], "me/small", dry_run=True)
 
 
+@pytest.mark.slow
 def test_asked_again_it_says_the_same_and_other_gates_judge_it_anew(
     missed: tuple[Path, Any], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from llmcompress.data.batch import Batch
 from llmcompress.distillation.run import distill
 from llmcompress.distillation.teacher.predictions import Online
 from tests.distillation.miniature import make, recipe
-from tests.tiers import tiered
+from tests.tiers import tiered_nightly
 from tests.tiny import tiny
 
 
@@ -47,7 +47,7 @@ def test_the_past_is_a_moving_average() -> None:
     assert student.lm_head.weight.requires_grad and not both.second.head.weight.requires_grad
 
 
-@pytest.mark.parametrize("second", tiered(["past", "small", None], lambda second: second is None))
+@pytest.mark.parametrize("second", tiered_nightly(["past", "small", None], "past".__eq__))
 def test_students_learn_from_both(place: Path, tmp_path: Path, second: str | None) -> None:
     folder = place / second if second == "small" else second
     with candidate_teachers.beside(folder):

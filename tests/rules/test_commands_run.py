@@ -16,11 +16,11 @@ from llmcompress.cli.app import app
 from llmcompress.recipe.read import read_recipe
 from tests.formats.gguf_files import tiny_llama
 from tests.rules.documents import DOCUMENTS, blocks, commands
+from tests.tiers import tiered_nightly
 
 # Words of commands that need data or a model of the Hub, a repository to push to, or a model that has learned.
 ELSEWHERE = {"arc_easy", "arc_easy,hellaswag", "org/another-lora", "Qwen/Qwen3-30B-A3B", "model.gguf", "push"}
 ELSEWHERE |= {"passport", "--kl", "target.engine=vllm"}
-ENGINES = ("docs/how-to/for-vllm.md", "docs/how-to/for-llama-cpp.md", "docs/how-to/for-mlx.md")
 PAGES = [name for name in DOCUMENTS if commands(name) and not name.startswith(("docs/reference/", "docs/install"))]
 SIZES = {"40MB": "1MB", "50MB": "1MB", "5GB": "1MB", "1.25,1.6,2,2.5,3": "3,4"}  # of a tiny model
 BLOCKS = {"docs/how-to/drop-blocks.md": 20}  # that commands of the page name
@@ -72,10 +72,7 @@ def place(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "document",
-    [pytest.param(page, marks=pytest.mark.slow if page in ENGINES else pytest.mark.nightly) for page in PAGES],
-)
+@pytest.mark.parametrize("document", tiered_nightly(PAGES, "docs/how-to/for-llama-cpp.md".__eq__))
 def test_commands_run(document: str, place: Path) -> None:
     errors = []
     for words in commands(document):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.rules.source_tree import ROOT
+from tests.tiers import tiered_nightly
 from tests.tiny import save_tiny
 
 EXAMPLES = ROOT / "examples"
@@ -44,9 +45,8 @@ def test_every_example_is_run() -> None:
     assert NOTEBOOKS == ["look_inside.ipynb", "quickstart.ipynb"]
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("methods_as_before")
-@pytest.mark.parametrize("name", sorted(PROGRAMS))
+@pytest.mark.parametrize("name", tiered_nightly(sorted(PROGRAMS), {"custom_method.py", "distill.py"}.__contains__))
 def test_program_runs(
     name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -56,8 +56,7 @@ def test_program_runs(
     assert capsys.readouterr().out.strip()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("name", tiered_nightly(NOTEBOOKS, "quickstart.ipynb".__eq__))
 def test_notebook_runs(
     name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,6 +77,7 @@ def logits(folder: Path, config: Any = None) -> torch.Tensor:
     return found
 
 
+@pytest.mark.slow
 def test_shrunken_checkpoint_loads_and_is_counted(large: Path, tmp_path: Path) -> None:
     done = shrink(large, 2, tmp_path / "small")
     opened, before = CompressedCheckpoint(tmp_path / "small"), CompressedCheckpoint(large)

@@ -25,7 +25,7 @@ from llmcompress.surgery.unit_choice import UnitScore
 from llmcompress.surgery.units import NEURONS, Part, plan_narrowing
 from llmcompress.surgery.width_prices import WidthPrices, measure_widths, widths_to_try
 from tests.surgery.test_narrow import IDS, logits
-from tests.tiers import tiered
+from tests.tiers import tiered, tiered_nightly
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny, tiny_tokenizer
 
 UNABLE = ("gpt2", "opt")
@@ -53,7 +53,7 @@ def with_idle(family: str, folder: Path) -> Path:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", tiered(["llama", "phi3", "qwen2"], {"llama", "phi3"}.__contains__))
+@pytest.mark.parametrize("family", tiered_nightly(["llama", "phi3", "qwen2"], "phi3".__eq__))
 def test_per_block_removes_idle_neurons_of_one_block_without_a_change(family: str, tmp_path: Path, text: str) -> None:
     """And equal widths would have hurt the other block."""
     whole = with_idle(family, tmp_path / "whole")
@@ -183,6 +183,7 @@ def test_model_with_widths_by_block_is_saved_by_transformers(slim: Path, tmp_pat
     assert torch.equal(logits(tmp_path / "again"), logits(slim / "slim"))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_model_with_widths_by_block_is_compressed(slim: Path, tmp_path: Path) -> None:
     """Some of its matrices, so that dense ones with sizes of their own stay beside them."""
@@ -203,6 +204,7 @@ def test_model_with_widths_by_block_is_compressed(slim: Path, tmp_path: Path) ->
     assert "quantization_config" not in json.loads((tmp_path / "filled" / "config.json").read_text())
 
 
+@pytest.mark.slow
 def test_model_with_widths_by_block_is_distilled_in_its_shapes(slim: Path, tmp_path: Path) -> None:
     data = {"dataset": str(slim / "text.txt"), "samples": 12, "length": 32, "held_out": 2}
     asked = {"version": 1, "data": data, "rates": {"weights": 1e-3, "norms": 1e-3}, "batch": 2, "steps": 3}

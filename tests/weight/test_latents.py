@@ -18,6 +18,7 @@ from llmcompress.weight.trainable.masters import MARGIN
 from llmcompress.weight.trainable.relax import KINDS, Relaxation, RelaxedWeight, relax
 from llmcompress.weight.trainable.straight_through import slope
 from tests.builders import every_node, grid, random_nestings, seeded
+from tests.tiers import tiered
 from tests.weight.test_relax import assert_same_bits, elsewhere, layout, steps
 
 FORMS: dict[str, Form] = {"offsets": partial(Offsets, rank=3), "divided": DividedWeights}
@@ -44,7 +45,7 @@ def only(module: RelaxedWeight) -> TensorForm:
     return latents
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", tiered(FORMS, "offsets".__eq__))
 def test_freezing_returns_the_same_bits(form: str) -> None:
     for w in EXPRESSIONS + list(GRIDS.values()):
         for distance in (0.1, 10.0):
@@ -65,7 +66,7 @@ def test_kinds_are_exactly_what_trains(form: str) -> None:
         assert all(parameter.dtype == torch.float32 for parameter in parameters.values())
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", tiered(FORMS, "offsets".__eq__))
 def test_trained_codes_are_stored_and_used_alike(form: str) -> None:
     for w in EXPRESSIONS[::2] + list(GRIDS.values()):
         module = relaxed(w, form, frozenset(KINDS))

@@ -17,7 +17,7 @@ from llmcompress.weight.nodes import RotatedInputs, Weight, shape
 from llmcompress.weight.trellis import Trellis
 from tests.builders import codebook, grid, minifloat, seeded, streams
 from tests.kernels.cpu.emulated import STUBS, Emulated, emulated
-from tests.tiers import tiered
+from tests.tiers import tiered, tiered_nightly
 
 
 def linear_streams(rows: int, width: int, bits: int, values: int) -> Weight:
@@ -44,6 +44,7 @@ FORMS = {
 MODES = ("exact", "int8", "auto")
 FAST = {("4 bits", "auto"), ("3 bits with zeros", "exact"), ("streams of 2 bits", "int8"), ("rotated", "auto")}
 FAST |= {("vectors", "exact")}
+CASES = [(name, mode) for name in FORMS for mode in MODES]
 
 
 @pytest.fixture
@@ -67,8 +68,7 @@ def here(w: Weight, x: Tensor, mode: matmul.Mode) -> Tensor:
     return matmul.multiply(prepare(w), x.clone(), mode)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", tiered([(name, mode) for name in FORMS for mode in MODES], FAST.__contains__))
+@pytest.mark.parametrize("case", tiered_nightly(CASES, lambda case: case in FAST or case in CASES[::3]))
 def test_neon_gives_what_this_machine_gives(case: tuple[str, matmul.Mode], by_neon: Callable[..., Tensor]) -> None:
     name, mode = case
     w = FORMS[name]
@@ -83,7 +83,7 @@ def test_neon_gives_what_this_machine_gives(case: tuple[str, matmul.Mode], by_ne
         assert float((found.double() - wanted).norm() / wanted.norm()) < 2e-2, "no oracle is needed to see nonsense"
 
 
-@pytest.mark.parametrize("name", tiered(FORMS, lambda name: name == "4 bits"))
+@pytest.mark.parametrize("name", tiered(FORMS, "4 bits".__eq__, slow=[*FORMS][::3].__contains__))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_neon_decodes_as_this_machine(name: str, dtype: torch.dtype, by_neon: Callable[..., Tensor]) -> None:
     """Many tokens go through the decoded matrix."""

@@ -33,16 +33,14 @@ from llmcompress.weight.nodes import (
 from llmcompress.weight.trellis import Trellis
 from tests.builders import (
     codebook,
-    every_node,
     grid,
     minifloat,
     pattern,
-    random_nestings,
     seeded,
     streams,
     tensor_bytes,
 )
-from tests.tiers import tiered
+from tests.tiers import expressions, tier_of, tiered
 
 HERE = TIERS[TIERS.index(host_tier()) :]  # this machine's tier, and those below
 RUNNABLE = [tier for tier in HERE if tier.name != "neon" or host_tier().name == "neon"]
@@ -164,16 +162,15 @@ FLOATS = [
 ]
 FORMS = GRIDS + STREAMS + TURNED + ELEMENTS + TABLES + VECTORS + FLOATS
 every_tier = pytest.mark.parametrize(
-    "tier", tiered(RUNNABLE, lambda tier: tier == host_tier(), lambda tier: str(tier.name))
+    "tier", tiered(RUNNABLE, host_tier().__eq__, lambda tier: tier.name, slow=lambda tier: tier.name != "portable")
 )
 SLOW_TO_COMPILE = (STREAMS[0], TABLES[0], *VECTORS[:2], FLOATS[0])  # for processors without vectors
+SLOW = (GRIDS[0], ELEMENTS[0], STREAMS[0], TABLES[0], VECTORS[0], FLOATS[0])  # one of each kind
 
 
-def marks_of(tier: Tier, is_slow_to_compile: bool) -> tuple[pytest.MarkDecorator, ...]:
-    """Return the marks of a case on a tier."""
-    if tier == host_tier():
-        return ()
-    return (pytest.mark.nightly if is_slow_to_compile and tier.name == "portable" else pytest.mark.slow,)
+def tier_of_form(tier: Tier, w: Weight) -> pytest.MarkDecorator:
+    """Return the mark of a form on a tier below this machine's."""
+    return tier_of(w in SLOW and (tier.name != "portable" or w not in SLOW_TO_COMPILE))
 
 
 def distance(found: Tensor, wanted: Tensor) -> float:
@@ -189,8 +186,8 @@ def on_tier(monkeypatch: pytest.MonkeyPatch, tier: Tier) -> Iterator[Tier]:
 @pytest.mark.parametrize(
     "tier, w",
     [
-        pytest.param(tier, w, id=f"{tier.name}-{type(w).__name__}", marks=marks_of(tier, w in SLOW_TO_COMPILE))
-        for tier in RUNNABLE
+        pytest.param(tier, w, id=f"{tier.name}-{type(w).__name__}", marks=tier_of_form(tier, w))
+        for tier in RUNNABLE[1:]  # the first one multiplies every form below
         for w in (*GRIDS[:3], TURNED[1], *ELEMENTS[:3], *SLOW_TO_COMPILE)
     ],
 )
@@ -198,7 +195,7 @@ def test_every_tier_multiplies_as_the_dense_matrix(on_tier: Tier, w: Weight) -> 
     check(w)
 
 
-@pytest.mark.parametrize("at", tiered(range(len(FORMS)), lambda at: at % 4 == 3))
+@pytest.mark.parametrize("at", tiered(range(len(FORMS)), lambda at: at % 16 == 3, slow=lambda at: at % 4 == 3))
 def test_every_form_multiplies_as_the_dense_matrix(at: int) -> None:
     check(FORMS[at])
 
@@ -222,7 +219,7 @@ def check(w: Weight) -> None:
         assert distance(found, x.double() @ matrix.T) <= tolerance, (tokens, mode, dtype)
 
 
-@pytest.mark.parametrize("tier", [pytest.param(tier, marks=marks_of(tier, True)) for tier in RUNNABLE])
+@every_tier
 def test_every_tier_rounds_and_adds_the_same_integers(on_tier: Tier) -> None:
     """Inputs that are whole numbers with 127 in each block are rounded to themselves, so sums are exact."""
     for w in (GRIDS[0], STREAMS[0], STREAMS[5]):
@@ -234,7 +231,7 @@ def test_every_tier_rounds_and_adds_the_same_integers(on_tier: Tier) -> None:
         torch.testing.assert_close(found.double(), whole.double() @ dense(ones).double().T, rtol=1e-6, atol=1e-3)
 
 
-@pytest.mark.parametrize("w", list(every_node() + random_nestings(5, 30)), ids=lambda w: type(w).__name__)
+@pytest.mark.parametrize("w", expressions(5, 30))
 def test_is_supported_agrees_with_prepare(w: Weight) -> None:
     prepared = prepare(w)
     assert (prepared is not None) == is_supported(w)

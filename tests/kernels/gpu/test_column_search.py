@@ -30,6 +30,7 @@ from tests.builders import seeded
 from tests.kernels.gpu.searched import CASES, Case, found, rounded_on
 from tests.methods.oracles.columns import numbers_of
 from tests.rules.source_tree import ROOT
+from tests.tiers import tier_of
 
 pytestmark = [
     pytest.mark.slow,  # kernels interpreted in a process of their own; the search of CPUs is judged in fast tests
@@ -84,10 +85,19 @@ def test_grid_rounding_on_a_gpu_equals_the_cpu() -> None:
 
 @pytest.mark.parametrize(
     "trellis, chip",
-    [(Trellis(2, 1, 12), 80), (Trellis(2, 1, 12), 90), (Trellis(2, 1, 12), 100), (Trellis(1, 1, 12), 90),
-     (Trellis(3, 1, 12), 90), (Trellis(5, 2, 12), 90), (Trellis(2, 1, 12, ring=True), 90)],
+    [
+        pytest.param(trellis, chip, marks=tier_of(chip == 90 and trellis.bits == 2))
+        for trellis, chips in (
+            (Trellis(2, 1, 12), (80, 90, 100)),
+            (Trellis(1, 1, 12), (90,)),
+            (Trellis(3, 1, 12), (90,)),
+            (Trellis(5, 2, 12), (90,)),
+            (Trellis(2, 1, 12, ring=True), (90,)),
+        )
+        for chip in chips
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_column_search_compiles_for_a_chip(
     trellis: Trellis, chip: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,10 +39,11 @@ from llmcompress.weight.trellis import Trellis, matrix
 from tests.builders import codebook, grid, seeded, streams
 from tests.kernels.gpu.interpreted import Case, cases, on
 from tests.rules.source_tree import ROOT
+from tests.tiers import tiered_nightly
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which is for Linux")
 on_a_gpu = pytest.mark.skipif(not runs_on(torch.device("cuda")), reason="needs a GPU that the kernels run on")
-CHIPS = (80, 90, 120)
+every_chip = pytest.mark.parametrize("chip", tiered_nightly((80, 90, 120), lambda chip: chip == 90))
 TWO = Sum((grid((8, 32), 16, 16, 1, True), LowRank(Dense(torch.ones(8, 2)), Dense(torch.ones(2, 32)))))
 TYPES = {
     torch.bfloat16: "*bf16",
@@ -213,8 +214,7 @@ def _type(value: Any) -> Any:
 
 
 @needs_triton
-@pytest.mark.slow
-@pytest.mark.parametrize("chip", CHIPS)
+@every_chip
 @pytest.mark.parametrize("tokens", [1, pytest.param(16, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("form", ["4 bits", "7 bits", "3 bits, zero points, low rank", "signs and salient weights"])
 def test_grids_compile_for_a_chip(
@@ -250,8 +250,7 @@ def test_grids_compile_for_a_chip(
 
 
 @needs_triton
-@pytest.mark.slow
-@pytest.mark.parametrize("chip", CHIPS)
+@every_chip
 @pytest.mark.parametrize("tokens", [1, 16])
 @pytest.mark.parametrize("trellis, rank", [(Trellis(2, 1, 12), 0), (Trellis(3, 2, 12, "linear"), 24)], ids=str)
 def test_trellises_compile_for_a_chip(
@@ -277,8 +276,7 @@ def test_trellises_compile_for_a_chip(
 
 
 @needs_triton
-@pytest.mark.slow
-@pytest.mark.parametrize("chip", CHIPS)
+@every_chip
 @pytest.mark.parametrize("block", [1, 4096])
 def test_changes_of_inputs_compile_for_a_chip(
     block: int, chip: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

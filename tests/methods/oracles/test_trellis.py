@@ -208,7 +208,7 @@ def test_rows_of_zeros_stay_zero() -> None:
     assert int(found[5].count_nonzero()) == 0 and bool(found.isfinite().all())
 
 
-@pytest.mark.parametrize("bits, values", [(2, 1), (3, 2)])
+@pytest.mark.parametrize("bits, values", [(2, 1), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_a_short_ring_is_nearer_than_a_long_chain(bits: int, values: int) -> None:
     wanted, errors = torch.randn(768, 16, generator=seeded(5)), []
     for ring, run in ((False, 768), (True, 256)):
