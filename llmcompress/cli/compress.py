@@ -373,7 +373,9 @@ def _storage(rows: Sequence[Row]) -> str:
 
 def _target_line(allocation: Row) -> str:
     """Return the line on a target: predicted and measured KL, and the time it took."""
-    kl = f"KL predicted {allocation['predicted_kl']:.4f}, measured {allocation['measured_kl']:.4f}"
+    between = [f"{value:.4f}" for value in allocation.get("predicted_range", ())]  # older outputs have none
+    kl = f"KL predicted {allocation['predicted_kl']:.4f}{f' ({between[0]} to {between[1]})' if between else ''}, "
+    kl += f"measured {allocation['measured_kl']:.4f}"
     others = [f"{value:.4f} for a {name} plan" for name, value in allocation.get("baselines", {}).items()]
     kl += f" on {allocation['probing_tokens']} tokens"
     beside = f" · {' and '.join(others)} of that size, predicted" if others else ""

@@ -237,7 +237,9 @@ def test_the_command_line_aims_and_says_how_well(place: Path, tmp_path: Path, re
     assert found["allocation"]["target"] == {"bytes": SIZE} and found["bytes"] == result.report.bytes
     assert (tmp_path / "out" / ALLOCATION).is_file()
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "out")]).stdout
-    assert re.search(r"target +0\.1 MB · KL predicted 0\.\d+, measured 0\.\d+ on 188 tokens", shown)
+    assert re.search(
+        r"target +0\.1 MB · KL predicted 0\.\d+ \(0\.\d+ to 0\.\d+\), measured 0\.\d+ on 188 tokens", shown
+    )
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import tables
 from records import recipe_path, recipe_sha256
 from rows import calibration
 
+from llmcompress.allocation.allocate import RANGE
 from llmcompress.recipe.read import read_recipe
 from tests.rules.source_tree import ROOT
 
@@ -122,6 +123,12 @@ def _is_calibrated_alike(record: dict[str, Any]) -> bool:
     as_all = command.startswith("python research/rows.py --data DATA --windows 8 ") and command.endswith(f" {name}")
     text = record["calibration"] == (calibration(Path()) if asks else None)
     return as_all is not None and text and (record["numbers"].get("error_heldout") is not None) == asks
+
+
+def test_the_range_of_a_predicted_kl_holds_nine_of_ten_plans() -> None:
+    plans = [record["numbers"] for record in RECORDS if {"kl_predicted", "kl_probing"} <= record["numbers"].keys()]
+    held = [RANGE[0] <= plan["kl_probing"] / plan["kl_predicted"] <= RANGE[1] for plan in plans]
+    assert len(plans) > 20 and sum(held) >= 0.9 * len(plans), held
 
 
 def test_distilled_rows_stand_below_their_students() -> None:
