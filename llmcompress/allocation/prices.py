@@ -377,12 +377,11 @@ def _price_options(matrix: Matrix, measurement: MatrixMeasurement, reference: Re
         values = interpolate_errors(run, {places[number]: value for number, value in fast.items()}, own)
         errors |= {number: values[place] for number, place in places.items()}
     mixed = measurement.sensitivities[measurement.probed][0]
-    damages = [*zip(*_damages(kin, errors, measurement.sensitivities), strict=True)]
+    damages = zip(*_damages(kin, errors, measurement.sensitivities), strict=True)
+    sizes = zip(matrix.options, matrix.bits, matrix.bytes, strict=True)
     offers = tuple(
-        OptionPrice(
-            steps, matrix.bits[n], matrix.bytes[n], errors[n], n in measurement.errors, damages[n][0], damages[n][1:]
-        )
-        for n, steps in enumerate(matrix.options)
+        OptionPrice(*size, errors[n], n in measurement.errors, mean, tuple(kinds))
+        for n, (size, (mean, *kinds)) in enumerate(zip(sizes, damages, strict=True))
     )
     return MatrixPrices(matrix.name, matrix.shape, matrix.is_table, mixed, offers)
 
