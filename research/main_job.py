@@ -42,7 +42,9 @@ def records(found: Record, full: bool) -> list[Record]:
         "windows": -(-found["dense"]["tokens"] // TOKENS),
         "seconds_in_all": found["seconds"],
     }
-    asked = None if calibration is None else calibration.model_dump(mode="json", exclude_defaults=True)
+    asked = None
+    if calibration is not None:
+        asked = {"dataset": calibration.dataset} | calibration.model_dump(mode="json", exclude_defaults=True)
     costs = {
         "compressed": {"seconds": found["compress_seconds"], "peak_memory_bytes": found["peak_memory_bytes"]},
         "distilled": {"seconds": found["distill_seconds"], "training_tokens": found["distill_tokens"]},
