@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 from records import RESULTS, Record, append, provenance, read_records
-from three_models import TEXT, run_command
+from three_models import TEXT, run_command, write_code
 
 ARMS: dict[str, list[str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 ROWS = 400  # of each kind's file
@@ -47,16 +47,16 @@ def main() -> None:
 
 def write_kinds(data: Path, folder: Path) -> None:
     """Write a file of text for each kind but WikiText."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write_code(data / "tasks" / "humaneval.jsonl", folder)
     keys = {
-        "code": ("tasks/humaneval.jsonl", ("prompt", "canonical_solution"), ""),
-        "stories": ("tasks/lambada_test.jsonl", ("text",), "\n"),
-        "sums": ("tasks/gsm8k_test.jsonl", ("question", "answer"), "\n"),
-        "advice": ("tasks/piqa_valid.jsonl", ("goal", "sol1"), "\n"),
+        "stories": ("tasks/lambada_test.jsonl", ("text",)),
+        "sums": ("tasks/gsm8k_test.jsonl", ("question", "answer")),
+        "advice": ("tasks/piqa_valid.jsonl", ("goal", "sol1")),
     }
-    for kind, (file, names, between) in keys.items():
+    for kind, (file, names) in keys.items():
         rows = [json.loads(line) for line in (data / file).read_text(encoding="utf-8").splitlines()[:ROWS]]
-        (folder / f"{kind}.txt").write_text("\n".join(between.join(row[name] for name in names) for row in rows))
+        (folder / f"{kind}.txt").write_text("\n".join(row[name] for row in rows for name in names))
     pairs = [path.read_text(encoding="utf-8").splitlines()[:20] for path in sorted((data / "blimp").glob("*.jsonl"))]
     sentences = [json.loads(line)["sentence_good"] for lines in pairs for line in lines]
     (folder / "sentences.txt").write_text("\n".join(sentences))

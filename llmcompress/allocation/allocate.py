@@ -87,13 +87,13 @@ class Allocation:
 
     def summary(self, measured_kl: Sequence[float], size: int) -> dict[str, Any]:
         """Return the target, predictions and measurements; `size`: bytes of the finished weight files."""
-        target = target_of(self.job)
+        target, predicted = target_of(self.job), damage(self.prices, self.chosen)
         plain = self._plain_plan() if target.worst else None
         beside = {} if plain is None else {"plain": damage(self.prices, plain)}
         return {
             "target": target.model_dump(mode="json", exclude_none=True),
-            "predicted_kl": damage(self.prices, self.chosen),
-            "predicted_range": [share * damage(self.prices, self.chosen) for share in RANGE],
+            "predicted_kl": predicted,
+            "predicted_range": [share * predicted for share in RANGE],
             "measured_kl": measured_kl[0],
             **({} if plain is None else {"kinds": self._kinds(plain, measured_kl[1:])}),
             "baselines": beside | predicted_baselines(self.choices, self.prices, target, self.chosen),
