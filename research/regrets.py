@@ -69,12 +69,17 @@ def measure_row(model: str, words: list[str], data: Path, work: Path) -> Record:
     before = time.monotonic()
     report = run_command(["compress", model, *words, "-o", str(out)])
     seconds = time.monotonic() - before
-    text = ["--text", str(data / TEXT), "--windows", "8", "--length", "512", "--domains", str(work / "kinds")]
-    scores = run_command(["eval", str(out), "--against", model, *text])
+    kinds = score_kinds(out, model, data, work / "kinds")
     shutil.rmtree(out)
-    kinds = {"wikitext": scores["kl"], **{kind: score["kl"] for kind, score in scores["domains"].items()}}
-    sizes = {key: report[key] for key in ("bytes", "bpw", "peak_memory_bytes")}
-    return {**sizes, "seconds": seconds, "kl": statistics.mean(kinds.values()), **kinds}
+    return {**{key: report[key] for key in ("bytes", "bpw", "peak_memory_bytes")}, "seconds": seconds, **kinds}
+
+
+def score_kinds(folder: Path, model: str, data: Path, kinds: Path) -> dict[str, float]:
+    """Return the KL of a model's folder to the dense one on each kind, and their mean as `kl`."""
+    text = ["--text", str(data / TEXT), "--windows", "8", "--length", "512", "--domains", str(kinds)]
+    scores = run_command(["eval", str(folder), "--against", model, *text])
+    distances = {"wikitext": scores["kl"], **{kind: score["kl"] for kind, score in scores["domains"].items()}}
+    return {"kl": statistics.mean(distances.values()), **distances}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""AutoRound's 2-bit weights; runs in the peer's environment (see README.md here).
+"""AutoRound's weights of 2 to 4 bits; runs in the peer's environment (see README.md here).
 
 Asymmetric groups; the tool's defaults are 200 iterations and batches of 8 (of 128 sequences of 2048 tokens of a data
 set on the Hub, in whose place it is given our tokens). Codes, and per group a float16 scale and a zero point as wide
@@ -21,6 +21,7 @@ class Arm:
     group: int
     iterations: int = 200
     batch_size: int = 8
+    bits: int = 2
 
 
 ARMS = {
@@ -33,6 +34,8 @@ ARMS = {
     "w2g32-40x1": Arm(32, 40, 1),
     "w2g64-40x1": Arm(64, 40, 1),
     "w2g128-40x1": Arm(128, 40, 1),
+    "w3g64-40x1": Arm(64, 40, 1, bits=3),
+    "w4g64-40x1": Arm(64, 40, 1, bits=4),
 }
 
 
@@ -49,8 +52,8 @@ def main() -> None:
         tool = AutoRound(
             model,
             tokenizer=tokenizer,
-            scheme="W2A16",
-            bits=2,
+            scheme=f"W{arm.bits}A16",
+            bits=arm.bits,
             group_size=arm.group,
             sym=False,
             dataset=list(ids.split(1)),
@@ -65,7 +68,7 @@ def main() -> None:
 
     quantized, facts = timed(work)
     dense = {name: part.weight for name, part in decoder_linears(quantized).items()}
-    facts["bits"] = grouped_bits(dense.values(), 2, arm.group, 16 + 2)
+    facts["bits"] = grouped_bits(dense.values(), arm.bits, arm.group, 16 + arm.bits)
     hand_over(given, "auto-round", ("auto-round", "transformers"), dense, facts)
 
 

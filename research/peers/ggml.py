@@ -28,13 +28,25 @@ from handover import decoder_linears, hand_over, loaded, parser, sequences, time
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-KINDS = {"iq1_s": Type.IQ1_S, "iq2_xxs": Type.IQ2_XXS, "q2_k": Type.Q2_K, "tq1_0": Type.TQ1_0, "tq2_0": Type.TQ2_0}
+KINDS = {
+    "iq1_s": Type.IQ1_S,
+    "iq2_xxs": Type.IQ2_XXS,
+    "iq3_xxs": Type.IQ3_XXS,
+    "q2_k": Type.Q2_K,
+    "q3_k": Type.Q3_K,
+    "q4_0": Type.Q4_0,
+    "q4_k": Type.Q4_K,
+    "tq1_0": Type.TQ1_0,
+    "tq2_0": Type.TQ2_0,
+}
 ARMS = (*KINDS, *(f"{kind}-joined" for kind in KINDS))
 FALLBACKS = {  # where blocks do not divide the width
     Type.IQ1_S: Type.IQ4_NL,
     Type.IQ2_XXS: Type.IQ4_NL,
     Type.Q2_K: Type.Q4_0,
+    Type.IQ3_XXS: Type.IQ4_NL,
     Type.Q3_K: Type.Q4_0,
+    Type.Q4_K: Type.Q5_0,
     Type.TQ1_0: Type.Q4_0,
     Type.TQ2_0: Type.Q4_0,
 }

@@ -13,7 +13,14 @@ from handover import decoder_linears, grouped_bits, hand_over, loaded, parser, t
 if TYPE_CHECKING:
     from torch import Tensor
 
-ARMS = {"2bit-g64": (2, 64), "2bit-g32": (2, 32), "1bit-g64": (1, 64), "1bit-g32": (1, 32)}
+ARMS = {
+    "4bit-g64": (4, 64),
+    "3bit-g64": (3, 64),
+    "2bit-g64": (2, 64),
+    "2bit-g32": (2, 32),
+    "1bit-g64": (1, 64),
+    "1bit-g32": (1, 32),
+}
 
 
 def main() -> None:

@@ -57,6 +57,7 @@ ARMS: dict[str, Callable[[], Any]] = {
     "gptq2g64mse": lambda: gptq(2, observer="memoryless_mse"),
     "gptq3g64": lambda: gptq(3, observer=None),
     "gptq3g64mse": lambda: gptq(3, observer="memoryless_mse"),
+    "gptq4g64mse": lambda: gptq(4, observer="memoryless_mse"),
 }
 
 

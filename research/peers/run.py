@@ -27,10 +27,29 @@ OURS = "llama.cpp"  # needs no environment but ours
 ARMS = {  # the tool, as its environment is called: script, arms
     "quanto": ("quanto", ("qint2",)),
     "torchao": ("torchao_int2", ("int2-g64",)),
-    "hqq": ("hqq_solve", ("2bit-g64", "2bit-g32", "1bit-g64", "1bit-g32")),
-    OURS: ("ggml", ("iq1_s", "iq2_xxs", "q2_k", "tq1_0", "tq2_0", "iq1_s-joined", "iq2_xxs-joined", "q2_k-joined")),
-    "llm-compressor": ("llm_compressor", ("gptq2g64", "gptq2g64mse", "gptq3g64", "gptq3g64mse", "sparsegpt50")),
-    "autoround": ("autoround", ("w2g64-40x1", "w2g32-40x1", "w2g128", "w2g64", "w2g32")),
+    "hqq": ("hqq_solve", ("4bit-g64", "3bit-g64", "2bit-g64", "2bit-g32", "1bit-g64", "1bit-g32")),
+    OURS: (
+        "ggml",
+        (
+            "iq1_s",
+            "iq2_xxs",
+            "q2_k",
+            "tq1_0",
+            "tq2_0",
+            "iq1_s-joined",
+            "iq2_xxs-joined",
+            "iq3_xxs-joined",
+            "q2_k-joined",
+            "q3_k-joined",
+            "q4_k-joined",
+            "q4_0",
+        ),
+    ),
+    "llm-compressor": (
+        "llm_compressor",
+        ("gptq2g64", "gptq2g64mse", "gptq3g64", "gptq3g64mse", "gptq4g64mse", "sparsegpt50"),
+    ),
+    "autoround": ("autoround", ("w2g64-40x1", "w2g32-40x1", "w3g64-40x1", "w4g64-40x1", "w2g128", "w2g64", "w2g32")),
 }
 
 
