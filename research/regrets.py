@@ -62,21 +62,21 @@ def write_kinds(data: Path, folder: Path) -> None:
     (folder / "sentences.txt").write_text("\n".join(sentences))
 
 
-def measure_row(model: str, words: list[str], data: Path, work: Path) -> Record:
+def measure_row(model: str, words: list[str], data: Path, work: Path, windows: int = 8) -> Record:
     """Return the numbers of one row."""
     out = work / "out"
     shutil.rmtree(out, ignore_errors=True)
     before = time.monotonic()
     report = run_command(["compress", model, *words, "-o", str(out)])
     seconds = time.monotonic() - before
-    kinds = score_kinds(out, model, data, work / "kinds")
+    kinds = score_kinds(out, model, data, work / "kinds", windows)
     shutil.rmtree(out)
     return {**{key: report[key] for key in ("bytes", "bpw", "peak_memory_bytes")}, "seconds": seconds, **kinds}
 
 
-def score_kinds(folder: Path, model: str, data: Path, kinds: Path) -> dict[str, float]:
+def score_kinds(folder: Path, model: str, data: Path, kinds: Path, windows: int = 8) -> dict[str, float]:
     """Return the KL of a model's folder to the dense one on each kind, and their mean as `kl`."""
-    text = ["--text", str(data / TEXT), "--windows", "8", "--length", "512", "--domains", str(kinds)]
+    text = ["--text", str(data / TEXT), "--windows", str(windows), "--length", "512", "--domains", str(kinds)]
     scores = run_command(["eval", str(folder), "--against", model, *text])
     distances = {"wikitext": scores["kl"], **{kind: score["kl"] for kind, score in scores["domains"].items()}}
     return {"kl": statistics.mean(distances.values()), **distances}

@@ -31,6 +31,7 @@ from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import resolve
 
 PEERS = {f"{tool}-{arm}": (tool, script, arm) for tool, (script, arms) in ARMS.items() for arm in arms}
+WINDOWS = 4  # of each kind: the logits of a large vocabulary take most of the time
 DENSE_TABLE = ["--set", "embeddings=[]"]
 OURS: dict[str, list[str]] = {
     "gptq-4-g64": ["gptq-4-g64"],
@@ -73,7 +74,7 @@ def measure_ours(model: str, arm: str, given: argparse.Namespace) -> Record:
         for key, value in (calibration(given.data) | {"bos": "auto"}).items()
         for word in ("--set", f"calibration.{key}={value}")
     ]
-    numbers = measure_row(model, [*OURS[arm], *read], given.data, given.out)
+    numbers = measure_row(model, [*OURS[arm], *read], given.data, given.out, WINDOWS)
     return {"tool": "llmcompress", "tool_arm": arm, **numbers}
 
 
@@ -87,7 +88,7 @@ def measure_peer(name: str, model: str, arm: str, given: argparse.Namespace) -> 
     )
     run_once(arm, *PEERS[arm], folder, argparse.Namespace(**vars(given) | {"out": place}))
     report: dict[str, Any] = json.loads((place / arm / "peer.json").read_text())
-    numbers = score_kinds(place / arm, model, given.data, given.out / "kinds")
+    numbers = score_kinds(place / arm, model, given.data, given.out / "kinds", WINDOWS)
     shutil.rmtree(place / arm)
     sizes = {
         "bytes": round(report["bytes"]) + rest,
