@@ -15,7 +15,7 @@ import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,6 +32,8 @@ from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.tokenizer import load_tokenizer
 
 TEXT = "wikitext2-test.raw"
+# (name, values [out, in] float32) -> what is stored, and its type, None for that of its numbers
+Convert = Callable[[str, np.ndarray], tuple[np.ndarray, gguf.GGMLQuantizationType | None]]
 OPAQUE = 4096  # bytes, more than any of llama.cpp's structs of settings: it reads and writes its own size of them
 
 
@@ -89,6 +91,11 @@ def main() -> None:
 
 def write_f16(source: Path, target: Path) -> None:
     """Write a GGUF file again with matrices as F16 and vectors as F32; all else stays."""
+    rewrite_matrices(source, target, lambda _, values: (values.astype(np.float16), None))
+
+
+def rewrite_matrices(source: Path, target: Path, convert: Convert) -> None:
+    """Write a GGUF file again with what `convert` makes of each matrix and vectors as F32; all else stays."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, str(reader.fields["general.architecture"].contents()))
     for name, field in reader.fields.items():
@@ -96,8 +103,9 @@ def write_f16(source: Path, target: Path) -> None:
             inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(name, field.contents(), field.types[0], inner)
     for tensor in reader.tensors:
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        writer.add_tensor(tensor.name, values.astype(np.float32 if values.ndim == 1 else np.float16))
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        stored, kind = (values, None) if values.ndim == 1 else convert(tensor.name, values)
+        writer.add_tensor(tensor.name, stored, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -109,7 +109,13 @@ def chosen(kind: str, name: str, blocks: int, width: int) -> Type:
 
 
 def quantized(weight: Tensor, importance: Tensor, kind: Type) -> tuple[Tensor, int]:
-    """([out, in] of what the codes are worth, their bytes). Rows that blocks do not divide are joined four by four."""
+    """([out, in] of what the codes are worth, their bytes)."""
+    codes = quantize(weight, importance, kind)
+    return torch.from_numpy(gguf.quants.dequantize(codes, kind)).reshape(weight.shape), codes.nbytes
+
+
+def quantize(weight: Tensor, importance: Tensor, kind: Type) -> numpy.ndarray:
+    """The codes of rows, uint8 [rows, bytes]. Rows that blocks do not divide are joined four by four."""
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     joined = 4 if weight.shape[1] % block else 1
     rows = weight.reshape(weight.shape[0] // joined, -1).contiguous().numpy()
@@ -119,7 +125,7 @@ def quantized(weight: Tensor, importance: Tensor, kind: Type) -> tuple[Tensor, i
     written = library().ggml_quantize_chunk(int(kind), *pointers)
     if written != codes.nbytes:
         raise RuntimeError(f"ggml wrote {written} bytes of {kind.name} where {codes.nbytes} were expected")
-    return torch.from_numpy(gguf.quants.dequantize(codes, kind)).reshape(weight.shape), written
+    return codes
 
 
 def library() -> ctypes.CDLL:
