@@ -188,7 +188,7 @@ def measure(model: str, doors: list[str], options: argparse.Namespace) -> dict[s
 
 def write_door(model: str, words: list[str] | Callable[[str, Path], None], folder: Path) -> Record:
     """Write what the engine loads, unless it is there; return its bytes and the seconds that it took."""
-    note = folder.with_suffix(".json")
+    note = folder.parent / f"{folder.name}.json"
     if not note.is_file():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
