@@ -148,6 +148,20 @@ TABLES: dict[str, Columns] = {
         "tokens/s": "{tokens_per_second:.1f}",
         "to dense": "{ratio:.2f}",
     },
+    "engine-doors": {
+        "model, engine and form": "{arm}",
+        "bytes": "{bytes:,}",
+        "seconds": "{seconds:.0f}",
+        "KL": "{kl:.3f}",
+        "tokens/s": "{tokens_per_second:.0f}",
+    },
+    "peers-models": {
+        "model and form": "{arm}",
+        "bytes": "{bytes:,}",
+        "bpw": "{bpw:.2f}",
+        "KL, mean": "{kl:.3f}",
+        **{kind: f"{{{kind}:.3f}}" for kind in ("wikitext", "code", "stories", "sums", "advice", "sentences")},
+    },
     "dense-models": {
         "model": "{arm}",
         "llmcompress": "{own:.3f}",
