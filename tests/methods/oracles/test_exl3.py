@@ -69,7 +69,7 @@ def test_data_and_bits_help() -> None:
 
 def test_other_widths_and_a_second_rotation_are_refused() -> None:
     inputs = correlated(64, 128)
-    with pytest.raises(RecipeError, match="EXL3 needs sides that 128 divides, and it is 100 x 128; use trellis"):
+    with pytest.raises(RecipeError, match="EXL3 needs sides that 128 divides, and it is 100 x 128; leave it dense, or use trellis"):
         compressed(gaussian(100, 128), inputs, {"method": "exl3"})
     with pytest.raises(RecipeError, match="has a rotation of its own; drop the step that rotates"):
         compressed(gaussian(128, 128), inputs, {"method": "rotate"}, {"method": "exl3"})
