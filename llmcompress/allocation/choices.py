@@ -124,7 +124,7 @@ def goes_low(job: Job) -> bool:
     recipe = job.recipe
     if recipe.options is not None or recipe.target is None or recipe.target.kl is not None:
         return False
-    if recipe.target.engine is not None or recipe.target.sparsity is not None:  # have options of their own
+    if recipe.target.other_engine is not None or recipe.target.sparsity is not None:  # have options of their own
         return False
     if recipe.target.bpw is not None:
         return recipe.target.bpw < LOW
@@ -158,14 +158,16 @@ def _lay_options(job: Job, options: Sequence[Steps]) -> Choices:
     """Return the options laid over the matrices that no rule covers. Raises RecipeError as `find_choices`."""
     recipe, linears = job.recipe, job.arch.linears()
     engine = None if recipe.target is None else recipe.target.engine
+    other = None if recipe.target is None else recipe.target.other_engine
     sizes = file_sizes(job)
     notes: tuple[str, ...] = ()
     open_linears = [linears[name] for name in job.assignment.unruled]
-    if engine is None:
+    suited: Mapping[str, Sequence[Steps] | None] = dict.fromkeys(linears, recipe.options)
+    if other is None:
         suited, notes = _suitable_options({it.name: it.shape for it in open_linears}, options)
-    else:
+    if engine is not None:
         check_rules(job, engine)
-        suited = {it.name: options_for(engine, it, recipe.options) for it in open_linears}
+        suited = {it.name: options_for(engine, it, suited[it.name]) for it in open_linears}
     matrices = [_matrix(sizes, it.name, it.shape, suited[it.name]) for it in open_linears]
     if recipe.target is not None and recipe.target.with_tables:
         matrices += [_matrix(sizes, name, _shape(job, name), each, True) for name, each in _tables(job).items()]
@@ -226,7 +228,7 @@ def _steps(*arguments: dict[str, Any]) -> Steps:
 def _tables(job: Job) -> dict[str, Sequence[Steps]]:
     """Return the options of the token table and an untied output head that the recipe gives no steps for."""
     arch, recipe = job.arch, job.recipe
-    engine = None if recipe.target is None else recipe.target.engine
+    engine = None if recipe.target is None else recipe.target.other_engine
     options: dict[str, Sequence[Steps]] = {}
     if not recipe.embeddings and job.has_plain_table:
         options[arch.embedding] = table_options(engine, _shape(job, arch.embedding), only_looked_up=not arch.tied)

@@ -50,7 +50,9 @@ class EXL3(StepConfig):
         term_beside_dense(approx, "a matrix of tiles")
         rows, width = shape(approx)
         if rows % BLOCK or width % BLOCK:
-            raise RecipeError(f"EXL3 needs sides that {BLOCK} divides, and it is {rows} x {width}; leave it dense, or use trellis")
+            raise RecipeError(
+                f"EXL3 needs sides that {BLOCK} divides, and it is {rows} x {width}; leave it dense, or use trellis"
+            )
         codes = torch.empty(width // SIDE, rows // SIDE, STEPS, dtype=torch.uint8, device="meta")
         inputs, outputs = (torch.empty(size, dtype=torch.float16, device="meta") for size in (width, rows))
         return Tiles(codes, inputs, outputs, self.bits)
