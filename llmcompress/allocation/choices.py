@@ -162,12 +162,12 @@ def _lay_options(job: Job, options: Sequence[Steps]) -> Choices:
     sizes = file_sizes(job)
     notes: tuple[str, ...] = ()
     open_linears = [linears[name] for name in job.assignment.unruled]
-    suited: Mapping[str, Sequence[Steps] | None] = dict.fromkeys(linears, recipe.options)
+    suited: dict[str, Sequence[Steps]] = {}
     if other is None:
         suited, notes = _suitable_options({it.name: it.shape for it in open_linears}, options)
     if engine is not None:
         check_rules(job, engine)
-        suited = {it.name: options_for(engine, it, suited[it.name]) for it in open_linears}
+        suited = {it.name: options_for(engine, it, suited.get(it.name, recipe.options)) for it in open_linears}
     matrices = [_matrix(sizes, it.name, it.shape, suited[it.name]) for it in open_linears]
     if recipe.target is not None and recipe.target.with_tables:
         matrices += [_matrix(sizes, name, _shape(job, name), each, True) for name, each in _tables(job).items()]

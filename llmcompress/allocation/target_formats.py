@@ -12,17 +12,27 @@ from llmcompress.compression.job import Job
 from llmcompress.errors import RecipeError
 from llmcompress.formats.engine_files import UnfitError
 from llmcompress.formats.gguf.write import expert_stacks
-from llmcompress.formats.our_kernels import kernel_obstacle
+from llmcompress.kernels.cpu import prepare as cpu
+from llmcompress.kernels.gpu import prepare as gpu
 from llmcompress.methods.layer import sketch, step
 from llmcompress.methods.trellises.exl3 import MOST_BITS
 from llmcompress.models.dense.families import Linear
 from llmcompress.recipe.target import OUR_ENGINES
+from llmcompress.weight.expression import describe
+from llmcompress.weight.nodes import Weight
 from llmcompress.weight.runtime_formats import GGUF_BLOCK, OBSTACLES, WITH_TABLES
 from llmcompress.weight.superblocks import SUPERBLOCK
 
+
+def _kernel_obstacle(device: str, w: Weight) -> str | None:
+    """Return the reason why no kernel of a device, cpu or cuda, multiplies by `w`; None if one does."""
+    is_able = cpu.is_supported(w) if device == "cpu" else gpu.is_supported(w)
+    return None if is_able else f"{describe(w)} has no kernel for {device}, and would be decoded at every call"
+
+
 ENGINE_OBSTACLES = OBSTACLES | {
-    "transformers": partial(kernel_obstacle, "cpu"),
-    "transformers-cuda": partial(kernel_obstacle, "cuda"),
+    "transformers": partial(_kernel_obstacle, "cpu"),
+    "transformers-cuda": partial(_kernel_obstacle, "cuda"),
 }
 POLISH: dict[str, Any] = {"method": "refine", "passes": 1}
 FOUR_BITS: tuple[dict[str, Any], ...] = (
