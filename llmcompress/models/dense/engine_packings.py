@@ -30,7 +30,8 @@ MLX_FLOATS: dict[str, tuple[FloatFormat, ScaleFormat, int, int]] = {
     "nvfp4": ("e2m1", "e4m3", 16, 4),
 }
 WORD = 32  # bits
-CODEBOOK = "mul1"  # of EXL3: the one that is read here
+CODEBOOKS: tuple[tiles.Codebook, ...] = ("mul1", "mcg")  # of EXL3, named by a tensor
+UNMARKED: tiles.Codebook = "3inst"  # without one
 
 
 @dataclass(frozen=True)
@@ -99,18 +100,18 @@ def _unpack_mlx(parts: dict[str, Tensor], form: MLXForm) -> Tensor:
 
 
 def exl3_packings(folder: Folder) -> Packings:
-    """Return the matrices of EXL3. Raises InputError for other codebooks than the one of `export --to exl3`."""
+    """Return the matrices of EXL3, each of the codebook whose mark is beside it."""
     packings = {}
     for key, words in folder.stored.items():
         layer = key.removesuffix(".trellis")
         if layer == key:
             continue
-        parts = {name: folder.stored.get(f"{layer}.{name}") for name in ("trellis", "suh", "svh", CODEBOOK)}
-        held = {name: part for name, part in parts.items() if part is not None}
-        if missing := parts.keys() - held.keys():
+        codebook = next((name for name in CODEBOOKS if f"{layer}.{name}" in folder.stored), UNMARKED)
+        names = ("trellis", "suh", "svh", codebook)
+        held = {name: folder.stored[f"{layer}.{name}"] for name in names if f"{layer}.{name}" in folder.stored}
+        if missing := {"suh", "svh"} - held.keys():
             raise InputError(
-                f"{words.file} holds {layer} without {min(missing)}, and EXL3 is read with the codebook {CODEBOOK} and "
-                f"factors suh and svh alone; start from the dense checkpoint"
+                f"{words.file} holds {layer} without {min(missing)}, its factors; download the model again"
             )
         down, across, length = words.shape if len(words.shape) == 3 else (0, 0, 0)
         bits, shape = length // tiles.SIDE, (across * tiles.SIDE, down * tiles.SIDE)
@@ -118,14 +119,15 @@ def exl3_packings(folder: Folder) -> Packings:
         blocks = down > 0 < across and not (shape[0] % tiles.BLOCK or shape[1] % tiles.BLOCK)
         factors = held["suh"], held["svh"]
         fit = [part.shape for part in factors] == [shape[1:], shape[:1]] and {part.dtype for part in factors} == {"F16"}
-        folder.require(is_whole and blocks and fit, words.key, "EXL3")
-        packings[f"{layer}.weight"] = Packing(f"{bits} bits of EXL3", shape, held, partial(_unpack_exl3, bits=bits))
+        folder.require(is_whole and blocks and fit, words.key, "EXL3 of whole bits")
+        unpack = partial(_unpack_exl3, bits=bits, codebook=codebook)
+        packings[f"{layer}.weight"] = Packing(f"{bits} bits of EXL3", shape, held, unpack)
     return packings
 
 
-def _unpack_exl3(parts: dict[str, Tensor], bits: int) -> Tensor:
+def _unpack_exl3(parts: dict[str, Tensor], bits: int, codebook: tiles.Codebook) -> Tensor:
     codes = unpack_words(parts["trellis"], bits)
-    return tiles.matrix(codes, bits, parts["suh"], parts["svh"])
+    return tiles.matrix(codes, bits, parts["suh"], parts["svh"], codebook)
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
