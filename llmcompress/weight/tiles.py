@@ -32,17 +32,21 @@ FACTOR, OFFSET = 0x1EEE, 0xC931  # bits of float16 numbers, about 1 / 147.8 and 
 
 
 @constant
-def numbers(codebook: Codebook = "mul1") -> Tensor:
-    """Return the numbers of every state, float32 `[2^16]`, each one that float16 can hold; mul1: mean 0, spread 1."""
-    if codebook != "mul1":
-        factor, summand = SUMMED[codebook]
-        pairs = (torch.arange(1 << MEMORY) * factor + summand) & VARYING ^ EXPONENTS
-        halves = torch.stack([pairs & 0xFFFF, pairs >> 16])
-        return (halves - ((halves >> 15) << 16)).to(torch.int16).view(torch.float16).float().sum(0).half().float()
+def numbers() -> Tensor:
+    """Return the numbers of every state, float32 `[2^16]`, each one that float16 can hold: mean 0, spread 1."""
     product = (torch.arange(1 << MEMORY) * MULTIPLIER) & 0xFFFFFFFF
     total = sum((product >> shift & 255 for shift in (0, 8, 16, 24)), torch.tensor(1024))
     factor, offset = torch.tensor([FACTOR, OFFSET - (1 << 16)], dtype=torch.int16).view(torch.float16).float()
     return (total.float() * factor + offset).half().float()  # exact before it is rounded to float16
+
+
+@constant
+def sums(codebook: str) -> Tensor:
+    """Return the numbers of every state, float32 `[2^16]`, of one of the other codebooks, a key of SUMMED."""
+    factor, summand = SUMMED[codebook]
+    pairs = (torch.arange(1 << MEMORY) * factor + summand) & VARYING ^ EXPONENTS
+    halves = torch.stack([pairs & 0xFFFF, pairs >> 16])
+    return (halves - ((halves >> 15) << 16)).to(torch.int16).view(torch.float16).float().sum(0).half().float()
 
 
 @constant
@@ -90,6 +94,7 @@ def turn_blocks(x: Tensor) -> Tensor:
 
 def matrix(codes: Tensor, bits: int, inputs: Tensor, outputs: Tensor, codebook: Codebook = "mul1") -> Tensor:
     """Decode codes, uint8 `[in / 16, out / 16, 256]`, under factors `[in]` and `[out]`, to float32 `[out, in]`."""
-    tiles = from_tiles(numbers(codebook).to(codes.device)[states(codes, bits)])
+    table = sums(codebook) if codebook in SUMMED else numbers()
+    tiles = from_tiles(table.to(codes.device)[states(codes, bits)])
     turned = turn_blocks(turn_blocks(tiles).T) * inputs.float()
     return turned * outputs.float()[:, None]

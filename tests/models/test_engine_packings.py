@@ -22,7 +22,7 @@ from llmcompress.models.dense.engine_packings import unpack_words
 from llmcompress.models.dense.model import resolve
 from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.weight.expression import dense
-from llmcompress.weight.tiles import matrix
+from llmcompress.weight.tiles import Codebook, matrix
 from tests.builders import seeded
 from tests.formats.test_exl3 import codes_of
 from tests.tiny import save_tiny
@@ -132,9 +132,12 @@ def test_exl3_is_read_as_an_independent_reader_does(tmp_path: Path) -> None:
     configure(folder, quantization_config={"quant_method": "exl3", "bits": 3.0})
     expected = read(codes_of(words.numpy()), 3, suh.double().numpy(), svh.double().numpy())
     np.testing.assert_allclose(resolve(folder).read(f"{Q}.weight").float(), expected, rtol=1e-3, atol=1e-6)
-    for codebook in ("3inst", "mcg"):
-        mark = {f"{Q}.mcg": torch.tensor(1, dtype=torch.int32)} if codebook == "mcg" else {}
-        change(folder, lambda tensors, mark=mark: (tensors.pop(f"{Q}.mul1", None), tensors.update(mark)))
+    codebooks: dict[Codebook, Callable[[dict[str, Tensor]], Any]] = {
+        "3inst": lambda tensors: tensors.pop(f"{Q}.mul1"),
+        "mcg": lambda tensors: tensors.update({f"{Q}.mcg": torch.tensor(1, dtype=torch.int32)}),
+    }
+    for codebook, edit in codebooks.items():
+        change(folder, edit)
         expected = matrix(unpack_words(words, 3), 3, suh, svh, codebook).numpy()
         np.testing.assert_allclose(resolve(folder).read(f"{Q}.weight").float(), expected, rtol=1e-3, atol=1e-6)
     change(folder, lambda tensors: tensors.__setitem__(f"{Q}.trellis", words[..., :40].contiguous()))
