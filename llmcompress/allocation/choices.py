@@ -18,7 +18,7 @@ from typing import Any
 
 from llmcompress.allocation.distortion import Steps
 from llmcompress.allocation.file_sizes import FileSizes, file_sizes
-from llmcompress.allocation.target_formats import check_rules, engine_table_options, options_for
+from llmcompress.allocation.target_formats import ENGINE_OBSTACLES, check_rules, engine_table_options, options_for
 from llmcompress.compression.job import Job
 from llmcompress.errors import RecipeError, list_names
 from llmcompress.methods.layer import sketch, step
@@ -142,16 +142,17 @@ def _options(job: Job) -> Sequence[Steps]:
         return _sparse_options(job.recipe.target.sparsity)
     shapes = {job.arch.linears()[name].shape for name in job.assignment.unruled}
     low = [(step({"method": "binary_low_rank", "bits": rate}),) for rate in LOW_RATES] if goes_low(job) else []
-    return (*(steps for steps in low if all(_suits(shape, steps) for shape in shapes)), *_default_options())
+    engine = None if job.recipe.target is None else job.recipe.target.engine
+    return (*(steps for steps in low if all(_suits(shape, steps, engine) for shape in shapes)), *_default_options())
 
 
-def _suits(shape: tuple[int, int], steps: Steps) -> bool:
-    """True if the steps can store a matrix of this shape."""
+def _suits(shape: tuple[int, int], steps: Steps, engine: str | None = None) -> bool:
+    """True if the steps can store a matrix of this shape, and an engine multiplies by it."""
     try:
-        sketch("", shape, steps)
+        stored = sketch("", shape, steps)
     except RecipeError:
         return False
-    return True
+    return engine is None or ENGINE_OBSTACLES[engine](stored) is None
 
 
 def _lay_options(job: Job, options: Sequence[Steps]) -> Choices:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import llmcompress as lc
-from llmcompress.allocation.choices import find_choices
+from llmcompress.allocation.choices import LOW_RATES, find_choices
 from llmcompress.allocation.target_formats import ENGINE_OBSTACLES, default_options, options_for
 from llmcompress.compression.job import prepare
 from llmcompress.errors import RecipeError
@@ -115,6 +115,17 @@ def test_our_own_forms_are_those_with_kernels(place: Path) -> None:
     table = recipe(place, target, embeddings=vectors)
     with pytest.raises(RecipeError, match="transformers-cuda does not read vq of model.embed_tokens"):
         find_choices(prepare(resolve(str(place / "dense")), read_recipe(table)))
+
+
+def test_low_targets_have_the_forms_with_kernels(place: Path, tmp_path: Path) -> None:
+    """Binary factors have one on CPUs alone."""
+    sides: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_key_value_heads": 4}
+    dense = resolve(str(save_tiny("llama", tmp_path, **sides)))
+    counts = {}
+    for engine in (None, "transformers", "transformers-cuda"):
+        wanted = read_recipe(recipe(place, {"bpw": 1.2, "engine": engine}))
+        counts[engine] = len(find_choices(prepare(dense, wanted)).matrices[0].options)
+    assert counts[None] == counts["transformers"] == counts["transformers-cuda"] + len(LOW_RATES)
 
 
 def test_rules_tables_and_transposed_layers_are_refused(place: Path) -> None:
