@@ -18,7 +18,7 @@ from typing import Any
 
 from llmcompress.allocation.distortion import Steps
 from llmcompress.allocation.file_sizes import FileSizes, file_sizes
-from llmcompress.allocation.target_formats import check_rules, engine_table_options, options_for
+from llmcompress.allocation.target_formats import ENGINE_OBSTACLES, check_rules, engine_table_options, options_for
 from llmcompress.compression.job import Job
 from llmcompress.errors import RecipeError, list_names
 from llmcompress.methods.layer import sketch, step
@@ -124,7 +124,7 @@ def goes_low(job: Job) -> bool:
     recipe = job.recipe
     if recipe.options is not None or recipe.target is None or recipe.target.kl is not None:
         return False
-    if recipe.target.engine is not None or recipe.target.sparsity is not None:  # have options of their own
+    if recipe.target.other_engine is not None or recipe.target.sparsity is not None:  # have options of their own
         return False
     if recipe.target.bpw is not None:
         return recipe.target.bpw < LOW
@@ -142,30 +142,33 @@ def _options(job: Job) -> Sequence[Steps]:
         return _sparse_options(job.recipe.target.sparsity)
     shapes = {job.arch.linears()[name].shape for name in job.assignment.unruled}
     low = [(step({"method": "binary_low_rank", "bits": rate}),) for rate in LOW_RATES] if goes_low(job) else []
-    return (*(steps for steps in low if all(_suits(shape, steps) for shape in shapes)), *_default_options())
+    engine = None if job.recipe.target is None else job.recipe.target.engine
+    return (*(steps for steps in low if all(_suits(shape, steps, engine) for shape in shapes)), *_default_options())
 
 
-def _suits(shape: tuple[int, int], steps: Steps) -> bool:
-    """True if the steps can store a matrix of this shape."""
+def _suits(shape: tuple[int, int], steps: Steps, engine: str | None = None) -> bool:
+    """True if the steps can store a matrix of this shape, and an engine multiplies by it."""
     try:
-        sketch("", shape, steps)
+        stored = sketch("", shape, steps)
     except RecipeError:
         return False
-    return True
+    return engine is None or ENGINE_OBSTACLES[engine](stored) is None
 
 
 def _lay_options(job: Job, options: Sequence[Steps]) -> Choices:
     """Return the options laid over the matrices that no rule covers. Raises RecipeError as `find_choices`."""
     recipe, linears = job.recipe, job.arch.linears()
     engine = None if recipe.target is None else recipe.target.engine
+    other = None if recipe.target is None else recipe.target.other_engine
     sizes = file_sizes(job)
     notes: tuple[str, ...] = ()
     open_linears = [linears[name] for name in job.assignment.unruled]
-    if engine is None:
+    suited: dict[str, Sequence[Steps]] = {}
+    if other is None:
         suited, notes = _suitable_options({it.name: it.shape for it in open_linears}, options)
-    else:
+    if engine is not None:
         check_rules(job, engine)
-        suited = {it.name: options_for(engine, it, recipe.options) for it in open_linears}
+        suited = {it.name: options_for(engine, it, suited.get(it.name, recipe.options)) for it in open_linears}
     matrices = [_matrix(sizes, it.name, it.shape, suited[it.name]) for it in open_linears]
     if recipe.target is not None and recipe.target.with_tables:
         matrices += [_matrix(sizes, name, _shape(job, name), each, True) for name, each in _tables(job).items()]
@@ -226,7 +229,7 @@ def _steps(*arguments: dict[str, Any]) -> Steps:
 def _tables(job: Job) -> dict[str, Sequence[Steps]]:
     """Return the options of the token table and an untied output head that the recipe gives no steps for."""
     arch, recipe = job.arch, job.recipe
-    engine = None if recipe.target is None else recipe.target.engine
+    engine = None if recipe.target is None else recipe.target.other_engine
     options: dict[str, Sequence[Steps]] = {}
     if not recipe.embeddings and job.has_plain_table:
         options[arch.embedding] = table_options(engine, _shape(job, arch.embedding), only_looked_up=not arch.tied)

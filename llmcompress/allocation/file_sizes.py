@@ -1,18 +1,18 @@
 """Sizes of compressed matrices, and of the files that they will be in: ours, or those of an engine.
 
-Both are predicted from headers and sketches alone. Of our weight files: at most a few bytes a tensor too many, never
+Both are predicted from headers and sketches alone. Of safetensors files: at most a few bytes a tensor too many, never
 too few, since a file must not exceed its target. Of a GGUF file: exactly, for steps of `gguf`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
 from math import prod
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -32,10 +32,11 @@ from llmcompress.models.files.tensor_files import SHARD
 from llmcompress.weight.expression import bits, describe, tensor_bits
 from llmcompress.weight.layout import ALIGNMENT
 from llmcompress.weight.modules import LIKE
-from llmcompress.weight.nodes import LowRank, Sum, Weight, shape
+from llmcompress.weight.nodes import LowRank, Sum, Tiles, Weight, shape
 
 PADDING = 8  # bytes of a weight file's header, at most
 HALF = 2  # bytes of a float16
+MARK = 4  # bytes of the number that names the codebook of EXL3
 FACTOR = 4  # bytes of a number in the file beside it for low-rank terms
 
 Shape = tuple[int, int]
@@ -65,12 +66,7 @@ def file_sizes(job: Job) -> FileSizes:
 
 def sizes_for(engine: str | None, job: Job) -> FileSizes:
     """Return the sizes in the files of an engine, or in ours where its are not known."""
-    match engine:
-        case "llama.cpp":
-            return GGUFSizes(job)
-        case "mlx":
-            return MLXSizes(job)
-    return OurSizes(job)
+    return SIZED[engine](job) if engine in SIZED else OurSizes(job)
 
 
 def plan_in_files(planned: Plan, job: Job, sizes: FileSizes) -> Plan:
@@ -149,14 +145,32 @@ def _header_bytes(tensors: Mapping[str, tuple[str, list[int]]], most: int) -> in
     return len(text.encode()) + each * (1 + most // SHARD)
 
 
-# --- MLX --------------------------------------------------------------------------------------------------------------
+# --- MLX and ExLlamaV3 ------------------------------------------------------------------------------------------------
 
 
-class MLXSizes:
-    """Sizes in the weight files of an MLX folder."""
+class HalfSizes:
+    """Sizes in weight files whose other tensors are float16. `parts`: dtypes of the tensors of a matrix, by name."""
+
+    parts: ClassVar[dict[str, str]]
 
     def __init__(self, job: Job) -> None:
         self.job = job
+
+    def around(self, compressed: Collection[str]) -> int:
+        """See `FileSizes.around`: dense tensors in float16, and headers."""
+        packed, stored = {f"{name}.weight" for name in compressed}, self.job.source.tensors
+        entries = {name: ("BF16", [*header.shape]) for name, header in stored.items()}
+        for name in compressed:
+            size = [max(stored[f"{name}.weight"].shape)] * 3
+            entries |= {f"{name}.{part}": (dtype, size) for part, dtype in self.parts.items()}
+        dense = HALF * sum(prod(header.shape) for name, header in stored.items() if name not in packed)
+        return dense + _header_bytes(entries, HALF * self.job.source.parameters)
+
+
+class MLXSizes(HalfSizes):
+    """Sizes in the weight files of an MLX folder."""
+
+    parts: ClassVar[dict[str, str]] = {"weight": "U32", "scales": "F16", "biases": "F16"}
 
     def form(self, name: str, size: Shape, steps: Steps) -> str:
         """See `FileSizes.form`."""
@@ -173,16 +187,31 @@ class MLXSizes:
         of_a_group = 2 * HALF if form.mode == "affine" else 1
         return rows * (width * form.bits // 8 + width // form.group_size * of_a_group)
 
-    def around(self, compressed: Collection[str]) -> int:
-        """See `FileSizes.around`: dense tensors in float16, and headers."""
-        packed, stored = {f"{name}.weight" for name in compressed}, self.job.source.tensors
-        entries = {name: ("BF16", [*header.shape]) for name, header in stored.items()}
-        for name in compressed:
-            rows = stored[f"{name}.weight"].shape[0]
-            parts = {"weight": "U32", "scales": "F16", "biases": "F16"}
-            entries |= {f"{name}.{part}": (dtype, [rows, rows]) for part, dtype in parts.items()}
-        dense = HALF * sum(prod(header.shape) for name, header in stored.items() if name not in packed)
-        return dense + _header_bytes(entries, HALF * self.job.source.parameters)
+
+class EXL3Sizes(HalfSizes):
+    """Sizes in the weight files of an EXL3 folder."""
+
+    parts: ClassVar[dict[str, str]] = {"trellis": "I16", "suh": "F16", "svh": "F16", "mul1": "I32"}
+
+    def form(self, name: str, size: Shape, steps: Steps) -> str:
+        """See `FileSizes.form`."""
+        return f"{_tiles(name, size, steps).bits} bits EXL3"
+
+    def bits(self, name: str, size: Shape, steps: Steps) -> int:
+        """See `FileSizes.bits`."""
+        return 8 * self.bytes(name, size, steps)
+
+    def bytes(self, name: str, size: Shape, steps: Steps) -> int:
+        """See `FileSizes.bytes`: codes, a factor of each input and output, and the mark of the codebook."""
+        return prod(size) * _tiles(name, size, steps).bits // 8 + HALF * sum(size) + MARK
+
+
+def _tiles(name: str, size: Shape, steps: Steps) -> Tiles:
+    """Return the tiles that steps will leave. Raises UnfitError for other expressions."""
+    stored = sketch(name, size, steps)
+    if not isinstance(stored, Tiles):
+        raise UnfitError(f"{describe(stored)}, no tiles")
+    return stored
 
 
 # --- GGUF -------------------------------------------------------------------------------------------------------------
@@ -272,3 +301,7 @@ def _plain_type(header: Header) -> TensorType:
 
 def _plain_bytes(header: Header) -> int:
     return prod(header.shape) * _plain_type(header).block_bytes
+
+
+# By engine, where sizes of its files are known beforehand
+SIZED: dict[str, Callable[[Job], FileSizes]] = {"llama.cpp": GGUFSizes, "mlx": MLXSizes, "exllamav3": EXL3Sizes}

@@ -330,7 +330,7 @@ def _reference_errors(
 
     Those with rough steps by number, and those with their own steps in order.
     """
-    if any(is_slow(rough(matrix.options[number])) for number in family):
+    if any(is_slow(matrix.options[number]) for number in family):
         layer = sample_few_rows(layer)
     fast = {number: error(layer, rough(matrix.options[number]), held_out) for number in options_to_measure(family)}
     return fast, [error(layer, matrix.options[number], held_out) for number in family]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from llmcompress.allocation.distortion import Steps
@@ -11,11 +12,28 @@ from llmcompress.compression.job import Job
 from llmcompress.errors import RecipeError
 from llmcompress.formats.engine_files import UnfitError
 from llmcompress.formats.gguf.write import expert_stacks
+from llmcompress.kernels.cpu import prepare as cpu
+from llmcompress.kernels.gpu import prepare as gpu
 from llmcompress.methods.layer import sketch, step
+from llmcompress.methods.trellises.exl3 import MOST_BITS
 from llmcompress.models.dense.families import Linear
+from llmcompress.recipe.target import OUR_ENGINES
+from llmcompress.weight.expression import describe
+from llmcompress.weight.nodes import Weight
 from llmcompress.weight.runtime_formats import GGUF_BLOCK, OBSTACLES, WITH_TABLES
 from llmcompress.weight.superblocks import SUPERBLOCK
 
+
+def _kernel_obstacle(device: str, w: Weight) -> str | None:
+    """Return the reason why no kernel of a device, cpu or cuda, multiplies by `w`; None if one does."""
+    is_able = cpu.is_supported(w) if device == "cpu" else gpu.is_supported(w)
+    return None if is_able else f"{describe(w)} has no kernel for {device}, and would be decoded at every call"
+
+
+ENGINE_OBSTACLES = OBSTACLES | {
+    "transformers": partial(_kernel_obstacle, "cpu"),
+    "transformers-cuda": partial(_kernel_obstacle, "cuda"),
+}
 POLISH: dict[str, Any] = {"method": "refine", "passes": 1}
 FOUR_BITS: tuple[dict[str, Any], ...] = (
     {"bits": 4, "group_size": 128, "narrow_range": True},
@@ -58,12 +76,15 @@ def options_for(engine: str, linear: Linear, given: Sequence[Steps] | None) -> t
 def default_options(engine: str, width: int) -> tuple[Steps, ...]:
     """Return the default options of linears with so many inputs.
 
-    For llama.cpp its types, for MLX its bits; for vLLM grids and floats, those of four bits with one `refine`.
+    For llama.cpp its types, for MLX and ExLlamaV3 their bits; for vLLM grids and floats, those of four bits with one
+    `refine`.
     """
     if engine == "llama.cpp":
         return _gguf_steps(TYPES_OF_BLOCKS if width % SUPERBLOCK else TYPES_OF_SUPERBLOCKS)
     if engine == "mlx":
         return tuple((step({"method": "gptq", **form}), step(POLISH)) for form in _affine(width))
+    if engine == "exllamav3":
+        return tuple((step({"method": "exl3", "bits": bits}),) for bits in range(1, MOST_BITS + 1))
     four = tuple((step({"method": "gptq", **form}), step(POLISH)) for form in FOUR_BITS)
     return (*four, *((step({"method": "gptq", **form}),) for form in EIGHT_BITS))
 
@@ -100,8 +121,10 @@ def check_rules(job: Job, engine: str) -> None:
                 f"layer as it is by steps: []"
             )
     for name, steps in job.tables.items():
-        if engine not in WITH_TABLES:
+        if engine not in (*WITH_TABLES, *OUR_ENGINES):
             raise RecipeError(f"{engine} has no compressed {name}; leave it as it is by embeddings: [] and head: []")
+        if engine in OUR_ENGINES and name == job.arch.embedding and not job.arch.tied:
+            continue  # it is looked up alone
         rows, width = job.source.tensors[f"{name}.weight"].shape
         if (why := _obstacle_of_shape(engine, name, (rows, width), steps)) is not None:
             raise RecipeError(f"{engine} does not read {_spell(steps)} of {name} ({why}); give it other steps")
@@ -128,13 +151,13 @@ def _check_experts(job: Job) -> None:
 
 
 def _obstacle(engine: str, linear: Linear, steps: Steps) -> str | None:
-    if linear.transposed:
+    if linear.transposed and engine not in OUR_ENGINES:
         return "it is no plain linear layer"
     return _obstacle_of_shape(engine, linear.name, linear.shape, steps)
 
 
 def _obstacle_of_shape(engine: str, name: str, size: tuple[int, int], steps: Steps) -> str | None:
-    why = OBSTACLES[engine](sketch(name, size, steps))
+    why = ENGINE_OBSTACLES[engine](sketch(name, size, steps))
     if why is None and engine == "llama.cpp":
         try:
             gguf_type(name, size, steps)

@@ -63,12 +63,12 @@ Engine = Annotated[
         "--for",
         metavar="ENGINE",
         help="Write what this engine loads: vllm, llama.cpp, mlx or exllamav3. By default in its form of 4 bits, for "
-        "exllamav3 of 3.",
+        "exllamav3 of 3. Or our own forms that have kernels: transformers on a CPU, transformers-cuda on a GPU.",
     ),
 ]
 EngineOfSweep = Annotated[
     str | None,
-    typer.Option("--for", metavar="ENGINE", help="Choose among the forms of this engine: vllm, llama.cpp or mlx."),
+    typer.Option("--for", metavar="ENGINE", help="Choose among the forms of this engine, as in `compress`."),
 ]
 Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Resume an interrupted run, or start over.")]
 PricePart = Annotated[
@@ -120,7 +120,7 @@ def compress(
     from llmcompress.allocation.price_file import Part
     from llmcompress.errors import GateError
     from llmcompress.pipeline import compress as pipeline
-    from llmcompress.pipeline.engines import ENGINES, compress_for
+    from llmcompress.pipeline.engines import compress_for
     from llmcompress.reporting.report import read_all
 
     target = target_change(bpw, size, kl, sparsity)
@@ -144,8 +144,7 @@ def compress(
     terminal.show(
         result.report.to_json() | {name: part for name, part in more.items() if part is not None}, report_view
     )
-    if engine is None or ENGINES[engine].is_read:
-        terminal.say(f"next    llmcompress eval {output} --against {model}")
+    terminal.say(f"next    llmcompress eval {output} --against {model}")
 
 
 @command("revision", "trust_remote_code")

@@ -57,7 +57,7 @@ class StepConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     method: str
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
-    is_slow: ClassVar[bool] = False  # seconds for a million weights even in its fastest form
+    is_slow: ClassVar[bool] = False  # seconds for a million weights
 
     @property
     def rowwise(self) -> bool:

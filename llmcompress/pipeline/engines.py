@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.allocation.distortion import Steps
-from llmcompress.allocation.file_sizes import FileSizes, plan_in_files, sizes_for
+from llmcompress.allocation.file_sizes import SIZED, FileSizes, plan_in_files, sizes_for
 from llmcompress.allocation.target_formats import check_rules
 from llmcompress.compression.job import Job, prepare
 from llmcompress.compression.plan import Plan
 from llmcompress.compression.result import Result
-from llmcompress.errors import DiskError, GateError, RecipeError, list_names
+from llmcompress.errors import DiskError, GateError, RecipeError
 from llmcompress.formats.engine_files import ExportReport
 from llmcompress.formats.export import check_model, export
 from llmcompress.models.dense.model import resolve
@@ -36,7 +36,6 @@ from llmcompress.pipeline.compress import completed_result, compress, plan
 from llmcompress.pipeline.quality_check import is_unsettled
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.read import read_recipe
-from llmcompress.recipe.target import Engine as TargetEngine
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.report import LayerReport, Report
 from llmcompress.runtime.ranks import process_count
@@ -46,23 +45,20 @@ CHECKPOINT, EXPORT = ".checkpoint", ".export"  # follow the name of the output f
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine. `form`: the export that it loads; `recipe`: what it gets if none is named; `is_read`: True if `eval`
-    reads that export."""
+    """An engine. `form`: the export that it loads, None for our own files; `recipe`: what it gets if none is named."""
 
-    form: str
+    form: str | None
     recipe: str
-    is_read: bool = True
 
 
 ENGINES = {
     "vllm": Engine("compressed-tensors", "vllm-4"),
     "llama.cpp": Engine("gguf", "llama-cpp-4"),
-    "mlx": Engine("mlx", "mlx-4", is_read=False),
-    "exllamav3": Engine("exl3", "exl3", is_read=False),
+    "mlx": Engine("mlx", "mlx-4"),
+    "exllamav3": Engine("exl3", "exl3"),
+    "transformers": Engine(None, "default"),
+    "transformers-cuda": Engine(None, "default"),
 }
-# Engines that a target has options for
-TARGETED: dict[str, TargetEngine] = {"vllm": "vllm", "llama.cpp": "llama.cpp", "mlx": "mlx"}
-SIZED = ("llama.cpp", "mlx")  # engines whose files' sizes are known beforehand
 
 
 def engine_of(name: str) -> Engine:
@@ -77,19 +73,14 @@ def engine_of(name: str) -> Engine:
 def aim_at(engine: str, wanted: Recipe) -> Recipe:
     """Return a recipe whose target, if it has one, has only forms that the engine multiplies.
 
-    Raises RecipeError for an unknown engine, and for a target whose sizes in the engine's files are not known.
+    Raises RecipeError for an unknown engine, and for a target of zeros.
     """
     engine_of(engine)
     if wanted.target is None:
         return wanted
-    if engine not in TARGETED:
-        raise RecipeError(
-            f"a target counts our own bytes, not those of {engine}; name a recipe, or give a target to "
-            f"{list_names(list(TARGETED))}"
-        )
     if wanted.target.sparsity is not None:
         raise RecipeError(f"{engine} has no form for a share of zeros; give a size or a quality, or leave --for out")
-    return wanted.model_copy(update={"target": wanted.target.for_engine(TARGETED[engine])})
+    return wanted.model_copy(update={"target": wanted.target.for_engine(engine)})
 
 
 def plan_for(
@@ -109,7 +100,7 @@ def compress_for(
     """Compress a model, and write what an engine loads into `output`, beside the report and the recipe.
 
     Args:
-        engine: vllm, llama.cpp, mlx or exllamav3.
+        engine: vllm, llama.cpp, mlx, exllamav3, or transformers and transformers-cuda, which run our own files.
         model, recipe: see `compress`.
         output: a new or empty folder.
         resume: False to start over instead of resuming an interrupted run.
@@ -123,11 +114,14 @@ def compress_for(
         GateError: for a result outside of the recipe's gates. It is complete in `output`.
         LLMCompressError: for whatever else is wrong, as `compress` and `export` do.
     """
-    if process_count() > 1:
+    form = engine_of(engine).form
+    if process_count() > 1 and form is not None:
         raise RecipeError("one process writes for an engine; compress with several, then export by one")
     trust = options.get("trust_remote_code", False)
     aimed = aim_at(engine, recipe)
     job = _open_job(engine, model, aimed, options.get("revision"), trust)
+    if form is None:
+        return compress(model, aimed, output, resume=resume, **options)
     check_writable(output, 0)
     is_ours(output.with_name(output.name + EXPORT))  # raises now what would be in the way later
     ours, failure = output.with_name(output.name + CHECKPOINT), None
@@ -143,7 +137,7 @@ def compress_for(
     staging = output.with_name(output.name + EXPORT)
     claim_folder(staging)
     clear_folder(staging)
-    done = export(ours, staging / "model", ENGINES[engine].form, trust_remote_code=trust)
+    done = export(ours, staging / "model", form, trust_remote_code=trust)
     settled = job if aimed.target is None else job.with_recipe(read_recipe(ours / file_names.RECIPE))
     sizes = sizes_for(engine, settled) if engine in SIZED else None
     report = _engine_report(result.report, done, settled, sizes)
@@ -167,8 +161,9 @@ def _open_job(engine: str, model: str | Path, recipe: Recipe, revision: str | No
     does not run."""
     job = prepare(resolve(model, revision, trust_remote_code), recipe)
     check_rules(job, engine)
-    folder = job.source.folder
-    check_model(folder, read_json(folder / "config.json"), ENGINES[engine].form, trust_remote_code)
+    folder, form = job.source.folder, ENGINES[engine].form
+    if form is not None:
+        check_model(folder, read_json(folder / "config.json"), form, trust_remote_code)
     return job
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from llmcompress.allocation.allocate import Allocation, PriceList, reachable_choices
 from llmcompress.allocation.choices import Choices
+from llmcompress.allocation.file_sizes import SIZED
 from llmcompress.allocation.price_file import check_prices, price_list
 from llmcompress.compression.job import Job, prepare
 from llmcompress.compression.run import check_ranks
@@ -246,7 +247,7 @@ def _point(
     callbacks.report_stage(f"scoring {folder.name}")
     report, distillation = reports.read(folder), reports.read_distillation(folder)
     target, size, bpw = plan.job.recipe.target, report.bytes, report.bpw
-    if target is not None and target.engine in ("llama.cpp", "mlx"):
+    if target is not None and target.engine in SIZED:
         size, bpw = plan.choices.size(plan.chosen), plan.choices.bpw(plan.chosen) or bpw
     sizes = {
         "budget": budget.name,

@@ -8,7 +8,9 @@
 
 The steps of every layer that no rule covers are then chosen. With `engine: vllm` beside a size, only forms that vLLM
 multiplies are chosen, as `export --to compressed-tensors` writes them. With `engine: llama.cpp` types of llama.cpp are
-chosen, with `engine: mlx` its bits; the size is that of the files that `export --to gguf` or `--to mlx` writes.
+chosen, with `engine: mlx` or `exllamav3` their bits; the size is that of the files that `export` writes for them. With
+`engine: transformers` the forms are our own, those that our kernels multiply on a CPU, with `transformers-cuda` on an
+NVIDIA GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from llmcompress.recipe.yaml import shorten
 
-Engine = Literal["vllm", "llama.cpp", "mlx"]
+Engine = Literal["vllm", "llama.cpp", "mlx", "exllamav3", "transformers", "transformers-cuda"]
+OUR_ENGINES: tuple[Engine, ...] = ("transformers", "transformers-cuda")  # which run our own files
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -89,7 +92,12 @@ class Target(BaseModel):
         """True if steps for the token table and the output head are chosen too."""
         return self.bytes is not None or self.kl is not None
 
-    def for_engine(self, engine: Engine | None) -> Target:
+    @property
+    def other_engine(self) -> Engine | None:
+        """The engine, if it reads files of its own."""
+        return None if self.engine in OUR_ENGINES else self.engine
+
+    def for_engine(self, engine: str) -> Target:
         """Return the same aim for an engine."""
         return self.model_copy(update={"engine": engine})
 

@@ -2,8 +2,9 @@
 
 A tile has 256 steps, which go round: a step's state is made of the last 16 bits of codes up to it, so the first steps
 continue the last ones. A number is a function of its state: the bytes of `state * 0x83DCD12D` added up, less their mean
-and over their spread, in float16 (ExLlamaV3 1.4.1 calls this codebook `mul1`). A tile's steps lie in the order in which
-a tensor core holds the right side of a product of 16 x 16: see `order`.
+and over their spread, in float16 (ExLlamaV3 1.4.1 calls this codebook `mul1`). In its other two, which are only read,
+it is the sum of two float16 numbers of few exponents, made of the bits of a product. A tile's steps lie in the order in
+which a tensor core holds the right side of a product of 16 x 16: see `order`.
 
 The matrix of all tiles, `[in, out]`, is meant between orthonormal Hadamard transforms of 128 consecutive inputs and
 outputs, and factors with signs for each input and output.
@@ -11,17 +12,22 @@ outputs, and factors with signs for each input and output.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from llmcompress.weight.constants import constant
 from llmcompress.weight.hadamard import SYLVESTER
 
+Codebook = Literal["mul1", "mcg", "3inst"]
 SIDE = 16  # of a tile
 STEPS = SIDE * SIDE
 MEMORY = 16  # bits of a state
 BLOCK = 128  # channels of a Hadamard transform
 MULTIPLIER = 0x83DCD12D
+SUMMED = {"mcg": (0xCBAC1FED, 0), "3inst": (89226354, 64248484)}  # multiplier and summand of other codebooks
+VARYING, EXPONENTS = 0x8FFF8FFF, 0x3B603B60  # bits that are taken, and turned over, in two float16 numbers
 FACTOR, OFFSET = 0x1EEE, 0xC931  # bits of float16 numbers, about 1 / 147.8 and -10.38
 
 
@@ -32,6 +38,15 @@ def numbers() -> Tensor:
     total = sum((product >> shift & 255 for shift in (0, 8, 16, 24)), torch.tensor(1024))
     factor, offset = torch.tensor([FACTOR, OFFSET - (1 << 16)], dtype=torch.int16).view(torch.float16).float()
     return (total.float() * factor + offset).half().float()  # exact before it is rounded to float16
+
+
+@constant
+def sums(codebook: str) -> Tensor:
+    """Return the numbers of every state, float32 `[2^16]`, of one of the other codebooks, a key of SUMMED."""
+    factor, summand = SUMMED[codebook]
+    pairs = (torch.arange(1 << MEMORY) * factor + summand) & VARYING ^ EXPONENTS
+    halves = torch.stack([pairs & 0xFFFF, pairs >> 16])
+    return (halves - ((halves >> 15) << 16)).to(torch.int16).view(torch.float16).float().sum(0).half().float()
 
 
 @constant
@@ -77,8 +92,9 @@ def turn_blocks(x: Tensor) -> Tensor:
     return (x.reshape(-1, BLOCK) @ matrix).reshape(x.shape)
 
 
-def matrix(codes: Tensor, bits: int, inputs: Tensor, outputs: Tensor) -> Tensor:
+def matrix(codes: Tensor, bits: int, inputs: Tensor, outputs: Tensor, codebook: Codebook = "mul1") -> Tensor:
     """Decode codes, uint8 `[in / 16, out / 16, 256]`, under factors `[in]` and `[out]`, to float32 `[out, in]`."""
-    tiles = from_tiles(numbers().to(codes.device)[states(codes, bits)])
+    table = sums(codebook) if codebook in SUMMED else numbers()
+    tiles = from_tiles(table.to(codes.device)[states(codes, bits)])
     turned = turn_blocks(turn_blocks(tiles).T) * inputs.float()
     return turned * outputs.float()[:, None]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import llmcompress as lc
-from llmcompress.allocation.choices import find_choices
-from llmcompress.allocation.target_formats import default_options, options_for
+from llmcompress.allocation.choices import LOW_RATES, find_choices
+from llmcompress.allocation.target_formats import ENGINE_OBSTACLES, default_options, options_for
 from llmcompress.compression.job import prepare
 from llmcompress.errors import RecipeError
 from llmcompress.formats.export import export
@@ -19,11 +19,12 @@ from llmcompress.methods.layer import sketch, step
 from llmcompress.models.dense.families import Linear
 from llmcompress.models.dense.model import resolve
 from llmcompress.models.files.file_names import ALLOCATION
+from llmcompress.pipeline.engines import ENGINES
 from llmcompress.recipe.overrides import Change
 from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.target import Engine, Target
 from llmcompress.reporting.formatting import target_text
-from llmcompress.weight.runtime_formats import OBSTACLES, compressed_tensors_obstacle, vllm_obstacle
+from llmcompress.weight.runtime_formats import compressed_tensors_obstacle, vllm_obstacle
 from tests.builders import gaussian, grid, layer, minifloat
 from tests.tiny import save_tiny
 
@@ -51,7 +52,7 @@ def left(place: Path, model: str = "dense", **more: Any) -> Any:
 
 
 def test_every_name_of_a_target_has_its_rules() -> None:
-    assert set(get_args(Engine)) <= set(OBSTACLES)
+    assert set(get_args(Engine)) == set(ENGINE_OBSTACLES) == set(ENGINES)
 
 
 def test_default_options_are_those_that_fit_the_shape_and_leave_tables_alone(place: Path) -> None:
@@ -98,6 +99,33 @@ def test_options_that_it_does_not_multiply_are_named(given: list[dict[str, Any]]
     with pytest.raises(RecipeError, match=complaint):
         left(place, options=[good, given])
     assert len(left(place, options=[good]).matrices[0].options) == 1
+
+
+def test_our_own_forms_are_those_with_kernels(place: Path) -> None:
+    """All default options have one, on both devices; a target without an engine has the same."""
+    for engine in ("transformers", "transformers-cuda"):
+        target = {"bytes": 10**9, "engine": engine}
+        found = find_choices(prepare(resolve(str(place / "dense")), read_recipe(recipe(place, target))))
+        plain = find_choices(prepare(resolve(str(place / "dense")), read_recipe(recipe(place, {"bytes": 10**9}))))
+        assert found.matrices == plain.matrices and found.fixed_bytes == plain.fixed_bytes
+    vectors = [{"method": "vq"}]
+    target = {"bpw": 4, "engine": "transformers-cuda"}
+    with pytest.raises(RecipeError, match="options: transformers-cuda does not multiply vq of .*no kernel for cuda"):
+        find_choices(prepare(resolve(str(place / "dense")), read_recipe(recipe(place, target, options=[vectors]))))
+    table = recipe(place, target, embeddings=vectors)
+    with pytest.raises(RecipeError, match="transformers-cuda does not read vq of model.embed_tokens"):
+        find_choices(prepare(resolve(str(place / "dense")), read_recipe(table)))
+
+
+def test_low_targets_have_the_forms_with_kernels(place: Path, tmp_path: Path) -> None:
+    """Binary factors have one on CPUs alone."""
+    sides: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_key_value_heads": 4}
+    dense = resolve(str(save_tiny("llama", tmp_path, **sides)))
+    counts = {}
+    for engine in (None, "transformers", "transformers-cuda"):
+        wanted = read_recipe(recipe(place, {"bpw": 1.2, "engine": engine}))
+        counts[engine] = len(find_choices(prepare(dense, wanted)).matrices[0].options)
+    assert counts[None] == counts["transformers"] == counts["transformers-cuda"] + len(LOW_RATES)
 
 
 def test_rules_tables_and_transposed_layers_are_refused(place: Path) -> None:

@@ -17,6 +17,8 @@ from llmcompress.errors import InputError
 from llmcompress.formats.exl3 import pack_words
 from llmcompress.formats.export import export
 from llmcompress.models.files.compressed import CompressedCheckpoint
+from llmcompress.pipeline.engines import compress_for, plan_for
+from llmcompress.recipe.read import read_recipe
 from llmcompress.weight.expression import dense
 from tests.builders import seeded
 from tests.tiny import save_tiny
@@ -81,6 +83,22 @@ def test_exl3_file_decodes_to_our_weights_and_logits(tmp_path: Path) -> None:
     with torch.no_grad():
         found, expected = (m(IDS).logits for m in (model, AutoModelForCausalLM.from_pretrained(folder)))
     assert (found - expected).norm() < 2e-3 * expected.norm()
+
+
+@pytest.mark.slow
+def test_bits_are_chosen_up_to_a_size_of_the_files(tmp_path: Path) -> None:
+    source = save_tiny("llama", tmp_path / "dense", **SIZES | {"dtype": torch.float16})
+    text = {"dataset": "builtin", "samples": 6, "length": 32, "held_out": 2}
+    recipe = read_recipe({"version": 1, "calibration": text, "target": {"bpw": 3.6}})
+    report = compress_for("exllamav3", source, recipe, tmp_path / "out").report
+    assert report.bpw is not None and 3.3 < report.bpw <= 3.6
+    planned = plan_for("exllamav3", source, read_recipe(tmp_path / "out" / "recipe.yaml"))
+    assert report.bytes <= planned.bytes <= 1.03 * report.bytes and planned.bpw == report.bpw
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    for row in report.layers:
+        parts = [tensors[f"{row.name}.{part}"] for part in ("trellis", "suh", "svh", "mul1")]
+        assert row.bpw * 128 * 128 == 8 * sum(part.nbytes for part in parts)
+    assert len({row.stored for row in report.layers}) > 1 and all("bits EXL3" in row.stored for row in report.layers)
 
 
 def test_exl3_refuses_a_checkpoint_without_tiles(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import llmcompress as lc
 from llmcompress.errors import InputError
 from llmcompress.formats.engine_configs import MLX
 from llmcompress.formats.export import export
+from llmcompress.models.dense.model import resolve
 from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.models.files.file_names import RECIPE
 from llmcompress.pipeline.engines import compress_for, plan_for
@@ -168,7 +169,9 @@ def test_mlx_computes_our_logits(family: str, tied: bool, tmp_path: Path) -> Non
     found = np.array(model(mx.array(IDS.numpy())).astype(mx.float32))
     with torch.no_grad():
         ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(IDS).logits.numpy()
+        read = resolve(tmp_path / "mlx").load()(IDS).logits.numpy()
     assert np.linalg.norm(found - ours) < 5e-3 * np.linalg.norm(ours)
+    assert np.linalg.norm(found - read) < 5e-3 * np.linalg.norm(read), "what eval scores"
 
 
 # --- configs --------------------------------------------------------------------------------------------------------

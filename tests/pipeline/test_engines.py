@@ -38,7 +38,7 @@ def recipe(engine: str, *settings: str) -> Recipe:
     return read_recipe(ENGINES[engine].recipe, [*SHORT, *settings])
 
 
-@pytest.mark.parametrize("engine", ["mlx", *tiered_nightly([*ENGINES][:2] + ["exllamav3"], "exllamav3".__ne__)])
+@pytest.mark.parametrize("engine", ["mlx", *tiered_nightly(["vllm", "llama.cpp", "exllamav3"], "exllamav3".__ne__)])
 def test_the_output_is_what_compress_and_export_write(engine: str, dense: Path, tmp_path: Path) -> None:
     result = compress_for(engine, dense, recipe(engine), tmp_path / "out")
     lc.compress(dense, recipe(engine), tmp_path / "ours")
@@ -126,7 +126,9 @@ def test_a_missed_gate_leaves_the_engine_its_files(
         ("mlx", "llama-cpp-4", "mlx does not multiply gguf"),
         ("llama.cpp", "balanced", "llama.cpp does not multiply"),
         ("llama.cpp", "partial-binarization", "options: llama.cpp does not multiply rotate > pb_llm"),
-        ("exllamav3", "partial-binarization", "a target counts our own bytes"),
+        ("exllamav3", "partial-binarization", "options: exllamav3 does not multiply rotate > pb_llm"),
+        ("transformers", "exl3", "transformers does not multiply exl3, .*no kernel for cpu, and would be decoded"),
+        ("transformers-cuda", "mxfp4", "transformers-cuda does not multiply mxfp.*no kernel for cuda"),
         ("exllamav3", "vllm-4", "exllamav3 does not multiply .*no tiles"),
     ],
 )
@@ -170,14 +172,40 @@ def test_the_command_takes_an_engine(dense: Path, tmp_path: Path, monkeypatch: p
     scored = CliRunner().invoke(app, ["eval", "small", "--against", str(dense), "--windows", "1", "--length", "32"])
     assert scored.exit_code == 0, scored.output
     done = CliRunner().invoke(app, ["compress", str(dense), "--for", "exllamav3", "-o", "tiles", *short])
-    assert done.exit_code == 0 and "next  " not in done.stdout
+    assert done.exit_code == 0 and f"next    llmcompress eval tiles --against {dense}" in done.stdout
+    scored = CliRunner().invoke(app, ["compare", str(dense), "tiles", "small", "--windows", "1", "--length", "32"])
+    assert scored.exit_code == 0, scored.output
 
 
 def test_the_command_refuses_other_engines(dense: Path, tmp_path: Path) -> None:
     for words, sentence in (
         (["--for", "vlm"], "there is no engine 'vlm'; did you mean vllm?"),
-        (["--for", "exllamav3", "--bpw", "3"], "a target counts our own bytes, not those of exllamav3"),
-        (["default", "--for", "tgi"], "choose one of vllm, llama.cpp, mlx, exllamav3"),
+        (["--for", "exllamav3", "--bpw", "1"], "1 bpw cannot be reached, 1.2"),
+        (["--for", "mlx", "--sparsity", "0.5"], "mlx has no form for a share of zeros"),
+        (["default", "--for", "tgi"], "choose one of vllm, llama.cpp, mlx, exllamav3, transformers"),
     ):
         refused = CliRunner().invoke(app, ["compress", str(dense), *words, "-o", str(tmp_path / "out")])
         assert refused.exit_code == 2 and sentence in refused.stderr, refused.stderr
+
+
+def one_matrix(step: dict[str, Any]) -> Recipe:
+    return read_recipe({"version": 1, "rules": [{"match": "*.0.*.q_proj", "steps": [step]}]})
+
+
+def test_a_folder_for_another_engine_is_one_sentence(dense: Path, tmp_path: Path) -> None:
+    """It is a model to score and to compress, but no checkpoint to export."""
+    for engine, name, step in (("mlx", "mlx", {"method": "rtn"}), ("exllamav3", "exl3", {"method": "exl3"})):
+        done = compress_for(engine, dense, one_matrix(step), tmp_path / engine)
+        with pytest.raises(InputError, match=f"holds a model stored by {name}; give the folder that compress wrote"):
+            lc.export(done.folder, tmp_path / "other", "gguf")
+        planned = plan_for("vllm", done.folder, recipe("vllm"))
+        assert any(f"of {name.upper()}: what rounds" in note for note in planned.warnings)
+
+
+def test_transformers_gets_our_own_files(dense: Path, tmp_path: Path) -> None:
+    wanted = one_matrix({"method": "rtn"})
+    ours = compress_for("transformers", dense, wanted, tmp_path / "ours")
+    assert plan_for("transformers-cuda", dense, wanted).layers == plan_for("transformers", dense, wanted).layers
+    assert check_manifest(ours.folder) and ours.report == reports.read(ours.folder)
+    with pytest.raises(RecipeError, match="transformers-cuda does not multiply mxfp"):
+        compress_for("transformers-cuda", dense, one_matrix({"method": "mxfp"}), tmp_path / "other")

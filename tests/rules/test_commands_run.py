@@ -24,6 +24,7 @@ ELSEWHERE |= {"passport", "--kl", "target.engine=vllm"}
 PAGES = [name for name in DOCUMENTS if commands(name) and not name.startswith(("docs/reference/", "docs/install"))]
 SIZES = {"40MB": "1MB", "50MB": "1MB", "5GB": "1MB", "1.25,1.6,2,2.5,3": "3,4"}  # of a tiny model
 BLOCKS = {"docs/how-to/drop-blocks.md": 20}  # that commands of the page name
+WIDER = {"docs/how-to/for-exllamav3.md": {"hidden_size": 128, "num_key_value_heads": 4}}  # sides that 128 divides
 SHORT = ("calibration.samples=4", "calibration.length=32", "calibration.held_out=1", "gates.kl=null")
 LESSON = ("steps=2", "batch=2", "micro_batch=2", "evaluate_every=1")
 TASKS = {
@@ -47,6 +48,7 @@ def place(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     monkeypatch.chdir(tmp_path)
     dense = tmp_path / "smollm2"
     sizes = {"intermediate_size": 128, "hidden_size": 64, "num_hidden_layers": BLOCKS.get(document, 2)}
+    sizes |= WIDER.get(document, {})
     tiny_llama(dense, max_position_embeddings=2048, tie_word_embeddings=True, **sizes)
     shutil.copytree(dense, tmp_path / "org" / "model")
     for name in ("small", "smaller", "recovered"):

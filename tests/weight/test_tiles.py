@@ -9,7 +9,18 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from llmcompress.weight.tiles import BLOCK, STEPS, from_tiles, matrix, numbers, order, states, to_tiles, turn_blocks
+from llmcompress.weight.tiles import (
+    BLOCK,
+    STEPS,
+    from_tiles,
+    matrix,
+    numbers,
+    order,
+    states,
+    sums,
+    to_tiles,
+    turn_blocks,
+)
 from tests.builders import seeded
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -68,6 +79,20 @@ def test_every_number_is_that_of_its_bytes() -> None:
     every = range(0, 1 << 16, 7)
     assert torch.equal(numbers()[::7].double(), torch.tensor([number(state) for state in every], dtype=torch.float64))
     assert abs(float(numbers().mean())) < 0.01 and abs(float(numbers().std()) - 1) < 0.01
+
+
+@pytest.mark.parametrize(("codebook", "factor", "summand"), [("mcg", 0xCBAC1FED, 0), ("3inst", 89226354, 64248484)])
+def test_numbers_of_other_codebooks_are_sums_of_two(codebook: str, factor: int, summand: int) -> None:
+    """Sign, two bits of the exponent and the mantissa of each come from the product."""
+    for state in range(0, 1 << 16, 97):
+        bits = f"{(state * factor + summand) % 2**32:032b}"
+        parts = [
+            (-1.0) ** int(bits[start])
+            * 2.0 ** (12 + (int(bits[start + 4 : start + 6], 2) ^ 2) - 15)
+            * (1 + (int(bits[start + 6 : start + 16], 2) ^ 0x360) / 1024)
+            for start in (0, 16)
+        ]
+        assert float(sums(codebook)[state]) == float(np.float16(sum(parts)))
 
 
 def test_states_go_round() -> None:

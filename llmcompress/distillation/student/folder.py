@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import Tensor
 
 from llmcompress.errors import InputError
-from llmcompress.models.dense.config import MODEL, needs_code, public_entries
+from llmcompress.models.dense.config import MODEL, needs_code, packing_entry, public_entries
 from llmcompress.models.dense.locate import Place
 from llmcompress.models.dense.model import DenseModel, open_source
 from llmcompress.models.dense.packed import packing_method
@@ -80,7 +80,7 @@ def open_folder(place: Place) -> StudentFolder:
     """Open the folder of a compressed model of ours, or of a dense one. Raises InputError for any other."""
     try:
         entries = read_json(place.folder / "config.json")
-        kind = (entries.get("quantization_config") or {}).get("quant_method")
+        kind = (packing_entry(entries) or {}).get("quant_method")
     except (OSError, ValueError, AttributeError):  # `open_source` reports the fault
         kind = None
     if kind is not None and packing_method(entries) is not None:

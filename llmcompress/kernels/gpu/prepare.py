@@ -25,6 +25,7 @@ from llmcompress.kernels.gpu.layouts import (
     sign_factors,
 )
 from llmcompress.weight.nodes import (
+    Dense,
     Grid,
     LowRank,
     RotatedInputs,
@@ -70,6 +71,33 @@ def prepare(w: Weight, dtype: torch.dtype = torch.bfloat16) -> GpuWeight | None:
     if not branches or len(terms) > 1:
         return None
     return GpuWeight(tuple(changes), branches, terms[0] if terms else None, shape(w)[1])
+
+
+def is_supported(w: Weight) -> bool:
+    """True if `prepare` would return a weight; the tensors of `w` may hold anything."""
+    kinds = _kinds(w)
+    return kinds is not None and Branch in kinds and kinds.count(LowRankRows) <= 1
+
+
+def _kinds(w: Weight) -> list[type[Branch | LowRankRows]] | None:
+    """Return the kinds of the terms of a weight; None if a kernel is missing."""
+    match w:
+        case Zero():
+            return []
+        case Sum(parts):
+            kinds = [_kinds(part) for part in parts]
+            return None if None in kinds else [each for part in kinds for each in part or ()]
+        case RotatedInputs(inner, block=block):
+            return _kinds(inner) if block <= WIDEST_TURN else None
+        case ScaledInputs(inner):
+            return _kinds(inner)
+        case LowRank():
+            return [LowRankRows]
+        case Grid(codes) | Where(_, Grid() | Dense(), Grid(codes)):
+            return None if codes.is_floating_point() else [Branch]
+        case TrellisCodes():
+            return [Branch]
+    return None
 
 
 def _parts(

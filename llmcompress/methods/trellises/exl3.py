@@ -9,7 +9,9 @@ Differs from ExLlamaV3: factors are the spread of each row, and of each block of
 by least squares at the end. A search has 65,536 states, so it takes 16 times as long as `trellis`.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Literal
 
 import torch
@@ -24,13 +26,14 @@ from llmcompress.methods.solvers.block_search import choose_columns
 from llmcompress.methods.solvers.hessian import feedback_factor, metric
 from llmcompress.runtime.seeding import generator
 from llmcompress.weight.expression import dense
-from llmcompress.weight.nodes import Tiles, Weight, shape
+from llmcompress.weight.nodes import Dense, Tiles, Weight, shape
 from llmcompress.weight.tiles import BLOCK, MEMORY, SIDE, STEPS, from_tiles, numbers, states, to_tiles, turn_blocks
 from llmcompress.weight.trellis import Trellis
 
 SPREAD = {1: 1.1, 2: 1.0}  # of what is searched, best on a Gaussian; that of the numbers is 1
 WIDE_SPREAD = 0.95  # from 3 bits on
 MOST_BITS = 6
+ERRORS = (0.274, 0.0689, 0.0175, 0.00454, 0.00117, 0.00033)  # by bits: squared, of a search of a Gaussian of spread 1
 
 
 class EXL3(StepConfig):
@@ -40,16 +43,29 @@ class EXL3(StepConfig):
     bits: int = Field(2, ge=1, le=MOST_BITS, description="a weight")
     damping: float = Field(0.1, gt=0, le=10, description="share of the mean Hessian diagonal that is added")
     examples = ({}, {"bits": 4})
+    is_slow = True
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
         term_beside_dense(approx, "a matrix of tiles")
         rows, width = shape(approx)
         if rows % BLOCK or width % BLOCK:
-            raise RecipeError(f"EXL3 needs sides that {BLOCK} divides, and it is {rows} x {width}; use trellis for it")
+            raise RecipeError(
+                f"EXL3 needs sides that {BLOCK} divides, and it is {rows} x {width}; leave it dense, or use trellis"
+            )
         codes = torch.empty(width // SIDE, rows // SIDE, STEPS, dtype=torch.uint8, device="meta")
         inputs, outputs = (torch.empty(size, dtype=torch.float16, device="meta") for size in (width, rows))
         return Tiles(codes, inputs, outputs, self.bits)
+
+    def rough(self) -> StepConfig:
+        """Without the search; see `StepConfig.rough`."""
+        return NoisyTiles(bits=self.bits, damping=self.damping)
+
+
+class NoisyTiles(EXL3):
+    """`exl3` as prices try it: numbers as far from the wanted ones as a search leaves them, without codes."""
+
+    is_slow = False
 
 
 @method("exl3", EXL3, needs={"outer"}, data_free=True)
@@ -67,27 +83,50 @@ def exl3(layer: Layer, config: EXL3) -> Layer:
     columns = _random_factors(blocks / spread**2, random)
     turned_weight = turn_blocks(turn_blocks((even / columns.float()).T.contiguous()).T.contiguous()).T  # [in, out]
     factor, notes = feedback_factor(_turn_moments(layer.inputs, columns), config.damping)
-    codes = tiles_with_feedback(turned_weight.contiguous(), factor, config.bits)
-    found = Tiles(codes, columns, rows, config.bits)
-    return with_base(layer, _fit_outputs(found, target, metric(layer.inputs, target, config.damping)), notes)
+    wanted, hessian = turned_weight.contiguous(), metric(layer.inputs, target, config.damping)
+    if isinstance(config, NoisyTiles):
+        stored = feed_back(wanted, factor, partial(_add_errors, ERRORS[config.bits - 1], random))
+        values = turn_blocks(turn_blocks(stored).T.contiguous()) * columns.float() * rows.float()[:, None]
+        return with_base(layer, Dense(values * _gains(values, target, hessian)[:, None]), notes)
+    found = Tiles(tiles_with_feedback(wanted, factor, config.bits), columns, rows, config.bits)
+    limit = torch.finfo(torch.float16).max
+    outputs = (rows.float() * _gains(dense(found), target, hessian)).clamp(-limit, limit).half()
+    return with_base(layer, replace(found, outputs=outputs), notes)
 
 
 def tiles_with_feedback(weight: Tensor, factor: Tensor | None, bits: int) -> Tensor:
-    """Return codes for `weight [in, out]`, one row of tiles after the other, with feedback between them.
+    """Return codes for `weight [in, out]`, one row of tiles after the other, with feedback between them."""
+    chosen: list[Tensor] = []
+
+    def store(wanted: Tensor) -> Tensor:
+        chosen.append(nearest_tiles(to_tiles(wanted), bits))
+        return from_tiles(numbers().to(wanted.device)[states(chosen[-1], bits)])
+
+    feed_back(weight, factor, store)
+    return torch.cat(chosen)
+
+
+def feed_back(weight: Tensor, factor: Tensor | None, store: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return `weight [in, out]` as `store` holds it, 16 inputs at a time, with feedback between them.
 
     `factor` is U with inverse(H) = U^T U: an error e of 16 inputs moves later ones by inverse(U_bb) U_b,later e.
     """
     current = weight.clone()
-    chosen = []
     for start in range(0, len(current), SIDE):
         part, later = slice(start, start + SIDE), slice(start + SIDE, None)
-        codes = nearest_tiles(to_tiles(current[part]), bits)
-        chosen.append(codes)
+        stored = store(current[part])
         if factor is not None:
-            error = current[part] - from_tiles(numbers().to(codes.device)[states(codes, bits)])
             shares = torch.linalg.solve_triangular(factor[part, part], factor[part, later], upper=True)
-            current[later] -= shares.T @ error
-    return torch.cat(chosen)
+            current[later] -= shares.T @ (current[part] - stored)
+        current[part] = stored
+    return current
+
+
+def _add_errors(share: float, random: torch.Generator, wanted: Tensor) -> Tensor:
+    """Return numbers whose squared error is a share of that of the wanted ones, as rate and distortion go."""
+    energy = float(wanted.square().mean())
+    noise = torch.randn(wanted.shape, generator=random).to(wanted)
+    return (1 - share) * wanted + (share * (1 - share) * energy) ** 0.5 * noise
 
 
 def nearest_tiles(wanted: Tensor, bits: int) -> Tensor:
@@ -124,11 +163,8 @@ def _turn_moments(moments: Moments, columns: Tensor) -> Moments:
     return Moments(moments.tokens, outer=turn_blocks((half.T * columns.float()).contiguous()))
 
 
-def _fit_outputs(w: Tiles, target: Tensor, hessian: Tensor) -> Tiles:
-    """Return tiles with least-squares factors of the outputs."""
-    values = dense(w)
+def _gains(values: Tensor, target: Tensor, hessian: Tensor) -> Tensor:
+    """Return the least-squares factor of each row."""
     seen = values @ hessian
     energy = (seen * values).sum(1)
-    gain = torch.where(energy > 0, (seen * target).sum(1) / energy.clamp_min(1e-30), 1.0)
-    limit = torch.finfo(torch.float16).max
-    return Tiles(w.codes, w.inputs, (w.outputs.float() * gain).clamp(-limit, limit).half(), w.bits)
+    return torch.where(energy > 0, (seen * target).sum(1) / energy.clamp_min(1e-30), 1.0)

@@ -51,6 +51,17 @@ def public_entries(entries: Mapping[str, Any], code: bool = False) -> dict[str, 
     return {name: value for name, value in entries.items() if name not in PRIVATE or (code and name == AUTO_MAP)}
 
 
+def packing_entry(entries: Mapping[str, Any]) -> Any:
+    """Return what a config.json says about weights in few bits; nothing, or what is false, for a dense model.
+
+    MLX has an entry of its own for it.
+    """
+    own = entries.get("quantization")
+    if isinstance(own, dict) and {"group_size", "bits"} <= own.keys():
+        return {"quant_method": "mlx"} | own
+    return entries.get("quantization_config")
+
+
 def load_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
     """Return the config of the model in `folder`. Raises what `model_code` and `AutoConfig` raise."""
     from transformers import AutoConfig

@@ -137,6 +137,25 @@ class Header:
         return prod(self.shape) * {**FLOATS, **BUFFERS, **PACKED}[self.dtype]
 
 
+Stored = Mapping[str, Header]
+Packings = dict[str, Packing]  # by the name of the matrix, as a plain checkpoint has it
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder for a reader of packed matrices: its place, its tensors, and its settings of the quantization."""
+
+    place: Path
+    stored: Stored
+    settings: Mapping[str, Any]
+
+    def require(self, is_right: bool, key: str, form: str) -> None:
+        """Raise InputError for a tensor unless it is right."""
+        if not is_right:
+            file = self.stored[key].file
+            raise InputError(f"{key} in {file} and its scales are no matrices in {form}; download the model again")
+
+
 def read_headers(folder: Path) -> dict[str, Header]:
     """Return the header of every tensor in the folder's weight files, by the names in the files without wrappers'.
 

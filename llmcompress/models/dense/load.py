@@ -19,6 +19,7 @@ from llmcompress.models.dense.config import (
     config_errors,
     load_config,
     model_code,
+    packing_entry,
     read_entries,
     valid_config,
 )
@@ -97,6 +98,8 @@ def _is_numbers(folder: Path, alone: bool) -> bool:
     """True for what is read as numbers where transformers would unpack it late, or for a GPU alone if they suffice."""
     entries = read_entries(folder / MODEL, folder)
     method = packing_method(entries)
+    if method in ("mlx", "exl3"):
+        return True
     return (alone and method == "fp8") or (method == "compressed-tensors" and (alone or not rounds_inputs(entries)))
 
 
@@ -114,7 +117,7 @@ def check_outline(place: Place) -> tuple[bool, PreTrainedModel | None]:
         )
     entries = read_entries(folder / MODEL, folder)
     check_numbers(entries.get, str(folder / MODEL))
-    packing = entries.get("quantization_config") or {}
+    packing = packing_entry(entries) or {}
     if not isinstance(packing, dict):
         raise InputError(f"{folder / MODEL} has a quantization_config that is no object; download or write it again")
     if not has_weights(folder):

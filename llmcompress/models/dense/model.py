@@ -26,6 +26,7 @@ from llmcompress.models.dense.config import (
     is_known_type,
     model_code,
     needs_code,
+    packing_entry,
     public_entries,
     read_entries,
     valid_config,
@@ -42,6 +43,7 @@ from llmcompress.models.files.identity import content_digest, tokenizer_digest
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+PACKINGS = ("quantization_config", "quantization")  # entries on weights in few bits
 RENAMED = {"lm_head.weight": "embed_out.weight"}  # model's name -> name on disk; GPT-NeoX
 
 
@@ -111,7 +113,7 @@ class DenseModel:
         """Return the entries of the model's config.json that an output may have."""
         entries = public_entries(read_entries(self.folder / MODEL, self.folder), needs_code(self.folder, MODEL))
         if packing_method(entries) is not None:  # outputs hold numbers
-            del entries["quantization_config"]
+            entries = {key: value for key, value in entries.items() if key not in PACKINGS}
         return entries
 
     def skeleton(self) -> PreTrainedModel:
@@ -198,7 +200,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     """Return the config of the dense model of text in `folder`. Raises InputError for any other folder."""
     entries = read_entries(folder / MODEL, folder)
     kind = entries.get("model_type")
-    quantization = entries.get("quantization_config") or {}
+    quantization = packing_entry(entries) or {}
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     sizes, is_packed = own_sizes(entries), packing_method(entries) is not None
     if method and not is_packed and not sizes:
@@ -215,7 +217,8 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     config = valid_config(folder, trust_remote_code)
     _check_task(config, folder)
     if sizes or is_packed:
-        del config.quantization_config  # which says no more than the sizes, or how numbers are stored
+        for key in PACKINGS:  # which say no more than the sizes, or how numbers are stored
+            vars(config).pop(key, None)
     return config
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from math import prod
@@ -19,12 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError, list_names
-from llmcompress.models.dense.config import MODEL
-from llmcompress.models.dense.headers import DTYPES, FLOATS, Header, Packing, read_tensor
+from llmcompress.models.dense.config import MODEL, packing_entry
+from llmcompress.models.dense.engine_packings import exl3_packings, mlx_packings
+from llmcompress.models.dense.headers import DTYPES, FLOATS, Folder, Header, Packing, Packings, Stored, read_tensor
 from llmcompress.models.files.reading import error_text
 
-Stored = Mapping[str, Header]
-Packings = dict[str, Packing]  # by the name of the matrix, as a plain checkpoint has it
 FP8 = {"F8_E4M3", "F8_E5M2"}
 EXPONENTS = {"U8", "F8_E8M0"}  # dtypes of scales that are powers of two
 FP8_BLOCK = (128, 128)
@@ -40,31 +39,16 @@ def describe_few_bits(forms: str) -> str:
     return f"weights come from {forms}: what rounds to as many bits looks better on them"
 
 
-@dataclass(frozen=True)
-class Folder:
-    """A folder for a reader of packed matrices: its place, its tensors, and its settings of the quantization."""
-
-    place: Path
-    stored: Stored
-    settings: Mapping[str, Any]
-
-    def require(self, is_right: bool, key: str, form: str) -> None:
-        """Raise InputError for a tensor unless it is right."""
-        if not is_right:
-            file = self.stored[key].file
-            raise InputError(f"{key} in {file} and its scales are no matrices in {form}; download the model again")
-
-
 def packing_method(entries: Mapping[str, Any]) -> str | None:
     """Return the library's name of a packing in a config.json, None for one that is not read here."""
-    settings = entries.get("quantization_config")
+    settings = packing_entry(entries)
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     return method if isinstance(method, str) and method in READERS else None
 
 
 def rounds_inputs(entries: Mapping[str, Any]) -> bool:
     """True if linears of compressed-tensors or LLM.int8() round what they read too, which no number of theirs tells."""
-    settings = entries["quantization_config"]
+    settings = packing_entry(entries)
     groups = settings.get("config_groups")
     if settings.get("load_in_8bit"):
         return True
@@ -82,9 +66,9 @@ def unpack_headers(stored: Stored, entries: Mapping[str, Any], place: Path) -> t
     if method is None:
         return dict(stored), ""
     package, read = READERS[method]
-    if find_spec(package.replace("-", "_")) is None:
+    if package and find_spec(package.replace("-", "_")) is None:
         raise InputError(f"{place} is stored by {package}, which is not installed; run `pip install {package}`")
-    packings = read(Folder(place, stored, entries["quantization_config"]))
+    packings = read(Folder(place, stored, packing_entry(entries)))
     used = {part.key for packing in packings.values() for part in packing.parts.values()}
     owners = {name.rpartition(".")[0] for name in packings}
     used |= {key for key in stored if key.endswith(OF_INPUTS) and key.rpartition(".")[0] in owners}
@@ -333,9 +317,12 @@ def _unpack_8bit(parts: dict[str, Tensor]) -> Tensor:
     return numbers
 
 
-READERS: dict[str, tuple[str, Callable[[Folder], Packings]]] = {  # by quant_method: package, reader
+# By quant_method: the package that unpacks it, none where it is done here, and the reader
+READERS: dict[str, tuple[str, Callable[[Folder], Packings]]] = {
     "fp8": ("transformers", _fp8),
     "mxfp4": ("transformers", _mxfp4),
     "compressed-tensors": ("compressed-tensors", _compressed_tensors),
     "bitsandbytes": ("bitsandbytes", _bitsandbytes),
+    "mlx": ("", mlx_packings),
+    "exl3": ("", exl3_packings),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llmcompress.models.dense.config import packing_entry
 from llmcompress.models.dense.headers import Header
 from llmcompress.models.dense.locate import Place
 from llmcompress.models.dense.skeleton import outline
@@ -29,7 +30,7 @@ def own_sizes(entries: Mapping[str, Any]) -> dict[str, list[int]]:
 
 def is_dense(entries: Mapping[str, Any]) -> bool:
     """True if the entries of a config.json name no compressed matrix."""
-    return not entries.get("quantization_config") or bool(own_sizes(entries))
+    return not packing_entry(entries) or bool(own_sizes(entries))
 
 
 def sized_outline(

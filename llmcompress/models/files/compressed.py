@@ -14,7 +14,15 @@ from torch import Tensor
 
 from llmcompress.errors import InputError, list_names
 from llmcompress.models.dense.companions import check_generation_config
-from llmcompress.models.dense.config import MODEL, check_numbers, load_config, model_code, needs_code, public_entries
+from llmcompress.models.dense.config import (
+    MODEL,
+    check_numbers,
+    load_config,
+    model_code,
+    needs_code,
+    packing_entry,
+    public_entries,
+)
 from llmcompress.models.dense.headers import read_headers
 from llmcompress.models.dense.locate import Place
 from llmcompress.models.dense.model import DenseModel
@@ -135,9 +143,11 @@ def round_to_bfloat16(value: Tensor) -> tuple[Tensor, float]:
 def check_kind(folder: Path) -> None:
     """Raise InputError for a folder without a checkpoint of llmcompress."""
     check_folder(folder)
-    packing = read_json(folder / MODEL, "give a compressed checkpoint").get("quantization_config")
-    if not isinstance(packing, dict) or packing.get("quant_method") != NAME:
-        raise InputError(f"{folder} holds no model compressed by llmcompress; give the folder that compress wrote")
+    packing = packing_entry(read_json(folder / MODEL, "give a compressed checkpoint"))
+    kind = packing.get("quant_method") if isinstance(packing, dict) else None
+    if kind != NAME:
+        held = f"a model stored by {str(kind)[:50]}" if kind else "no model compressed by llmcompress"
+        raise InputError(f"{folder} holds {held}; give the folder that compress wrote without --for")
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,8 +21,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from llmcompress.errors import InputError
 from llmcompress.kernels.gpu.layouts import PLANES, GridRows, StreamRows, pack_grid, pack_salient, pack_streams
-from llmcompress.kernels.gpu.prepare import multiply, prepare, runs_on
+from llmcompress.kernels.gpu.prepare import is_supported, multiply, prepare, runs_on
 from llmcompress.kernels.ops import call_operator
+from llmcompress.weight.expression import describe
 from llmcompress.weight.layout import pack_weight
 from llmcompress.weight.nodes import (
     Bitmap,
@@ -36,7 +37,7 @@ from llmcompress.weight.nodes import (
     Zero,
 )
 from llmcompress.weight.trellis import Trellis, matrix
-from tests.builders import codebook, grid, seeded, streams
+from tests.builders import codebook, every_node, grid, random_nestings, seeded, streams
 from tests.kernels.gpu.interpreted import Case, cases, on
 from tests.rules.source_tree import ROOT
 from tests.tiers import tiered_nightly
@@ -135,6 +136,11 @@ def test_a_layout_takes_hardly_more_than_the_codes() -> None:
 )
 def test_prepare_returns_none_without_a_kernel(w: Weight) -> None:
     assert prepare(w) is None
+
+
+def test_support_is_told_without_packing() -> None:
+    for w in every_node() + random_nestings(3, 60):
+        assert is_supported(w) == (prepare(w) is not None), describe(w)
 
 
 def test_multiply_refuses_inputs_that_want_a_gradient() -> None:

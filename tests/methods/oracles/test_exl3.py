@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llmcompress.allocation.distortion import rough
 from llmcompress.errors import RecipeError
-from llmcompress.methods.layer import relative_error
+from llmcompress.methods.layer import apply, relative_error, step
 from llmcompress.methods.solvers.hessian import inverse_factor, second_moment
 from llmcompress.methods.trellises.exl3 import SPREAD, WIDE_SPREAD, nearest_tiles, tiles_with_feedback
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.nodes import Tiles
 from llmcompress.weight.tiles import STEPS, from_tiles, numbers, states, to_tiles
-from tests.builders import compressed, correlated, gaussian, moments, seeded
+from tests.builders import compressed, correlated, gaussian, layer, moments, seeded
 from tests.methods.conformance.cases import assert_sound
 
 LIMITS = {1: 0.25, 2: 0.0625, 4: 0.0039}  # of the squared error on a Gaussian: 4^-bits
@@ -67,9 +68,26 @@ def test_data_and_bits_help() -> None:
     assert torch.equal(dense(compressed(weight, inputs, {"method": "exl3"}).expression()), dense(w))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_errors_without_a_search_are_as_large(size: int) -> None:
+    """On even weights, and where rows and columns differ."""
+    inputs, weight = correlated(1024, 256), gaussian(128, 256)
+    spread = torch.exp(torch.randn(256, generator=seeded(1))) * torch.exp(torch.randn(128, 1, generator=seeded(2)))
+    for each in (weight, weight * spread):
+        own = (step({"method": "exl3", "bits": size}),)
+        found, quick = (
+            relative_error(each, apply(layer(each, inputs), steps).expression(), moments(inputs))
+            for steps in (own, rough(own))
+        )
+        assert 0.85 * found < quick < 1.15 * found
+
+
 def test_other_widths_and_a_second_rotation_are_refused() -> None:
     inputs = correlated(64, 128)
-    with pytest.raises(RecipeError, match="EXL3 needs sides that 128 divides, and it is 100 x 128; use trellis"):
+    with pytest.raises(
+        RecipeError, match="EXL3 needs sides that 128 divides, and it is 100 x 128; leave it dense, or use trellis"
+    ):
         compressed(gaussian(100, 128), inputs, {"method": "exl3"})
     with pytest.raises(RecipeError, match="has a rotation of its own; drop the step that rotates"):
         compressed(gaussian(128, 128), inputs, {"method": "rotate"}, {"method": "exl3"})
