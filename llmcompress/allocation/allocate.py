@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmcompress.allocation.baselines import predicted_baselines
 from llmcompress.allocation.choices import Choices, Steps, find_choices
 from llmcompress.allocation.cost import pricing_bytes
 from llmcompress.allocation.distortion import families
@@ -30,7 +29,7 @@ from llmcompress.allocation.prices import (
     prices_of,
 )
 from llmcompress.allocation.sensitivity import WINDOW, Probe, ProbeText, dense_predictions, logits_in_parts, probe_text
-from llmcompress.allocation.solve import monotone, solve
+from llmcompress.allocation.solve import monotone, predicted_baselines, solve
 from llmcompress.compression.job import Job
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
 from llmcompress.errors import InputError, MemoryLimitError, RecipeError, format_bytes

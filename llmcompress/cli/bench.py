@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmcompress.cli.options import AsJson, Quiet, TrustRemoteCode, Verbose
-from llmcompress.cli.tables import build_table
-from llmcompress.cli.terminal import Terminal
+from llmcompress.cli.terminal import Terminal, build_table
 from llmcompress.reporting.tables import Row
 
 if TYPE_CHECKING:

@@ -28,8 +28,7 @@ from llmcompress.cli.options import (
     command,
 )
 from llmcompress.cli.scores import build_protocol
-from llmcompress.cli.tables import build_table
-from llmcompress.cli.terminal import Terminal
+from llmcompress.cli.terminal import Terminal, build_table
 from llmcompress.errors import RecipeError, format_bytes
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.reporting.formatting import duration, number, phases_text, target_text
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from llmcompress.recipe.compression import Recipe
-    from llmcompress.recipe.overrides import Change
+    from llmcompress.recipe.read import Change
 
 DEFAULT: dict[str, Any] = {  # the recipe for a target that is given without one
     "version": 1,
@@ -219,7 +218,7 @@ def frontier(
     from llmcompress.pipeline.frontier import SweepCallbacks
     from llmcompress.pipeline.frontier import frontier as run
     from llmcompress.pipeline.frontier_inputs import budgets, read_peers
-    from llmcompress.recipe.overrides import Change
+    from llmcompress.recipe.read import Change
 
     wanted = budgets(bpw, sizes)
     first = wanted[0].target.model_dump(exclude_none=True)
@@ -249,8 +248,7 @@ def build_recipe(
     Raises RecipeError without both, and for whatever is wrong with the recipe or the options.
     """
     from llmcompress.pipeline.engines import engine_of
-    from llmcompress.recipe.overrides import Change
-    from llmcompress.recipe.read import read_recipe
+    from llmcompress.recipe.read import Change, read_recipe
 
     settings = settings or []
     without_target = target is None and not any(setting.startswith("target") for setting in settings)
@@ -267,7 +265,7 @@ def build_recipe(
 
 def target_change(bpw: float | None, size: str | None, kl: float | None, sparsity: float | None) -> Change | None:
     """Return the change of a recipe's target that these options ask for, or None. A recipe accepts one of them."""
-    from llmcompress.recipe.overrides import Change
+    from llmcompress.recipe.read import Change
 
     options = {
         "--bpw": ("bpw", bpw),

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from llmcompress.cli.options import command
-from llmcompress.cli.tables import build_table
-from llmcompress.cli.terminal import Terminal
+from llmcompress.cli.terminal import Terminal, build_table
 from llmcompress.reporting.tables import Row
 
 if TYPE_CHECKING:

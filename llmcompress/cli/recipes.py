@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmcompress.cli.options import RecipeFile, Settings, command
-from llmcompress.cli.tables import build_table
-from llmcompress.cli.terminal import Terminal
+from llmcompress.cli.terminal import Terminal, build_table
 from llmcompress.reporting.tables import Row
 
 if TYPE_CHECKING:

@@ -21,8 +21,7 @@ from llmcompress.cli.options import (
     Windows,
     command,
 )
-from llmcompress.cli.tables import build_table
-from llmcompress.cli.terminal import Terminal
+from llmcompress.cli.terminal import Terminal, build_table
 from llmcompress.errors import InputError, format_bytes
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.reporting.formatting import number, with_error

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 
 import llmcompress as lc
 from llmcompress.benchmark.candidate import Candidate, draw_prompt, find_candidates
-from llmcompress.benchmark.machine import LEAST, BandwidthMeter, buffer_bytes, last_level_cache
-from llmcompress.benchmark.protocol import SpeedProtocol
+from llmcompress.benchmark.protocol import LEAST, BandwidthMeter, SpeedProtocol, buffer_bytes, last_level_cache
 from llmcompress.benchmark.worker import resident_memory, restart_peak
 from llmcompress.errors import InputError
 from llmcompress.models.files.gguf_header import read_gguf_header

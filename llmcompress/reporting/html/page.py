@@ -14,11 +14,11 @@ from llmcompress.errors import DiskError, InputError
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import add_file
 from llmcompress.models.files.integrity import MENDING
+from llmcompress.models.files.output import check_new_file, write_new_file
 from llmcompress.models.files.reading import read_json
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.html import charts
 from llmcompress.reporting.html.context import CheckpointFiles, Generations, page_context
-from llmcompress.reporting.output_file import check_new_file, write_new_file
 from llmcompress.runtime.json_values import JsonRecord
 
 TEMPLATE = "page.html.jinja"
