@@ -226,7 +226,7 @@ def frontier(
     built = [build_recipe(recipe, settings, seed, target, tune) for recipe in recipes or (None,)]
     built = built if engine is None else [aim_at(engine, recipe) for recipe in built]
     results = () if peers is None else read_peers(peers, "bytes" if bpw is None else "bpw")
-    protocol = build_protocol(text, windows, length, tasks, limit, None, batch_size)
+    protocol = build_protocol(tasks, limit, text=text, windows=windows, length=length, batch_size=batch_size)
     callbacks = SweepCallbacks(terminal.stage, terminal.pricing, terminal.progress, terminal.training)
     access["revision"] = revision
     points = run(model, built, wanted, output, protocol, peers=results, callbacks=callbacks, **access)
