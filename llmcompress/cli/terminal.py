@@ -21,10 +21,8 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import typer
 
-from llmcompress.cli.other_libraries import contain_others
+from llmcompress.cli.process import StopRequests, contain_others, writing_to
 from llmcompress.cli.stages import SHORT, Stage, beating
-from llmcompress.cli.stopping import StopRequests
-from llmcompress.cli.streams import writing_to
 from llmcompress.errors import (
     DiskError,
     LLMCompressError,
