@@ -13,7 +13,7 @@ from typing import Any
 
 from llmcompress.errors import InputError, format_bytes
 from llmcompress.models.files import file_names
-from llmcompress.models.files.integrity import MENDING
+from llmcompress.models.files.reading import MENDING
 from llmcompress.reporting.formatting import duration, phases_text, target_text, without_folders
 from llmcompress.reporting.html.charts import Curve, curve
 from llmcompress.reporting.html.layers import layer_context
