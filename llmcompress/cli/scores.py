@@ -9,29 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmcompress.cli.options import (
-    BatchSize,
-    Group,
-    Length,
-    Limit,
-    Model,
-    Revision,
-    Tasks,
-    Text,
-    Windows,
-    command,
-)
+from llmcompress.cli.options import BatchSize, Group, Length, Limit, Model, Revision, Tasks, Text, Windows, command
 from llmcompress.cli.terminal import Terminal, build_table
 from llmcompress.errors import InputError, format_bytes
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.reporting.formatting import number, with_error
-from llmcompress.reporting.tables import (
-    Row,
-    adapter_table,
-    change_table,
-    comparison_table,
-    metrics,
-)
+from llmcompress.reporting.tables import Row, adapter_table, change_table, comparison_table, metrics
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
