@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.runtime.attention import FasterAttention
-from llmcompress.runtime.side_by_side import alone
+from llmcompress.runtime.devices import alone
 
 ONE_THREAD = RLock()  # held while a thread compresses, distils or scores
 PRECISE = 1e-6  # largest relative error of a float32 product; rounding to bfloat16 gives 2e-3
