@@ -27,7 +27,7 @@ SIXTEEN = (
     *("mixtral", "qwen3_moe"),
 )
 UNLIKE = ("gpt2", "mixtral")  # transposed, experts
-LONG = ("budget-2-tuned", "partial-binarization")
+LONG = ("balanced", "budget-2-tuned", "partial-binarization")
 EACH = 8  # a slow test has every recipe on this share of families, in turn, and a nightly one on the others
 
 
