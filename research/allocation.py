@@ -32,7 +32,10 @@ from rows import calibration
 from scipy.stats import spearmanr
 
 from llmcompress.allocation.allocate import Allocation, allocate, target_of
-from llmcompress.allocation.baselines import (
+from llmcompress.allocation.price_file import allocate_by
+from llmcompress.allocation.prices import damage
+from llmcompress.allocation.sensitivity import DensePredictions, logits_in_parts
+from llmcompress.allocation.solve import (
     Costs,
     cheapest_first,
     fill_up,
@@ -41,9 +44,6 @@ from llmcompress.allocation.baselines import (
     total_cost,
     uniform_plan,
 )
-from llmcompress.allocation.price_file import allocate_by
-from llmcompress.allocation.prices import damage
-from llmcompress.allocation.sensitivity import DensePredictions, logits_in_parts
 from llmcompress.compression import run
 from llmcompress.compression.job import prepare
 from llmcompress.errors import RecipeError

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from records import append, provenance
 
-from llmcompress.methods.solvers.streams import TrellisStreams
+from llmcompress.methods.solvers.block_search import TrellisStreams
 from llmcompress.weight.expression import dense
 from llmcompress.weight.trellis import Trellis
 

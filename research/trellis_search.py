@@ -13,8 +13,7 @@ import time
 
 import torch
 
-from llmcompress.methods.solvers.block_search import can_search
-from llmcompress.methods.solvers.streams import TrellisStreams
+from llmcompress.methods.solvers.block_search import TrellisStreams, can_search
 from llmcompress.weight.trellis import Trellis
 
 RUN = 768  # rows of a stream

@@ -21,7 +21,7 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import llmcompress as lc
-from llmcompress.cli.other_libraries import contain_others
+from llmcompress.cli.process import contain_others
 from llmcompress.cli.stages import Stage, beating
 from llmcompress.distillation.run import distill
 from llmcompress.errors import LLMCompressError, Termination

@@ -17,20 +17,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmcompress.allocation.baselines import predicted_baselines
 from llmcompress.allocation.choices import Choices, Steps, find_choices
 from llmcompress.allocation.cost import pricing_bytes
 from llmcompress.allocation.distortion import families
-from llmcompress.allocation.prices import (
-    MatrixPrices,
-    Progress,
-    damage,
-    damage_by_kind,
-    measure_matrices,
-    prices_of,
-)
+from llmcompress.allocation.prices import MatrixPrices, Progress, damage, damage_by_kind, measure_matrices, prices_of
 from llmcompress.allocation.sensitivity import WINDOW, Probe, ProbeText, dense_predictions, logits_in_parts, probe_text
-from llmcompress.allocation.solve import monotone, solve
+from llmcompress.allocation.solve import monotone, predicted_baselines, solve
 from llmcompress.compression.job import Job
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
 from llmcompress.errors import InputError, MemoryLimitError, RecipeError, format_bytes

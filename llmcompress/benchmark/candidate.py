@@ -23,8 +23,8 @@ from llmcompress.models.dense.skeleton import check_causal, folder_skeleton
 from llmcompress.models.dense.tokenizer import check_vocabularies
 from llmcompress.models.files import file_names
 from llmcompress.models.files.gguf_header import read_gguf_header
-from llmcompress.models.files.integrity import MENDING
-from llmcompress.models.files.reading import read_json
+from llmcompress.models.files.reading import MENDING
+from llmcompress.reporting.report import read_optional
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -160,15 +160,15 @@ def _scores(folder: Path) -> dict[str, Any] | None:
     Raises InputError for a damaged file.
     """
     path = folder / file_names.SCORES
-    if not path.is_file():
+    if (entries := read_optional(path)) is None:
         return None
     try:
-        entries = read_json(path)
         scores = {name: entries["compressed"][name] for name in SCORES}
-        protocol = {name: value for name, value in entries.items() if name not in ("dense", "compressed", "versions")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read ({type(error).__name__}: {error}); {MENDING}") from error
-    return scores | {"protocol": protocol}
+    return scores | {
+        "protocol": {name: value for name, value in entries.items() if name not in ("dense", "compressed", "versions")}
+    }
 
 
 def draw_prompt(models: Sequence[Candidate], length: int, seed: int) -> list[int]:

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.benchmark.candidate import Candidate, draw_prompt, find_candidates
-from llmcompress.benchmark.machine import buffer_bytes, machine_facts
-from llmcompress.benchmark.protocol import SEED, WARM_UP, SpeedProtocol
+from llmcompress.benchmark.protocol import SEED, WARM_UP, SpeedProtocol, buffer_bytes, machine_facts
 from llmcompress.benchmark.summary import speed_markdown, summary
 from llmcompress.benchmark.worker import Worker
 from llmcompress.errors import RecipeError
 from llmcompress.evaluation.evaluate import Scoring
-from llmcompress.reporting.output_file import check_new_file, write_new_file
+from llmcompress.models.files.output import check_new_file, write_new_file
 from llmcompress.reporting.plots import check_matplotlib, speed_png
 from llmcompress.runtime.facts import versions
 from llmcompress.runtime.json_values import replace_nonfinite

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from llmcompress.benchmark.machine import BandwidthMeter
+from llmcompress.benchmark.protocol import BandwidthMeter
 from llmcompress.errors import InputError, first_line
 from llmcompress.models.dense.config import load_config
 from llmcompress.models.dense.load import load_model

@@ -8,7 +8,7 @@ def main() -> None:
     """Run the program `llmcompress`. Ctrl-C ends it in one sentence from its first import on."""
     import signal
 
-    from llmcompress.cli.stopping import stop_early
+    from llmcompress.cli.process import stop_early
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nobody else handles it
         signal.signal(signal.SIGINT, stop_early)

@@ -13,16 +13,14 @@ import typer
 from typer.core import TyperGroup
 
 from llmcompress import __version__
-from llmcompress.cli.bench import bench
 from llmcompress.cli.compress import compress, frontier, plan
 from llmcompress.cli.distill import answer, distill
-from llmcompress.cli.doctor import doctor
 from llmcompress.cli.experts import experts
-from llmcompress.cli.inspect import inspect, report
+from llmcompress.cli.inspect import inspect, recipe, recipes, report
+from llmcompress.cli.machine import bench, doctor
+from llmcompress.cli.process import end_process, run_program
 from llmcompress.cli.publish import export, push, verify
-from llmcompress.cli.recipes import recipe, recipes
 from llmcompress.cli.scores import compare, drift, evaluate, passport
-from llmcompress.cli.streams import end_process, run_program
 from llmcompress.cli.surgery import drop, narrow, shrink
 
 PANELS: dict[str, dict[str, Callable[..., Any] | typer.Typer]] = {

@@ -28,8 +28,7 @@ from llmcompress.cli.options import (
     command,
 )
 from llmcompress.cli.scores import build_protocol
-from llmcompress.cli.tables import build_table
-from llmcompress.cli.terminal import Terminal
+from llmcompress.cli.terminal import Terminal, build_table
 from llmcompress.errors import RecipeError, format_bytes
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.reporting.formatting import duration, number, phases_text, target_text
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from llmcompress.recipe.compression import Recipe
-    from llmcompress.recipe.overrides import Change
+    from llmcompress.recipe.read import Change
 
 DEFAULT: dict[str, Any] = {  # the recipe for a target that is given without one
     "version": 1,
@@ -219,7 +218,7 @@ def frontier(
     from llmcompress.pipeline.frontier import SweepCallbacks
     from llmcompress.pipeline.frontier import frontier as run
     from llmcompress.pipeline.frontier_inputs import budgets, read_peers
-    from llmcompress.recipe.overrides import Change
+    from llmcompress.recipe.read import Change
 
     wanted = budgets(bpw, sizes)
     first = wanted[0].target.model_dump(exclude_none=True)
@@ -227,7 +226,7 @@ def frontier(
     built = [build_recipe(recipe, settings, seed, target, tune) for recipe in recipes or (None,)]
     built = built if engine is None else [aim_at(engine, recipe) for recipe in built]
     results = () if peers is None else read_peers(peers, "bytes" if bpw is None else "bpw")
-    protocol = build_protocol(text, windows, length, tasks, limit, None, batch_size)
+    protocol = build_protocol(tasks, limit, text=text, windows=windows, length=length, batch_size=batch_size)
     callbacks = SweepCallbacks(terminal.stage, terminal.pricing, terminal.progress, terminal.training)
     access["revision"] = revision
     points = run(model, built, wanted, output, protocol, peers=results, callbacks=callbacks, **access)
@@ -249,8 +248,7 @@ def build_recipe(
     Raises RecipeError without both, and for whatever is wrong with the recipe or the options.
     """
     from llmcompress.pipeline.engines import engine_of
-    from llmcompress.recipe.overrides import Change
-    from llmcompress.recipe.read import read_recipe
+    from llmcompress.recipe.read import Change, read_recipe
 
     settings = settings or []
     without_target = target is None and not any(setting.startswith("target") for setting in settings)
@@ -267,7 +265,7 @@ def build_recipe(
 
 def target_change(bpw: float | None, size: str | None, kl: float | None, sparsity: float | None) -> Change | None:
     """Return the change of a recipe's target that these options ask for, or None. A recipe accepts one of them."""
-    from llmcompress.recipe.overrides import Change
+    from llmcompress.recipe.read import Change
 
     options = {
         "--bpw": ("bpw", bpw),

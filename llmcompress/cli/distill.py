@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmcompress.cli.options import Model, Out, Quick, RecipeFile, Seed, Settings, command
-from llmcompress.cli.tables import build_table, size_change
-from llmcompress.cli.terminal import Terminal
+from llmcompress.cli.terminal import Terminal, build_table, size_change
 from llmcompress.reporting.formatting import duration
 from llmcompress.reporting.tables import Row
 
@@ -38,8 +37,7 @@ def distill(
     """
     from llmcompress.distillation.run import distill as run
     from llmcompress.recipe.distillation import Distillation
-    from llmcompress.recipe.overrides import Change
-    from llmcompress.recipe.read import read_as
+    from llmcompress.recipe.read import Change, read_as
 
     changes = [] if seed is None else [Change("seed", seed, "--seed")]
     changes += [Change("trial", True, "--quick")] if quick else []

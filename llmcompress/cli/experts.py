@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmcompress.cli.options import Model, OutOrDryRun, check_output, command
-from llmcompress.cli.tables import build_table, surgery_lines
-from llmcompress.cli.terminal import Terminal
+from llmcompress.cli.options import Group, Model, OutOrDryRun, check_output, command
+from llmcompress.cli.terminal import Terminal, build_table, surgery_lines
 from llmcompress.reporting.tables import Row, merge_sentences
 
 if TYPE_CHECKING:
@@ -17,9 +16,6 @@ if TYPE_CHECKING:
 
     from llmcompress.surgery.experts.job import ExpertsReport
 
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Show which experts change and the predicted damage; write nothing.")
-]
 Score = Annotated[
     str,
     typer.Option(
@@ -28,11 +24,16 @@ Score = Annotated[
         help="How to score experts: reap (router weight times output), frequency, or random as a control.",
     ),
 ]
-ReadText = Annotated[str, typer.Option("--text", help="Text to judge experts on: a file, a data set, or stdlib.")]
+RandomSeed = Annotated[int, typer.Option("--seed", min=0, help="Random seed for --by random.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show which experts change and the predicted damage; write nothing.")
+]
+ReadText = Annotated[str, typer.Option(help="Text to judge experts on: a file, a data set, or stdlib.")]
 Samples = Annotated[
     int, typer.Option(min=2, help="Number of sequences of text; a fifth of them is held out to judge on.")
 ]
-RandomSeed = Annotated[int, typer.Option("--seed", min=0, help="Random seed for --by random.")]
+OUTPUT = Group({"output": (OutOrDryRun, None), "dry_run": (DryRun, False)}, "output", check_output)
+READING = Group({"text": (ReadText, "stdlib"), "samples": (Samples, 20)})
 
 experts = typer.Typer(
     help="Remove, merge, condense or replace the experts of a mixture-of-experts model.", no_args_is_help=True
@@ -40,18 +41,14 @@ experts = typer.Typer(
 
 
 @experts.command()
-@command("revision", "device")
+@command(OUTPUT, READING, "revision", "device")
 def prune(
     terminal: Terminal,
     model: Model,
     keep: Annotated[float, typer.Option(help="Experts to keep in each block: a count, or a share below 1.")],
-    output: OutOrDryRun = None,
     by: Score = "reap",
-    text: ReadText = "stdlib",
-    samples: Samples = 20,
     seed: RandomSeed = 0,
-    dry_run: DryRun = False,
-    **reading: Any,
+    **others: Any,
 ) -> None:
     """Keep the most useful experts of every block of MODEL.
 
@@ -61,22 +58,16 @@ def prune(
     """
     from llmcompress.surgery.experts.prune import prune_experts
 
-    reading |= {"text": text, "samples": samples, "progress": terminal.progress}
-    output = check_output(output, dry_run)
-    _show(terminal, prune_experts(model, keep=keep, by=by, seed=seed, output=output, **reading))
+    _show(terminal, prune_experts, model, keep=keep, by=by, seed=seed, **others)
 
 
 @experts.command()
-@command("revision", "device")
+@command(OUTPUT, READING, "revision", "device")
 def merge(
     terminal: Terminal,
     model: Model,
     keep: Annotated[float, typer.Option(help="Experts that each block has afterwards: a count, or a share below 1.")],
-    output: OutOrDryRun = None,
-    text: ReadText = "stdlib",
-    samples: Samples = 20,
-    dry_run: DryRun = False,
-    **reading: Any,
+    **others: Any,
 ) -> None:
     """Average experts of MODEL that have similar outputs.
 
@@ -86,16 +77,14 @@ def merge(
     """
     from llmcompress.surgery.experts.merge import merge_experts
 
-    reading |= {"text": text, "samples": samples, "progress": terminal.progress}
-    _show(terminal, merge_experts(model, keep=keep, output=check_output(output, dry_run), **reading))
+    _show(terminal, merge_experts, model, keep=keep, **others)
 
 
 @experts.command()
-@command("revision", "device")
+@command(OUTPUT, READING, "revision", "device")
 def condense(
     terminal: Terminal,
     model: Model,
-    output: OutOrDryRun = None,
     blocks: Annotated[
         str | None, typer.Option(metavar="NUMBERS", help="Numbers of the blocks to condense, from 0: 13-18 or 4,7-9.")
     ] = None,
@@ -109,10 +98,7 @@ def condense(
             help="Experts that stay on in each block, beside shared ones; by default as many as a token uses.",
         ),
     ] = None,
-    text: ReadText = "stdlib",
-    samples: Samples = 20,
-    dry_run: DryRun = False,
-    **reading: Any,
+    **others: Any,
 ) -> None:
     """Replace the router and the experts in some blocks of MODEL by a few experts that are always on.
 
@@ -123,30 +109,24 @@ def condense(
     from llmcompress.surgery.block_choice import block_numbers
     from llmcompress.surgery.experts.condense import condense_experts
 
-    reading |= {"text": text, "samples": samples, "progress": terminal.progress}
-    output = check_output(output, dry_run)
     chosen = None if blocks is None else block_numbers(blocks)
-    _show(terminal, condense_experts(model, blocks=chosen, count=count, experts=number, output=output, **reading))
+    _show(terminal, condense_experts, model, blocks=chosen, count=count, experts=number, **others)
 
 
 @experts.command()
-@command("revision", "device")
+@command(OUTPUT, READING, "revision", "device")
 def replace(
     terminal: Terminal,
     model: Model,
     count: Annotated[float, typer.Option(help="Experts to replace in each block: a count, or a share below 1.")],
-    output: OutOrDryRun = None,
     share: Annotated[
         float | None,
         typer.Option(help="Size of a replaced expert, as a share of its size in bfloat16; 0.25 by default."),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the two factors; in place of --share.")] = None,
     by: Score = "reap",
-    text: ReadText = "stdlib",
-    samples: Samples = 20,
     seed: RandomSeed = 0,
-    dry_run: DryRun = False,
-    **reading: Any,
+    **others: Any,
 ) -> None:
     """Store the least useful experts of every block of MODEL as low-rank factors.
 
@@ -156,15 +136,12 @@ def replace(
     """
     from llmcompress.surgery.experts.replace import replace_experts
 
-    reading |= {"text": text, "samples": samples, "progress": terminal.progress}
-    output = check_output(output, dry_run)
-    _show(
-        terminal,
-        replace_experts(model, count=count, share=share, rank=rank, by=by, seed=seed, output=output, **reading),
-    )
+    _show(terminal, replace_experts, model, count=count, share=share, rank=rank, by=by, seed=seed, **others)
 
 
-def _show(terminal: Terminal, report: ExpertsReport) -> None:
+def _show(terminal: Terminal, run: Callable[..., ExpertsReport], model: str, **arguments: Any) -> None:
+    """Run a change of experts, and show its report."""
+    report = run(model, progress=terminal.progress, **arguments)
     terminal.warn(merge_sentences(report.warnings))
     terminal.show(report.to_json(), experts_view)
 

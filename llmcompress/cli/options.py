@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from inspect import Parameter, signature
 from pathlib import Path
@@ -81,30 +82,51 @@ SHARED: dict[str, tuple[Any, Any]] = {  # the annotation and the default of opti
 }
 
 
-def command(*shared: str, output: Sequence[str] = ("as_json", "verbose", "quiet")) -> Callable[[Command], Command]:
-    """Return a decorator that turns `run(terminal, ...)` into a command.
+@dataclass(frozen=True)
+class Group:
+    """Options that several commands have, each with its annotation and default.
 
-    The command has the options of `run`, then those of SHARED that `shared` names, then those of `output`. `run` is
-    called inside a `Terminal` that obeys the options of `output`; it receives the others by name.
+    `gather` makes of their values the one `argument` that a command receives; without it, each is one.
     """
 
+    options: Mapping[str, tuple[Any, Any]]
+    argument: str = ""
+    gather: Callable[..., Any] | None = None
+
+
+def command(
+    *shared: str | Group, output: Sequence[str] = ("as_json", "verbose", "quiet")
+) -> Callable[[Command], Command]:
+    """Return a decorator that turns `run(terminal, ...)` into a command.
+
+    The command has the options of `run`, then those of `shared`, which are in SHARED or in a group, then those of
+    `output`. `run` is called inside a `Terminal` that obeys the options of `output`; it receives the others by name.
+    """
+    groups = [group for group in shared if isinstance(group, Group)]
+    added: dict[str, tuple[Any, Any]] = {}
+    for each in (*shared, *output):
+        added |= each.options if isinstance(each, Group) else {each: SHARED[each]}
+    elsewhere = {"terminal", *added, *(group.argument for group in groups)}
+
     def decorate(run: Command) -> Command:
-        own = [
+        parameters = [
             parameter
             for parameter in signature(run, eval_str=True).parameters.values()
-            if parameter.name != "terminal" and parameter.kind is not Parameter.VAR_KEYWORD
+            if parameter.name not in elsewhere and parameter.kind is not Parameter.VAR_KEYWORD
         ]
-        added = [
-            Parameter(name, Parameter.KEYWORD_ONLY, annotation=SHARED[name][0], default=SHARED[name][1])
-            for name in (*shared, *output)
-        ]
+        for name, (annotation, default) in added.items():
+            parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, annotation=annotation, default=default))
 
         @wraps(run)
         def in_terminal(**values: Any) -> None:
             with Terminal(**{name: values.pop(name) for name in output}) as terminal:
+                for group in groups:
+                    if group.gather is not None:
+                        given = {name: values.pop(name) for name in group.options}
+                        values[group.argument] = group.gather(**given)
                 run(terminal, **values)
 
-        vars(in_terminal)["__signature__"] = signature(run).replace(parameters=[*own, *added])  # typer reads it
+        vars(in_terminal)["__signature__"] = signature(run).replace(parameters=parameters)  # typer reads it
         return in_terminal
 
     return decorate

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmcompress.cli.options import Checkpoint, Length, Out, Text, Windows, command
-from llmcompress.cli.tables import build_table, size_change
-from llmcompress.cli.terminal import Terminal
+from llmcompress.cli.terminal import Terminal, build_table, size_change
 from llmcompress.errors import format_bytes
 from llmcompress.reporting.tables import Row
 

@@ -9,30 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmcompress.cli.options import (
-    BatchSize,
-    Device,
-    Length,
-    Limit,
-    Model,
-    Revision,
-    Tasks,
-    Text,
-    Windows,
-    command,
-)
-from llmcompress.cli.tables import build_table
-from llmcompress.cli.terminal import Terminal
+from llmcompress.cli.options import BatchSize, Group, Length, Limit, Model, Revision, Tasks, Text, Windows, command
+from llmcompress.cli.terminal import Terminal, build_table
 from llmcompress.errors import InputError, format_bytes
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.reporting.formatting import number, with_error
-from llmcompress.reporting.tables import (
-    Row,
-    adapter_table,
-    change_table,
-    comparison_table,
-    metrics,
-)
+from llmcompress.reporting.tables import Row, adapter_table, change_table, comparison_table, metrics
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -54,25 +36,42 @@ Domains = Annotated[
 ]
 
 
-@command("trust_remote_code")
+def build_protocol(tasks: str | None, limit: float | None, **others: Any) -> Protocol:
+    """Return the protocol that options of a command ask for; `tasks` has commas."""
+    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    items = int(limit) if limit is not None and limit >= 1 and limit.is_integer() else limit
+    return Protocol(tasks=names, limit=items, **others)
+
+
+PROTOCOL = Group(
+    {
+        "text": (Text, None),
+        "windows": (Windows, Protocol.windows),
+        "length": (Length, Protocol.length),
+        "tasks": (Tasks, None),
+        "limit": (Limit, None),
+        "num_fewshot": (Shots, None),
+        "batch_size": (BatchSize, Protocol.batch_size),
+        "chat_template": (ChatTemplate, False),
+        "generate": (Generate, False),
+        "seed": (TaskSeed, Protocol.seed),
+        "domains": (Domains, None),
+    },
+    "protocol",
+    build_protocol,
+)
+
+
+@command(PROTOCOL, "device", "trust_remote_code")
 def evaluate(
     terminal: Terminal,
     model: Model,
-    text: Text = None,
-    windows: Windows = Protocol.windows,
-    length: Length = Protocol.length,
-    tasks: Tasks = None,
-    limit: Limit = None,
-    num_fewshot: Shots = None,
-    batch_size: BatchSize = Protocol.batch_size,
-    chat_template: ChatTemplate = False,
-    generate: Generate = False,
+    protocol: Protocol,
+    device: str,
     against: Annotated[
         str | None, typer.Option(metavar="DENSE", help="Also measure KL and top-1 agreement with this model.")
     ] = None,
     revision: Revision = None,
-    seed: TaskSeed = Protocol.seed,
-    domains: Domains = None,
     save: Annotated[
         bool, typer.Option("--save", help="Score DENSE too, and keep both scores in MODEL for its model card.")
     ] = False,
@@ -80,8 +79,7 @@ def evaluate(
         Path | None,
         typer.Option("--output-dir", "-o", metavar="OUT", help="A new folder for the scores and lm-eval's own files."),
     ] = None,
-    device: Device = "cpu",
-    **access: Any,
+    **scoring: Any,
 ) -> None:
     """Score MODEL, dense or compressed: perplexity, tasks, and the distance to the dense model.
 
@@ -90,51 +88,28 @@ def evaluate(
     from llmcompress.evaluation.processes import join_processes
     from llmcompress.evaluation.score import score
 
-    protocol = build_protocol(
-        text, windows, length, tasks, limit, num_fewshot, batch_size, chat_template, seed, domains, generate
-    )
+    scoring |= {"revision": revision, "against": against, "save": save, "output": output, "progress": terminal.scoring}
     with join_processes(device) as processes:
-        scores = score(
-            model,
-            protocol,
-            revision=revision,
-            against=against,
-            save=save,
-            output=output,
-            device=processes.device,
-            processes=processes,
-            progress=terminal.scoring,
-            **access,
-        )
+        scores = score(model, protocol, device=processes.device, processes=processes, **scoring)
     terminal.warn(scores.get("warnings", ()))
     terminal.show(scores, score_view)
     _refuse_failed_tasks([scores])
 
 
-@command("trust_remote_code")
+@command(PROTOCOL, "device", "trust_remote_code")
 def compare(
     terminal: Terminal,
     models: Annotated[
         list[str],
         typer.Argument(metavar="MODEL MODEL...", help="Models; the first is what the others are compared to."),
     ],
-    text: Text = None,
-    windows: Windows = Protocol.windows,
-    length: Length = Protocol.length,
-    tasks: Tasks = None,
-    limit: Limit = None,
-    num_fewshot: Shots = None,
-    batch_size: BatchSize = Protocol.batch_size,
-    chat_template: ChatTemplate = False,
-    generate: Generate = False,
-    seed: TaskSeed = Protocol.seed,
-    domains: Domains = None,
+    protocol: Protocol,
+    device: str,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="A new .md file for the table, or .json for all numbers."),
     ] = None,
-    device: Device = "cpu",
-    **access: Any,
+    **scoring: Any,
 ) -> None:
     """Score models side by side, and mark the differences to the first that are larger than noise.
 
@@ -143,19 +118,9 @@ def compare(
     from llmcompress.evaluation.processes import join_processes
     from llmcompress.evaluation.score import compare as run
 
-    protocol = build_protocol(
-        text, windows, length, tasks, limit, num_fewshot, batch_size, chat_template, seed, domains, generate
-    )
+    scoring |= {"output": output, "progress": terminal.scoring}
     with join_processes(device) as processes:
-        comparison = run(
-            models,
-            protocol,
-            output=output,
-            device=processes.device,
-            processes=processes,
-            progress=terminal.scoring,
-            **access,
-        )
+        comparison = run(models, protocol, device=processes.device, processes=processes, **scoring)
     terminal.show(comparison, comparison_view)
     _refuse_failed_tasks(comparison["models"])
 
@@ -207,15 +172,6 @@ def passport(
     if save:
         save_passport(Path(model), result)
     terminal.show(result.to_json(), passport_view)
-
-
-def build_protocol(
-    text: Path | None, windows: int, length: int, tasks: str | None, limit: float | None, *others: Any
-) -> Protocol:
-    """Return the protocol that options of a command ask for, in the order of its fields; `tasks` has commas."""
-    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
-    items = int(limit) if limit is not None and limit >= 1 and limit.is_integer() else limit
-    return Protocol(text, windows, length, names, items, *others)
 
 
 def _refuse_failed_tasks(scores: Iterable[Row]) -> None:

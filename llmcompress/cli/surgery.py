@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmcompress.cli.options import Checkpoint, Model, Out, OutOrDryRun, check_output, command
-from llmcompress.cli.tables import build_table, size_change, surgery_lines
-from llmcompress.cli.terminal import Terminal
+from llmcompress.cli.terminal import Terminal, build_table, size_change, surgery_lines
 from llmcompress.reporting.tables import Row, merge_sentences
 
 if TYPE_CHECKING:

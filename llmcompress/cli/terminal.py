@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
@@ -21,22 +21,23 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import typer
 
-from llmcompress.cli.other_libraries import contain_others
+from llmcompress.cli.process import StopRequests, contain_others, writing_to
 from llmcompress.cli.stages import SHORT, Stage, beating
-from llmcompress.cli.stopping import StopRequests
-from llmcompress.cli.streams import writing_to
 from llmcompress.errors import (
     DiskError,
     LLMCompressError,
     MemoryLimitError,
     Termination,
     first_line,
+    format_bytes,
     is_out_of_memory,
 )
+from llmcompress.reporting.tables import Row
 from llmcompress.runtime.json_values import replace_nonfinite
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 WIDE = 160  # columns, where the output is not a terminal
@@ -296,3 +297,29 @@ def _remains(error: BaseException) -> str:
     if error.args:
         return f"; {error.args[0]}"
     return "" if getattr(error, "__notes__", ()) else "; nothing was left behind"
+
+
+def build_table(headings: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> Table:
+    """Return a table without lines. The columns numbered in `right` are flush right."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def size_change(result: Row) -> str:
+    """Return the sizes before and after, such as "269.1 MB -> 39.9 MB"."""
+    return f"{format_bytes(result['bytes_before'])} -> {format_bytes(result['bytes_after'])}"
+
+
+def surgery_lines(result: Row) -> Iterator[str]:
+    """Yield the sizes before and after a change of shape, and the text that it was chosen on."""
+    written = f"of weights in {result['output']}" if result["output"] else "of weights; nothing was written"
+    yield f"sizes   {size_change(result)} {written}"
+    text = result["calibration"]
+    judged = text["held_out"] * text["length"]
+    yield f"data    {text['source']} · {text['tokens']:,} tokens, {judged:,} of them to judge on"

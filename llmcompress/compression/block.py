@@ -20,10 +20,10 @@ from llmcompress.compression.layers import compress_layers, compress_tied_layers
 from llmcompress.compression.run_files import BlockEntry
 from llmcompress.distillation.reconstruct import BlockTuner
 from llmcompress.reporting.report import LayerReport
+from llmcompress.runtime.devices import workers_on
 from llmcompress.runtime.memory import trim_memory
 from llmcompress.runtime.phases import phase
 from llmcompress.runtime.ranks import ALONE, Ranks
-from llmcompress.runtime.side_by_side import workers_on
 from llmcompress.weight.layout import Layout, PackedWeight
 from llmcompress.weight.modules import LIKE, CompressedLinear, TiedMatrix, put
 

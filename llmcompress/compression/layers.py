@@ -28,10 +28,10 @@ from llmcompress.methods.moments import Moments
 from llmcompress.methods.row_chunks import Outcome, apply_in_runs, apply_to_run, join_runs, runs
 from llmcompress.methods.solvers.hessian import inverse_factor, outer_of
 from llmcompress.reporting.report import LayerReport
+from llmcompress.runtime.devices import side_by_side
 from llmcompress.runtime.phases import phase
 from llmcompress.runtime.progress import count_each
 from llmcompress.runtime.ranks import Ranks
-from llmcompress.runtime.side_by_side import side_by_side
 from llmcompress.weight.algebra import add_to_base
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.expression import bits, dense, describe

@@ -31,7 +31,7 @@ from llmcompress.data.chat import answer_tokens
 from llmcompress.data.packing import Tokens, count_all, first_tokens, pack_documents
 from llmcompress.data.text import Reading
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.recipe.data import Domain, TextSource
+from llmcompress.recipe.calibration import Domain, TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

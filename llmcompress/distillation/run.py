@@ -35,8 +35,8 @@ from llmcompress.recipe.distillation import CONTROLS, Control, Distillation, Tea
 from llmcompress.recipe.read import dump, hide_folders, read_as
 from llmcompress.runtime.facts import versions
 from llmcompress.runtime.memory import keeping_freed_memory
-from llmcompress.runtime.notebook import progress_line
 from llmcompress.runtime.precision import fast_float32
+from llmcompress.runtime.progress import progress_line
 from llmcompress.runtime.ranks import Ranks, join_ranks
 from llmcompress.weight.modules import compressed_modules
 

@@ -17,12 +17,7 @@ from llmcompress.distillation.on_policy import check_on_policy
 from llmcompress.distillation.parallel.launch import check_enough, is_sharded, loading_device, receives_shares
 from llmcompress.distillation.student.model import Student
 from llmcompress.distillation.teacher.cache import cache_teacher
-from llmcompress.distillation.teacher.predictions import (
-    HeldOutTeacher,
-    OnlineTeacher,
-    TeacherSource,
-    TruncatedTeacher,
-)
+from llmcompress.distillation.teacher.predictions import HeldOutTeacher, OnlineTeacher, TeacherSource, TruncatedTeacher
 from llmcompress.distillation.teacher.quantized import load_quantized, measure_quantization
 from llmcompress.losses.loss import reads_states
 from llmcompress.models.dense.headers import stored_dtype

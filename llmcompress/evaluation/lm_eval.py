@@ -16,8 +16,15 @@ from typing import TYPE_CHECKING, Any
 from llmcompress.errors import DiskError
 from llmcompress.evaluation.processes import ALONE, Processes
 from llmcompress.evaluation.protocol import Protocol
-from llmcompress.evaluation.task_failures import FAILURES, describe_failure
-from llmcompress.evaluation.tasks import FoundTasks, contain_lm_eval, find_tasks, import_lm_eval, quiet_lm_eval
+from llmcompress.evaluation.tasks import (
+    FAILURES,
+    FoundTasks,
+    contain_lm_eval,
+    describe_failure,
+    find_tasks,
+    import_lm_eval,
+    quiet_lm_eval,
+)
 from llmcompress.evaluation.uncertainty import mean
 
 if TYPE_CHECKING:

@@ -10,11 +10,20 @@
 
 Bits a byte are those of an item's right answer after its prompt, divided by the answer's bytes of UTF-8; their mean
 over items is the score. They tell models apart that write no right answer yet.
+
+Programs that a model wrote run in processes with limits, which are no sandbox: they can read files and the network.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +31,22 @@ from typing import Any
 
 from llmcompress.data.files import parse_line, read_text
 from llmcompress.errors import InputError
-from llmcompress.evaluation.generated_code import run_program
 from llmcompress.evaluation.protocol import Protocol
 
 PAIRS = "llmcompress_pairs"
 PAIRS_FILE = Path(__file__).with_name("minimal_pairs.jsonl")
 Item = Mapping[str, Any]
 Config = dict[str, Any]  # of lm-eval
+SECONDS = 10  # of a program, on the clock and of the processor
+MEMORY = 1 << 30  # bytes of address space
+OUTPUT = 1 << 20  # bytes of any file that a program writes
+_LIMITED = """\
+import resource, runpy, sys
+for name, value in dict(CPU={seconds}, AS={memory}, FSIZE={output}, CORE=0).items():
+    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
+runpy.run_path(sys.argv[1], run_name="__main__")
+print({token!r}, end="")
+"""
 
 
 @dataclass(frozen=True)
@@ -211,3 +229,39 @@ KINDS = (
     Kind("problems for programs", ("prompt", "canonical_solution", "test", "entry_point"), _programs),
     LAST_WORD,
 )
+
+
+def run_program(program: str, seconds: float = SECONDS) -> bool:
+    """Run Python source in a process of its own, in an empty folder; True if it came to its end without an error.
+
+    A program that ends the process, or prints what the end prints, did not come to its end.
+    """
+    token = secrets.token_hex(16)
+    with tempfile.TemporaryDirectory(prefix="llmcompress-") as folder:
+        source, printed = Path(folder, "program.py"), Path(folder, "printed")
+        source.write_text(program, encoding="utf-8", errors="replace")
+        runner = _LIMITED.format(seconds=round(seconds), memory=MEMORY, output=OUTPUT, token=token)
+        with printed.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-c", runner, str(source)],
+                cwd=folder,
+                env={"PATH": os.defpath, "HOME": folder},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            try:
+                ended = process.wait(seconds) == 0
+            except subprocess.TimeoutExpired:
+                ended = False
+            finally:
+                _end_group(process)
+        return ended and printed.read_bytes().endswith(token.encode())
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a process and those that it started, which stay in its group."""
+    with contextlib.suppress(ProcessLookupError):  # all of them ended
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

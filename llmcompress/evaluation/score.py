@@ -29,14 +29,13 @@ from llmcompress.models.dense.skeleton import folder_skeleton
 from llmcompress.models.dense.tokenizer import check_vocabularies, load_tokenizer
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import add_file, write_checkpoint
-from llmcompress.models.files.output import check_writable
+from llmcompress.models.files.output import check_new_file, check_writable, write_new_file
 from llmcompress.models.files.reading import read_json
 from llmcompress.reporting import report as reports
-from llmcompress.reporting.output_file import check_new_file, write_new_file
 from llmcompress.reporting.tables import comparison_markdown
 from llmcompress.runtime.facts import versions
-from llmcompress.runtime.notebook import progress_lines
 from llmcompress.runtime.precision import fast_float32
+from llmcompress.runtime.progress import progress_lines
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from llmcompress.models.files.checkpoint import MANIFEST, check_manifest, manife
 from llmcompress.models.files.compressed import check_kind
 from llmcompress.models.files.integrity import weight_files
 from llmcompress.runtime.json_values import JsonRecord
-from llmcompress.runtime.notebook import progress_lines
 from llmcompress.runtime.precision import fast_float32
+from llmcompress.runtime.progress import progress_lines
 from llmcompress.weight.modules import compressed_modules, decoded
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any
 
 from llmcompress.errors import list_names
 from llmcompress.models.files.file_names import DISTILLATION_PLOT
-from llmcompress.reporting.markdown import code, code_block, plain, plain_cell
+from llmcompress.reporting.formatting import code, code_block, plain, plain_cell
 from llmcompress.reporting.report import Report
 from llmcompress.reporting.tables import (
     CONTROLS,

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from llmcompress.runtime.devices import finish_here
 from llmcompress.runtime.precision import bfloat16_factors, full_float32
-from llmcompress.runtime.side_by_side import finish_here
 
 STATISTICS = frozenset({"square", "outer", "cross"})
 

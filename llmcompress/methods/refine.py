@@ -22,12 +22,12 @@ from torch import Tensor
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import Layer, StepConfig, base_and_term, base_target, method, with_base
 from llmcompress.methods.solvers.bitplanes import Planes, planes_of
+from llmcompress.methods.solvers.block_search import TrellisStreams
 from llmcompress.methods.solvers.feedback import few_threads
 from llmcompress.methods.solvers.grid import IQ4, IQ4_LEVELS, grid_of, round_to
 from llmcompress.methods.solvers.hessian import metric
 from llmcompress.methods.solvers.projection import FloatPoints, GridPoints, KeptValues, Zeros, keep_places
 from llmcompress.methods.solvers.scales import divide_columns, refit_scales
-from llmcompress.methods.solvers.streams import TrellisStreams
 from llmcompress.methods.solvers.superblocks import visit_superblocks
 from llmcompress.methods.solvers.vectors import books_of, move_codebooks, visit_vectors
 from llmcompress.runtime.phases import phase

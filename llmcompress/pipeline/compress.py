@@ -41,9 +41,9 @@ from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import hide_folders, read_as, read_recipe
 from llmcompress.reporting import report as reports
 from llmcompress.runtime.devices import device_of
-from llmcompress.runtime.notebook import progress_line
 from llmcompress.runtime.phases import time_phases
 from llmcompress.runtime.precision import fast_float32
+from llmcompress.runtime.progress import progress_line
 from llmcompress.runtime.ranks import ALONE, Ranks, join_ranks, process_count
 
 STAGED, PRICES = ".compressed", ".prices.json"  # follow the name of the output folder

@@ -31,14 +31,7 @@ from llmcompress.models.files.compressed import decoded_source
 from llmcompress.models.files.file_names import REPORT
 from llmcompress.recipe.target import Target
 from llmcompress.reporting import report as reports
-from llmcompress.reporting.report import (
-    GATE_TOKENS,
-    GATE_WINDOW,
-    GateReport,
-    Report,
-    measured_gates,
-    pending_gates,
-)
+from llmcompress.reporting.report import GATE_TOKENS, GATE_WINDOW, GateReport, Report, measured_gates, pending_gates
 from llmcompress.runtime.memory import peak_memory, total_memory
 from llmcompress.runtime.ranks import ALONE, Ranks
 

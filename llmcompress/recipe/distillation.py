@@ -9,8 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 
 import llmcompress.losses  # noqa: F401 (registers them)
 from llmcompress.losses.loss import LossConfig, loss_config, reads_states
-from llmcompress.recipe.calibration import shorten_text
-from llmcompress.recipe.data import Mixture, Texts, TextSource
+from llmcompress.recipe.calibration import Mixture, Texts, TextSource, shorten_text
 from llmcompress.recipe.sections import Adaptation, Estimator, Freezing, Kind, OnPolicy, Rate, Rates, Regrowth, Teacher
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from llmcompress.errors import InputError
 from llmcompress.models.files.file_names import ALLOCATION, DISTILLATION, REPORT
-from llmcompress.models.files.reading import read_json
+from llmcompress.models.files.reading import MENDING, read_json
 from llmcompress.runtime.json_values import JsonRecord
 
 BLOCK = re.compile(r"(?:^|\.)(\d+)\.")
@@ -212,19 +212,20 @@ def read(folder: str | Path) -> Report:
 
 def read_distillation(folder: Path) -> dict[str, Any] | None:
     """Return the report of `distill`; None for a checkpoint that was only compressed. Raises InputError for damage."""
-    return _read_optional(folder / DISTILLATION, "distil again")
+    return read_optional(folder / DISTILLATION)
 
 
 def read_allocation(folder: Path) -> dict[str, Any] | None:
     """Return the prices and the plan of a checkpoint with a target; None for others. Raises InputError for damage."""
-    return _read_optional(folder / ALLOCATION, "compress again")
+    return read_optional(folder / ALLOCATION)
 
 
-def _read_optional(path: Path, advice: str) -> dict[str, Any] | None:
+def read_optional(path: Path) -> dict[str, Any] | None:
+    """Return the entries of a checkpoint's JSON file; None without one. Raises InputError for a damaged file."""
     try:
         return read_json(path) if path.is_file() else None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}); {advice}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({type(error).__name__}: {error}); {MENDING}") from error
 
 
 def read_all(folder: Path) -> dict[str, Any]:

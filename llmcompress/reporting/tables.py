@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.reporting.formatting import duration, number, with_error, without_folders
-from llmcompress.reporting.markdown import cell
+from llmcompress.reporting.formatting import cell, duration, number, with_error, without_folders
 
 if TYPE_CHECKING:
     from llmcompress.reporting.report import Report

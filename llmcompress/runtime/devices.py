@@ -1,12 +1,25 @@
-"""Devices to compute on, by name."""
+"""Devices to compute on, by name, and work done side by side on one: one layer seldom fills a GPU.
+
+Threads do the work, on a CUDA device each with its own stream. Meanwhile settings of the whole process, such as torch's
+number of threads, must stay: see `alone`.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 
 from llmcompress.errors import RecipeError
+
+T = TypeVar("T")
+ON_A_GPU = 4  # pieces of work at once, each with its own memory
+_HERE = threading.local()  # `beside`: true in a thread of `side_by_side`; `stream`: its stream
 
 
 def device_of(name: str) -> torch.device:
@@ -54,3 +67,58 @@ def check_each(devices: int, processes: int, name: str) -> None:
     """Raise RecipeError unless Accelerate has as many `devices` as a launcher started `processes`."""
     if devices != processes:
         raise RecipeError(f"{processes} processes cannot each have a device like {name!r}; use cpu, or a GPU for each")
+
+
+def workers_on(device: torch.device) -> int:
+    """Return the number of pieces of work that a device does side by side."""
+    return ON_A_GPU if device.type == "cuda" else 1
+
+
+def alone() -> bool:
+    """True if no other thread computes beside this one, so that it may change settings of the whole process."""
+    return not getattr(_HERE, "beside", False)
+
+
+def finish_here() -> None:
+    """Wait for this thread's work on a GPU, so that other threads can read its results."""
+    stream = getattr(_HERE, "stream", None)
+    if stream is not None:
+        stream.synchronize()
+
+
+def side_by_side(tasks: Sequence[Callable[[], T]], workers: int, device: torch.device) -> Iterator[T]:
+    """Yield the results of tasks in their order, `workers` at once; one worker starts a task when its result is wanted.
+
+    Raises the error of the first failed task, in their order.
+    """
+    if workers == 1 or len(tasks) < 2:
+        yield from (task() for task in tasks)
+        return
+    streams, gradients = _streams(device, workers), torch.is_grad_enabled()
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # the inputs of the tasks are ready
+
+    def begin() -> None:
+        _HERE.beside, _HERE.stream = True, free.pop()
+
+    def run(task: Callable[[], T]) -> T:
+        stream = _HERE.stream
+        with torch.set_grad_enabled(gradients), nullcontext() if stream is None else torch.cuda.stream(stream):
+            result = task()
+            finish_here()
+            return result
+
+    free = list(streams)
+    pool = ThreadPoolExecutor(workers, initializer=begin)
+    try:
+        futures = [pool.submit(run, task) for task in tasks]
+        wait(futures, return_when=FIRST_EXCEPTION)
+    finally:
+        pool.shutdown(cancel_futures=True)  # running tasks end; an earlier task has always begun earlier
+    yield from (future.result() for future in futures)
+
+
+@lru_cache
+def _streams(device: torch.device, workers: int) -> list[Any]:
+    """Return a stream for each worker, the same ones every time, since torch keeps freed memory by stream."""
+    return [torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(workers)]

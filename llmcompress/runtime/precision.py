@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from threading import RLock
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.runtime.attention import FasterAttention
-from llmcompress.runtime.side_by_side import alone
+from llmcompress.runtime.devices import alone
 
 ONE_THREAD = RLock()  # held while a thread compresses, distils or scores
 PRECISE = 1e-6  # largest relative error of a float32 product; rounding to bfloat16 gives 2e-3
@@ -67,27 +67,20 @@ def bfloat16_factors() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
+def full_float32(device: torch.device) -> AbstractContextManager[None]:
     """Compute float32 products of a CUDA device without TF32, which keeps 10 bits of a factor."""
-    if device.type != "cuda":
-        yield
-        return
-    switch: Any = torch.backends.cuda.matmul
-    before = switch.fp32_precision
-    switch.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        switch.fp32_precision = before
+    return _set_precision(torch.backends.cuda.matmul, "ieee") if device.type == "cuda" else nullcontext()
+
+
+def by_onednn() -> AbstractContextManager[None]:
+    """Compute float32 products by oneDNN, which rounds factors to bfloat16 on CPUs with matrix units."""
+    return _set_precision(_switch(), "bf16")
 
 
 @contextmanager
-def by_onednn() -> Iterator[None]:
-    """Compute float32 products by oneDNN, which rounds factors to bfloat16 on CPUs with matrix units."""
-    switch = _switch()
+def _set_precision(switch: Any, precision: str) -> Iterator[None]:
     before = switch.fp32_precision
-    switch.fp32_precision = "bf16"
+    switch.fp32_precision = precision
     try:
         yield
     finally:

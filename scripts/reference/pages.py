@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import typer
 from pydantic import BaseModel
 
 from scripts.reference.markdown import line, page, prose, table
-from scripts.reference.papers import paper_index, recipes_by_method, rows_of_results
+from scripts.reference.papers import docstring_of, paper_index, recipes_by_method, rows_of_results
 from scripts.reference.schemas import keys, nested, section
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "reference"
@@ -180,13 +178,11 @@ def methods_page() -> str:
     from llmcompress.methods.layer import methods
 
     recipes, results = recipes_by_method(), rows_of_results()
-    in_file = Counter(method.run.__module__ for method in methods().values())
     parts = []
     for name, method in sorted(methods().items()):
         reads = ", ".join(sorted(method.needs)) or "nothing"
         without = "; works without calibration text too" if method.data_free and method.needs else ""
-        own = importlib.import_module(method.run.__module__) if in_file[method.run.__module__] == 1 else method.run
-        parts += [f"## {name}", prose(inspect.getdoc(own) or "")]
+        parts += [f"## {name}", prose(docstring_of(method.run))]
         parts += [
             f"Statistics it reads: {reads}{without}.",
             keys(method.config, OF_EVERY_STEP) or "It has no arguments.",
@@ -221,11 +217,11 @@ def losses_page() -> str:
     for title, found in groups:
         parts.append(f"## {title}")
         for name, loss in sorted(found.items()):
-            about = inspect.getdoc(importlib.import_module(loss.run.__module__)) or ""
-            parts += [f"### {name}", prose(about), keys(loss.config, OF_EVERY_LOSS) or "It has no arguments."]
+            parts += [f"### {name}", prose(docstring_of(loss.run))]
+            parts += [keys(loss.config, OF_EVERY_LOSS) or "It has no arguments."]
     introduction = (
-        "A distillation's `losses` are a list of these, each with a weight. Each part is the docstring of the loss's "
-        "file. p is the teacher's prediction, q the student's. All are tested against their formulas, and were "
+        "A distillation's `losses` are a list of these, each with a weight. Each part is the docstring of the "
+        "loss. p is the teacher's prediction, q the student's. All are tested against their formulas, and were "
         "measured on a real model ([results](../results/distillation-arms.md))."
     )
     return page("Losses", introduction, parts)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,46 +108,61 @@ def papers() -> list[Paper]:
     """Return all papers that the package or a recipe cites, in order of their numbers."""
     found: dict[str, Paper] = {}
     recipes = recipes_by_method()
-    texts = [
-        (place, path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py")) if (place := _place(path))
-    ]
-    for place, text in texts:
-        kind, _, name = place.partition(" ")
+    registered = entries()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        inside = [entry for entry in registered if entry.path == path]
         for number in numbers_of_papers(text):
             paper = found.setdefault(number, Paper(number))
             paper.name = paper.name or _name(text, number)
-            paper.places.append(_link(kind, name))
-            if kind == "method":
-                paper.recipes += [one for one in recipes.get(name, []) if one not in paper.recipes]
+            here = [entry for entry in inside if len(inside) == 1 or number in entry.docstring]
+            paper.places += [entry.link for entry in here]
+            if not here and path.stem != "__init__":
+                paper.places.append(f"`{path.relative_to(PACKAGE).as_posix()}`")
+            for entry in here:
+                if entry.kind == "method":
+                    paper.recipes += [one for one in recipes.get(entry.name, []) if one not in paper.recipes]
     for path in sorted((ROOT / "configs").glob("*/*.yaml")):
         for number in numbers_of_papers(path.read_text(encoding="utf-8")):
             found.setdefault(number, Paper(number)).recipes.append(path.stem)
     return [found[number] for number in sorted(found)]
 
 
-def _place(path: Path) -> str:
-    """Return what a file is to a reader: "method gptq", "loss taid", or "module distillation/run.py"."""
-    parts = path.relative_to(PACKAGE).parts
-    if path.stem == "__init__":
-        return ""
-    if len(parts) == 2 and parts[0] in ("methods", "losses") and path.stem in _registered():
-        return f"{parts[0].removesuffix('s').replace('losse', 'loss')} {path.stem}"
-    return f"module {path.relative_to(PACKAGE).as_posix()}"
+@dataclass(frozen=True)
+class Entry:
+    """A method or a loss: its file, and its docstring there."""
+
+    kind: str
+    name: str
+    path: Path
+    docstring: str
+
+    @property
+    def link(self) -> str:
+        """A link to its part of a page, in Markdown."""
+        return f"{self.kind} [{self.name}]({'methods' if self.kind == 'method' else 'losses'}.md#{self.name})"
 
 
-def _registered() -> set[str]:
+def entries() -> list[Entry]:
+    """Return the registered methods and losses."""
     import llmcompress.losses
     import llmcompress.methods  # noqa: F401 (both register what they hold)
     from llmcompress.losses.loss import feature_losses, losses
     from llmcompress.methods.layer import methods
 
-    return {*methods(), *losses(), *feature_losses()}
+    kinds: list[tuple[str, Mapping[str, Any]]] = [("method", methods()), ("loss", losses() | feature_losses())]
+    return [
+        Entry(kind, name, Path(inspect.getfile(each.run)), docstring_of(each.run))
+        for kind, registry in kinds
+        for name, each in registry.items()
+    ]
 
 
-def _link(kind: str, name: str) -> str:
-    if kind == "module":
-        return f"`{name}`"
-    return f"{kind} [{name}]({'methods' if kind == 'method' else 'losses'}.md#{name})"
+def docstring_of(run: Callable[..., Any]) -> str:
+    """Return what a method or a loss says of itself: its file's docstring, or its own where a file has several."""
+    module = importlib.import_module(run.__module__)
+    count = len(re.findall(r"^@(?:method|loss|feature_loss)\(", inspect.getsource(module), flags=re.MULTILINE))
+    return inspect.getdoc(module if count == 1 else run) or ""
 
 
 def _name(text: str, number: str) -> str:

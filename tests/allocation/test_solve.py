@@ -10,8 +10,7 @@ from random import Random
 import pytest
 
 from llmcompress.allocation import solve as room
-from llmcompress.allocation.baselines import random_plan, uniform_plan
-from llmcompress.allocation.solve import monotone, solve
+from llmcompress.allocation.solve import monotone, random_plan, solve, uniform_plan
 from llmcompress.methods.solvers.sparsity import kept_count
 
 Rows = list[list[float]]

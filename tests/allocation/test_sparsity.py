@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 import llmcompress as lc
 from llmcompress.allocation.allocate import Allocation, allocate, damage
-from llmcompress.allocation.baselines import uniform_plan
 from llmcompress.allocation.distortion import NOISE, add_noise, families
+from llmcompress.allocation.solve import uniform_plan
 from llmcompress.cli.app import app
 from llmcompress.compression import run
 from llmcompress.compression.job import prepare

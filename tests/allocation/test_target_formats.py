@@ -20,8 +20,7 @@ from llmcompress.models.dense.families import Linear
 from llmcompress.models.dense.model import resolve
 from llmcompress.models.files.file_names import ALLOCATION
 from llmcompress.pipeline.engines import ENGINES
-from llmcompress.recipe.overrides import Change
-from llmcompress.recipe.read import read_recipe
+from llmcompress.recipe.read import Change, read_recipe
 from llmcompress.recipe.target import Engine, Target
 from llmcompress.reporting.formatting import target_text
 from llmcompress.weight.runtime_formats import compressed_tensors_obstacle, vllm_obstacle

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 import llmcompress as lc
 from llmcompress.allocation.allocate import Allocation, allocate, choose, reachable_choices
-from llmcompress.allocation.baselines import random_plan, uniform_plan
 from llmcompress.allocation.distortion import families
 from llmcompress.allocation.prices import MatrixPrices, damage, middle_option
+from llmcompress.allocation.solve import random_plan, uniform_plan
 from llmcompress.cli.app import app
 from llmcompress.compression import run
 from llmcompress.compression.job import prepare

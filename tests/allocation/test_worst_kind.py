@@ -25,8 +25,7 @@ from llmcompress.data.kinds import KIND_WINDOWS
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.dense.model import resolve
 from llmcompress.recipe.calibration import Calibration
-from llmcompress.recipe.overrides import Change
-from llmcompress.recipe.read import read_recipe
+from llmcompress.recipe.read import Change, read_recipe
 from llmcompress.recipe.target import Target
 from llmcompress.reporting.formatting import target_text
 from tests.tiny import save_tiny, tiny_tokenizer

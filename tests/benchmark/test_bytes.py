@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 
 import llmcompress as lc
 from llmcompress.benchmark.candidate import Candidate, draw_prompt, find_candidates
-from llmcompress.benchmark.machine import LEAST, BandwidthMeter, buffer_bytes, last_level_cache
-from llmcompress.benchmark.protocol import SpeedProtocol
+from llmcompress.benchmark.protocol import LEAST, BandwidthMeter, SpeedProtocol, buffer_bytes, last_level_cache
 from llmcompress.benchmark.worker import resident_memory, restart_peak
 from llmcompress.errors import InputError
 from llmcompress.models.files.gguf_header import read_gguf_header
@@ -103,7 +102,8 @@ def test_headers_of_gguf_files_are_read_as_the_package_reads_them(head: bool, tm
             read_gguf_header(tmp_path / f"{name}.gguf")
 
 
-def test_no_header_is_believed_blindly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("turn", [0, *(pytest.param(turn, marks=pytest.mark.slow) for turn in (1, 2))])
+def test_no_header_is_believed_blindly(turn: int, tmp_path: Path) -> None:
     """Whatever a byte of the header is changed to, a file is read or refused in a sentence."""
     gguf = pytest.importorskip("gguf", reason="needs the package gguf (extra `export`)")
     path = tmp_path / "model.gguf"
@@ -116,12 +116,12 @@ def test_no_header_is_believed_blindly(tmp_path: Path) -> None:
     whole = path.read_bytes()
     read = refused = 0
     for place in range(len(whole) - 2 * 32 * 4):
-        for value in (0, 9, 0xFF):
-            path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
-            try:
-                read += read_gguf_header(path).vocabulary > 0
-            except InputError:
-                refused += 1
+        value = (0, 9, 0xFF)[(place + turn) % 3]
+        path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+        try:
+            read += read_gguf_header(path).vocabulary > 0
+        except InputError:
+            refused += 1
     assert read and refused
 
 

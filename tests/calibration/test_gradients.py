@@ -21,7 +21,7 @@ from llmcompress.compression.job import prepare
 from llmcompress.errors import InputError
 from llmcompress.methods.layer import Layer, apply, step
 from llmcompress.methods.moments import Moments
-from llmcompress.methods.solvers.streams import TrellisStreams
+from llmcompress.methods.solvers.block_search import TrellisStreams
 from llmcompress.models.dense.experts import Experts, experts_of, holder, unfuse
 from llmcompress.models.dense.families import Architecture
 from llmcompress.models.dense.load import load_model

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from llmcompress.cli.stopping import EARLY
+from llmcompress.cli.process import EARLY
 from llmcompress.cli.terminal import Terminal
 from llmcompress.errors import Termination
 from tests.tiers import tiered_nightly
@@ -83,7 +83,7 @@ def test_a_program_that_is_still_importing(seconds: float, tmp_path: Path) -> No
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    if "| llmcompress.cli.stopping\n" not in said:
+    if "| llmcompress.cli.process\n" not in said:
         return  # Python itself, or the first of our lines
     stopped = (130, -signal.SIGINT)  # a shell shows 130 for both; CPython ends so if a string was being executed
     assert process.returncode in (*stopped, 2), said[-2000:]  # or it had found that there is no such model

@@ -49,7 +49,7 @@ def test_a_closed_output_is_refused_before_work(tmp_path: Path) -> None:
 def test_with_closed_streams_no_file_takes_their_numbers(tmp_path: Path) -> None:
     """Otherwise what is printed goes into the next file that is opened, such as one of weights."""
     program = (
-        "import sys, os; from llmcompress.cli.streams import run_program\n"
+        "import sys, os; from llmcompress.cli.process import run_program\n"
         "def work():\n"
         "    with open('made', 'w') as file:\n"
         "        assert file.fileno() > 2, file.fileno()\n"
@@ -156,7 +156,7 @@ def test_a_launched_process_does_not_abort_at_the_interpreters_end(
 ) -> None:
     """A module whose end aborts stands for a thread of another library that does."""
     program = (
-        "import atexit, os, sys; from llmcompress.cli.streams import end_process\n"
+        "import atexit, os, sys; from llmcompress.cli.process import end_process\n"
         "class Last:\n"
         "    def __del__(self, abort=os.abort): abort()\n"
         "sys.modules['last'] = Last()\n"

@@ -17,7 +17,7 @@ from llmcompress.data.chat import answer_tokens
 from llmcompress.data.distillation import PATIENCE, Data, read_data
 from llmcompress.data.packing import first_tokens, pack_documents
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.recipe.data import TextSource
+from llmcompress.recipe.calibration import TextSource
 from tests.tiny import tiny_tokenizer
 
 BOS, EOS = 256, 257

@@ -21,7 +21,7 @@ from llmcompress.cli.distill import distilled_view
 from llmcompress.data.schedule import draw, normalize, quotas, reweight
 from llmcompress.distillation.run import distill
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.recipe.data import Mixture
+from llmcompress.recipe.calibration import Mixture
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import dump, read_as
 from tests.distillation.launched import free_port

@@ -23,8 +23,7 @@ from llmcompress.data.text import PATIENCE, Reading, read_documents
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluation.perplexity import evaluation_windows, text_windows
 from llmcompress.evaluation.protocol import Protocol
-from llmcompress.recipe.calibration import Calibration
-from llmcompress.recipe.data import TextSource
+from llmcompress.recipe.calibration import Calibration, TextSource
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import dump, hide_folders, read_as
 from llmcompress.recipe.text_files import list_files

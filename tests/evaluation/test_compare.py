@@ -146,6 +146,7 @@ def reader(seed: int = 0, noise: float = 0.0) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.slow
 def test_the_same_is_not_marked_and_ruins_are() -> None:
     pytest.importorskip("lm_eval")
     protocol = Protocol(windows=6, length=64, tasks=(PAIRS,), limit=LIMIT)

@@ -15,9 +15,8 @@ from transformers import PreTrainedModel
 
 from llmcompress.errors import InputError
 from llmcompress.evaluation import local_tasks
-from llmcompress.evaluation.generated_code import run_program
 from llmcompress.evaluation.lm_eval import run_tasks
-from llmcompress.evaluation.local_tasks import KINDS, local_task
+from llmcompress.evaluation.local_tasks import KINDS, local_task, run_program
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.tasks import find_tasks
 from tests.tiny import tiny, tiny_tokenizer

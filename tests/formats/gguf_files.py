@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import llmcompress as lc
-from llmcompress.models.dense.pre_tokenizers import Steps, build_pre_tokenizer
+from llmcompress.models.dense.gguf_model import Steps, build_pre_tokenizer
 from llmcompress.models.transformers.hf_quantizer import LLMCompressConfig, table_entry
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import CompressedLinear, put

@@ -26,8 +26,8 @@ from llmcompress.formats.gguf.model import gguf_model
 from llmcompress.formats.gguf.tensor_types import exact_type, pack_tensor
 from llmcompress.formats.gguf.vocabulary import BYTES, SPACE, read_vocabulary
 from llmcompress.formats.peft import split_low_rank
+from llmcompress.models.dense.gguf_model import PRE_TOKENIZERS, Steps
 from llmcompress.models.dense.locate import locate
-from llmcompress.models.dense.pre_tokenizers import PRE_TOKENIZERS, Steps
 from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Dense, Grid, LowRank, RotatedInputs, Sum, Weight, Zero

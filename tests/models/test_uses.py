@@ -506,7 +506,10 @@ def gradients_are_checkpointed(folder: Path, place: Path) -> None:
     same_training(found[0].train(), found[1].train())
 
 
-SLOW = {"trl_trains", "trl_trains_by_preferences", "is_one_program", "other_adapters_train"}
+SLOW = {
+    *("trl_trains", "trl_trains_by_preferences", "is_one_program", "other_adapters_train", "prompts_train"),
+    "adapters_are_folded",  # plain ones are in tests/models/test_lora.py
+}
 
 
 def cases() -> list[Any]:

@@ -15,8 +15,7 @@ from llmcompress.errors import GateError
 from llmcompress.recipe.calibration import TRIAL, Calibration, shorten_text
 from llmcompress.recipe.distillation import FEWEST, Distillation
 from llmcompress.recipe.library import library
-from llmcompress.recipe.overrides import Change
-from llmcompress.recipe.read import read_as, read_recipe
+from llmcompress.recipe.read import Change, read_as, read_recipe
 from llmcompress.reporting import report as reports
 from tests.tiers import tiered
 from tests.tiny import save_tiny

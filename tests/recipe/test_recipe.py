@@ -16,8 +16,7 @@ from llmcompress.recipe.calibration import Calibration
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.matching import assign
-from llmcompress.recipe.overrides import Change, apply_settings
-from llmcompress.recipe.read import dump, parse_recipe, read_recipe
+from llmcompress.recipe.read import Change, apply_settings, dump, parse_recipe, read_recipe
 from llmcompress.recipe.reconstruction import Reconstruction
 from llmcompress.recipe.rules import Role, Rule, matches
 from llmcompress.recipe.sections import Gates

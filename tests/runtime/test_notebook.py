@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmcompress.runtime import notebook
+from llmcompress.runtime import progress as progress_module
 
 
 class Kernel:
@@ -30,7 +30,7 @@ class Kernel:
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    monkeypatch.setattr(notebook, "PAUSE", 0.0)
+    monkeypatch.setattr(progress_module, "PAUSE", 0.0)
     found = Kernel()
     monkeypatch.setitem(sys.modules, "IPython", found)
     return found
@@ -39,11 +39,11 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
 def test_no_progress_outside_of_notebooks(monkeypatch: pytest.MonkeyPatch) -> None:
     for there in (None, Kernel(is_notebook=False), SimpleNamespace(get_ipython=lambda: None)):
         monkeypatch.setitem(sys.modules, "IPython", there)
-        assert notebook.progress_line("block", "tokens/s") is None and notebook.progress_lines() is None
+        assert progress_module.progress_line("block", "tokens/s") is None and progress_module.progress_lines() is None
 
 
 def test_a_line_is_replaced(kernel: Kernel) -> None:
-    progress = notebook.progress_line("block", "tokens/s")
+    progress = progress_module.progress_line("block", "tokens/s")
     assert progress is not None
     for done in (1, 2):
         progress(done, 2, 1234.5)
@@ -51,7 +51,7 @@ def test_a_line_is_replaced(kernel: Kernel) -> None:
 
 
 def test_every_kind_of_work_has_its_line(kernel: Kernel) -> None:
-    progress = notebook.progress_lines()
+    progress = progress_module.progress_lines()
     assert progress is not None
     for step in (("window", 1, 2), ("window", 2, 2), ("tasks", 0, 0)):
         progress(*step)
@@ -59,8 +59,8 @@ def test_every_kind_of_work_has_its_line(kernel: Kernel) -> None:
 
 
 def test_a_line_skips_versions_but_shows_the_last(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(notebook, "PAUSE", 1e9)
-    progress = notebook.progress_line("block")
+    monkeypatch.setattr(progress_module, "PAUSE", 1e9)
+    progress = progress_module.progress_line("block")
     assert progress is not None
     for done in range(1, 6):
         progress(done, 5)

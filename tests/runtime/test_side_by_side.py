@@ -11,8 +11,8 @@ import torch
 
 from llmcompress.methods.moments import Moments
 from llmcompress.methods.solvers.feedback import few_threads
+from llmcompress.runtime.devices import alone, side_by_side, workers_on
 from llmcompress.runtime.precision import bfloat16_factors
-from llmcompress.runtime.side_by_side import alone, side_by_side, workers_on
 
 CPU = torch.device("cpu")
 ONEDNN: Any = torch.backends.mkldnn

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor, nn
 
 from llmcompress.errors import RecipeError
@@ -19,6 +20,18 @@ from tests.builders import grid, streams
 from tests.tiers import expressions
 
 CASES = expressions(seed=7, count=16, fast=2)
+
+
+def every(count: int) -> list[ParameterSet]:
+    """The cases; of those that are fast elsewhere, one in `count` is here, and the others are slow."""
+    fast = [case for case in CASES if not case.marks]
+    return [
+        case if case.marks or fast.index(case) % count == 0 else pytest.param(*case.values, id=case.id, marks=SLOW)
+        for case in CASES
+    ]
+
+
+SLOW = pytest.mark.slow
 IDS = torch.tensor([[0, 2, 1, 0]])
 
 
@@ -33,7 +46,7 @@ def compiled(module: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
     return torch.compile(module, backend="eager", fullgraph=True)
 
 
-TRACES = [exported, pytest.param(compiled, marks=pytest.mark.slow)]
+TRACES = [exported, pytest.param(compiled, marks=SLOW)]
 
 
 def table_of(w: Weight) -> CompressedEmbedding:
@@ -41,7 +54,7 @@ def table_of(w: Weight) -> CompressedEmbedding:
 
 
 @pytest.mark.parametrize("trace", TRACES)
-@pytest.mark.parametrize("w", CASES)
+@pytest.mark.parametrize("w", every(3))
 def test_tables_are_looked_up(w: Weight, trace: Callable[..., Callable[[Tensor], Tensor]]) -> None:
     """By every form that has rows; in an exported program, for other numbers of tokens too."""
     try:
@@ -55,7 +68,7 @@ def test_tables_are_looked_up(w: Weight, trace: Callable[..., Callable[[Tensor],
 
 
 @pytest.mark.parametrize("trace", TRACES)
-@pytest.mark.parametrize("w", CASES[::2])
+@pytest.mark.parametrize("w", every(8)[::2])
 def test_linears_multiply(w: Weight, trace: Callable[..., Callable[[Tensor], Tensor]]) -> None:
     """Without a kernel, as on other devices and with gradients."""
     x = torch.randn(1, 6, shape(w)[1], generator=torch.Generator().manual_seed(0))
@@ -77,8 +90,10 @@ def test_numbers_that_never_change_are_no_part_of_a_program(trace: Callable[...,
 
 
 @pytest.mark.parametrize("trace", [exported, compiled])
-@pytest.mark.parametrize("token", [-1, 7])
-@pytest.mark.parametrize("w", [Dense(torch.zeros(7, 24)), grid((7, 24), 8, 24, 0, symmetric=True)])
+@pytest.mark.parametrize("token", [pytest.param(-1, marks=SLOW), 7])
+@pytest.mark.parametrize(
+    "w", [pytest.param(Dense(torch.zeros(7, 24)), marks=SLOW), grid((7, 24), 8, 24, 0, symmetric=True)]
+)
 def test_tokens_outside_of_a_table_end_a_program(
     w: Weight, token: int, trace: Callable[..., Callable[[Tensor], Tensor]]
 ) -> None:

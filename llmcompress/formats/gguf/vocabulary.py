@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError
 from llmcompress.models.dense.companions import GENERATION
-from llmcompress.models.dense.pre_tokenizers import PRE_TOKENIZERS, Steps
+from llmcompress.models.dense.gguf_model import PRE_TOKENIZERS, Steps
 from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.models.files.gguf_header import ENDS
 from llmcompress.models.files.reading import read_json

@@ -17,17 +17,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from llmcompress.kernels.column_block import (
-    CAP,
-    COST,
-    EVERY,
-    SEAM,
-    WHOLE,
-    WIDEST,
-    ColumnBlock,
-    Numbers,
-    longest_stream,
-)
+from llmcompress.kernels.column_block import CAP, COST, EVERY, SEAM, WHOLE, WIDEST, ColumnBlock, Numbers, longest_stream
 from llmcompress.kernels.cpu.build import load_kernel
 from llmcompress.kernels.cpu.calls import OWN, KernelFunction, address_of, launch, own_values
 from llmcompress.kernels.cpu.emit import F32, I8, I32, I64, LANES, Value, vector

@@ -16,8 +16,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from llmcompress.runtime.devices import alone
 from llmcompress.runtime.phases import phase
-from llmcompress.runtime.side_by_side import alone
 from llmcompress.weight.nodes import Weight
 
 LAZY = 64  # columns per lazy block; changes speed, never the result

@@ -11,14 +11,7 @@ from torch import Tensor
 from llmcompress.kernels.column_block import GridBlock
 from llmcompress.methods.solvers.block_search import round_columns
 from llmcompress.methods.solvers.feedback import Projection
-from llmcompress.methods.solvers.floats import (
-    FloatLayout,
-    codes_of,
-    fit_scales,
-    float_sketch,
-    points_of,
-    tensor_factor,
-)
+from llmcompress.methods.solvers.floats import FloatLayout, codes_of, fit_scales, float_sketch, points_of, tensor_factor
 from llmcompress.methods.solvers.grid import GridFormat, centre, fit_grid, grid_of, grid_sketch, reciprocal
 from llmcompress.weight.expression import float_steps
 from llmcompress.weight.nodes import Columns, Dense, Grid, Index, Minifloat, Weight, Where, Zero, shape

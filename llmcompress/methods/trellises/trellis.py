@@ -16,10 +16,10 @@ from pydantic import Field
 
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import Layer, StepConfig, base_target, method, term_beside_dense, with_base
+from llmcompress.methods.solvers.block_search import TrellisStreams
 from llmcompress.methods.solvers.feedback import feedback
 from llmcompress.methods.solvers.hessian import feedback_factor, metric
 from llmcompress.methods.solvers.scales import refit_scales
-from llmcompress.methods.solvers.streams import TrellisStreams
 from llmcompress.weight.nodes import TrellisCodes, Weight, shape
 from llmcompress.weight.trellis import Code, Trellis
 

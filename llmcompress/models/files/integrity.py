@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmcompress.errors import InputError, list_names
-from llmcompress.models.files.reading import open_tensors, read_json
+from llmcompress.models.files.reading import MENDING, open_tensors, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -33,7 +33,6 @@ EXPONENTS = {
     torch.float32: (np.uint32, 0x7F800000),
     torch.float64: (np.uint64, 0x7FF0000000000000),
 }
-MENDING = "download or write it again"
 
 
 @dataclass(frozen=True)

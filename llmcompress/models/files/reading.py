@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from llmcompress.errors import InputError
 
+MENDING = "download or write it again"
 MOST_JSON = 2**26  # bytes; an index of 90,000 tensors has 9 MB
 MOST_HEADER = 2**25  # bytes; about 300,000 tensors in one file
 POINTER = b"version https://git-lfs.github.com/spec/"  # how a pointer of Git LFS begins

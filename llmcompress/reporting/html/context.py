@@ -13,20 +13,13 @@ from typing import Any
 
 from llmcompress.errors import InputError, format_bytes
 from llmcompress.models.files import file_names
-from llmcompress.models.files.integrity import MENDING
+from llmcompress.models.files.reading import MENDING
 from llmcompress.reporting.formatting import duration, phases_text, target_text, without_folders
 from llmcompress.reporting.html.charts import Curve, curve
 from llmcompress.reporting.html.layers import layer_context
 from llmcompress.reporting.plots import running_count
 from llmcompress.reporting.report import GateReport, Report
-from llmcompress.reporting.tables import (
-    Table,
-    gain_table,
-    loss_sum,
-    score_rows,
-    size_rows,
-    star_numbers,
-)
+from llmcompress.reporting.tables import Table, gain_table, loss_sum, score_rows, size_rows, star_numbers
 
 Facts = dict[str, Any]
 Generations = Mapping[str, Mapping[str, str]]  # prompt -> model -> its continuation

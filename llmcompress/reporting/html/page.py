@@ -13,12 +13,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from llmcompress.errors import DiskError, InputError
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import add_file
-from llmcompress.models.files.integrity import MENDING
-from llmcompress.models.files.reading import read_json
+from llmcompress.models.files.output import check_new_file, write_new_file
+from llmcompress.models.files.reading import MENDING
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.html import charts
 from llmcompress.reporting.html.context import CheckpointFiles, Generations, page_context
-from llmcompress.reporting.output_file import check_new_file, write_new_file
 from llmcompress.runtime.json_values import JsonRecord
 
 TEMPLATE = "page.html.jinja"
@@ -86,9 +85,9 @@ def _read_files(folder: Path, generations: Generations | None) -> CheckpointFile
     return CheckpointFiles(
         folder=folder,
         report=reports.read(folder) if (folder / file_names.REPORT).is_file() else None,
-        scores=_read_json(folder / file_names.SCORES),
-        allocation=_read_json(folder / file_names.ALLOCATION),
-        distillation=_read_json(folder / file_names.DISTILLATION),
+        scores=reports.read_optional(folder / file_names.SCORES),
+        allocation=reports.read_allocation(folder),
+        distillation=reports.read_distillation(folder),
         recipe=_read_text(folder / file_names.RECIPE),
         distillation_recipe=_read_text(folder / file_names.DISTILLATION_RECIPE),
         generations=generations,
@@ -97,7 +96,7 @@ def _read_files(folder: Path, generations: Generations | None) -> CheckpointFile
 
 def read_generations(path: Path) -> Generations:
     """Read a JSON file {prompt: {model: continuation}}. Raises InputError for a file of another form."""
-    return _check_generations(_read_json(path), str(path))
+    return _check_generations(reports.read_optional(path), str(path))
 
 
 def add_generations(folder: Path, generations: Generations) -> None:
@@ -114,16 +113,6 @@ def _check_generations(value: Any, name: str) -> Generations:
     ):
         raise InputError(f'{name} must be {{"prompt": {{"model": "continuation"}}}} in JSON; write it in that form')
     return dict(value)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """Return the content of a file; None without one. Raises InputError for a damaged file."""
-    if not path.is_file():
-        return None
-    try:
-        return read_json(path)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read ({type(error).__name__}: {error}); {MENDING}") from error
 
 
 def _read_text(path: Path) -> str | None:

@@ -22,9 +22,8 @@ from torch import Tensor
 from llmcompress.kernels.column_block import ColumnBlock
 from llmcompress.kernels.cpu.column_search import choose as choose_here
 from llmcompress.kernels.cpu.grid_columns import round_columns as round_here
-from llmcompress.methods.solvers.block_search import can_search, choose_columns
+from llmcompress.methods.solvers.block_search import TrellisStreams, can_search, choose_columns
 from llmcompress.methods.solvers.feedback import feedback
-from llmcompress.methods.solvers.streams import TrellisStreams
 from llmcompress.weight.trellis import Trellis
 from tests.builders import seeded
 from tests.kernels.gpu.searched import CASES, Case, found, rounded_on

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.methods.layer import relative_error
-from llmcompress.methods.solvers.streams import TrellisStreams
+from llmcompress.methods.solvers.block_search import TrellisStreams
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import TrellisCodes, shape
