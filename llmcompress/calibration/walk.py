@@ -51,6 +51,7 @@ from llmcompress.runtime.memory import trim_memory
 from llmcompress.runtime.phases import phase
 from llmcompress.runtime.progress import count_steps
 from llmcompress.runtime.ranks import ALONE, Ranks
+from llmcompress.weight.inputs import InputFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -181,12 +182,17 @@ class _Walk:
         for index, module in self._loaded_blocks(self.device, self.finished):
             layout = self.arch.blocks[index]
             wanted = wanted_of(layout, self.statistics.needs)
-            groups = tuple(InputGroup(names, Moments(0.0), None) for names in wanted)
+            groups = tuple(InputGroup(names, Moments(0.0), None, format=self._format(names)) for names in wanted)
             yield Block(index, layout.path, module, groups, torch.empty(0), self.arch.linears(), self.model)
             drop(module)
             self._report(index + 1, 0.0)
         for index, name, _ in self._tables():
             yield from self._table(index, InputGroup((name,), Moments(0.0), None))
+
+    def _format(self, names: tuple[str, ...]) -> InputFormat | None:
+        """Return what the inputs of a group are rounded to, by no calibrated scale."""
+        asked = [self.statistics.inputs[name].format for name in names if name in self.statistics.inputs]
+        return InputFormat(asked[0]) if asked else None
 
     def _report(self, done: int, speed: float) -> None:
         if self.execution.progress is not None:
@@ -214,7 +220,8 @@ class _Walk:
 
         def gather_again(names: tuple[str, ...]) -> InputGroup:
             alone = replace(streams, dense=None, keep_outputs=False)
-            [group] = gather(run, {names: wanted[names] - {"cross"}}, alone)
+            rounded = any(name in self.statistics.inputs for name in names)  # then it is of the own inputs
+            [group] = gather(run, {names: wanted[names] - ({"cross"} if not rounded else set())}, alone)
             return group
 
         dense, linears = streams.dense if learns else None, self.arch.linears()

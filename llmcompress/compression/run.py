@@ -135,7 +135,14 @@ def _walk_blocks(
         sequences, held_out = own_share(tokens.sequences, tokens.held_out, run.ranks)
         importance = gradient_importance(job, sequences, run.device, run.ranks, files.compute_once)
     statistics = Statistics(
-        job.needs(), recipe.cap, recipe.token_weights, importance, recipe.prefix, cross=recipe.asymmetric > 0
+        job.needs(),
+        recipe.cap,
+        recipe.token_weights,
+        importance,
+        recipe.prefix,
+        cross=recipe.asymmetric > 0,
+        inputs=job.inputs,
+        aim=recipe.asymmetric,
     )
     execution = Execution(
         run.device,
