@@ -20,7 +20,7 @@ from llmcompress.models.dense.families import Linear
 from llmcompress.recipe.target import OUR_ENGINES
 from llmcompress.weight.expression import describe
 from llmcompress.weight.nodes import Weight
-from llmcompress.weight.runtime_formats import GGUF_BLOCK, OBSTACLES, WITH_TABLES
+from llmcompress.weight.runtime_formats import GGUF_BLOCK, OBSTACLES, WITH_TABLES, vllm_inputs_obstacle
 from llmcompress.weight.superblocks import SUPERBLOCK
 
 
@@ -115,7 +115,8 @@ def check_rules(job: Job, engine: str) -> None:
     """Raise RecipeError for steps of a recipe whose outcome the engine does not multiply, or look up."""
     linears = job.arch.linears()
     for name, steps in job.steps.items():
-        if (why := _obstacle(engine, linears[name], steps)) is not None:
+        why = _obstacle(engine, linears[name], steps) or _obstacle_of_inputs(job, engine, linears[name], steps)
+        if why is not None:
             raise RecipeError(
                 f"rules: {engine} does not multiply {_spell(steps)} of {name} ({why}); change the rule, or leave the "
                 f"layer as it is by steps: []"
@@ -154,6 +155,15 @@ def _obstacle(engine: str, linear: Linear, steps: Steps) -> str | None:
     if linear.transposed and engine not in OUR_ENGINES:
         return "it is no plain linear layer"
     return _obstacle_of_shape(engine, linear.name, linear.shape, steps)
+
+
+def _obstacle_of_inputs(job: Job, engine: str, linear: Linear, steps: Steps) -> str | None:
+    inputs = job.inputs.get(linear.name)
+    if inputs is None:
+        return None
+    if engine != "vllm":
+        return f"{engine} has no {inputs}; drop inputs: from the rule"
+    return vllm_inputs_obstacle(sketch(linear.name, linear.shape, steps), inputs.format, inputs.is_calibrated)
 
 
 def _obstacle_of_shape(engine: str, name: str, size: tuple[int, int], steps: Steps) -> str | None:
