@@ -17,6 +17,7 @@ from llmcompress.kernels.gpu import prepare as gpu
 from llmcompress.methods.layer import sketch, step
 from llmcompress.methods.trellises.exl3 import MOST_BITS
 from llmcompress.models.dense.families import Linear
+from llmcompress.recipe.rules import InputRounding
 from llmcompress.recipe.target import OUR_ENGINES
 from llmcompress.weight.expression import describe
 from llmcompress.weight.nodes import Weight
@@ -115,8 +116,7 @@ def check_rules(job: Job, engine: str) -> None:
     """Raise RecipeError for steps of a recipe whose outcome the engine does not multiply, or look up."""
     linears = job.arch.linears()
     for name, steps in job.steps.items():
-        why = _obstacle(engine, linears[name], steps) or _obstacle_of_inputs(job, engine, linears[name], steps)
-        if why is not None:
+        if (why := _obstacle(engine, linears[name], steps, job.inputs.get(name))) is not None:
             raise RecipeError(
                 f"rules: {engine} does not multiply {_spell(steps)} of {name} ({why}); change the rule, or leave the "
                 f"layer as it is by steps: []"
@@ -151,19 +151,14 @@ def _check_experts(job: Job) -> None:
             )
 
 
-def _obstacle(engine: str, linear: Linear, steps: Steps) -> str | None:
+def _obstacle(engine: str, linear: Linear, steps: Steps, inputs: InputRounding | None = None) -> str | None:
     if linear.transposed and engine not in OUR_ENGINES:
         return "it is no plain linear layer"
-    return _obstacle_of_shape(engine, linear.name, linear.shape, steps)
-
-
-def _obstacle_of_inputs(job: Job, engine: str, linear: Linear, steps: Steps) -> str | None:
-    inputs = job.inputs.get(linear.name)
-    if inputs is None:
-        return None
-    if engine != "vllm":
+    if inputs is not None and engine not in (*OUR_ENGINES, "vllm"):
         return f"{engine} has no {inputs}; drop inputs: from the rule"
-    return vllm_inputs_obstacle(sketch(linear.name, linear.shape, steps), inputs.format, inputs.is_calibrated)
+    if inputs is not None and engine == "vllm":
+        return vllm_inputs_obstacle(sketch(linear.name, linear.shape, steps), inputs.format, inputs.is_calibrated)
+    return _obstacle_of_shape(engine, linear.name, linear.shape, steps)
 
 
 def _obstacle_of_shape(engine: str, name: str, size: tuple[int, int], steps: Steps) -> str | None:

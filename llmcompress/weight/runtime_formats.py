@@ -63,6 +63,8 @@ def vllm_obstacle(w: Weight) -> str | None:
     """Return the reason why vLLM does not multiply by `w` as compressed-tensors holds it; None if it does."""
     if isinstance(w, Grid) and (why := _vllm_grid_obstacle(w)) is not None:
         return why
+    if isinstance(w, Minifloat) and float_format(w) == "mxfp8":
+        return "vLLM rounds what mxfp8 matrices multiply, too; give the rule inputs: {format: mxfp8}"
     return compressed_tensors_obstacle(w)
 
 
@@ -78,7 +80,7 @@ def vllm_inputs_obstacle(w: Weight, inputs: InputName, is_calibrated: bool) -> s
             fits = inputs == "fp8" and not is_calibrated and integer_bits(w) == 4 and group_size == 128
         case _:
             fits = False
-    return None if fits else f"vLLM multiplies no {words} by {describe(w)}"
+    return compressed_tensors_obstacle(w) if fits else f"vLLM multiplies no {words} by {describe(w)}"
 
 
 def _vllm_grid_obstacle(w: Grid) -> str | None:
