@@ -65,6 +65,7 @@ class InputGroup:
     tokens routed to an expert whose `inputs` were filled up; else None. `rows`: weights of the rows of each linear,
     `[out]` by name, unless all count alike. `unweighed`: True if tokens count alike against the recipe, because the
     block does not reveal its attention. `format`: what the inputs are rounded to, if at all.
+    `sample`: inputs `[tokens, in]`, before moments are gathered.
     """
 
     names: tuple[str, ...]
@@ -74,6 +75,7 @@ class InputGroup:
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     unweighed: bool = False
     format: InputFormat | None = None
+    sample: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""What the inputs of linears are rounded to, with the scales that calibration finds."""
+"""What the inputs of linears are rounded to, with the scales that calibration finds, and samples of inputs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from llmcompress.errors import RecipeError
 from llmcompress.recipe.rules import InputRounding
 from llmcompress.runtime.ranks import Ranks
 from llmcompress.weight.inputs import InputFormat
+
+SAMPLED_BATCHES, SAMPLED_TOKENS = 8, 64  # batches that a sample is taken from, and tokens from each
 
 
 def input_formats(
@@ -36,6 +38,24 @@ def input_formats(
         name: InputFormat.of_peak(inputs.format, peaks[name]) if name in peaks else InputFormat(inputs.format)
         for name, inputs in asked.items()
     }
+
+
+@torch.no_grad()
+def sample_inputs(
+    run: BlockForward, names: tuple[str, ...], batches: Sequence[RowBatch], hidden: Tensor
+) -> dict[str, Tensor]:
+    """Return inputs `[tokens, in]` of each linear for tokens that are spread over the calibration text, float32."""
+    found: dict[str, list[Tensor]] = {}
+
+    def visit(name: str, x: Tensor, tokens: Tensor | None) -> None:
+        x = x.flatten(0, -2)
+        found.setdefault(name, []).append(x[:: max(1, len(x) // SAMPLED_TOKENS)].float())
+
+    read = [batch for batch in batches if not batch.held_out]
+    with for_products(run):
+        for batch in read[:: max(1, len(read) // SAMPLED_BATCHES)]:
+            run(hidden[batch.rows], batch.rows, visit, names)
+    return {name: torch.cat(parts) for name, parts in found.items()}
 
 
 @torch.no_grad()

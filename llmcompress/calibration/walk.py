@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,6 +43,7 @@ from llmcompress.calibration.gather import (
     gather,
     wanted_of,
 )
+from llmcompress.calibration.input_scales import sample_inputs
 from llmcompress.calibration.ranks import sum_over_ranks
 from llmcompress.errors import InputError
 from llmcompress.methods.moments import Moments, RunningMoments
@@ -65,7 +67,7 @@ class Execution:
 
     `dtype`: of a block's products. `batch_size`: sequences per forward; None for 2048 tokens. `ranks`: processes with
     sequences of their own, whose moments are added up. `progress` is called after each block. `read_ahead`: see
-    `prefetching`.
+    `prefetching`. `prepare` may change a block, but not what it computes, by samples of inputs before it is gathered.
     """
 
     device: torch.device | str = "cpu"
@@ -74,6 +76,7 @@ class Execution:
     ranks: Ranks = ALONE
     progress: Progress | None = None
     read_ahead: bool | None = None
+    prepare: Callable[[Block], None] | None = None
 
 
 NO_STATISTICS, ON_CPU = Statistics(), Execution()
@@ -215,6 +218,13 @@ class _Walk:
         """Return a block that was just loaded, with the moments of its linears' inputs."""
         needs = {} if run.index < self.finished else self.statistics.needs
         wanted = wanted_of(self.arch.blocks[run.index], needs)
+        dense, linears = streams.dense if learns else None, self.arch.linears()
+        where = run.index, run.path, run.module
+        if self.execution.prepare is not None and wanted:
+            sampled = partial(sample_inputs, run, tuple(names[0] for names in wanted), streams.batches, streams.hidden)
+            samples = streams.ranks.first(sampled)
+            known = tuple(InputGroup(names, Moments(0.0), None, sample=samples[names[0]]) for names in wanted)
+            self.execution.prepare(Block(*where, known, streams.hidden, linears, self.model))
         groups = gather(run, wanted, streams)
         trim_memory()
 
@@ -224,8 +234,6 @@ class _Walk:
             [group] = gather(run, {names: wanted[names] - ({"cross"} if not rounded else set())}, alone)
             return group
 
-        dense, linears = streams.dense if learns else None, self.arch.linears()
-        where = run.index, run.path, run.module
         return Block(*where, groups, streams.hidden, linears, self.model, run, dense, gather_again, before)
 
     def _gather_ends(self, streams: HiddenStreams, extra: int) -> dict[int, InputGroup]:
