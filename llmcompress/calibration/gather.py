@@ -172,9 +172,9 @@ def gather(run: BlockForward, wanted: Wanted, streams: HiddenStreams) -> tuple[I
     last: str | None = None  # the linear that the block calls last, known after the first batch
     with streams.ranks.agree_on_errors(), for_products(run):
         for batch in streams.batches:
-            in_dense: dict[str, InputRounding] = {}
+            in_dense: dict[str, Inputs] = {}
 
-            def keep(name: str, x: Tensor, tokens: Tensor | None, into: dict[str, InputRounding] = in_dense) -> None:
+            def keep(name: str, x: Tensor, tokens: Tensor | None, into: dict[str, Inputs] = in_dense) -> None:
                 into[name] = x, tokens
 
             if dense_hidden is not None and batch.rows.stop <= len(dense_hidden):
@@ -188,7 +188,7 @@ def gather(run: BlockForward, wanted: Wanted, streams: HiddenStreams) -> tuple[I
                 x: Tensor,
                 tokens: Tensor | None,
                 held_out: bool = batch.held_out,
-                dense: dict[str, InputRounding] = in_dense,
+                dense: dict[str, Inputs] = in_dense,
                 weights: Mapping[str, Tensor] = weights,
             ) -> None:
                 sums.read(name, (x, tokens), held_out, dense.pop(name, None), weights.get(name))

@@ -135,8 +135,10 @@ def pack_matrix(
     if why is not None:
         raise UnfitError(why)
     if inputs is not None:
-        as_bytes = isinstance(w, Grid) and inputs.format == "int8"
-        scheme, tensors = _pack_bytes(w) if as_bytes else pack_matrix(w, factor)
+        if isinstance(w, Grid) and inputs.format == "int8":
+            scheme, tensors = _pack_bytes(w)
+        else:
+            scheme, tensors = pack_matrix(w, factor)
         name = "input_global_scale" if inputs.format == "nvfp4" else "input_scale"
         stored = {} if inputs.scale is None else {name: torch.tensor([inputs.scale])}
         return replace(scheme, inputs=(inputs.format, inputs.scale is not None)), tensors | stored

@@ -43,7 +43,7 @@ class InputFormat:
 
     def round(self, x: Tensor) -> Tensor:
         """Return `x [..., in]` rounded, in its dtype."""
-        return _Rounded.apply(x, self) if x.requires_grad else self._rounded(x)  # type: ignore[no-any-return,no-untyped-call]
+        return _Rounded.apply(x, self) if x.requires_grad else self._rounded(x)
 
     def _rounded(self, x: Tensor) -> Tensor:
         size = GROUPS.get(self.format, x.shape[-1])
@@ -85,7 +85,7 @@ class _Rounded(torch.autograd.Function):
         return form._rounded(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """Return the gradient as it comes."""
         return gradient, None
 

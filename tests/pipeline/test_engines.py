@@ -185,7 +185,7 @@ def test_inputs_that_an_engine_does_not_multiply_are_refused(
 )
 def test_inputs_that_vllm_multiplies_are_planned(steps: str, inputs: str, dense: Path) -> None:
     planned = plan_for("vllm", dense, recipe("vllm", ROUNDED % (steps, inputs)))
-    assert all(f"{inputs.split(',')[0]} inputs" in row.stored for row in planned.layers)
+    assert all(f"{inputs.split(',')[0]} inputs" in row.description for row in planned.layers)
 
 
 @pytest.mark.parametrize("name", tiered(["vllm-fp8", "vllm-int8"], "vllm-int8".__eq__))
