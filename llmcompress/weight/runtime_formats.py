@@ -75,7 +75,8 @@ def vllm_inputs_obstacle(w: Weight, inputs: InputName, is_calibrated: bool) -> s
         case Minifloat():
             fits = float_format(w) == inputs
         case Grid(codes, group_size=group_size) if inputs == "int8":
-            fits = not is_calibrated if integer_bits(w) == 4 else group_size >= codes.shape[1]
+            whole_rows = integer_bits(w) == 8 and group_size >= codes.shape[1]
+            fits = whole_rows or (integer_bits(w) == 4 and not is_calibrated)
         case Grid(group_size=group_size):
             fits = inputs == "fp8" and not is_calibrated and integer_bits(w) == 4 and group_size == 128
         case _:
