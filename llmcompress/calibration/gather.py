@@ -156,15 +156,7 @@ def gather(run: BlockForward, wanted: Wanted, streams: HiddenStreams) -> tuple[I
     readers = {names[0]: names for names in wanted}  # one linear stands for its group
     experts = {f"{run.path}.{path}": module for path, module in experts_of(run.module).items()}
     routed = [name for name in readers if holder(name, experts)]
-    statistics = streams.statistics
-    asked = {
-        first: statistics.inputs[name]
-        for first, names in readers.items()
-        for name in names
-        if name in statistics.inputs
-    }
-    formats = input_formats(run, asked, streams.batches, hidden, streams.ranks)
-    sums = _Sums({first: wanted[names] for first, names in readers.items()}, statistics.cap, formats, statistics.aim)
+    sums = _empty_sums(run, wanted, streams)
     sums.counts.update(dict.fromkeys(routed, 0))
     unweighed: list[AttentionUnknownError] = []
     weigh = _token_weigher(run, readers, streams, unweighed)
@@ -211,10 +203,18 @@ def gather(run: BlockForward, wanted: Wanted, streams: HiddenStreams) -> tuple[I
             sums.counts[first] if first in starved else None,
             _row_weights(names, streams),
             bool(unweighed),
-            formats.get(first),
+            sums.formats.get(first),
         )
         for first, names in readers.items()
     )
+
+
+def _empty_sums(run: BlockForward, wanted: Wanted, streams: HiddenStreams) -> _Sums:
+    """Return the sums of the groups, by their first linears, before any batch was read."""
+    config = streams.statistics
+    asked = {names[0]: config.inputs[name] for names in wanted for name in names if name in config.inputs}
+    formats = input_formats(run, asked, streams.batches, streams.hidden, streams.ranks)
+    return _Sums({names[0]: needs for names, needs in wanted.items()}, config.cap, formats, config.aim)
 
 
 def _token_weigher(

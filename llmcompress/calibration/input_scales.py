@@ -1,4 +1,4 @@
-"""What the inputs of linears are rounded to, with the scales that calibration finds, and samples of inputs."""
+"""Formats of the inputs of linears, with the scales that calibration finds, and samples of inputs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ SAMPLED_BATCHES, SAMPLED_TOKENS = 8, 64  # batches that a sample is taken from, 
 
 
 def input_formats(
-    run: BlockForward, asked: Mapping[str, InputRounding], batches: Sequence[RowBatch], hidden: Tensor, ranks: Ranks
+    run: BlockForward, rounding: Mapping[str, InputRounding], batches: Sequence[RowBatch], hidden: Tensor, ranks: Ranks
 ) -> dict[str, InputFormat]:
-    """Return the format of the inputs of each linear that is `asked` for, by name.
+    """Return the format of the inputs of each linear that is named in `rounding`.
 
     A scale for all tokens holds the largest magnitude in the calibration text of all processes. Raises RecipeError for
     a linear that no token reaches.
     """
-    calibrated = tuple(name for name, inputs in asked.items() if inputs.is_calibrated)
+    calibrated = tuple(name for name, inputs in rounding.items() if inputs.is_calibrated)
     with ranks.agree_on_errors():
         own = _peaks(run, calibrated, batches, hidden)
     every = ranks.gather(own) if calibrated else []
@@ -36,7 +36,7 @@ def input_formats(
         )
     return {
         name: InputFormat.of_peak(inputs.format, peaks[name]) if name in peaks else InputFormat(inputs.format)
-        for name, inputs in asked.items()
+        for name, inputs in rounding.items()
     }
 
 
@@ -45,17 +45,17 @@ def sample_inputs(
     run: BlockForward, names: tuple[str, ...], batches: Sequence[RowBatch], hidden: Tensor
 ) -> dict[str, Tensor]:
     """Return inputs `[tokens, in]` of each linear for tokens that are spread over the calibration text, float32."""
-    found: dict[str, list[Tensor]] = {}
+    samples: dict[str, list[Tensor]] = {}
 
     def visit(name: str, x: Tensor, tokens: Tensor | None) -> None:
         x = x.flatten(0, -2)
-        found.setdefault(name, []).append(x[:: max(1, len(x) // SAMPLED_TOKENS)].float())
+        samples.setdefault(name, []).append(x[:: max(1, len(x) // SAMPLED_TOKENS)].float())
 
     read = [batch for batch in batches if not batch.held_out]
     with for_products(run):
         for batch in read[:: max(1, len(read) // SAMPLED_BATCHES)]:
             run(hidden[batch.rows], batch.rows, visit, names)
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    return {name: torch.cat(parts) for name, parts in samples.items()}
 
 
 @torch.no_grad()

@@ -77,7 +77,7 @@ class Job:
 
     @property
     def inputs(self) -> dict[str, InputRounding]:
-        """What the inputs of linears are rounded to, by name; the others' stay as they are."""
+        """The formats that the inputs of linears are rounded to, by name; the others' stay as they are."""
         return self.assignment.inputs
 
     @cached_property

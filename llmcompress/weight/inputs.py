@@ -43,9 +43,10 @@ class InputFormat:
 
     def round(self, x: Tensor) -> Tensor:
         """Return `x [..., in]` rounded, in its dtype."""
-        return _Rounded.apply(x, self) if x.requires_grad else self._rounded(x)
+        return _Rounding.apply(x, self) if x.requires_grad else self.nearest(x)
 
-    def _rounded(self, x: Tensor) -> Tensor:
+    def nearest(self, x: Tensor) -> Tensor:
+        """Return `round(x)`, through which no gradient passes."""
         size = GROUPS.get(self.format, x.shape[-1])
         groups = x.unflatten(-1, (-1, size))
         if self.format == "nvfp4":
@@ -76,13 +77,13 @@ def describe_inputs(name: InputName, is_calibrated: bool) -> str:
     return f"{name} inputs with a scale {'for all' if is_calibrated else 'a token'}"
 
 
-class _Rounded(torch.autograd.Function):
+class _Rounding(torch.autograd.Function):
     """Rounds, and lets gradients pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, form: InputFormat) -> Tensor:
         """Return the rounded inputs."""
-        return form._rounded(x)
+        return form.nearest(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
