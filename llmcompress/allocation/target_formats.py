@@ -17,10 +17,11 @@ from llmcompress.kernels.gpu import prepare as gpu
 from llmcompress.methods.layer import sketch, step
 from llmcompress.methods.trellises.exl3 import MOST_BITS
 from llmcompress.models.dense.families import Linear
+from llmcompress.recipe.rules import InputRounding
 from llmcompress.recipe.target import OUR_ENGINES
 from llmcompress.weight.expression import describe
 from llmcompress.weight.nodes import Weight
-from llmcompress.weight.runtime_formats import GGUF_BLOCK, OBSTACLES, WITH_TABLES
+from llmcompress.weight.runtime_formats import GGUF_BLOCK, OBSTACLES, WITH_TABLES, vllm_inputs_obstacle
 from llmcompress.weight.superblocks import SUPERBLOCK
 
 
@@ -115,7 +116,7 @@ def check_rules(job: Job, engine: str) -> None:
     """Raise RecipeError for steps of a recipe whose outcome the engine does not multiply, or look up."""
     linears = job.arch.linears()
     for name, steps in job.steps.items():
-        if (why := _obstacle(engine, linears[name], steps)) is not None:
+        if (why := _obstacle(engine, linears[name], steps, job.inputs.get(name))) is not None:
             raise RecipeError(
                 f"rules: {engine} does not multiply {_spell(steps)} of {name} ({why}); change the rule, or leave the "
                 f"layer as it is by steps: []"
@@ -150,9 +151,13 @@ def _check_experts(job: Job) -> None:
             )
 
 
-def _obstacle(engine: str, linear: Linear, steps: Steps) -> str | None:
+def _obstacle(engine: str, linear: Linear, steps: Steps, inputs: InputRounding | None = None) -> str | None:
     if linear.transposed and engine not in OUR_ENGINES:
         return "it is no plain linear layer"
+    if inputs is not None and engine not in (*OUR_ENGINES, "vllm"):
+        return f"{engine} has no {inputs}; drop inputs: from the rule"
+    if inputs is not None and engine == "vllm":
+        return vllm_inputs_obstacle(sketch(linear.name, linear.shape, steps), inputs.format, inputs.is_calibrated)
     return _obstacle_of_shape(engine, linear.name, linear.shape, steps)
 
 

@@ -15,14 +15,17 @@ from torch import Tensor, nn
 
 from llmcompress.calibration.blocks import BlockForward, RowBatch, for_products
 from llmcompress.calibration.gradients import Importance
+from llmcompress.calibration.input_scales import input_formats
 from llmcompress.calibration.ranks import sum_over_ranks
 from llmcompress.calibration.token_weights import AttentionUnknownError, weigh_tokens
 from llmcompress.methods.moments import Moments, RunningMoments, capped_weights
 from llmcompress.models.dense.experts import DOWN, GATE, UP, Expert, Experts, experts_of, holder
 from llmcompress.models.dense.families import BlockLayout
 from llmcompress.recipe.calibration import TokenWeights
+from llmcompress.recipe.rules import InputRounding
 from llmcompress.runtime.phases import phase
 from llmcompress.runtime.ranks import ALONE, Ranks
+from llmcompress.weight.inputs import InputFormat
 
 HELD_OUT = frozenset({"outer"})  # the statistic that layer errors are computed from
 LEAST = 0.25  # of an expert's average tokens
@@ -39,7 +42,9 @@ class Statistics:
     `needs`: statistics that the methods of every linear read, or those of each linear by module path; then groups
     without any of these names are left out. `cap`: see `moments.capped_weights`; None for none. `weights`: of tokens;
     by gradient, `importance` is that of the sequences. `prefix`: whether inputs come from blocks as the caller left
-    them or from the dense ones. `cross`: True to carry the dense model's hidden states beside the others.
+    them or from the dense ones. `cross`: True to carry the dense model's hidden states beside the others. `inputs`:
+    what inputs are rounded to, by linear; `cross` moments are then of what the outputs should come from: a share `aim`
+    of the dense model's inputs, else the own ones before they are rounded.
     """
 
     needs: Needs = frozenset()
@@ -48,6 +53,8 @@ class Statistics:
     importance: Importance | None = None
     prefix: Literal["compressed", "dense"] = "compressed"
     cross: bool = False
+    inputs: Mapping[str, InputRounding] = field(default_factory=dict)
+    aim: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +64,8 @@ class InputGroup:
     `inputs`: over the calibration sequences; `held_out`: over the others, None if there are none. `starved`: number of
     tokens routed to an expert whose `inputs` were filled up; else None. `rows`: weights of the rows of each linear,
     `[out]` by name, unless all count alike. `unweighed`: True if tokens count alike against the recipe, because the
-    block does not reveal its attention.
+    block does not reveal its attention. `format`: what the inputs are rounded to, if at all.
+    `sample`: inputs `[tokens, in]`, before moments are gathered.
     """
 
     names: tuple[str, ...]
@@ -66,6 +74,8 @@ class InputGroup:
     starved: int | None = None
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     unweighed: bool = False
+    format: InputFormat | None = None
+    sample: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +105,8 @@ class _Sums:
 
     needs: Mapping[str, frozenset[str]]
     cap: float | None
+    formats: Mapping[str, InputFormat] = field(default_factory=dict)
+    aim: float = 0.0
     running: dict[tuple[str, bool], RunningMoments] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
@@ -119,7 +131,10 @@ class _Sums:
         weights: Tensor | None = None,
         dense_inputs: Tensor | None = None,
     ) -> None:
-        """Add a batch of inputs; see `add_batch`."""
+        """Add a batch of inputs, rounded if they will be; see `add_batch`."""
+        if name in self.formats:
+            dense_inputs = x if dense_inputs is None else torch.lerp(x, dense_inputs, self.aim)
+            x = self.formats[name].round(x)
         needs = HELD_OUT if held_out else self.needs[name]
         sums = self.running.setdefault((name, held_out), RunningMoments(needs))
         add_batch(sums, x, self.cap, weights, dense_inputs)
@@ -141,7 +156,7 @@ def gather(run: BlockForward, wanted: Wanted, streams: HiddenStreams) -> tuple[I
     readers = {names[0]: names for names in wanted}  # one linear stands for its group
     experts = {f"{run.path}.{path}": module for path, module in experts_of(run.module).items()}
     routed = [name for name in readers if holder(name, experts)]
-    sums = _Sums({first: wanted[names] for first, names in readers.items()}, streams.statistics.cap)
+    sums = _empty_sums(run, wanted, streams)
     sums.counts.update(dict.fromkeys(routed, 0))
     unweighed: list[AttentionUnknownError] = []
     weigh = _token_weigher(run, readers, streams, unweighed)
@@ -188,9 +203,18 @@ def gather(run: BlockForward, wanted: Wanted, streams: HiddenStreams) -> tuple[I
             sums.counts[first] if first in starved else None,
             _row_weights(names, streams),
             bool(unweighed),
+            sums.formats.get(first),
         )
         for first, names in readers.items()
     )
+
+
+def _empty_sums(run: BlockForward, wanted: Wanted, streams: HiddenStreams) -> _Sums:
+    """Return the sums of the groups, by their first linears, before any batch was read."""
+    config = streams.statistics
+    asked = {names[0]: config.inputs[name] for names in wanted for name in names if name in config.inputs}
+    formats = input_formats(run, asked, streams.batches, streams.hidden, streams.ranks)
+    return _Sums({names[0]: needs for names, needs in wanted.items()}, config.cap, formats, config.aim)
 
 
 def _token_weigher(
@@ -307,7 +331,7 @@ def _fill_up(
     """Return the moments with those of all tokens added to starved experts, by the tokens that each is `missing`."""
     if not missing:
         return moments
-    everything = _Sums(sums.needs, sums.cap)
+    everything = _Sums(sums.needs, sums.cap, sums.formats)
 
     def add(name: str, x: Tensor) -> None:
         everything.add(name, x[None], dense_inputs=x[None])

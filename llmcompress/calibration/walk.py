@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,6 +43,7 @@ from llmcompress.calibration.gather import (
     gather,
     wanted_of,
 )
+from llmcompress.calibration.input_scales import sample_inputs
 from llmcompress.calibration.ranks import sum_over_ranks
 from llmcompress.errors import InputError
 from llmcompress.methods.moments import Moments, RunningMoments
@@ -51,6 +53,7 @@ from llmcompress.runtime.memory import trim_memory
 from llmcompress.runtime.phases import phase
 from llmcompress.runtime.progress import count_steps
 from llmcompress.runtime.ranks import ALONE, Ranks
+from llmcompress.weight.inputs import InputFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +67,7 @@ class Execution:
 
     `dtype`: of a block's products. `batch_size`: sequences per forward; None for 2048 tokens. `ranks`: processes with
     sequences of their own, whose moments are added up. `progress` is called after each block. `read_ahead`: see
-    `prefetching`.
+    `prefetching`. `prepare` may change a block, but not what it computes, by samples of inputs before it is gathered.
     """
 
     device: torch.device | str = "cpu"
@@ -73,6 +76,7 @@ class Execution:
     ranks: Ranks = ALONE
     progress: Progress | None = None
     read_ahead: bool | None = None
+    prepare: Callable[[Block], None] | None = None
 
 
 NO_STATISTICS, ON_CPU = Statistics(), Execution()
@@ -181,12 +185,17 @@ class _Walk:
         for index, module in self._loaded_blocks(self.device, self.finished):
             layout = self.arch.blocks[index]
             wanted = wanted_of(layout, self.statistics.needs)
-            groups = tuple(InputGroup(names, Moments(0.0), None) for names in wanted)
+            groups = tuple(InputGroup(names, Moments(0.0), None, format=self._format(names)) for names in wanted)
             yield Block(index, layout.path, module, groups, torch.empty(0), self.arch.linears(), self.model)
             drop(module)
             self._report(index + 1, 0.0)
         for index, name, _ in self._tables():
             yield from self._table(index, InputGroup((name,), Moments(0.0), None))
+
+    def _format(self, names: tuple[str, ...]) -> InputFormat | None:
+        """Return what the inputs of a group are rounded to, by no calibrated scale."""
+        asked = [self.statistics.inputs[name].format for name in names if name in self.statistics.inputs]
+        return InputFormat(asked[0]) if asked else None
 
     def _report(self, done: int, speed: float) -> None:
         if self.execution.progress is not None:
@@ -209,16 +218,22 @@ class _Walk:
         """Return a block that was just loaded, with the moments of its linears' inputs."""
         needs = {} if run.index < self.finished else self.statistics.needs
         wanted = wanted_of(self.arch.blocks[run.index], needs)
+        dense, linears = streams.dense if learns else None, self.arch.linears()
+        where = run.index, run.path, run.module
+        if self.execution.prepare is not None and wanted:
+            sampled = partial(sample_inputs, run, tuple(names[0] for names in wanted), streams.batches, streams.hidden)
+            samples = streams.ranks.first(sampled)
+            known = tuple(InputGroup(names, Moments(0.0), None, sample=samples[names[0]]) for names in wanted)
+            self.execution.prepare(Block(*where, known, streams.hidden, linears, self.model))
         groups = gather(run, wanted, streams)
         trim_memory()
 
         def gather_again(names: tuple[str, ...]) -> InputGroup:
             alone = replace(streams, dense=None, keep_outputs=False)
-            [group] = gather(run, {names: wanted[names] - {"cross"}}, alone)
+            rounded = any(name in self.statistics.inputs for name in names)  # then it is of the own inputs
+            [group] = gather(run, {names: wanted[names] - ({"cross"} if not rounded else set())}, alone)
             return group
 
-        dense, linears = streams.dense if learns else None, self.arch.linears()
-        where = run.index, run.path, run.module
         return Block(*where, groups, streams.hidden, linears, self.model, run, dense, gather_again, before)
 
     def _gather_ends(self, streams: HiddenStreams, extra: int) -> dict[int, InputGroup]:

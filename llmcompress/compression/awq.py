@@ -1,9 +1,12 @@
 """AWQ (arXiv 2306.00978): the loudest input channels are scaled up before they are rounded.
 
 W x = (W diag(s)) (x / s), and 1/s goes into the producer of x: the weight of a norm, or the rows and the bias of
-another linear. Nothing more is stored. With a the root mean square of a channel over the calibration tokens,
-s = a^alpha. Of `EXPONENTS`, alpha leaves the least relative output error after plain rounding to the layer's grid,
-summed over the linears that read x; alpha = 0 is among them, so scaling never adds to that sum.
+another linear. Nothing more is stored, and of inputs that are rounded, outliers are smoothed. With a the root mean
+square of a channel over the calibration tokens, s = a^alpha. Of `EXPONENTS`, alpha leaves the least relative output
+error after plain rounding to the layer's grid, summed over the linears that read x; alpha = 0 is among them, so scaling
+never adds to that sum. Where inputs are rounded too, the error is that of products on a sample of tokens with both
+sides rounded, and a is the largest magnitude (SmoothQuant, arXiv 2211.10438, divides it by that of the weights, with
+alpha fixed at 1/2).
 
 The paper takes the mean magnitude; here it is the root mean square, which second moments give. In models with fewer key
 heads than query heads, the paper does not scale values; here query heads that share values share scales. A norm's new
@@ -12,8 +15,9 @@ weight is rounded to its stored dtype first and s follows from it, so it is exac
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +25,24 @@ from torch import Tensor, nn
 from llmcompress.calibration.walk import Block, InputGroup
 from llmcompress.compression.producers import Feed, feeds
 from llmcompress.errors import RecipeError
+from llmcompress.methods.grids.gptq import GPTQ
+from llmcompress.methods.grids.mxfp import MXFP
 from llmcompress.methods.layer import StepConfig
 from llmcompress.methods.moments import Moments
-from llmcompress.methods.solvers.grid import GridConfig, GridFormat, fit_grid, round_to
+from llmcompress.methods.solvers.floats import LAYOUTS, FloatLayout, nearest_floats
+from llmcompress.methods.solvers.grid import GridConfig, GridFormat, fit_grid
+from llmcompress.methods.solvers.grid import round_to as round_columns
 from llmcompress.models.dense.families import Architecture
 from llmcompress.models.dense.model import DenseModel
+from llmcompress.recipe.rules import InputRounding
+from llmcompress.weight.expression import dense
+from llmcompress.weight.inputs import InputFormat
 
 EXPONENTS = tuple(step / 20 for step in range(20))
 QUIETEST = 1e-4  # of the loudest channel's root mean square: a quieter channel counts as this
 
 Steps = Mapping[str, tuple[StepConfig, ...]]
+Form = GridFormat | FloatLayout
 
 
 @dataclass(frozen=True)
@@ -50,19 +62,27 @@ class ScaledChannels:
 
 
 def check_awq(arch: Architecture, steps: Steps) -> None:
-    """Raise RecipeError for a family that nothing can be fused into, and for steps that do not start with a grid."""
+    """Raise RecipeError for a family that nothing can be fused into, and for steps that do not start by rounding."""
     feeds(arch, arch.blocks[0])
     for name, own in steps.items():
-        if not isinstance(own[0], GridConfig):
+        if _form(own[0]) is None:
             raise RecipeError(
-                f"fuse: awq chooses scales for rounding, and the first step of {name} is {own[0].method}; use rtn or "
-                f"gptq there, or leave awq out"
+                f"fuse: awq chooses scales for rounding, and the first step of {name} is {own[0].method}; use rtn, "
+                f"gptq or mxfp there, or leave awq out"
             )
 
 
 @torch.no_grad()
-def scale_channels(block: Block, source: DenseModel, arch: Architecture, steps: Steps) -> ScaledChannels:
+def scale_channels(
+    block: Block,
+    source: DenseModel,
+    arch: Architecture,
+    steps: Steps,
+    inputs: Mapping[str, InputRounding] = MappingProxyType({}),
+) -> ScaledChannels:
     """Scale the input channels of a block's linears that have `steps`, in its module and in its moments.
+
+    `inputs`: what inputs are rounded to, by linear, for a block whose groups have samples of them.
 
     A block that is not a decoder block (a table) stays as it is.
     """
@@ -77,7 +97,9 @@ def scale_channels(block: Block, source: DenseModel, arch: Architecture, steps: 
         feed = feed_of[group.names]
         out = len(edits.value(f"{feed.producer}.weight"))
         rows = producer_rows(out, block.weight(feed.names[0]).shape[1], head_dim)
-        best = _search(edits, feed, group.inputs, rows.to(block.weight(feed.names[0]).device))
+        on = block.weight(feed.names[0]).device
+        asked = next((inputs[name] for name in group.names if name in inputs), None)
+        best = _search(edits, feed, rows.to(on), _errors(edits, feed, group, asked))
         edits.divide(feed.producer, best.divisor)
         edits.multiply(feed.names, best.scale)
         held_out = None if group.held_out is None else _divide_inputs(group.held_out, best.scale)
@@ -157,44 +179,85 @@ def _parameter(block: Block, name: str) -> Tensor:
     return _module(block, path).get_parameter(leaf).detach()
 
 
-def _search(edits: _Edits, feed: Feed, inputs: Moments, rows: Tensor) -> _Scales:
+def _search(edits: _Edits, feed: Feed, rows: Tensor, errors: _Errors) -> _Scales:
     """Return the scales of the exponent with the least error after plain rounding."""
-    if inputs.outer is None:
-        raise ValueError("scales are chosen by the moment outer, which was not gathered")
-    loudness = _loudness(inputs.outer, rows, len(edits.value(f"{feed.producer}.weight")))
-    linears = _linears(edits, feed, inputs.outer)
+    loudness = _loudness(errors.energy, rows, len(edits.value(f"{feed.producer}.weight")))
     options: list[_Scales] = []
     for exponent in EXPONENTS:
         divisor = torch.exp(exponent * loudness)
         if feed.is_norm:
             divisor = _exact(divisor, f"{feed.producer}.weight", edits)
         scale = divisor[rows]
-        error = sum(linear.error(scale, inputs.outer) for linear in linears)
+        error = errors.of(scale)
         options.append(_Scales(exponent, divisor, scale, options[0].before if options else error, error))
     return min(options, key=lambda scales: scales.after)
 
 
 @dataclass(frozen=True, eq=False)
-class _GridLinear:
-    """A linear that will have a grid, and the energy of its outputs."""
+class _Errors:
+    """The errors of linears that read the same input, by the scales of its channels.
 
-    weight: Tensor
-    form: GridFormat
-    energy: float
+    `energy [in]`: of the channels; `of(scale)`: the relative output errors after rounding, summed.
+    """
 
-    def error(self, scale: Tensor, outer: Tensor) -> float:
-        """Return the relative output error after rounding the weight with its columns scaled."""
-        lost = self.weight - round_to_grid(self.weight * scale, self.form) / scale
-        return _energy(lost, outer) / self.energy if self.energy > 0 else 0.0
+    energy: Tensor
+    of: Callable[[Tensor], float]
 
 
-def _linears(edits: _Edits, feed: Feed, outer: Tensor) -> list[_GridLinear]:
-    linears = []
-    for name in feed.names:
-        if name in edits.steps and isinstance(config := edits.steps[name][0], GridConfig):
-            weight = edits.value(f"{name}.weight")
-            linears.append(_GridLinear(weight, config.grid_format(), _energy(weight, outer)))
-    return linears
+def _errors(edits: _Edits, feed: Feed, group: InputGroup, inputs: InputRounding | None) -> _Errors:
+    """Return the errors of the linears of a feed that will be rounded."""
+    forms = [(name, form) for name in feed.names if (form := _form_of(edits, name)) is not None]
+    linears = [(edits.value(f"{name}.weight"), form) for name, form in forms]
+    outer, x = group.inputs.outer, group.sample
+    if x is not None:
+        return _Errors(x.abs().amax(0).square(), _errors_on(x, linears, inputs))
+    if outer is None:
+        raise ValueError("scales are chosen by the moment outer, which was not gathered")
+    energies = [_energy(weight, outer) for weight, _ in linears]
+
+    def of(scale: Tensor) -> float:
+        lost = (weight - round_to(weight * scale, form) / scale for weight, form in linears)
+        return sum(_energy(each, outer) / whole for each, whole in zip(lost, energies, strict=True) if whole > 0)
+
+    return _Errors(outer.diagonal(), of)
+
+
+def _errors_on(
+    x: Tensor, linears: Sequence[tuple[Tensor, Form]], inputs: InputRounding | None
+) -> Callable[[Tensor], float]:
+    """Return the errors on inputs `x [tokens, in]`, of which the scaled ones are rounded as well."""
+    outputs = [x @ weight.T for weight, _ in linears]
+
+    def of(scale: Tensor) -> float:
+        seen, total = x / scale, 0.0
+        if inputs is not None:
+            peak = float(seen.abs().max())
+            calibrated = inputs.is_calibrated and peak > 0
+            form = InputFormat.of_peak(inputs.format, peak) if calibrated else InputFormat(inputs.format)
+            seen = form.round(seen)
+        for (weight, form_of_weight), wanted in zip(linears, outputs, strict=True):
+            lost = float((seen @ round_to(weight * scale, form_of_weight).T - wanted).square().sum())
+            whole = float(wanted.square().sum())
+            total += lost / whole if whole > 0 else 0.0
+        return total
+
+    return of
+
+
+def _form_of(edits: _Edits, name: str) -> Form | None:
+    return _form(edits.steps[name][0]) if name in edits.steps else None
+
+
+def _form(config: StepConfig) -> Form | None:
+    """Return the form that a step rounds to; None for a step that does something else."""
+    match config:
+        case GPTQ():
+            return config.form()
+        case MXFP(format=name):
+            return LAYOUTS[name]
+        case GridConfig():
+            return config.grid_format()
+    return None
 
 
 def _energy(matrix: Tensor, outer: Tensor) -> float:
@@ -202,12 +265,13 @@ def _energy(matrix: Tensor, outer: Tensor) -> float:
     return float(torch.linalg.vecdot(matrix @ outer, matrix).sum(dtype=torch.float64))
 
 
-def _loudness(outer: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Return the logarithm of the root mean square of the channels that each of a producer's `count` rows feeds.
+def _loudness(energy: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Return the logarithm of the root of the mean `energy [in]` of the channels that each of a producer's `count` rows
+    feeds.
 
     It is centred between the quietest and the loudest row.
     """
-    energy = outer.diagonal().double().clamp_min(0)
+    energy = energy.double().clamp_min(0)
     shared = energy.new_zeros(count).index_add_(0, rows, energy) / rows.bincount(minlength=count)
     floor = max(float(shared.max()) * QUIETEST**2, torch.finfo(torch.float64).tiny)
     logarithm = shared.clamp_min(floor).log() / 2
@@ -221,12 +285,14 @@ def _exact(divisor: Tensor, norm: str, edits: _Edits) -> Tensor:
     return torch.where((after != 0) & after.isfinite(), weight / after, 1.0)
 
 
-def round_to_grid(weight: Tensor, form: GridFormat) -> Tensor:
-    """Return the matrix that `rtn` stores for `weight [out, in]`."""
+def round_to(weight: Tensor, form: Form) -> Tensor:
+    """Return the matrix that `rtn` or `mxfp` stores for `weight [out, in]`."""
+    if isinstance(form, FloatLayout):
+        return dense(nearest_floats(weight, form))
     parts = []
     for columns in weight.split(form.group(weight.shape[1]), 1):
         scale, zero = fit_grid(columns, form)
-        parts.append(round_to(columns, scale, zero, form.levels))
+        parts.append(round_columns(columns, scale, zero, form.levels))
     return torch.cat(parts, 1)
 
 

@@ -63,7 +63,8 @@ class BlockResult:
 class CompressionState:
     """A job under way.
 
-    `entries`: the finished blocks, those of an earlier run included. `open`: blocks that are not written yet, in order.
+    `smoothed`: scales of the block that comes next, chosen for inputs that will be rounded. `entries`: the finished
+    blocks, those of an earlier run included. `open`: blocks that are not written yet, in order.
     `common`: the common matrices of tied blocks that are compressed, by name.
     """
 
@@ -75,6 +76,7 @@ class CompressionState:
     ranks: Ranks = ALONE
     open: list[OpenBlock] = field(default_factory=list)
     common: dict[str, PackedWeight] = field(default_factory=dict)
+    smoothed: ScaledChannels | None = None
 
     @property
     def rows(self) -> list[LayerReport]:
@@ -109,7 +111,7 @@ def swap(block: Block, weights: Mapping[str, PackedWeight], common: Mapping[str,
 def compress_block(run: CompressionState, block: Block) -> BlockResult:
     """Swap the block's linears for compressed ones, and let it learn if the run asks for it."""
     job, tune = run.job, run.tune
-    scaled = _scale_channels(run, block)  # gives the groups other moments
+    scaled, run.smoothed = run.smoothed or _scale_channels(run, block), None  # gives the groups other moments
     groups = [group for group in block.groups if any(name in job.all_steps for name in group.names)]
     names = [name for group in groups for name in group.names if name in job.all_steps]
     here = OpenBlock(block, scaled, {} if tune is None else {name: block.weight(name) for name in names})
@@ -140,13 +142,18 @@ def compress_block(run: CompressionState, block: Block) -> BlockResult:
     return BlockResult(tuple(_stored_tensors(job, each) for each in closed), _pending_tensors(run), entry)
 
 
+def smooth_inputs(run: CompressionState, block: Block) -> None:
+    """Scale the channels of a block before its moments are gathered: rounding the inputs depends on the scales."""
+    run.smoothed = _scale_channels(run, block)
+
+
 def _scale_channels(run: CompressionState, block: Block) -> ScaledChannels:
     """Scale the channels of the block if the recipe asks for it."""
     job, fuse = run.job, run.job.recipe.fuse
     if fuse is None or not fuse.awq:
         return ScaledChannels()
     with run.ranks.agree_on_errors():
-        scaled = scale_channels(block, job.source, job.arch, job.steps)
+        scaled = scale_channels(block, job.source, job.arch, job.steps, job.inputs)
     run.ranks.compare({"channel scales, as other processors find,": scaled.notes})
     return scaled
 

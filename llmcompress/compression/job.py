@@ -24,9 +24,11 @@ from llmcompress.models.dense.model import DenseModel
 from llmcompress.models.dense.skeleton import architectures, check_causal, is_causal
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.matching import Assignment, assign
+from llmcompress.recipe.rules import InputRounding
 from llmcompress.runtime.phases import phase
 from llmcompress.runtime.precision import product_dtype
 from llmcompress.runtime.ranks import ALONE, Ranks
+from llmcompress.weight.inputs import GROUPS
 from llmcompress.weight.rows import is_plain_table, row_scale
 
 ComputeOnce = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]  # see `RunFiles.compute_once`
@@ -72,6 +74,11 @@ class Job:
         blind = tuple(step for each in recipe.embeddings if (step := each.without_inputs()) is not None)
         steps = {arch.embedding: blind if recipe.table is None else recipe.table, arch.head: self._head_steps}
         return {name: each for name, each in steps.items() if each}
+
+    @property
+    def inputs(self) -> dict[str, InputRounding]:
+        """The formats that the inputs of linears are rounded to, by name; the others' stay as they are."""
+        return self.assignment.inputs
 
     @cached_property
     def all_steps(self) -> dict[str, tuple[StepConfig, ...]]:
@@ -133,7 +140,10 @@ class Job:
         known = methods()
         extra = {"outer", "cross"} if self.recipe.asymmetric else {"outer"}
         needs = {
-            name: frozenset(extra).union(*(known[s.method].needs for s in steps)) for name, steps in self.steps.items()
+            name: frozenset(extra | ({"cross"} if name in self.inputs else set())).union(
+                *(known[s.method].needs for s in steps)
+            )
+            for name, steps in self.steps.items()
         }
         only_looked_up = None if self.arch.tied else self.arch.embedding
         return needs | {name: frozenset({"outer"} if name != only_looked_up else ()) for name in self.tables}
@@ -189,9 +199,29 @@ def _build_job(source: DenseModel, arch: Architecture, recipe: Recipe) -> Job:
     others = [linear.name for linear in arch.outside] + [name.rpartition(".")[0] for name in source.tensors]
     job = Job(source, arch, recipe, assign(recipe, list(arch.linears().values()), others))
     _ = job.ties  # refuses blocks that differ
+    _check_inputs(job)
     if recipe.fuse is not None and recipe.fuse.awq:
         check_awq(arch, job.steps)
     return job
+
+
+def _check_inputs(job: Job) -> None:
+    """Raise RecipeError for linears that would round the same input to different numbers, or in ragged groups."""
+    for group in (group for block in job.arch.blocks for group in block.groups):
+        names = [linear.name for linear in group if linear.name in job.steps]
+        for name in names:
+            if job.inputs.get(name) != job.inputs.get(names[0]):
+                raise RecipeError(
+                    f"rules: {names[0]} and {name} read the same input; give them the same inputs: in their rules"
+                )
+    linears = job.arch.linears()
+    for name, asked in job.inputs.items():
+        size, width = GROUPS.get(asked.format, 1), linears[name].shape[1]
+        if width % size:
+            raise RecipeError(
+                f"rules: inputs in {asked.format} come in groups of {size}, which do not divide the {width} of {name}; "
+                f"give it a rule with other inputs"
+            )
 
 
 def _check_calibration(recipe: Recipe) -> None:

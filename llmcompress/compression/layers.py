@@ -169,7 +169,8 @@ def layer_of(job: Job, block: Block, name: str, group: InputGroup) -> Layer:
             change = to_dense_outputs(weight, inputs, inputs.cross, len(group.names))
         except NumericsError as error:
             raise NumericsError(f"{name}: {error}") from error
-        target = weight + job.recipe.asymmetric * change
+        # of rounded inputs, the cross moments have the share already
+        target = weight + (job.recipe.asymmetric if group.format is None else 1.0) * change
     seed = f"{job.recipe.seed}/{group.names[0]}"
     return Layer(name, target, Dense(target.to(torch.bfloat16)), inputs, seed, rows=group.rows.get(name))
 
@@ -198,9 +199,15 @@ def _pack_layer(job: Job, layer: Layer, outcome: Outcome, group: InputGroup) -> 
     """Return the packed weight of a layer, and its row of the report. Raises NumericsError for NaN or Inf in it."""
     stored = outcome.weight
     with phase("report"):
-        row = _report_row(job, layer, dense(stored), bits(stored), describe(stored), outcome.notes, group)
+        text = describe_rounded(stored, group.format)
+        row = _report_row(job, layer, dense(stored), bits(stored), text, outcome.notes, group)
     with phase("pack"):
-        return pack_weight(stored), row
+        return pack_weight(stored, group.format), row
+
+
+def describe_rounded(stored: Weight, inputs: object | None) -> str:
+    """Return in words what a layer stores, and what its inputs are rounded to."""
+    return describe(stored) if inputs is None else f"{describe(stored)}, {inputs}"
 
 
 def _report_row(

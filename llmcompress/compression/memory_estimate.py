@@ -41,7 +41,7 @@ def peak_bytes(job: Job, tables: list[str], needs: Mapping[str, frozenset[str]],
     tokens = 0 if calibration is None else (calibration.samples + calibration.held_out) * calibration.length
     learning = 0 if recipe.reconstruct is None else recipe.reconstruct.window
     streams = 1 + max(learning, 1 if recipe.asymmetric else 0)
-    factor = TURNED if recipe.asymmetric or "rotate" in used else FACTOR
+    factor = TURNED if recipe.asymmetric or job.inputs or "rotate" in used else FACTOR
     blocks = max(_block_bytes(layout, recipe, needs, learning, factor) for layout in arch.blocks)
     tensors = job.source.tensors
     stored = [prod(header.shape) for header in tensors.values()]

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from llmcompress.compression.job import Job
+from llmcompress.compression.layers import describe_rounded
 from llmcompress.compression.memory_estimate import peak_bytes
 from llmcompress.errors import MemoryLimitError, RecipeError, list_names
 from llmcompress.methods.layer import StepConfig, methods, sketch
@@ -97,10 +98,11 @@ def plan_of(job: Job) -> Plan:
     alike: dict[tuple[tuple[int, int], str, bool], LayerPlan] = {}  # a large model has few shapes
     for name, steps in job.steps.items():
         size, tie = linears[name].shape, job.ties.get(name)
-        key = size, repr(steps), tie is not None and tie.is_first(name)
+        inputs = job.inputs.get(name)
+        key = size, repr((steps, inputs)), tie is not None and tie.is_first(name)
         if key not in alike:
             stored = tie.sketch(name) if tie else sketch(name, size, steps)
-            text = tie.description(name, stored) if tie else describe(stored)
+            text = tie.description(name, stored) if tie else describe_rounded(stored, inputs)
             alike[key] = _row(name, size, steps, stored, text)
         rows.append(replace(alike[key], name=name))
     if not rows:

@@ -19,7 +19,13 @@ from pathlib import Path
 from llmcompress.calibration.gather import Statistics
 from llmcompress.calibration.ranks import own_share
 from llmcompress.calibration.walk import Block, Execution, Progress, walk
-from llmcompress.compression.block import CompressionState, compress_block, restore, stored_common_matrices
+from llmcompress.compression.block import (
+    CompressionState,
+    compress_block,
+    restore,
+    smooth_inputs,
+    stored_common_matrices,
+)
 from llmcompress.compression.job import Job, gradient_importance
 from llmcompress.compression.plan import check_memory, plan_of
 from llmcompress.compression.result import Result
@@ -135,7 +141,14 @@ def _walk_blocks(
         sequences, held_out = own_share(tokens.sequences, tokens.held_out, run.ranks)
         importance = gradient_importance(job, sequences, run.device, run.ranks, files.compute_once)
     statistics = Statistics(
-        job.needs(), recipe.cap, recipe.token_weights, importance, recipe.prefix, cross=recipe.asymmetric > 0
+        job.needs(),
+        recipe.cap,
+        recipe.token_weights,
+        importance,
+        recipe.prefix,
+        cross=recipe.asymmetric > 0,
+        inputs=job.inputs,
+        aim=recipe.asymmetric,
     )
     execution = Execution(
         run.device,
@@ -143,6 +156,7 @@ def _walk_blocks(
         batch_size=None if tune is None else tune.recipe.micro_batch,
         ranks=run.ranks,
         progress=progress,
+        prepare=partial(smooth_inputs, run) if recipe.fuse is not None and recipe.fuse.awq and job.inputs else None,
     )
     window = 0 if tune is None else tune.recipe.window
     stages = {"held_out": held_out, "window": window, "finished": finished}

@@ -138,6 +138,7 @@ def _gate_work(job: Job, shares: Mapping[str, float]) -> Work:
 def _block_work(layout: BlockLayout, recipe: Recipe, tokens: int, shares: Mapping[str, float]) -> Work:
     """Return the work of a block's forwards, moments and learning, and of its layers' errors and targets."""
     block, rounds = weights_of(layout, shares), _rounds(layout, recipe)
+    aims = recipe.asymmetric > 0 or any(rule.inputs for rule in recipe.rules)  # at outputs for other inputs
     passes = 2 + (recipe.asymmetric > 0 or rounds > 0)
     if recipe.reconstruct is not None and recipe.reconstruct.between:
         passes += len(layout.groups) - 1  # moments of the next group
@@ -145,10 +146,10 @@ def _block_work(layout: BlockLayout, recipe: Recipe, tokens: int, shares: Mappin
     for group in layout.groups:
         read = tokens * shares.get(group[0].name, 1.0)
         rows, width = sum(linear.shape[0] for linear in group), group[0].shape[1]
-        forward += read * width**2 * (3 if recipe.asymmetric else 1) / FORWARD_SHARE  # nothing else is in it
+        forward += read * width**2 * (3 if aims else 1) / FORWARD_SHARE  # nothing else is in it
         seen = sum(SAMPLED if linear.shape[0] >= MANY else linear.shape[0] for linear in group)
         exact += 4 * (rows if recipe.exact_errors else seen) * width**2
-        if recipe.asymmetric:
+        if aims:
             exact += min(4 * width**3 + 2 * rows * width**2, 6 * rows * width**2) + FACTOR * width**3
         if recipe.fuse is not None and recipe.fuse.awq:
             exact += 2 * len(EXPONENTS) * rows * width**2

@@ -147,7 +147,8 @@ def _count_stored(linears: Mapping[str, Multiplying]) -> dict[str, dict[str, Any
             base = base_of(layer)
             own = layer.expression() if base is None or base in counted else layer.whole()
             text = describe_beside_base(own) if base is not None and base in counted else describe(own)
-            entries[name] = {"bpw": bits(own) / prod(layer.layout.size), "stored": text}
+            stored = text if layer.layout.inputs is None else f"{text}, {layer.layout.inputs}"
+            entries[name] = {"bpw": bits(own) / prod(layer.layout.size), "stored": stored}
             counted.add(base)
     return entries
 

@@ -3,8 +3,11 @@
 Grids (`pack-quantized`) become symmetric integers of the format, centred on a code: odd numbers of levels as they are;
 our symmetric b bits, centred between two codes, as the odd integers of b + 1 bits at half the scale; asymmetric b bits
 less their zero point as b + 1 (packed zero points of compressed-tensors 0.20 are not loaded by transformers 5.23).
-FP8 (`float-quantized`), MXFP4 and NVFP4 have codes and scales as ours; inputs stay as they are. Other matrices are
-refused, or stored in bfloat16 where that is allowed, and listed.
+FP8 (`float-quantized`), MXFP8, MXFP4 and NVFP4 have codes and scales as ours. Other matrices are refused, or stored in
+bfloat16 where that is allowed, and listed.
+
+Inputs that are rounded have an entry `input_activations`, and a calibrated scale beside the weight. Integers that
+multiply integers are stored in a byte each (`int-quantized`), also those of 4 bits.
 
 vLLM multiplies NVFP4 matrices that read the same input as one, by the factor of one of them. So those of one module
 that are as wide get the largest factor, and their scales follow, which powers of two leave exact.
@@ -15,7 +18,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,19 +31,22 @@ from llmcompress.formats.engine_files import ExportReport, UnfitError, write_lay
 from llmcompress.models.files.checkpoint import write_checkpoint
 from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.weight.expression import float_steps
+from llmcompress.weight.inputs import InputFormat, InputName
 from llmcompress.weight.modules import LIKE
 from llmcompress.weight.nodes import Grid, Minifloat, Weight
 from llmcompress.weight.runtime_formats import compressed_tensors_obstacle, float_format, integer_bits
 
 HEAD = "lm_head"  # which engines do not look for in the format
 TENSOR_SCALE = "tensor_scale"  # in the payload of a layer
+INTEGERS = ("pack-quantized", "int-quantized")  # formats of grids
 
 
 @dataclass(frozen=True)
 class Scheme:
     """The form in which the format stores a matrix: the compressor's name, and the `weights` entry of a config group.
 
-    `group_size`: None for one scale per row, or of all rows, as `strategy` says.
+    `group_size`: None for one scale per row, or of all rows, as `strategy` says. `inputs`: the format of inputs and
+    whether its scale is calibrated; None if they stay as they are.
     """
 
     format: str
@@ -48,10 +54,16 @@ class Scheme:
     strategy: str
     group_size: int | None = None
     scale_dtype: str | None = None
+    inputs: tuple[InputName, bool] | None = None
+
+    def group(self, targets: list[str]) -> dict[str, Any]:
+        """Return the config group of layers."""
+        inputs = {} if self.inputs is None else {"input_activations": _input_entry(*self.inputs)}
+        return {"targets": targets, "weights": self.to_json(), **inputs, "format": self.format}
 
     def to_json(self) -> dict[str, Any]:
         """Return the `weights` entry of a config group."""
-        kind = "int" if self.format == "pack-quantized" else "float"
+        kind = "int" if self.format in INTEGERS else "float"
         own = {"group_size": self.group_size, "scale_dtype": self.scale_dtype}
         entries = {"num_bits": self.num_bits, "type": kind, "symmetric": True, "dynamic": False}
         return entries | {"strategy": self.strategy} | {key: value for key, value in own.items() if value is not None}
@@ -59,14 +71,14 @@ class Scheme:
 
 def to_compressed_tensors(opened: CompressedCheckpoint, output: Path, allow_dense: bool = False) -> ExportReport:
     """Write grids and floats as they are; other expressions raise InputError, or become bfloat16 with `allow_dense`."""
-    pack = partial(_pack_layer, _linear_names(opened), shared_factors(opened))
+    pack = partial(_pack_layer, opened, _linear_names(opened), shared_factors(opened))
     with write_checkpoint(output, opened.dense_bytes) as writer:
         files = write_layers(opened, writer, "compressed-tensors", pack, torch.bfloat16, allow_dense)
         size = writer.close()
         entry = {"quantization_config": _quantization_config(files.packed, files.plain)}
         writer.write("config.json", json.dumps(opened.config | entry, indent=1))
     schemes = files.packed.values()
-    kinds = Counter("grids" if scheme.format == "pack-quantized" else "matrices of floats" for scheme in schemes)
+    kinds = Counter("grids" if scheme.format in INTEGERS else "matrices of floats" for scheme in schemes)
     return ExportReport(
         to="compressed-tensors",
         output=str(output),
@@ -94,21 +106,42 @@ def shared_factors(opened: CompressedCheckpoint) -> dict[str, Tensor]:
 
 
 def _pack_layer(
-    linears: set[str], factors: Mapping[str, Tensor], layer: str, w: Weight
+    opened: CompressedCheckpoint, linears: set[str], factors: Mapping[str, Tensor], layer: str, w: Weight
 ) -> tuple[Scheme, dict[str, Tensor]]:
     if layer not in linears:
         raise UnfitError("it is no plain linear layer")
-    return pack_matrix(w, factors.get(layer))
+    return pack_matrix(w, factors.get(layer), opened.layouts[layer].inputs)
 
 
-def pack_matrix(w: Weight, factor: Tensor | None = None) -> tuple[Scheme, dict[str, Tensor]]:
-    """Return the scheme and the tensors of a grid, or of floats with this factor.
+def _input_entry(name: InputName, is_calibrated: bool) -> dict[str, Any]:
+    """Return the `input_activations` entry of a config group."""
+    bits, kind = (4 if name == "nvfp4" else 8), ("int" if name == "int8" else "float")
+    own: dict[str, Any] = {"strategy": "tensor" if is_calibrated else "token", "dynamic": not is_calibrated}
+    if name == "nvfp4":
+        own = {"strategy": "tensor_group", "dynamic": "local", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
+    elif name == "mxfp8":
+        own = {"strategy": "group", "dynamic": True, "group_size": 32, "scale_dtype": "torch.uint8"}
+    return {"num_bits": bits, "type": kind, "symmetric": True} | own
+
+
+def pack_matrix(
+    w: Weight, factor: Tensor | None = None, inputs: InputFormat | None = None
+) -> tuple[Scheme, dict[str, Tensor]]:
+    """Return the scheme and the tensors of a grid, or of floats with this factor, that multiplies such inputs.
 
     Raises UnfitError where the format cannot hold it exactly.
     """
     why = compressed_tensors_obstacle(w)
     if why is not None:
         raise UnfitError(why)
+    if inputs is not None:
+        if isinstance(w, Grid) and inputs.format == "int8":
+            scheme, tensors = _pack_bytes(w)
+        else:
+            scheme, tensors = pack_matrix(w, factor)
+        name = "input_global_scale" if inputs.format == "nvfp4" else "input_scale"
+        stored = {} if inputs.scale is None else {name: torch.tensor([inputs.scale])}
+        return replace(scheme, inputs=(inputs.format, inputs.scale is not None)), tensors | stored
     match w:
         case Grid():
             return _pack_integers(w)
@@ -119,6 +152,9 @@ def pack_matrix(w: Weight, factor: Tensor | None = None) -> tuple[Scheme, dict[s
                 scale = scale if strategy == "channel" else scale[0]
                 tensors = {"weight": codes.view(torch.float8_e4m3fn), "weight_scale": scale}
                 return Scheme("float-quantized", 8, strategy), tensors
+            if kind == "mxfp8":
+                tensors = {"weight": codes.view(torch.float8_e4m3fn), "weight_scale": scale}
+                return Scheme("mxfp8-quantized", 8, "group", 32, "torch.uint8"), tensors
             if kind == "mxfp4":
                 scheme = Scheme("mxfp4-pack-quantized", 4, "group", 32, "torch.uint8")
                 return scheme, {"weight_packed": pairs, "weight_scale": scale}
@@ -147,6 +183,14 @@ def _pack_integers(w: Grid) -> tuple[Scheme, dict[str, Tensor]]:
         from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
     except ImportError as error:
         raise RecipeError('this export needs compressed-tensors; run pip install "llmcompress[export]"') from error
+    scheme, tensors = _pack_bytes(w)
+    packed = {"weight_packed": pack_to_int32(tensors.pop("weight"), scheme.num_bits)}
+    shape = {"weight_shape": torch.tensor(w.codes.shape)}
+    return replace(scheme, format="pack-quantized"), packed | tensors | shape
+
+
+def _pack_bytes(w: Grid) -> tuple[Scheme, dict[str, Tensor]]:
+    """Return a grid as integers around 0, a byte each."""
     codes, scale = w.codes.to(torch.int16), w.scale
     if w.zero is not None:
         whole = codes - w.zero.to(torch.int16).repeat_interleave(w.group_size, 1)
@@ -154,13 +198,9 @@ def _pack_integers(w: Grid) -> tuple[Scheme, dict[str, Tensor]]:
         whole = codes - w.levels // 2
     else:
         whole, scale = 2 * codes - (w.levels - 1), (scale.float() / 2).to(scale.dtype)
-    tensors = {
-        "weight_packed": pack_to_int32(whole.to(torch.int8), integer_bits(w)),
-        "weight_scale": scale,
-        "weight_shape": torch.tensor(w.codes.shape),
-    }
     strategy, group_size = ("channel", None) if scale.shape[1] == 1 else ("group", w.group_size)
-    return Scheme("pack-quantized", integer_bits(w), strategy, group_size), tensors
+    tensors = {"weight": whole.to(torch.int8), "weight_scale": scale}
+    return Scheme("int-quantized", integer_bits(w), strategy, group_size), tensors
 
 
 def _quantization_config(schemes: Mapping[str, Scheme], plain: list[str]) -> dict[str, Any]:
@@ -173,8 +213,7 @@ def _quantization_config(schemes: Mapping[str, Scheme], plain: list[str]) -> dic
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": {
-            f"group_{number}": {"targets": layers, "weights": scheme.to_json(), "format": scheme.format}
-            for number, (scheme, layers) in enumerate(groups.items())
+            f"group_{number}": scheme.group(layers) for number, (scheme, layers) in enumerate(groups.items())
         },
         "ignore": [HEAD, *(layer for layer in plain if layer != HEAD)],
     }

@@ -1,5 +1,6 @@
 """Checkpoints of ours in the formats of other engines, one file each."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,19 @@ def export(
     opened, target = CompressedCheckpoint(Path(folder), trust_remote_code), Path(output)
     if to != "dense":
         _check_form(opened, to)
+    if to == "compressed-tensors":
+        return to_compressed_tensors(opened, target, allow_dense)
+    done = _write(opened, target, to, allow_dense, round_to)
+    rounded = [name for name, layout in opened.layouts.items() if layout.inputs is not None]
+    if rounded:
+        done = replace(done, changed=(*done.changed, f"inputs of {len(rounded)} matrices are no longer rounded"))
+    return done
+
+
+def _write(
+    opened: CompressedCheckpoint, target: Path, to: str, allow_dense: bool, round_to: str | None
+) -> ExportReport:
     match to:
-        case "compressed-tensors":
-            return to_compressed_tensors(opened, target, allow_dense)
         case "peft":
             return to_peft(opened, target)
         case "gguf":

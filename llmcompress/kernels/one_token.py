@@ -124,7 +124,7 @@ class OneTokenBlock:
             return None
         attention, mlp = self.block.self_attn, self.block.mlp
         linears = {name: (attention if name in ATTENTION else mlp)._modules[name] for name in (*ATTENTION, *MLP)}
-        if all(type(linear) is CompressedLinear and BASE not in vars(linear) for linear in linears.values()):
+        if all(_is_plain(linear) for linear in linears.values()):
             if not all(_is_prepared(linear) for linear in linears.values()):
                 return None
             block = compile_block(self.block, linears)
@@ -153,6 +153,11 @@ class OneTokenBlock:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OneTokenBlock, (self.block, self.shared)
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """True for a compressed linear without a base, whose inputs are not rounded."""
+    return type(linear) is CompressedLinear and BASE not in vars(linear) and linear.layout.inputs is None
 
 
 def _is_prepared(linear: CompressedLinear) -> bool:

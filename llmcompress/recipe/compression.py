@@ -8,6 +8,7 @@
         steps: [{method: gptq, bits: 3, group_size: 64}]
       - role: value                          # or what a layer does, whatever its family calls it
         steps: [{method: gptq, bits: 6}]
+        inputs: {format: int8}               # and its inputs are rounded, as an engine will
       - match: '*'
         steps: []                            # stays dense, said on purpose
     distill: {steps: 100}                    # then the dense model teaches it
@@ -180,6 +181,8 @@ class Recipe(BaseModel):
             )
         if self.target is not None and self.fuse is not None:
             raise ValueError("fuse: a target measures the model as it is; leave one of them out")
+        if any(rule.inputs for rule in self.rules):
+            self._check_inputs()
         if self.reconstruct is not None and (self.calibration is None or not self.calibration.held_out):
             raise ValueError("reconstruct: blocks are judged on held-out text; add calibration with held_out over 0")
         if self.reconstruct is not None and self.prefix == "dense":
@@ -191,6 +194,17 @@ class Recipe(BaseModel):
         if self.asymmetric and self.prefix == "dense":
             raise ValueError("asymmetric: with prefix: dense every layer sees dense inputs anyway; set one of them")
         return self
+
+    def _check_inputs(self) -> None:
+        """Raise ValueError for sections that do not go with inputs that are rounded."""
+        for name in (name for name in ("target", "tie") if getattr(self, name) is not None):
+            raise ValueError(
+                f"rules: inputs are rounded for rules of their own, not with {name}; leave one of them out"
+            )
+        if self.calibration is None and any(rule.inputs and rule.inputs.is_calibrated for rule in self.rules):
+            raise ValueError(
+                "rules: a scale of inputs for all tokens is calibrated; add calibration, or let scale be token"
+            )
 
     def _check_tied(self) -> None:
         """Raise ValueError for sections that do not work on blocks that share matrices."""

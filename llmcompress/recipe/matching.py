@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Protocol
 
 from llmcompress.methods.layer import StepConfig, sketch
 from llmcompress.recipe.compression import Recipe
-from llmcompress.recipe.rules import REGEX, matches
+from llmcompress.recipe.rules import REGEX, InputRounding, matches
 from llmcompress.weight.expression import bits
 
 MOST_HINTS = 20  # patterns without a layer that get the nearest name, which takes long to find
@@ -40,6 +40,7 @@ class Assignment:
     unruled: tuple[str, ...]  # layers that no rule covers
     shadowed: tuple[str, ...]  # patterns whose layers all belong to earlier rules
     complaints: tuple[str, ...]  # a sentence for each unmatched pattern
+    inputs: dict[str, InputRounding] = field(default_factory=dict)  # by layer, where they are rounded
     notes: tuple[str, ...] = ()  # on roles that the model does not have, and on layers that have several
 
     def complaint(self) -> str:
@@ -90,6 +91,7 @@ def assign(recipe: Recipe, linears: Sequence[LinearLayer], others: Sequence[str]
         tuple(name for name in names if name not in chosen),
         tuple(shadowed),
         tuple(complaints),
+        {name: asked for name in names if name in chosen and (asked := rules[chosen[name]].inputs) is not None},
         (*absent, *fused),
     )
 

@@ -21,6 +21,7 @@ from pydantic import (
 
 import llmcompress.methods  # noqa: F401 (registers them)
 from llmcompress.methods.layer import StepConfig, step
+from llmcompress.weight.inputs import GROUPS, InputName, describe_inputs
 
 REGEX = "re:"
 Role = Literal["query", "key", "value", "output", "gate", "up", "down"]
@@ -88,6 +89,35 @@ class Matching(BaseModel):
         return patterns
 
 
+class InputRounding(BaseModel):
+    """The numbers that inputs of layers are rounded to, as the engine that runs the model rounds them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    format: InputName = Field(description="the numbers: 8 bits, or 4 in groups of 16 (nvfp4)")
+    scale: Literal["token", "tensor"] | None = Field(
+        default=None,
+        description="token: every token has a scale of its own; tensor: one is calibrated for all; null: token for fp8 "
+        "and int8, tensor for nvfp4, whose groups have scales too, and neither for mxfp8, whose groups need no other",
+    )
+
+    @model_validator(mode="after")
+    def _check_scale(self) -> InputRounding:
+        known = {"nvfp4": "tensor", "mxfp8": None}
+        if self.scale is not None and self.format in known and self.scale != known[self.format]:
+            raise ValueError(
+                f"{self.format} has a scale for {GROUPS[self.format]} numbers, so none by {self.scale}; leave scale out"
+            )
+        return self
+
+    @property
+    def is_calibrated(self) -> bool:
+        """True if a number of the format comes from calibration text."""
+        return self.scale == "tensor" or self.format == "nvfp4"
+
+    def __str__(self) -> str:
+        return describe_inputs(self.format, self.is_calibrated)
+
+
 class Rule(Matching):
     """The steps for the layers that match one of the patterns or have one of the roles. Without steps, they stay dense.
 
@@ -105,6 +135,9 @@ class Rule(Matching):
         description="what layers do in their block, whatever the model family calls them; instead of match",
     )
     steps: tuple[Step, ...] = Field(description="methods in the order they run; []: the layers stay dense")
+    inputs: InputRounding | None = Field(
+        default=None, description="what the layers' inputs are rounded to; null: they stay as they are"
+    )
 
     @field_validator("role", mode="before", json_schema_input_type=Role | tuple[Role, ...])
     @classmethod
@@ -115,12 +148,14 @@ class Rule(Matching):
     def _check_match_or_role(self) -> Rule:
         if bool(self.match) == bool(self.role):
             raise ValueError("give either match or role")
+        if self.inputs is not None and not self.steps:
+            raise ValueError("inputs: layers that stay dense get their inputs as they are; give steps, or drop inputs")
         return self
 
     @model_serializer(mode="wrap")
     def _drop_unused(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        unused = "role" if self.match else "match"
-        return {key: value for key, value in serialize(self).items() if key != unused}
+        unused = {"role" if self.match else "match"} | ({"inputs"} if self.inputs is None else set())
+        return {key: value for key, value in serialize(self).items() if key not in unused}
 
     def covers(self, name: str, role: str | None = None) -> bool:
         """True if the rule is about the layer `name`, or about its part that has `role`."""

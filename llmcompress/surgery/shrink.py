@@ -72,7 +72,9 @@ def shrink(folder: str | Path, rank: int, output: str | Path, *, trust_remote_co
     beside = companions(source, trust_remote_code)
     with write_checkpoint(target, opened.bytes) as writer:
         beside.copy(writer.folder)
-        linears = {name: CompressedLinear.of(new) for name, (_, new) in changed.items()}
+        linears = {
+            name: CompressedLinear.of(new, inputs=opened.layouts[name].inputs) for name, (_, new) in changed.items()
+        }
         CompressedStudent(opened).store(linears, {}, writer)
         size = writer.close(binding(writer.folder))
         after = _recount(before, changed, rank, size)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.weight.encoding import encode
+from llmcompress.weight.inputs import InputFormat
 from llmcompress.weight.nodes import Weight, shape
 from llmcompress.weight.schema import check
 
@@ -27,23 +28,30 @@ ALIGNMENT = 8  # bytes: every tensor in a payload starts at a multiple, whatever
 
 @dataclass(frozen=True)
 class Layout:
-    """The description of a compressed module in a checkpoint, from which it is built before its payload is read."""
+    """The description of a compressed module in a checkpoint, from which it is built before its payload is read.
+
+    `inputs`: what its inputs are rounded to; None: they stay as they are.
+    """
 
     size: tuple[int, int]  # (out, in)
     header: dict[str, Any]  # of `encoding.encode`
     tensors: dict[str, tuple[str, int]]  # path in the expression -> (dtype, elements), as they lie in the payload
+    inputs: InputFormat | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry for a checkpoint's config."""
         tensors = [[path, dtype, count] for path, (dtype, count) in self.tensors.items()]  # in order, unlike an object
-        return {"size": list(self.size), "header": self.header, "tensors": tensors}
+        inputs = {} if self.inputs is None else {"inputs": self.inputs.to_json()}
+        return {"size": list(self.size), "header": self.header, "tensors": tensors} | inputs
 
     @staticmethod
     def from_json(entry: Any) -> Layout:
         """Invert `to_json`. Raises ValueError for an entry that describes no weight."""
         check(entry)
         out, width = entry["size"]
-        return Layout((out, width), entry["header"], {path: (dtype, count) for path, dtype, count in entry["tensors"]})
+        tensors = {path: (dtype, count) for path, dtype, count in entry["tensors"]}
+        inputs = InputFormat(**entry["inputs"]) if "inputs" in entry else None
+        return Layout((out, width), entry["header"], tensors, inputs)
 
     def check(self, payload: Tensor) -> None:
         """Raise ValueError unless a payload can be decoded by this layout."""
@@ -100,11 +108,11 @@ def payload_texts(layouts: Mapping[str, Layout]) -> dict[str, str]:
     return {f"{name}.weight": layout.text for name, layout in layouts.items()}
 
 
-def pack_weight(w: Weight) -> PackedWeight:
-    """Encode an expression."""
+def pack_weight(w: Weight, inputs: InputFormat | None = None) -> PackedWeight:
+    """Encode an expression, of a module whose inputs are rounded to a format."""
     header, tensors = encode(w)
     listed = {path: (NAMES[tensor.dtype], tensor.numel()) for path, tensor in tensors.items()}
-    layout = Layout(shape(w), header, listed)
+    layout = Layout(shape(w), header, listed, inputs)
     device = next(iter(tensors.values())).device if tensors else None
     payload = torch.zeros(layout.bytes(), dtype=torch.uint8, device=device)
     for path, (_, start, stop) in layout.places().items():

@@ -18,6 +18,7 @@ from llmcompress.errors import InputError
 from llmcompress.weight import expression
 from llmcompress.weight.algebra import add_to_base
 from llmcompress.weight.encoding import decode
+from llmcompress.weight.inputs import InputFormat
 from llmcompress.weight.layout import Layout, PackedWeight, pack_weight
 from llmcompress.weight.nodes import Weight, Zero
 from llmcompress.weight.rows import rows
@@ -117,7 +118,10 @@ class TiedMatrix(Multiplying):
 
 
 class CompressedLinear(Multiplying, nn.Linear):
-    """`x @ W.T + bias` for a compressed `W [out, in]`, or for the sum of W and its base, if it has one."""
+    """`x @ W.T + bias` for a compressed `W [out, in]`, or for the sum of W and its base, if it has one.
+
+    Inputs are rounded first if its layout says so.
+    """
 
     def __init__(self, layout: Layout, payload: Tensor, bias: Tensor | None = None) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
@@ -126,9 +130,9 @@ class CompressedLinear(Multiplying, nn.Linear):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     @staticmethod
-    def of(w: Weight, bias: Tensor | None = None) -> CompressedLinear:
+    def of(w: Weight, bias: Tensor | None = None, inputs: InputFormat | None = None) -> CompressedLinear:
         """Return the layer for an expression."""
-        return CompressedLinear(*pack_weight(w), bias)
+        return CompressedLinear(*pack_weight(w, inputs), bias)
 
     def have_in_common(self, base: nn.Module) -> None:
         """Make `base` the base of this linear; the model holds it."""
@@ -150,6 +154,8 @@ class CompressedLinear(Multiplying, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """`input [..., in]` to `[..., out]`, in the input's dtype."""
+        if self.layout.inputs is not None:
+            input = self.layout.inputs.round(input)
         base = self.__dict__.get(BASE)
         output = self.product(input) if base is None or not self.layout.is_zero else base(input)
         if base is not None and not self.layout.is_zero:
@@ -159,7 +165,8 @@ class CompressedLinear(Multiplying, nn.Linear):
 
     def extra_repr(self) -> str:
         """For `print(model)`."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        inputs = "" if self.layout.inputs is None else f", {self.layout.inputs}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{inputs}"
 
 
 class CompressedEmbedding(CompressedModule, nn.Embedding):

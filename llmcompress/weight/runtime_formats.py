@@ -8,10 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llmcompress.weight.expression import describe
+from llmcompress.weight.inputs import InputName, describe_inputs
 from llmcompress.weight.nodes import Dense, Grid, LowRank, Minifloat, Sum, Superblocks, Tiles, Weight, Zero
 from llmcompress.weight.packing import stream_bits
 
-PACKED_FLOATS = {("e2m1", "e8m0", 32): "mxfp4", ("e2m1", "e4m3", 16): "nvfp4"}  # form, scales, columns of a scale
+# By form, scales, and columns of a scale
+PACKED_FLOATS = {
+    ("e2m1", "e8m0", 32): "mxfp4",
+    ("e2m1", "e4m3", 16): "nvfp4",
+    ("e4m3", "e8m0", 32): "mxfp8",
+}
 VLLM_BITS = (4, 8)  # of integers that its kernels read
 VLLM_GROUPS = (32, 64, 128)
 MLX_BITS = (1, 2, 3, 4, 5, 6, 8)
@@ -29,7 +35,7 @@ def integer_bits(w: Grid) -> int:
 
 
 def float_format(w: Minifloat) -> str | None:
-    """Return the name under which compressed-tensors has the floats: fp8, mxfp4 or nvfp4; None if it has not."""
+    """Return the name under which compressed-tensors has the floats: fp8, mxfp8, mxfp4 or nvfp4; None if not."""
     if w.scales == "bfloat16":
         return "fp8" if w.form == "e4m3" and w.group_size >= w.codes.shape[1] else None
     name = PACKED_FLOATS.get((w.form, w.scales, w.group_size))
@@ -57,7 +63,25 @@ def vllm_obstacle(w: Weight) -> str | None:
     """Return the reason why vLLM does not multiply by `w` as compressed-tensors holds it; None if it does."""
     if isinstance(w, Grid) and (why := _vllm_grid_obstacle(w)) is not None:
         return why
+    if isinstance(w, Minifloat) and float_format(w) == "mxfp8":
+        return "vLLM rounds what mxfp8 matrices multiply, too; give the rule inputs: {format: mxfp8}"
     return compressed_tensors_obstacle(w)
+
+
+def vllm_inputs_obstacle(w: Weight, inputs: InputName, is_calibrated: bool) -> str | None:
+    """Return the reason why vLLM does not multiply inputs in a format by `w`; None if it does."""
+    words = describe_inputs(inputs, is_calibrated)
+    match w:
+        case Minifloat():
+            fits = float_format(w) == inputs
+        case Grid(codes, group_size=group_size) if inputs == "int8":
+            whole_rows = integer_bits(w) == 8 and group_size >= codes.shape[1]
+            fits = whole_rows or (integer_bits(w) == 4 and not is_calibrated)
+        case Grid(group_size=group_size):
+            fits = inputs == "fp8" and not is_calibrated and integer_bits(w) == 4 and group_size == 128
+        case _:
+            fits = False
+    return compressed_tensors_obstacle(w) if fits else f"vLLM multiplies no {words} by {describe(w)}"
 
 
 def _vllm_grid_obstacle(w: Grid) -> str | None:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from torch import Tensor
 
 from llmcompress.weight.encoding import decode_index, trellis_of
+from llmcompress.weight.inputs import GROUPS, InputName
 from llmcompress.weight.nodes import FloatFormat, ScaleFormat, float_codes
 from llmcompress.weight.packing import codes_in_bytes, digits_per_byte, ones, packed_bytes, stream_bits, unpack
 from llmcompress.weight.superblocks import LAYOUTS, SUPERBLOCK, SuperblockForm
@@ -159,10 +160,16 @@ def _row(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+class _Inputs(_Entry):
+    format: InputName
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+
 class _Layout(_Entry):
     size: Size
     header: Node
     tensors: list[Annotated[tuple[str, Dtype, Count], BeforeValidator(_row)]]
+    inputs: _Inputs | None = None
 
 
 for _class in (_LowRank, _Where, _RotatedInputs, _ScaledInputs, _Transpose, _Sum, _Layout):
@@ -181,6 +188,15 @@ def check(entry: Any, payload: Mapping[str, Tensor] | None = None) -> None:
     size = _Checker(listed, payload).node(layout.header, "", None)
     _demand(list(size) == layout.size, "", f"its size is {layout.size}, that of its header {list(size)}")
     _demand(not listed, "", f"no node stores {next(iter(listed), '')!r}")
+    if layout.inputs is not None:
+        _check_inputs(layout.inputs, size[1])
+
+
+def _check_inputs(inputs: _Inputs, width: int) -> None:
+    name, group = inputs.format, GROUPS.get(inputs.format, 1)
+    _demand(width % group == 0, "inputs", f"groups of {group} do not divide the width {width}")
+    if name in GROUPS:
+        _demand((inputs.scale is None) == (name != "nvfp4"), "inputs", f"the scale {inputs.scale} does not fit {name}")
 
 
 def _parse(entry: Any) -> _Layout:

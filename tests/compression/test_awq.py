@@ -17,7 +17,7 @@ import llmcompress as lc
 from llmcompress.calibration.blocks import load
 from llmcompress.calibration.gather import Statistics
 from llmcompress.calibration.walk import Block, InputGroup, walk
-from llmcompress.compression.awq import ScaledChannels, producer_rows, round_to_grid, scale_channels
+from llmcompress.compression.awq import ScaledChannels, producer_rows, round_to, scale_channels
 from llmcompress.compression.rotation import rotated_source
 from llmcompress.errors import RecipeError
 from llmcompress.methods.grids.rtn import RTN, rtn
@@ -128,7 +128,7 @@ def test_rounding_is_that_of_rtn() -> None:
     weight = torch.randn(9, 21, generator=torch.Generator().manual_seed(0))
     for config in (RTN(bits=3, group_size=8, symmetric=False), RTN(bits=2), RTN(bits="ternary", clip=False)):
         layer = Layer("layer", weight, Dense(weight.to(torch.bfloat16)), Moments(0.0))
-        torch.testing.assert_close(round_to_grid(weight, config.grid_format()), dense(rtn(layer, config).approx))
+        torch.testing.assert_close(round_to(weight, config.grid_format()), dense(rtn(layer, config).approx))
 
 
 def test_producer_rows_are_those_that_attention_repeats() -> None:
@@ -272,3 +272,22 @@ def test_other_families_are_refused(tmp_path: Path, text: Path) -> None:
     folder = save_tiny("opt", tmp_path / "dense")
     with pytest.raises(RecipeError, match="nothing can be fused into model type 'opt'"):
         lc.plan(folder, recipe(text, GRID, fuse={"awq": True}))
+
+
+def test_outliers_of_rounded_inputs_are_smoothed(tmp_path: Path, text: Path) -> None:
+    """The dense model stays, layers multiply inputs that hold more, and the whole model loses less."""
+    source = with_outliers("llama", tmp_path / "dense", torch.bfloat16, **BIASES)
+    grid = {"method": "rtn", "bits": 8, "narrow_range": True}
+    plain = recipe(text, grid, asymmetric=0.25)
+    plain["rules"] = [plain["rules"][1] | {"inputs": {"format": "int8", "scale": "tensor"}}]
+    dense_logits = logits(AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32))
+    lost = {}
+    for name, more in (("plain", {}), ("smooth", {"fuse": {"awq": True}})):
+        result = lc.compress(source.folder, plain | more, tmp_path / name)
+        found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32))
+        lost[name] = float((found - dense_logits).norm() / dense_logits.norm())
+        assert bool(result.report.fused) == (name == "smooth")
+    exponents = [
+        float(exponent) for note in result.report.fused for exponent in re.findall("exponent ([0-9.]+),", note)
+    ]
+    assert max(exponents) > 0 and lost["smooth"] < 0.7 * lost["plain"], (lost, exponents)

@@ -142,6 +142,60 @@ def test_forms_that_an_engine_lacks_are_refused_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
+ROUNDED = "rules=[{match: '*', steps: [{method: gptq, %s}], inputs: {format: %s}}]"
+
+
+@pytest.mark.parametrize(
+    ("engine", "steps", "inputs", "sentence"),
+    [
+        (
+            "llama.cpp",
+            "bits: 4, group_size: 32",
+            "int8",
+            "llama.cpp has no int8 inputs with a scale a token; drop inputs",
+        ),
+        ("vllm", "format: fp8", "int8", "vLLM multiplies no int8 inputs with a scale a token by e4m3 floats row"),
+        (
+            "vllm",
+            "bits: 8, narrow_range: true",
+            "fp8",
+            "vLLM multiplies no fp8 inputs with a scale a token by 7.99-bit",
+        ),
+        ("vllm", "bits: 4, narrow_range: true, group_size: 64", "fp8", "vLLM multiplies no fp8 inputs"),
+        ("vllm", "format: mxfp4", "nvfp4", "vLLM multiplies no nvfp4 inputs by"),
+    ],
+)
+def test_inputs_that_an_engine_does_not_multiply_are_refused(
+    engine: str, steps: str, inputs: str, sentence: str, dense: Path
+) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        plan_for(engine, dense, recipe("vllm", ROUNDED % (steps, inputs)))
+
+
+@pytest.mark.parametrize(
+    ("steps", "inputs"),
+    [
+        ("format: fp8_tensor", "fp8, scale: tensor"),
+        ("bits: 8, narrow_range: true", "int8, scale: tensor"),
+        ("bits: 4, narrow_range: true, group_size: 32", "int8"),
+        ("bits: 4, narrow_range: true, group_size: 128", "fp8"),
+        ("format: nvfp4", "nvfp4"),
+        ("format: mxfp8", "mxfp8"),
+    ],
+)
+def test_inputs_that_vllm_multiplies_are_planned(steps: str, inputs: str, dense: Path) -> None:
+    planned = plan_for("vllm", dense, recipe("vllm", ROUNDED % (steps, inputs)))
+    assert all(f"{inputs.split(',')[0]} inputs" in row.description for row in planned.layers)
+
+
+@pytest.mark.parametrize("name", tiered(["vllm-fp8", "vllm-int8"], "vllm-int8".__eq__))
+def test_recipes_with_inputs_of_few_bits(name: str, dense: Path, tmp_path: Path) -> None:
+    result = compress_for("vllm", dense, read_recipe(name, SHORT), tmp_path / "out")
+    groups = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert [group["input_activations"]["strategy"] for group in groups.values()] == ["token"]
+    assert all(name.removeprefix("vllm-") in row.stored for row in result.report.layers)
+
+
 def test_tables_are_refused_where_an_engine_has_none(dense: Path) -> None:
     table = "embeddings=[{method: gptq, bits: 4, group_size: 64, narrow_range: true}]"
     with pytest.raises(RecipeError, match="vllm has no compressed model.embed_tokens; leave it as it is"):

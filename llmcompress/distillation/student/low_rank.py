@@ -56,7 +56,7 @@ def add_terms(model: PreTrainedModel, options: Adaptation, teacher: PreTrainedMo
     for name in chosen:
         layer, target = layers[name], None if targets is None else targets(name)
         term = _starting_term(name, layer.dequantize(), options.rank, target, seed)
-        put(model, name, CompressedLinear.of(add_term(layer.expression(), term), layer.bias))
+        put(model, name, CompressedLinear.of(add_term(layer.expression(), term), layer.bias, layer.layout.inputs))
     return tuple(chosen)
 
 
@@ -74,10 +74,10 @@ def round_terms(
         match layer, layer.expression():
             case CompressedLinear(), Sum((*parts, LowRank() as term)):
                 stored = _best_term(name, dense(term), options.rank, options.factor_bits)
-                linears[name] = CompressedLinear.of(Sum((*parts, stored)), layer.bias)
+                linears[name] = CompressedLinear.of(Sum((*parts, stored)), layer.bias, layer.layout.inputs)
             case CompressedLinear(), LowRank() as term:  # beside a matrix in common with others
                 stored = _best_term(name, dense(term), options.rank, options.factor_bits)
-                linears[name] = CompressedLinear.of(stored, layer.bias)
+                linears[name] = CompressedLinear.of(stored, layer.bias, layer.layout.inputs)
             case _, other:
                 raise TypeError(f"{name} has no low-rank term to round, it is a {type(other).__name__}")
     return linears

@@ -52,7 +52,7 @@ def grow(model: PreTrainedModel, options: Regrowth, teacher: PreTrainedModel) ->
         index, values = pruned[name]
         back = torch.zeros_like(values) if targets is None else targets(name).to(values)
         grown = back if options.by == "learned" else values.where(index.inside, back)
-        put(model, name, CompressedLinear.of(Dense(grown), layers[name].bias))
+        put(model, name, CompressedLinear.of(Dense(grown), layers[name].bias, layers[name].layout.inputs))
     return {name: pruned[name][0] for name in chosen}
 
 
@@ -78,7 +78,7 @@ def prune_again(
                 scores = scores if norms is None else scores * norms[name].to(scores.device)
                 index = mask_like(mask, scores)
                 pruned = Where(index, Dense(values), Zero(shape(grown)))
-                linears[name] = CompressedLinear.of(pruned, layer.bias)
+                linears[name] = CompressedLinear.of(pruned, layer.bias, layer.layout.inputs)
             case _, other:
                 raise TypeError(f"{name} was grown, and is a {type(other).__name__}")
     return linears

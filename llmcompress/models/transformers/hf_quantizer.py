@@ -274,7 +274,8 @@ def truncate_ranks(model: nn.Module, config: LLMCompressConfig) -> LLMCompressCo
     for name, layer in modules.items():
         whole = layer.expression() if isinstance(layer, CompressedLinear) else None
         if whole is not None and (first := truncate_low_rank(whole, rank)) is not whole:
-            smaller = CompressedLinear.of(first, dict(layer.named_parameters()).get("bias"))
+            bias = dict(layer.named_parameters()).get("bias")
+            smaller = CompressedLinear.of(first, bias, layer.layout.inputs)
             put(model, name, smaller.to(layer.get_parameter("weight").device).requires_grad_(False))
             table[name] = smaller.layout
     return LLMCompressConfig(**table_entry(table, config.sizes), versions=config.versions)

@@ -157,7 +157,7 @@ def _fold_layer(module: Any, terms: Sequence[LowRank], adapters: Sequence[str]) 
         return layer
     if not terms:
         return layer
-    layout, payload = pack_weight(reduce(add_term, terms, layer.expression()))
+    layout, payload = pack_weight(reduce(add_term, terms, layer.expression()), layer.layout.inputs)
     if isinstance(layer, CompressedLinear):
         return CompressedLinear(layout, payload, layer.bias)
     return CompressedEmbedding(layout, payload, layer.get_parameter(LIKE).dtype, layer.scale, layer.padding_idx)

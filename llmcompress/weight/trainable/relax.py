@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.weight import expression
 from llmcompress.weight.encoding import decode, encode
+from llmcompress.weight.inputs import InputFormat
 from llmcompress.weight.modules import CompressedLinear, Multiplying, TiedMatrix, base_of
 from llmcompress.weight.nodes import Dense, Weight, Zero, shape
 from llmcompress.weight.packing import pack
@@ -237,8 +238,11 @@ class RelaxedLinear(nn.Module):
 
     bias: nn.Parameter | None
 
-    def __init__(self, relaxed: RelaxedWeight, bias: nn.Parameter | None = None) -> None:
+    def __init__(
+        self, relaxed: RelaxedWeight, bias: nn.Parameter | None = None, inputs: InputFormat | None = None
+    ) -> None:
         super().__init__()
+        self.inputs = inputs
         self.out_features, self.in_features = relaxed.size
         self.relaxed = relaxed
         self.register_parameter("bias", bias)
@@ -247,14 +251,17 @@ class RelaxedLinear(nn.Module):
     def of(linear: CompressedLinear, relaxation: Relaxation, target: Tensor | None = None) -> RelaxedLinear:
         """Return the trainable form of a layer; `target` as for `relax`."""
         bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
-        return RelaxedLinear(relax(linear.expression(), relaxation, target), bias)
+        return RelaxedLinear(relax(linear.expression(), relaxation, target), bias, linear.layout.inputs)
 
     def freeze(self) -> CompressedLinear:
         """Return the trained layer."""
-        return CompressedLinear.of(self.relaxed.freeze(), None if self.bias is None else self.bias.detach().clone())
+        bias = None if self.bias is None else self.bias.detach().clone()
+        return CompressedLinear.of(self.relaxed.freeze(), bias, self.inputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., in]` to `[..., out]`, in x's dtype."""
+        if self.inputs is not None:
+            x = self.inputs.round(x)
         base = base_of(self)
         output: Tensor = self.relaxed(x) if base is None or not self.relaxed.is_zero else base(x)
         if base is not None and not self.relaxed.is_zero:

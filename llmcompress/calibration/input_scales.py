@@ -1,0 +1,75 @@
+"""Formats of the inputs of linears, with the scales that calibration finds, and samples of inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from llmcompress.calibration.blocks import BlockForward, RowBatch, for_products
+from llmcompress.errors import RecipeError
+from llmcompress.recipe.rules import InputRounding
+from llmcompress.runtime.ranks import Ranks
+from llmcompress.weight.inputs import InputFormat
+
+SAMPLED_BATCHES, SAMPLED_TOKENS = 8, 64  # batches that a sample is taken from, and tokens from each
+
+
+def input_formats(
+    run: BlockForward, rounding: Mapping[str, InputRounding], batches: Sequence[RowBatch], hidden: Tensor, ranks: Ranks
+) -> dict[str, InputFormat]:
+    """Return the format of the inputs of each linear that is named in `rounding`.
+
+    A scale for all tokens holds the largest magnitude in the calibration text of all processes. Raises RecipeError for
+    a linear that no token reaches.
+    """
+    calibrated = tuple(name for name, inputs in rounding.items() if inputs.is_calibrated)
+    with ranks.agree_on_errors():
+        own = _peaks(run, calibrated, batches, hidden)
+    every = ranks.gather(own) if calibrated else []
+    peaks = {name: max(each.get(name, 0.0) for each in every) for name in calibrated}
+    for name in (name for name, peak in peaks.items() if peak <= 0):
+        raise RecipeError(
+            f"{name}: no calibration token has an input, so a scale for all is unknown; calibrate on more text, or let "
+            f"scale of inputs be token"
+        )
+    return {
+        name: InputFormat.of_peak(inputs.format, peaks[name]) if name in peaks else InputFormat(inputs.format)
+        for name, inputs in rounding.items()
+    }
+
+
+@torch.no_grad()
+def sample_inputs(
+    run: BlockForward, names: tuple[str, ...], batches: Sequence[RowBatch], hidden: Tensor
+) -> dict[str, Tensor]:
+    """Return inputs `[tokens, in]` of each linear for tokens that are spread over the calibration text, float32."""
+    samples: dict[str, list[Tensor]] = {}
+
+    def visit(name: str, x: Tensor, tokens: Tensor | None) -> None:
+        x = x.flatten(0, -2)
+        samples.setdefault(name, []).append(x[:: max(1, len(x) // SAMPLED_TOKENS)].float())
+
+    read = [batch for batch in batches if not batch.held_out]
+    with for_products(run):
+        for batch in read[:: max(1, len(read) // SAMPLED_BATCHES)]:
+            run(hidden[batch.rows], batch.rows, visit, names)
+    return {name: torch.cat(parts) for name, parts in samples.items()}
+
+
+@torch.no_grad()
+def _peaks(run: BlockForward, names: tuple[str, ...], batches: Sequence[RowBatch], hidden: Tensor) -> dict[str, float]:
+    """Return the largest magnitude that each linear reads in the calibration text."""
+    peaks: dict[str, Tensor] = {}
+
+    def visit(name: str, x: Tensor, tokens: Tensor | None) -> None:
+        if x.numel():
+            peak = x.abs().amax().float()
+            peaks[name] = torch.maximum(peaks[name], peak) if name in peaks else peak
+
+    if names:
+        with for_products(run):
+            for batch in (batch for batch in batches if not batch.held_out):
+                run(hidden[batch.rows], batch.rows, visit, names)
+    return {name: float(peak) for name, peak in peaks.items()}
