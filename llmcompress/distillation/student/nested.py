@@ -1,0 +1,70 @@
+"""Several sizes of one student that train together: low-rank terms with all components, and with the first few.
+
+The sequences of a step go to the sizes in turn. So a size has its share of the tokens, a step takes no longer, and its
+gradient is the sum of those of the separate models: numbers that sizes share learn from all of them, later components
+from the larger sizes alone. The sizes of a supernet are trained like this in BigNAS (arXiv 2003.11142), and the first
+dimensions of an embedding in Matryoshka representations (arXiv 2205.13147). Differs from both: a sequence is read at
+one size, not at several, and every size learns from the dense teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.errors import RecipeError
+from llmcompress.weight.algebra import truncate_low_rank
+from llmcompress.weight.expression import decoded
+from llmcompress.weight.modules import compressed_linears, multiplying, ties_of
+from llmcompress.weight.trainable.relax import RelaxedWeight
+
+Size = int | None  # components of low-rank terms, None for all
+
+
+def deal(rows: Tensor, nested: Sequence[int], step: int) -> list[tuple[Size, Tensor]]:
+    """Return each size with those of the `rows` of a step's batch that it reads; the whole model comes first."""
+    sizes: tuple[Size, ...] = (None, *nested)
+    return [(size, rows[(rows + step) % len(sizes) == place]) for place, size in enumerate(sizes)]
+
+
+def check_nested(model: nn.Module, nested: Sequence[int]) -> None:
+    """Raise RecipeError unless each of the sizes takes components from a student, and leaves something of each matrix.
+
+    Raises it too for matrices in common, whose terms are not taken apart.
+    """
+    if nested and ties_of(model):
+        raise RecipeError("nested: the student has matrices in common, whose terms are not taken apart; leave it out")
+    for rank in nested:
+        weights = [layer.expression() for layer in compressed_linears(model).values()]
+        if all(truncate_low_rank(whole, rank) is whole for whole in weights):
+            raise RecipeError(
+                f"nested: no low-rank term of the student has more than {rank} components; name fewer, or add terms by "
+                f"adapt"
+            )
+
+
+@contextmanager
+def at_size(model: nn.Module, size: Size) -> Iterator[None]:
+    """Let the compressed linears of a student, trained or decoded, multiply at a size while the context lasts."""
+    if size is None:
+        yield
+        return
+    trained = [module for module in model.modules() if isinstance(module, RelaxedWeight)]
+    held = {layer: layer.ready for layer in multiplying(model).values() if layer.ready is not None}
+    dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
+    try:
+        for module in trained:
+            module.rank = size
+        for layer in held:
+            whole = layer.expression()
+            if (first := truncate_low_rank(whole, size)) is not whole:
+                layer.ready = decoded(first, dtype)
+        yield
+    finally:
+        for module in trained:
+            module.rank = None
+        for layer, ready in held.items():
+            layer.ready = ready
