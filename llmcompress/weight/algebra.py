@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -125,6 +125,18 @@ def split_low_rank(w: Weight, ranks: Sequence[int]) -> Weight:
         return [_slice_term(term, start, stop) for start, stop in pairwise(ends)]
 
     return _change_terms(w, split)
+
+
+def term_ends(w: Weight, path: str = "") -> Iterator[tuple[str, int]]:
+    """Yield the path of each low-rank term, and the components up to its end in its sum."""
+    if isinstance(w, LowRank):
+        yield path, shape(w.left)[1]
+        return
+    before = 0
+    for place, node, _ in children(w):
+        for inside, end in term_ends(node, path + place):
+            yield inside, before + end if isinstance(node, LowRank) else end
+        before += shape(node.left)[1] if isinstance(node, LowRank) else 0
 
 
 def _change_terms(w: Weight, change: Callable[[LowRank, int], Sequence[LowRank]]) -> Weight:

@@ -9,16 +9,16 @@ one size, not at several, and every size learns from the dense teacher.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from llmcompress.errors import RecipeError
-from llmcompress.weight.algebra import truncate_low_rank
+from llmcompress.weight.algebra import split_low_rank, truncate_low_rank
 from llmcompress.weight.expression import decoded
-from llmcompress.weight.modules import compressed_linears, multiplying, ties_of
+from llmcompress.weight.modules import CompressedLinear, Multiplying, compressed_linears, multiplying, ties_of
 from llmcompress.weight.trainable.relax import RelaxedWeight
 
 Size = int | None  # components of low-rank terms, None for all
@@ -39,11 +39,21 @@ def check_nested(model: nn.Module, nested: Sequence[int]) -> None:
         raise RecipeError("nested: the student has matrices in common, whose terms are not taken apart; leave it out")
     for rank in nested:
         weights = [layer.expression() for layer in compressed_linears(model).values()]
-        if all(truncate_low_rank(whole, rank) is whole for whole in weights):
+        smaller = [whole for whole in weights if truncate_low_rank(whole, rank) is not whole]
+        if not smaller:
             raise RecipeError(
                 f"nested: no low-rank term of the student has more than {rank} components; name fewer, or add terms by "
                 f"adapt"
             )
+
+
+def split_terms(linears: Mapping[str, Multiplying], nested: Sequence[int]) -> dict[str, Multiplying]:
+    """Return compressed matrices whose low-rank terms are taken apart where the sizes end."""
+    apart = dict(linears)
+    for name, layer in linears.items() if nested else ():
+        if isinstance(layer, CompressedLinear):
+            apart[name] = CompressedLinear.of(split_low_rank(layer.expression(), nested), layer.bias)
+    return apart
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from llmcompress.errors import InputError, list_names
 from llmcompress.models.files.reading import MENDING, open_tensors, read_json
+from llmcompress.weight.layout import piece_level
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -83,6 +85,26 @@ def digests(tensors: Mapping[str, Tensor], layouts: Mapping[str, str]) -> dict[s
     return {DIGESTS: json.dumps(by_name, sort_keys=True)}
 
 
+def size_level(nested: Iterable[str], rank: int | None) -> int:
+    """Return the number of the smallest size with `rank` components, of those that a config records, and the whole."""
+    ranks = sorted(map(int, nested))
+    return len(ranks) if rank is None else bisect_left(ranks, rank)
+
+
+def files_beyond(folder: Path, rank: int | None) -> set[str]:
+    """Return the names of weight files that a model with `rank` components of its low-rank terms does not need.
+
+    Raises InputError for a config.json or an index that cannot be read.
+    """
+    nested = (read_json(folder / "config.json", MENDING).get("quantization_config") or {}).get("nested")
+    if rank is None or not isinstance(nested, dict) or not (folder / INDEX).is_file():
+        return set()
+    if not all(name.isdecimal() for name in nested):
+        raise InputError(f"{folder / 'config.json'} records sizes that are none; {MENDING}")
+    level, placed = size_level(nested, rank), weight_map(folder / INDEX)
+    return set(placed.values()) - {file for name, file in placed.items() if piece_level(name) <= level}
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the files of a checkpoint's weights. Raises InputError if there are none or two sets."""
     single, index = folder / SINGLE, folder / INDEX
@@ -117,8 +139,10 @@ def check_tensors(files: Sequence[Path], expected: Mapping[str, TensorSpec], opt
         raise InputError(
             f"the weights {list_names(sorted(map(str, files)))} are not safetensors files of one folder; {MENDING}"
         )
-    index = folders.pop() / INDEX
-    placed = weight_map(index) if files[0].name != SINGLE and index.is_file() else None
+    index, given = folders.pop() / INDEX, {path.name for path in files}
+    placed = None
+    if files[0].name != SINGLE and index.is_file():
+        placed = {name: file for name, file in weight_map(index).items() if file in given}
     missing = set(expected).difference(optional)
     for path in files:
         names = _check_file(path, expected)
