@@ -43,7 +43,7 @@ def term(size: int, grid: bool) -> LowRank:
 
 @pytest.mark.parametrize("rank", [0, 2, 4, 6, 9])
 def test_components_of_several_terms_count_together(rank: int) -> None:
-    """What is muted or taken apart is the matrix of the first components, in the order of the terms."""
+    """Muted terms, and those that were taken apart, give the matrix of the first components in their order."""
     base, terms = Dense(torch.randn(8, 16)), (term(4, True), term(5, False))
     signs = torch.ones(16, dtype=torch.bool)
     whole = RotatedInputs(Sum((base, *terms)), signs, 16)
