@@ -119,12 +119,12 @@ def split_low_rank(w: Weight, ranks: Sequence[int]) -> Weight:
     Raises RecipeError as `truncate_low_rank` does.
     """
 
-    def split(term: LowRank, before: int) -> Sequence[LowRank]:
+    def split_term(term: LowRank, before: int) -> Sequence[LowRank]:
         size = shape(term.left)[1]
         ends = [0, *sorted(rank - before for rank in ranks if 0 < rank - before < size), size]
         return [_slice_term(term, start, stop) for start, stop in pairwise(ends)]
 
-    return _change_terms(w, split)
+    return _change_terms(w, split_term)
 
 
 def term_ends(w: Weight, path: str = "") -> Iterator[tuple[str, int]]:

@@ -99,7 +99,7 @@ class PackedWeight(NamedTuple):
         return self.layout.views(self.payload)
 
 
-class Piece(NamedTuple):
+class PayloadPiece(NamedTuple):
     """The bytes of a payload that a size has beyond the size below, stored as a tensor of their own.
 
     name: of the tensor, behind that of its module. layout: of the size.
@@ -117,13 +117,13 @@ class Piece(NamedTuple):
         return tuple(place for place in own if place[0].is_floating_point)
 
 
-def pieces(levels: Sequence[Layout]) -> list[Piece]:
+def pieces(levels: Sequence[Layout]) -> list[PayloadPiece]:
     """Return the pieces of a payload that begins with those of smaller sizes; `levels`: the smallest size first."""
-    parts: list[Piece] = []
+    parts: list[PayloadPiece] = []
     for number, layout in enumerate(levels):
         start, stop = parts[-1].stop if parts else 0, layout.bytes()
         if stop > start or not parts:
-            parts.append(Piece(f"{PART}{number}" if parts else "weight", layout, start, stop))
+            parts.append(PayloadPiece(f"{PART}{number}" if parts else "weight", layout, start, stop))
     return parts
 
 

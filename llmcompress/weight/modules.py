@@ -18,7 +18,7 @@ from llmcompress.errors import InputError
 from llmcompress.weight import expression
 from llmcompress.weight.algebra import add_to_base
 from llmcompress.weight.encoding import decode
-from llmcompress.weight.layout import Layout, PackedWeight, Piece, pack_weight, pieces
+from llmcompress.weight.layout import Layout, PackedWeight, PayloadPiece, pack_weight, pieces
 from llmcompress.weight.nodes import Weight, Zero
 from llmcompress.weight.rows import rows
 
@@ -36,7 +36,7 @@ class CompressedModule(nn.Module):
     layout: Layout
     levels: Sequence[Layout] = ()  # of the sizes in a file that has several, until their pieces are joined
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[PayloadPiece]:
         """Return the tensors that hold the payload: one, but for a file of several sizes that is being loaded."""
         return pieces(self.levels or [self.layout])
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -175,12 +176,27 @@ def test_damage_of_a_prefix_is_one_sentence(folders: Path, tmp_path: Path) -> No
         shrink(tmp_path / "out", -1, tmp_path / "no")
 
 
+@pytest.mark.parametrize(
+    "nested", [{"x": []}, {"9" * 5000: []}, {"1": {}}, {"-1": []}, ["1"], {"1": []}], ids=lambda case: str(case)[:12]
+)
+def test_sizes_that_are_none_are_refused(nested: Any, folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders / "nested", tmp_path / "out")
+    (tmp_path / "out/manifest.json").unlink()
+    entries = json.loads((tmp_path / "out/config.json").read_text())
+    entries["quantization_config"]["nested"] = nested
+    (tmp_path / "out/config.json").write_text(json.dumps(entries))
+    with pytest.raises(InputError, match=r"config\.json"):
+        CompressedCheckpoint(tmp_path / "out", rank=0)
+    with pytest.raises(InputError, match=r"config\.json"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
 @pytest.mark.slow
 def test_a_smaller_size_of_a_hub_model_is_downloaded_alone(folders: Path, tmp_path: Path) -> None:
     """In a process of its own: huggingface_hub reads its environment when it is imported."""
     files = {path.name: path.read_bytes() for path in (folders / "nested").iterdir()}
     with StandInHub() as hub:
-        hub.commit("me/nested", files)
+        hub.commit("me/nested", files | {".gitattributes": b"*.safetensors filter=lfs", "README.md": b"a card"})
         hub.commit("me/dense", {path.name: path.read_bytes() for path in (folders / "dense").iterdir()})
         environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
         environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": hub.token}

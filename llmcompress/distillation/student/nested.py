@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,18 +64,28 @@ def at_size(model: nn.Module, size: Size) -> Iterator[None]:
         yield
         return
     trained = [module for module in model.modules() if isinstance(module, RelaxedWeight)]
-    held = {layer: layer.ready for layer in multiplying(model).values() if layer.ready is not None}
+    held = {layer: layer.ready for layer in multiplying(model).values() if layer.ready is not None and _has_term(layer)}
     dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
     try:
         for module in trained:
             module.rank = size
         for layer in held:
-            whole = layer.expression()
-            if (first := truncate_low_rank(whole, size)) is not whole:
-                layer.ready = decoded(first, dtype)
+            layer.ready = decoded(truncate_low_rank(layer.expression(), size), dtype)
         yield
     finally:
         for module in trained:
             module.rank = None
         for layer, ready in held.items():
             layer.ready = ready
+
+
+def _has_term(layer: Multiplying) -> bool:
+    """True if a matrix has a low-rank term; tells it from the layout alone, as values may be in other processes."""
+    return any(node["node"] == "low_rank" for node in _nodes(layer.layout.header))
+
+
+def _nodes(header: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield header
+    for part in (*header.values(), *header.get("parts", ())):
+        if isinstance(part, Mapping) and "node" in part:
+            yield from _nodes(part)

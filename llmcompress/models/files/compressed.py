@@ -28,7 +28,7 @@ from llmcompress.models.dense.locate import Place, locate
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.models.dense.skeleton import dense_skeleton, folder_skeleton, transposed_linears
 from llmcompress.models.dense.tokenizer import load_tokenizer
-from llmcompress.models.files.checkpoint import PART, check_manifest
+from llmcompress.models.files.checkpoint import MANIFEST, PART, check_manifest, manifest
 from llmcompress.models.files.identity import tokenizer_files
 from llmcompress.models.files.integrity import DIGESTS, MENDING, files_beyond, weight_files
 from llmcompress.models.files.reading import check_folder, open_tensors, read_json
@@ -39,7 +39,7 @@ from llmcompress.runtime.progress import count_each
 from llmcompress.weight.algebra import add_to_base, truncate_low_rank
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.expression import dense
-from llmcompress.weight.layout import Piece, pieces
+from llmcompress.weight.layout import PayloadPiece, pieces
 from llmcompress.weight.modules import LIKE
 from llmcompress.weight.nodes import Weight
 
@@ -68,8 +68,9 @@ class CompressedCheckpoint:
         self.config = public_entries(read_json(folder / MODEL), needs_code(folder, MODEL))
         check_numbers(self.config.get, str(folder / MODEL))
         quantization = LLMCompressConfig(**self.config.pop("quantization_config") | {"rank": rank})
-        self.whole, self.levels, self.ties = quantization.tables()[None], quantization.levels(), quantization.ties
+        self.levels, self.ties = quantization.levels(), quantization.ties
         self.stored_layouts = self.levels[-1]
+        self.whole = self.stored_layouts if rank is None else quantization.tables()[None]
         if rank is not None and self.ties:
             raise RecipeError(
                 f"{folder} has matrices in common, whose terms are not taken apart; take it whole, or an untied model"
@@ -89,7 +90,7 @@ class CompressedCheckpoint:
         self._files, parts = self.files, {name for layer in self.stored_layouts for name in self._pieces(layer)}
         self.files = {name: path for name, path in self.files.items() if name not in parts or name.endswith(".weight")}
 
-    def _pieces(self, layer: str) -> dict[str, Piece]:
+    def _pieces(self, layer: str) -> dict[str, PayloadPiece]:
         """Return the pieces of a module's payload by the names of their tensors."""
         levels = [table[layer] for table in self.levels]
         return {f"{layer}.{piece.name}": piece for piece in pieces(levels)}
@@ -181,11 +182,11 @@ def locate_size(model: str | Path, rank: int, trust_remote_code: bool = False) -
     Raises InputError as `locate` and `check_kind` do.
     """
 
-    def unread(folder: Path) -> set[str]:
+    def names(folder: Path) -> list[str]:
         check_kind(folder)
-        return files_beyond(folder, rank)
+        return sorted({MANIFEST, *(manifest(folder) or {})} - files_beyond(folder, rank))
 
-    return locate(model, trust_remote_code=trust_remote_code, unread=unread)
+    return locate(model, trust_remote_code=trust_remote_code, names=names)
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,6 +35,7 @@ EXPONENTS = {
     torch.float32: (np.uint32, 0x7F800000),
     torch.float64: (np.uint64, 0x7FF0000000000000),
 }
+DIGITS = 10  # more than any number of components has
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,12 @@ def digests(tensors: Mapping[str, Tensor], layouts: Mapping[str, str]) -> dict[s
 
 
 def size_level(nested: Iterable[str], rank: int | None) -> int:
-    """Return the number of the smallest size with `rank` components, of those that a config records, and the whole."""
+    """Return the number of the smallest size with `rank` components, of those that a config records, and the whole.
+
+    Raises InputError for a size that is no number of components.
+    """
+    if not all(size.isdecimal() and len(size) < DIGITS for size in nested):
+        raise InputError(f"config.json records sizes that are none in its quantization_config; {MENDING}")
     ranks = sorted(map(int, nested))
     return len(ranks) if rank is None else bisect_left(ranks, rank)
 
@@ -99,8 +105,6 @@ def files_beyond(folder: Path, rank: int | None) -> set[str]:
     nested = (read_json(folder / "config.json", MENDING).get("quantization_config") or {}).get("nested")
     if rank is None or not isinstance(nested, dict) or not (folder / INDEX).is_file():
         return set()
-    if not all(name.isdecimal() for name in nested):
-        raise InputError(f"{folder / 'config.json'} records sizes that are none; {MENDING}")
     level, placed = size_level(nested, rank), weight_map(folder / INDEX)
     return set(placed.values()) - {file for name, file in placed.items() if piece_level(name) <= level}
 

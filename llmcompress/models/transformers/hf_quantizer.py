@@ -38,7 +38,7 @@ from llmcompress.models.files.integrity import (
 from llmcompress.models.transformers.dequantize import dequantize, skeleton
 from llmcompress.models.transformers.resize import resize
 from llmcompress.weight.algebra import truncate_low_rank
-from llmcompress.weight.layout import PART, Layout, payload_texts
+from llmcompress.weight.layout import PART, Layout, payload_texts, pieces
 from llmcompress.weight.modules import (
     CompressedEmbedding,
     CompressedLinear,
@@ -104,8 +104,9 @@ class LLMCompressConfig(QuantizationConfigMixin):
             raise InputError(f"rank: {str(rank)[:50]} is no number of components; give 0 or more")
         self.rank = rank
         self.nested: dict[str, list[dict[str, Any]]] = _copy_entry("nested", nested, dict)
-        if not all(size.isdecimal() and isinstance(entries, list) for size, entries in self.nested.items()):
-            raise InputError(f"config.json records sizes that are none in its quantization_config; {MENDING}")
+        for size, entries in self.nested.items():
+            _copy_entry(f"the size {size[:50]}", entries, list)
+        size_level(self.nested, rank)  # raises for a size that is none
 
     def table(self) -> dict[str, Layout]:
         """Return the layout of every compressed module by name, at the size that `rank` needs.
@@ -120,8 +121,10 @@ class LLMCompressConfig(QuantizationConfigMixin):
 
     def tables(self) -> dict[int | None, dict[str, Layout]]:
         """Return the table of each size by its components, from the smallest to the whole, None."""
-        smaller = {int(size): self.nested[size] for size in sorted(self.nested, key=int)}
-        return {size: self._table(each) for size, each in {**smaller, None: self.layouts}.items()}
+        sizes: dict[int | None, dict[str, Layout]] = {}
+        for size in sorted(self.nested, key=int):
+            sizes[int(size)] = self._table(self.nested[size])
+        return sizes | {None: self._table(self.layouts)}
 
     def _table(self, layouts: list[dict[str, Any]]) -> dict[str, Layout]:
         known: dict[int, Layout] = {}
@@ -204,9 +207,10 @@ class LLMCompressQuantizer(HfQuantizer):
             config = within(model, config)
             self.quantization_config = model.config.quantization_config = config
         prepare(model, config)
-        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), PARTS}
-        paths = [Path(name) for name in kwargs.get("checkpoint_files") or ()]  # none where tensors were passed
-        beyond = files_beyond(paths[0].parent, config.rank) if paths and config.nested else set[str]()
+        paths, beyond = [Path(name) for name in kwargs.get("checkpoint_files") or ()], set[str]()
+        if paths and config.nested:  # none where tensors were passed
+            beyond = files_beyond(paths[0].parent, config.rank)
+            model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), PARTS}
         if files := [path for path in paths if path.name not in beyond]:
             check_buffers(model, "config.json", sum(path.stat().st_size for path in files))
             check_tensors(files, tensor_specs(whole), whole.all_tied_weights_keys)
@@ -265,8 +269,8 @@ def prepare(model: PreTrainedModel, config: LLMCompressConfig) -> None:
         else:
             module = _empty(name, model.get_submodule(name), layout)
             put(model, name, module)
-            if len(levels) > 1:
-                module.expect_pieces([each[name] for each in levels])
+            if len(pieces(sizes := [each[name] for each in levels])) > 1:
+                module.expect_pieces(sizes)
     tie(model, config.ties)
     tie_head(model)
 
