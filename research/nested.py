@@ -1,6 +1,7 @@
 """Compare sizes that were trained together with sizes cut afterwards, and with models made for one size.
 
-    python research/nested.py --data DATA --out OUT [--steps 24] [--memory 10] [--windows 8] [--records FILE]
+    python research/nested.py --data DATA --out OUT [--steps 24] [--memory 10] [--windows 8] [--only ARM ...]
+        [--model smollm2] [--records FILE]
 
 The student is `base-and-terms`: trellises of 2 bits, and low-rank terms of 64 components. It is distilled whole, and
 with `nested: [32, 0]`, on the same tokens; both are then shrunk to 32 components and to none. Beside them, each size
@@ -29,6 +30,7 @@ def main() -> None:
         "--data", type=Path, required=True, help="folder with wikitext2-valid.txt and wikitext2-test.raw"
     )
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default="smollm2")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--memory", type=int, default=10, help="of the trellises; 12 is that of the recipe")
     parser.add_argument("--windows", type=int, default=8)
@@ -69,11 +71,11 @@ def make_students(options: argparse.Namespace) -> dict[str, Path]:
 
 
 def compressed(name: str, recipe: Record, options: argparse.Namespace) -> Path:
-    """Return the folder of SmolLM2 compressed by a recipe."""
+    """Return the folder of the model compressed by a recipe."""
     out, file = options.out / name, options.out / f"{name}.yaml"
     file.write_text(yaml.safe_dump(recipe))
     if not out.exists():
-        run_command(["compress", "smollm2", str(file), "-o", str(out)])
+        run_command(["compress", options.model, str(file), "-o", str(out)])
     return out
 
 
@@ -94,7 +96,7 @@ def distilled(arm: str, student: Path, nested: tuple[int, ...], options: argpars
     settings |= {"steps": options.steps, "evaluate_every": options.steps, "nested": list(nested)}
     file.write_text(yaml.safe_dump(settings))
     if not out.exists():
-        run_command(["distill", str(student), str(file), "--teacher", "smollm2", "-o", str(out)])
+        run_command(["distill", str(student), str(file), "--teacher", options.model, "-o", str(out)])
     return out
 
 
@@ -110,7 +112,7 @@ def show(arm: str, folder: Path, options: argparse.Namespace) -> None:
             "--length",
             "512",
         ]
-        saved.write_text(json.dumps(run_command(["eval", str(folder), "--against", "smollm2", *text])))
+        saved.write_text(json.dumps(run_command(["eval", str(folder), "--against", options.model, *text])))
     scores = json.loads(saved.read_text())
     numbers = {name: scores[name] for name in ("bytes", "bpw", "perplexity", "kl", "kl_stderr")}
     numbers["files"] = len(list(folder.glob("*.safetensors")))
