@@ -113,7 +113,7 @@ def mute_components(w: Weight, rank: int) -> Weight:
     return _change_terms(w, mute)
 
 
-def split_low_rank(w: Weight, ranks: Sequence[int]) -> Weight:
+def split_components(w: Weight, ranks: Sequence[int]) -> Weight:
     """Return a weight whose low-rank terms are taken apart, so that each of `ranks` components is a number of terms.
 
     Raises RecipeError as `truncate_low_rank` does.

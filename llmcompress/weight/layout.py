@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llmcompress.weight.algebra import split_low_rank, term_ends, truncate_low_rank
+from llmcompress.weight.algebra import split_components, term_ends, truncate_low_rank
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.nodes import Weight, shape
 from llmcompress.weight.schema import check
@@ -152,7 +152,7 @@ def pack_nested(w: Weight, ranks: Sequence[int]) -> list[PackedWeight]:
 
     The payload of a size begins with that of the size before: tensors of terms lie behind all others, in their order.
     """
-    whole = split_low_rank(w, ranks)
+    whole = split_components(w, ranks)
     ends, paths = list(term_ends(whole)), encode(whole)[1]
     sizes = (max((end for place, end in ends if path.startswith(place)), default=0) for path in paths)
     levels = [bisect_left(ranks, size) for size in sizes]

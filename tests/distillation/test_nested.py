@@ -13,7 +13,7 @@ from llmcompress.distillation.run import distill
 from llmcompress.distillation.student.model import Student, relaxed_student
 from llmcompress.distillation.student.nested import at_size, check_nested, deal
 from llmcompress.errors import RecipeError
-from llmcompress.weight.algebra import mute_components, split_low_rank, truncate_low_rank
+from llmcompress.weight.algebra import mute_components, split_components, truncate_low_rank
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import CompressedLinear, compressed_linears, decoded, put
 from llmcompress.weight.nodes import Dense, Grid, LowRank, RotatedInputs, Sum, Weight
@@ -52,7 +52,7 @@ def test_components_of_several_terms_count_together(rank: int) -> None:
     wanted = dense(RotatedInputs(Dense(base.values + left @ right), signs, 16))
     for found in (truncate_low_rank(whole, rank), mute_components(whole, rank)):
         torch.testing.assert_close(dense(found), wanted)
-    apart = split_low_rank(whole, (2, 6))
+    apart = split_components(whole, (2, 6))
     torch.testing.assert_close(dense(apart), dense(whole))
     torch.testing.assert_close(dense(truncate_low_rank(apart, rank)), wanted)
     assert isinstance(apart, RotatedInputs) and isinstance(apart.inner, Sum) and len(apart.inner.parts) == 5

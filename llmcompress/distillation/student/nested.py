@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.errors import RecipeError
-from llmcompress.weight.algebra import split_low_rank, truncate_low_rank
+from llmcompress.weight.algebra import split_components, truncate_low_rank
 from llmcompress.weight.expression import decoded
 from llmcompress.weight.modules import CompressedLinear, Multiplying, compressed_linears, multiplying, ties_of
 from llmcompress.weight.trainable.relax import RelaxedWeight
@@ -53,7 +53,7 @@ def split_terms(linears: Mapping[str, Multiplying], nested: Sequence[int]) -> di
     apart = dict(linears)
     for name, layer in linears.items() if nested else ():
         if isinstance(layer, CompressedLinear):
-            apart[name] = CompressedLinear.of(split_low_rank(layer.expression(), nested), layer.bias)
+            apart[name] = CompressedLinear.of(split_components(layer.expression(), nested), layer.bias)
     return apart
 
 
