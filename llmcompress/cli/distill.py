@@ -102,9 +102,9 @@ def distilled_view(result: Row, every: bool) -> Iterator[RenderableType]:
         [_history_cells(row) for row in (history if every else (history[0], history[-1]))],
         right=range(5),
     )
-    for name, last in history[-1].get("domains", {}).items():
-        first = history[0]["domains"][name]
-        yield f"domain  {name} · KL {first['kl']:.4f} -> {last['kl']:.4f}"
+    for kind, label in (("domains", "domain  "), ("sizes", "size    rank ")):
+        for name, last in history[-1].get(kind, {}).items():
+            yield f"{label}{name} · KL {history[0][kind][name]['kl']:.4f} -> {last['kl']:.4f}"
     yield f"teacher {result['teacher']} · perplexity {history[-1]['teacher_perplexity']:.3f}"
     for phase in result["phases"]:
         if blocks := phase.get("blocks"):

@@ -60,6 +60,9 @@ def export(
             metavar="TYPE", help="Round weights that gguf cannot hold to Q8_0, Q5_0 or Q4_0, where their width allows."
         ),
     ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="Components of low-rank terms to export, as shrink leaves them.")
+    ] = None,
     **access: Any,
 ) -> None:
     """Write FOLDER in a format that other engines read, and say what that changed.
@@ -69,7 +72,7 @@ def export(
     from llmcompress.formats.export import export as run
 
     terminal.scoring(f"export to {to}", 0, 0)
-    terminal.show(run(folder, output, to, allow_dense, round_to, **access).to_json(), exported_view)
+    terminal.show(run(folder, output, to, allow_dense, round_to, rank=rank, **access).to_json(), exported_view)
 
 
 @command("trust_remote_code")

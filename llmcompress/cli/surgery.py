@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmcompress.cli.options import Checkpoint, Model, Out, OutOrDryRun, check_output, command
+from llmcompress.cli.options import Model, Out, OutOrDryRun, check_output, command
 from llmcompress.cli.terminal import Terminal, build_table, size_change, surgery_lines
 from llmcompress.reporting.tables import Row, merge_sentences
 
@@ -120,18 +120,20 @@ def narrow(
 @command("trust_remote_code")
 def shrink(
     terminal: Terminal,
-    folder: Checkpoint,
-    rank: Annotated[int, typer.Option(min=0, help="Components to keep in each low-rank term; 0 drops these terms.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A folder with a compressed model, or its Hub id (org/name).")
+    ],
+    rank: Annotated[int, typer.Option(min=0, help="Components of low-rank terms to keep; 0 drops these terms.")],
     output: Out,
     **access: Any,
 ) -> None:
-    """Write FOLDER at a smaller size, with only the first components of its low-rank terms.
+    """Write MODEL at a smaller size, with only the first components of its low-rank terms.
 
     Example: llmcompress shrink small --rank 16 -o smaller
     """
     from llmcompress.surgery.shrink import shrink as run
 
-    terminal.show(run(folder, rank, output, **access).to_json(), shrunk_view)
+    terminal.show(run(model, rank, output, **access).to_json(), shrunk_view)
 
 
 def dropped_view(result: Row, every: bool) -> Iterator[RenderableType]:

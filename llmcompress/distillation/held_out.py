@@ -12,6 +12,7 @@ import torch
 from llmcompress.data.batch import Batch
 from llmcompress.distillation.context import TrainContext
 from llmcompress.distillation.objective.forward import head_of, hidden_states
+from llmcompress.distillation.student.nested import at_size
 from llmcompress.errors import NumericsError
 from llmcompress.evaluation.distance import kl_divergence
 from llmcompress.evaluation.perplexity import negative_log_likelihood
@@ -72,10 +73,16 @@ def distances(teacher: PreTrainedModel, student: PreTrainedModel, sequences: Bat
 
 def evaluate_held_out(run: TrainContext, step: int) -> dict[str, Any]:
     """Measure the student on the held-out sequences: {step, kl, perplexity, teacher_perplexity}; with several domains,
-    also each of them, below `domains`."""
+    also each of them, below `domains`; with smaller sizes, each of them by its components, below `sizes`."""
     parts = {name: held_out_distances(run, part) for name, part in zip(run.data.names, run.data.held_out, strict=True)}
     domains = {"domains": {name: part.means() for name, part in parts.items()}} if len(parts) > 1 else {}
-    return {"step": step, **sum(parts.values(), start=Distances()).means(), **domains}
+    sizes = {}
+    for rank in run.recipe.nested:
+        with at_size(run.student.model, rank):
+            read = (held_out_distances(run, part) for part in run.data.held_out)
+            sizes[str(rank)] = sum(read, start=Distances()).means()
+    whole = sum(parts.values(), start=Distances()).means()
+    return {"step": step, **whole, **domains, **({"sizes": sizes} if sizes else {})}
 
 
 def held_out_distances(run: TrainContext, sequences: Batch) -> Distances:

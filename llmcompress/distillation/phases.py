@@ -22,6 +22,7 @@ from llmcompress.distillation.parallel.launch import receives_shares
 from llmcompress.distillation.student.learned_masks import learned_masks
 from llmcompress.distillation.student.low_rank import add_terms, round_terms, teacher_weights
 from llmcompress.distillation.student.model import check_latents, relaxed_student
+from llmcompress.distillation.student.nested import check_nested, split_terms
 from llmcompress.distillation.student.regrow import Masks, grow, input_norms, prune_again, regrown_share
 from llmcompress.distillation.teacher.cache import measure_cache_bias
 from llmcompress.distillation.train import train
@@ -85,6 +86,7 @@ def run_phases(run: TrainContext, report: Report | None = None) -> PhasesResult:
             result.history[looks:] = [{"phase": number, **row} for row in result.history[looks:]]
     if cached:
         result.cache_bias = {"before": before, "after": measure_cache_bias(run)}
+    result.linears = split_terms(result.linears, run.recipe.nested)
     return result
 
 
@@ -142,6 +144,7 @@ def _run_end_to_end(
     run: TrainContext, result: PhasesResult, report: Report | None, values: Mapping[str, ValuesForm]
 ) -> None:
     recipe = run.recipe
+    check_nested(run.student.model, recipe.nested)
     student = relaxed_student(
         run.student.model,
         recipe.rates,

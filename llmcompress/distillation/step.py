@@ -1,7 +1,8 @@
 """One optimizer step: micro-batches, the losses' sums and counts, and gradients, over all processes.
 
 The objective is a sum over all tokens of a step divided by their number, whatever the micro-batches and the processes.
-So every division of the work gives the same gradient.
+So every division of the work gives the same gradient. With `nested`, the sequences of a step go to the student's sizes
+in turn (`student/nested.py`).
 
 Losses on hidden states and on predictions are of unlike sizes, which change as a student learns; with fixed weights a
 single loss may be all that is learned. With `balance: true` the gradient of each loss is measured alone at every look
@@ -23,9 +24,11 @@ from llmcompress.distillation.context import TrainContext
 from llmcompress.distillation.metrics import term_names
 from llmcompress.distillation.parallel.strategy import Strategy
 from llmcompress.distillation.resume import Progress
+from llmcompress.distillation.student.nested import Size, at_size, deal
 from llmcompress.errors import NumericsError
 from llmcompress.recipe.distillation import Term
 
+Part = tuple[Size, Batch]  # a micro-batch, and the size of the student that reads it
 LARGEST_FACTOR = 1e6  # of a loss whose gradient is next to nothing
 
 
@@ -41,12 +44,12 @@ def take_step(
     share = rate(step, run.steps, recipe.warmup, recipe.final_rate)
     for group in strategy.optimizer.param_groups:
         group["lr"] = recipe.rates[group["kind"]] * share * group["size"]
-    parts = _micro_batches(run, batch)
+    parts = _micro_batches(run, batch, step)
     counts = _counts(run, strategy, parts, batch.targets)
     factors = [weight / count for weight, count in zip(weights, counts, strict=True)]
     report = torch.zeros(len(counts), 2, device=accelerator.device)
-    for number, part in enumerate(parts, start=1):
-        with strategy.no_sync(last=number == len(parts)):
+    for number, (size, part) in enumerate(parts, start=1):
+        with strategy.no_sync(last=number == len(parts)), at_size(run.student.model, size):
             with run.autocast():
                 loss, sums_and_counts = strategy.measure(part, factors)
             strategy.backward(loss)
@@ -62,21 +65,24 @@ def take_step(
     return means, norm, strategy.update((step + 1) / run.steps)
 
 
-def _micro_batches(run: TrainContext, batch: Batch) -> list[Batch]:
+def _micro_batches(run: TrainContext, batch: Batch, step: int) -> list[Part]:
     """Return the micro-batches of this process's part of a batch."""
-    accelerator = run.accelerator
-    own = batch[torch.arange(len(batch)).tensor_split(accelerator.num_processes)[accelerator.process_index]]
-    return [part.trim().to(accelerator.device) for part in own.chunks(run.recipe.micro_batch)]
+    accelerator, micro_batch = run.accelerator, run.recipe.micro_batch
+    own = torch.arange(len(batch)).tensor_split(accelerator.num_processes)[accelerator.process_index]
+    dealt = [(size, batch[rows]) for size, rows in deal(own, run.recipe.nested, step)]
+    return [(size, part.trim().to(accelerator.device)) for size, rows in dealt for part in rows.chunks(micro_batch)]
 
 
-def _counts(run: TrainContext, strategy: Strategy, parts: Sequence[Batch], targets: int) -> list[float]:
+def _counts(run: TrainContext, strategy: Strategy, parts: Sequence[Part], targets: int) -> list[float]:
     """Return the divisor of each loss's sum over a step, in all processes: the number of `targets`, which each knows,
     or a sum of weights, which this measures."""
     counts = [float(targets)] * len(run.recipe.losses)
     if all(term.of.counts_tokens for term in run.recipe.losses):
         return counts
-    with torch.no_grad(), run.autocast():
-        report = torch.stack([strategy.measure(part, counts)[1] for part in parts]).sum(0)
+    report = torch.zeros(len(counts), 2, device=run.accelerator.device)
+    for size, part in parts:
+        with torch.no_grad(), run.autocast(), at_size(run.student.model, size):
+            report += strategy.measure(part, counts)[1]
     return [float(count) for count in run.accelerator.reduce(report, "sum")[:, 1]]
 
 
@@ -97,7 +103,7 @@ def balance_losses(
     recipe = run.recipe
     if not recipe.balance or step % recipe.evaluate_every:
         return {}
-    parts = _micro_batches(run, batch)
+    parts = _micro_batches(run, batch, step)
     norms = gradient_norms(run, strategy, parts, [1 / count for count in _counts(run, strategy, parts, batch.targets)])
     progress.factors = balance_factors(norms)
     weights = [term.weight_at(step, run.steps) for term in recipe.losses]
@@ -105,7 +111,7 @@ def balance_losses(
 
 
 def gradient_norms(
-    run: TrainContext, strategy: Strategy, parts: Sequence[Batch], factors: Sequence[float]
+    run: TrainContext, strategy: Strategy, parts: Sequence[Part], factors: Sequence[float]
 ) -> list[float]:
     """Return the norm of the gradient of each loss alone, on a batch, and remove the gradients.
 
@@ -114,8 +120,8 @@ def gradient_norms(
     norms = []
     for number, factor in enumerate(factors):
         alone = [factor if other == number else 0.0 for other in range(len(factors))]
-        for done, part in enumerate(parts, start=1):
-            with strategy.no_sync(last=done == len(parts)):
+        for done, (size, part) in enumerate(parts, start=1):
+            with strategy.no_sync(last=done == len(parts)), at_size(run.student.model, size):
                 with run.autocast():
                     total, _ = strategy.measure(part, alone)
                 strategy.backward(total)

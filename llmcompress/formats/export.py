@@ -29,6 +29,7 @@ def export(
     allow_dense: bool = False,
     round_to: str | None = None,
     trust_remote_code: bool = False,
+    rank: int | None = None,
 ) -> ExportReport:
     """Write a compressed checkpoint in a format that other engines read.
 
@@ -39,6 +40,8 @@ def export(
         allow_dense: True to store matrices that compressed-tensors, GGUF, MLX or EXL3 cannot hold in 16-bit floats.
         round_to: a type of GGUF to round them to instead, where it fits: Q8_0, Q5_0 or Q4_0.
         trust_remote_code: True to run the Python code that the model brings along, if transformers lacks its class.
+        rank: components of low-rank terms to export, as `shrink` leaves them; None for all. Of a checkpoint of `nested`
+            sizes, only the files that hold these are read.
 
     Returns:
         The sizes, and sentences on losses.
@@ -52,7 +55,7 @@ def export(
         raise RecipeError(f"only the export to gguf rounds to a type, not that to {to}; leave round_to out")
     if to not in FORMATS:
         raise RecipeError(f"there is no export to {to!r}; choose one of {', '.join(FORMATS)}")
-    opened, target = CompressedCheckpoint(Path(folder), trust_remote_code), Path(output)
+    opened, target = CompressedCheckpoint(Path(folder), trust_remote_code, rank), Path(output)
     if to != "dense":
         _check_form(opened, to)
     if to == "compressed-tensors":

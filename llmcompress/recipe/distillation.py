@@ -195,6 +195,11 @@ class Distillation(BaseModel):
     regrow: Regrowth | None = Field(
         default=None, description="pruned matrices that train dense, and are pruned again at the end"
     )
+    nested: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(),
+        description="smaller sizes that train together with the whole, as shrink makes them: numbers of components of "
+        "low-rank terms. The sequences of a step go to all sizes in turn; end to end",
+    )
     estimator: Estimator = Field(default="plain", description="gradient through rounding")
     latents: Latents = Field(
         default="codes",
@@ -292,11 +297,22 @@ class Distillation(BaseModel):
             )
         if self.balance and len(self.losses) == 1:
             raise ValueError("balance needs several losses, and there is one; leave it out")
+        self._check_nested()
         self._check_controls()
         self._check_on_policy()
         if self.teacher.kind == "cached":
             self._check_cached()
         return self
+
+    def _check_nested(self) -> None:
+        """Raise ValueError for a size that is there twice, or that no sequence of a step is left for."""
+        if len(set(self.nested)) < len(self.nested):
+            raise ValueError("nested: a number of components is there twice; leave one out")
+        if self.nested and len(self.nested) >= min((s.batch for k, s in self.stages() if k == "end_to_end"), default=0):
+            raise ValueError(
+                f"nested: {len(self.nested) + 1} sizes, with the whole, need as many sequences in the batch of an "
+                f"end_to_end phase; raise batch, or name fewer"
+            )
 
     def _check_controls(self) -> None:
         """Raise ValueError for controls that would be this distillation itself, or each other."""

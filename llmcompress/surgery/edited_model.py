@@ -27,7 +27,8 @@ from llmcompress.models.dense.stored_names import hub_names
 from llmcompress.models.files.checkpoint import PART, Writer, write_checkpoint
 from llmcompress.models.files.reading import error_text
 from llmcompress.models.files.tensor_files import shards
-from llmcompress.models.transformers.hf_quantizer import resize, table_entry
+from llmcompress.models.transformers.hf_quantizer import table_entry
+from llmcompress.models.transformers.resize import resize
 from llmcompress.runtime.progress import count_each
 
 if TYPE_CHECKING:

@@ -1,21 +1,23 @@
-"""Operations on whole weights: sums, rows below each other, and the first components of low-rank terms."""
+"""Operations on whole weights: sums, rows below each other, and components of low-rank terms."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.weight.expression import describe
+from llmcompress.weight.expression import describe, device
 from llmcompress.weight.nodes import (
     Columns,
     Dense,
     Grid,
     LowRank,
+    ScaledInputs,
     Sum,
     Tiles,
     Transpose,
@@ -84,46 +86,111 @@ def _common_tensor(tensors: Sequence[Tensor], name: str) -> Tensor:
 
 
 def truncate_low_rank(w: Weight, rank: int) -> Weight:
-    """Return a weight whose low-rank terms keep their first `rank` components; `w` itself where none has more.
+    """Return a weight with the first `rank` components of its low-rank terms; `w` itself where there are no more.
 
-    Methods of this package sort components by importance, so the first k are close to the best term of rank k; training
-    may change that order. Raises RecipeError where nothing would be left, or for factors stored in another form than
-    `Dense` or `Grid`.
+    Components of several terms in a sum count together, in the order of the terms. Methods of this package sort those
+    of a term by importance, so the first k are close to the best term of rank k; training may change that order, unless
+    it is `nested`. Raises RecipeError where nothing would be left, or for factors stored in another form than `Dense`
+    or `Grid`.
     """
+
+    def keep_first(term: LowRank, before: int) -> Sequence[LowRank]:
+        return [_slice_term(term, 0, rank - before)] if rank > before else []
+
+    return _change_terms(w, keep_first)
+
+
+def mute_components(w: Weight, rank: int) -> Weight:
+    """Return the matrix of `truncate_low_rank` as an expression of all tensors of `w`, so that each has a gradient."""
+
+    def mute(term: LowRank, before: int) -> Sequence[LowRank]:
+        size = shape(term.left)[1]
+        if before + size <= rank:
+            return [term]
+        stays = torch.arange(before, before + size, device=device(term.left)) < rank
+        return [LowRank(ScaledInputs(term.left, stays.float()), term.right)]
+
+    return _change_terms(w, mute)
+
+
+def split_components(w: Weight, ranks: Sequence[int]) -> Weight:
+    """Return a weight whose low-rank terms are taken apart, so that each of `ranks` components is a number of terms.
+
+    Raises RecipeError as `truncate_low_rank` does.
+    """
+
+    def split_term(term: LowRank, before: int) -> Sequence[LowRank]:
+        size = shape(term.left)[1]
+        ends = [0, *sorted(rank - before for rank in ranks if 0 < rank - before < size), size]
+        return [_slice_term(term, start, stop) for start, stop in pairwise(ends)]
+
+    return _change_terms(w, split_term)
+
+
+def term_ends(w: Weight, path: str = "") -> Iterator[tuple[str, int]]:
+    """Yield the path of each low-rank term, and the components up to its end in its sum."""
     if isinstance(w, LowRank):
-        if shape(w.left)[1] <= rank:
-            return w
-        if rank == 0:
-            raise RecipeError("rank 0 leaves nothing of a matrix that is two factors; keep 1 component or more")
-        return LowRank(_first_columns(w.left, rank), _first_rows(w.right, rank))
-    if rank == 0 and isinstance(w, Sum):
-        others = tuple(part for part in w.parts if not isinstance(part, LowRank))
-        if 0 < len(others) < len(w.parts):
-            return truncate_low_rank(others[0] if len(others) == 1 else Sum(others), rank)
-    shorter = rebuild(w, lambda path, node, shown: truncate_low_rank(node, rank))
-    same = all(new is old for (_, new, _), (_, old, _) in zip(children(shorter), children(w)))
-    return w if same else shorter
+        yield path, shape(w.left)[1]
+        return
+    before = 0
+    for place, node, _ in children(w):
+        for inside, end in term_ends(node, path + place):
+            yield inside, before + end if isinstance(node, LowRank) else end
+        before += shape(node.left)[1] if isinstance(node, LowRank) else 0
 
 
-def _first_columns(w: Weight, count: int) -> Weight:
+def _change_terms(w: Weight, change: Callable[[LowRank, int], Sequence[LowRank]]) -> Weight:
+    """Return a weight with other low-rank terms; `w` itself if they are the same.
+
+    `change(term, before)` returns what takes a term's place; `before`: the components in front of it in its sum.
+    """
+    if not isinstance(w, LowRank | Sum):
+        changed = rebuild(w, lambda path, node, shown: _change_terms(node, change))
+        same = all(new is old for (_, new, _), (_, old, _) in zip(children(changed), children(w)))
+        return w if same else changed
+    parts, after, before = w.parts if isinstance(w, Sum) else (w,), list[Weight](), 0
+    for part in parts:
+        if isinstance(part, LowRank):
+            after += change(part, before)
+            before += shape(part.left)[1]
+        else:
+            after.append(_change_terms(part, change))
+    if not after:
+        raise RecipeError("rank 0 leaves nothing of a matrix that is two factors; keep 1 component or more")
+    if len(after) == len(parts) and all(new is old for new, old in zip(after, parts, strict=True)):
+        return w
+    return after[0] if len(after) == 1 else Sum(tuple(after))
+
+
+def _slice_term(term: LowRank, start: int, stop: int) -> LowRank:
+    """Return the components of a term from `start` on, up to `stop`; the term itself if these are all."""
+    if start == 0 and stop >= shape(term.left)[1]:
+        return term
+    return LowRank(_columns(term.left, start, stop), _rows(term.right, start, stop))
+
+
+def _columns(w: Weight, start: int, stop: int) -> Weight:
     match w:
         case Dense(values):
-            return Dense(values[:, :count].contiguous())
-        case Grid(codes, scale, zero, levels, group_size):
-            groups = -(-count // group_size)
-            scale, zero = scale[:, :groups].contiguous(), None if zero is None else zero[:, :groups].contiguous()
-            return Grid(codes[:, :count].contiguous(), scale, zero, levels, min(group_size, count))
+            return Dense(values[:, start:stop].contiguous())
+        case Grid(codes, scale, zero, levels, group_size) if start % group_size == 0 or scale.shape[1] == 1:
+            if scale.shape[1] > 1:
+                groups = slice(start // group_size, -(-stop // group_size))
+                scale, zero = scale[:, groups].contiguous(), None if zero is None else zero[:, groups].contiguous()
+            codes = codes[:, start:stop].contiguous()
+            return Grid(codes, scale, zero, levels, min(group_size, codes.shape[1]))
     raise _cannot_truncate(w)
 
 
-def _first_rows(w: Weight, count: int) -> Weight:
+def _rows(w: Weight, start: int, stop: int) -> Weight:
     match w:
         case Dense(values):
-            return Dense(values[:count].contiguous())
+            return Dense(values[start:stop].contiguous())
         case Grid(codes, scale, zero, levels, group_size):
             if len(scale) > 1:  # a single row of scales serves all rows
-                scale, zero = scale[:count].contiguous(), None if zero is None else zero[:count].contiguous()
-            return Grid(codes[:count].contiguous(), scale, zero, levels, group_size)
+                scale = scale[start:stop].contiguous()
+                zero = None if zero is None else zero[start:stop].contiguous()
+            return Grid(codes[start:stop].contiguous(), scale, zero, levels, group_size)
     raise _cannot_truncate(w)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from llmcompress.weight.algebra import split_components, term_ends, truncate_low_rank
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.inputs import InputFormat
 from llmcompress.weight.nodes import Weight, shape
@@ -23,6 +26,7 @@ DTYPES = {
     "F32": torch.float32,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PART = "part_"  # how names of pieces begin that smaller sizes do not have
 ALIGNMENT = 8  # bytes: every tensor in a payload starts at a multiple, whatever its dtype
 
 
@@ -103,16 +107,77 @@ class PackedWeight(NamedTuple):
         return self.layout.views(self.payload)
 
 
-def payload_texts(layouts: Mapping[str, Layout]) -> dict[str, str]:
-    """Return the layouts of compressed modules as text, by the names of their payloads, for the digests of a file."""
-    return {f"{name}.weight": layout.text for name, layout in layouts.items()}
+class PayloadPiece(NamedTuple):
+    """The bytes of a payload that a size has beyond the size below, stored as a tensor of their own.
+
+    name: of the tensor, behind that of its module. layout: of the size.
+    """
+
+    name: str
+    layout: Layout
+    start: int
+    stop: int
+
+    def floats(self) -> tuple[tuple[torch.dtype, int, int], ...]:
+        """Return the places of numbers in the piece, as `Layout.places` does."""
+        places = self.layout.places().values()
+        own = [(dtype, first - self.start, last - self.start) for dtype, first, last in places if first >= self.start]
+        return tuple(place for place in own if place[0].is_floating_point)
+
+
+def pieces(levels: Sequence[Layout]) -> list[PayloadPiece]:
+    """Return the pieces of a payload that begins with those of smaller sizes; `levels`: the smallest size first."""
+    parts: list[PayloadPiece] = []
+    for number, layout in enumerate(levels):
+        start, stop = parts[-1].stop if parts else 0, layout.bytes()
+        if stop > start or not parts:
+            parts.append(PayloadPiece(f"{PART}{number}" if parts else "weight", layout, start, stop))
+    return parts
+
+
+def piece_level(name: str) -> int:
+    """Return the number of the smallest size that a stored tensor belongs to, 0 for most."""
+    number = name.rpartition(f".{PART}")[2]
+    return int(number) if number != name and number.isdecimal() else 0
+
+
+def payload_texts(levels: Mapping[str, Layout | Sequence[Layout]]) -> dict[str, str]:
+    """Return the layouts of compressed modules as text, by the names of their payloads, for the digests of a file.
+
+    Of a module with several sizes, `levels` has their layouts, the smallest first.
+    """
+    sizes = {name: [each] if isinstance(each, Layout) else each for name, each in levels.items()}
+    return {f"{name}.{piece.name}": piece.layout.text for name, each in sizes.items() for piece in pieces(each)}
 
 
 def pack_weight(w: Weight, inputs: InputFormat | None = None) -> PackedWeight:
     """Encode an expression, of a module whose inputs are rounded to a format."""
-    header, tensors = encode(w)
+    return _pack(shape(w), *encode(w), inputs)
+
+
+def pack_nested(w: Weight, ranks: Sequence[int], inputs: InputFormat | None = None) -> list[PackedWeight]:
+    """Encode an expression at each of `ranks`, in ascending order, and whole; `inputs`: see `pack_weight`.
+
+    The payload of a size begins with that of the size before: tensors of terms lie behind all others, in their order.
+    """
+    whole = split_components(w, ranks)
+    ends, paths = list(term_ends(whole)), encode(whole)[1]
+    sizes = (max((end for place, end in ends if path.startswith(place)), default=0) for path in paths)
+    levels = [bisect_left(ranks, size) for size in sizes]
+    packed = []
+    for number, rank in enumerate((*ranks, None)):
+        header, tensors = encode(whole if rank is None else truncate_low_rank(whole, rank))
+        kept = [level for level in levels if level <= number]
+        order = sorted(zip(kept, tensors, strict=True), key=itemgetter(0))
+        packed.append(_pack(shape(whole), header, {path: tensors[path] for _, path in order}, inputs))
+    return packed
+
+
+def _pack(
+    size: tuple[int, int], header: dict[str, Any], tensors: Mapping[str, Tensor], inputs: InputFormat | None
+) -> PackedWeight:
     listed = {path: (NAMES[tensor.dtype], tensor.numel()) for path, tensor in tensors.items()}
-    layout = Layout(shape(w), header, listed, inputs)
+    layout = Layout(size, header, listed, inputs)
     device = next(iter(tensors.values())).device if tensors else None
     payload = torch.zeros(layout.bytes(), dtype=torch.uint8, device=device)
     for path, (_, start, stop) in layout.places().items():

@@ -19,7 +19,7 @@ from llmcompress.weight import expression
 from llmcompress.weight.algebra import add_to_base
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.inputs import InputFormat
-from llmcompress.weight.layout import Layout, PackedWeight, pack_weight
+from llmcompress.weight.layout import Layout, PackedWeight, PayloadPiece, pack_weight, pieces
 from llmcompress.weight.nodes import Weight, Zero
 from llmcompress.weight.rows import rows
 
@@ -35,6 +35,27 @@ class CompressedModule(nn.Module):
     """
 
     layout: Layout
+    levels: Sequence[Layout] = ()  # of the sizes in a file that has several, until their pieces are joined
+
+    def pieces(self) -> list[PayloadPiece]:
+        """Return the tensors that hold the payload: one, but for a file of several sizes that is being loaded."""
+        return pieces(self.levels or [self.layout])
+
+    def expect_pieces(self, levels: Sequence[Layout]) -> None:
+        """Hold empty pieces, on meta, of a payload whose smaller sizes have the layouts `levels`, itself the last."""
+        self.levels = levels
+        for piece in self.pieces():
+            empty = torch.empty(piece.stop - piece.start, dtype=torch.uint8, device="meta")
+            self.register_parameter(piece.name, nn.Parameter(empty, requires_grad=False))
+
+    def join_pieces(self) -> None:
+        """Hold one payload again. Raises InputError for pieces that are not in memory."""
+        parts = [self._parameters.pop(piece.name) for piece in self.pieces()]
+        stored = [part.detach() for part in parts if part is not None and not part.is_meta]
+        if len(stored) < len(parts):
+            raise InputError("a checkpoint of several sizes cannot be offloaded; shrink it to one, or load it whole")
+        self.levels = ()
+        self.hold(self.layout, torch.cat(stored))
 
     def hold(self, layout: Layout, payload: Tensor) -> None:
         """Register the payload of `layout`, uint8 `[bytes]`."""

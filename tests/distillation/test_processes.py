@@ -44,7 +44,7 @@ RULES = [
 ]
 ALL = {"codes": 1e-2, "scales": 5e-3, "factors": 5e-3, "values": 2e-3, "norms": 2e-3}
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="an extra")
-COMMON = ("short", "whole", "narrow", "phased", "median", "controlled", "cached", "second-hand", "own")
+COMMON = ("short", "whole", "narrow", "phased", "median", "controlled", "cached", "second-hand", "own", "nested")
 ALWAYS = ("short", "whole", "cut", "resumed", "kept", "moved", "other", "unlike", "no-cache")
 launches = pytest.mark.slow  # two processes that have to import everything
 CONFIGS = ROOT / "configs" / "accelerate"
@@ -126,6 +126,7 @@ def jobs(place: Path, out: Path) -> dict[str, dict[str, Any]]:
         "controlled": job("controlled", losses=[{"of": {"loss": "reverse_kl"}}], controls=["no_teacher", "vanilla"]),
         "own": job("own", losses=[{"of": {"loss": "reverse_kl"}}], on_policy={"prompt": 4, "every": 3}),
         "cached": job("cached", teacher={"kind": "cached", "k": 16}, losses=[{"of": {"loss": "taid"}}]),
+        "nested": job("nested", nested=[1, 0], batch=6, micro_batch=1),
         "coarse": job("coarse", teacher={"bits": 4}, losses=[*between["losses"][:1], {"of": {"loss": "hidden"}}]),
         "unlike": job("unlike") | {"student": [str(place / name) for name in ("tied-small", "tied-2")]},
         "no-cache": job("no-cache", teacher={"kind": "cached", "folder": str(place / "dense")}),

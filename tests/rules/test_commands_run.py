@@ -25,8 +25,9 @@ PAGES = [name for name in DOCUMENTS if commands(name) and not name.startswith(("
 SIZES = {"40MB": "1MB", "50MB": "1MB", "5GB": "1MB", "1.25,1.6,2,2.5,3": "3,4"}  # of a tiny model
 BLOCKS = {"docs/how-to/drop-blocks.md": 20}  # that commands of the page name
 WIDER = {"docs/how-to/for-exllamav3.md": {"hidden_size": 128, "num_key_value_heads": 4}}  # sides that 128 divides
+WIDER["docs/how-to/hit-a-size.md"] = {"num_key_value_heads": 4}  # a recipe of the page has terms of 64 components
 SHORT = ("calibration.samples=4", "calibration.length=32", "calibration.held_out=1", "gates.kl=null")
-LESSON = ("steps=2", "batch=2", "micro_batch=2", "evaluate_every=1")
+LESSON = ("steps=2", "batch=4", "micro_batch=2", "evaluate_every=1")
 TASKS = {
     "piqa_valid.jsonl": {"goal": "grind corn", "sol1": "use a mill", "sol2": "use a river", "label": 0},
     "lambada_test.jsonl": {"text": "the mill grinds corn"},
@@ -94,12 +95,12 @@ def shorten(words: list[str]) -> list[str]:
     if name in ("compress", "plan", "frontier") and "data-free" not in words:
         more = [part for setting in SHORT for part in ("--set", setting)]
     if name == "distill":
-        data = "data=[{name: mine, dataset: mine.txt, samples: 4, length: 32, held_out: 2}]"
+        data = "data=[{name: mine, dataset: mine.txt, samples: 6, length: 32, held_out: 2}]"
         more = [part for setting in (data, *LESSON) for part in ("--set", setting)]
     if name in ("eval", "compare", "drift"):
         more = ["--length", "64", *(["--windows", "2"] if "--windows" not in words else [])]
     if name == "bench":
         more = ["--prompt", "8", "--tokens", "4", *(["--rounds", "2"] if "--rounds" not in words else [])]
     if name == "answer":
-        more = ["--max-tokens", "8"]
+        more = ["--longest", "8"]
     return [*words, *more]

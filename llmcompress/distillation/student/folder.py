@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 from torch import Tensor
@@ -21,7 +21,7 @@ from llmcompress.models.files.reading import read_json
 from llmcompress.models.files.tensor_files import shards
 from llmcompress.models.transformers.hf_quantizer import NAME, table_entry
 from llmcompress.runtime.facts import versions
-from llmcompress.weight.layout import Layout, payload_texts
+from llmcompress.weight.layout import Layout, pack_nested, payload_texts, pieces
 from llmcompress.weight.modules import Multiplying
 
 
@@ -32,21 +32,36 @@ class CompressedStudent:
         self.opened, self.folder, self.bytes = opened, opened.folder, opened.bytes
         self.digests, self.layouts = opened.digests, opened.stored_layouts
 
-    def store(self, linears: Mapping[str, Multiplying], dense: Mapping[str, Tensor], writer: Writer) -> None:
-        """Write weights and config.json, with the learned `linears`, which are compressed, and `dense` tensors."""
-        opened = self.opened
-        layouts = self.layouts | {name: layer.layout for name, layer in linears.items()}
+    def store(
+        self,
+        linears: Mapping[str, Multiplying],
+        dense: Mapping[str, Tensor],
+        writer: Writer,
+        nested: Sequence[int] = (),
+    ) -> None:
+        """Write weights and config.json, with the learned `linears`, which are compressed, and `dense` tensors.
+
+        `nested`: the components of smaller sizes, whose bytes come first (`weight.layout.pack_nested`).
+        """
+        opened, ranks = self.opened, sorted(nested)
+        levels = {name: [layout] * (len(ranks) + 1) for name, layout in self.layouts.items()}
         in_common: list[tuple[list[str], list[str]]] = [(list(opened.tied), [])] if opened.tied else []
         for layers, others in (*opened.parts(), *in_common):
             tensors: dict[str, Tensor] = {name: opened.read(name) for name in others}
             tensors |= {name: dense[name].to(tensors[name].dtype) for name in others if name in dense}
             for name in layers:
-                learned = linears.get(name)
-                stored = opened.read(f"{name}.weight") if learned is None else learned.get_parameter("weight").detach()
-                tensors[f"{name}.weight"] = stored
-            writer.add(tensors, payload_texts(layouts))
-        entry = {"quantization_config": table_entry(layouts, opened.sizes, opened.ties) | {"versions": versions()}}
-        writer.write("config.json", json.dumps(opened.config | entry, indent=1))
+                learned, stored = linears.get(name), f"{name}.weight"
+                if learned is None:
+                    tensors[stored] = opened.read(stored)
+                    continue
+                inputs = learned.layout.inputs
+                sizes = pack_nested(learned.expression(), ranks, inputs) if ranks else [learned.packed_weight()]
+                levels[name], payload = [each.layout for each in sizes], sizes[-1].payload
+                tensors |= {f"{name}.{own.name}": payload[own.start : own.stop] for own in pieces(levels[name])}
+            writer.add(tensors, payload_texts({name: levels[name] for name in layers}))
+        table, *smaller = ({name: each[place] for name, each in levels.items()} for place in range(-1, len(ranks)))
+        entry = table_entry(table, opened.sizes, opened.ties, dict(zip(ranks, smaller))) | {"versions": versions()}
+        writer.write("config.json", json.dumps(opened.config | {"quantization_config": entry}, indent=1))
 
 
 class DenseStudent:
@@ -61,8 +76,14 @@ class DenseStudent:
         """The digests by tensor; reads all tensors."""
         return {name: digest(self.source.read(name)) for name in sorted(self.source.tensors)}
 
-    def store(self, linears: Mapping[str, Multiplying], dense: Mapping[str, Tensor], writer: Writer) -> None:
-        """Write weights and config.json, with the learned `linears`, which are compressed, and `dense` tensors."""
+    def store(
+        self,
+        linears: Mapping[str, Multiplying],
+        dense: Mapping[str, Tensor],
+        writer: Writer,
+        nested: Sequence[int] = (),
+    ) -> None:
+        """Write weights and config.json, with the learned `dense` tensors; a dense model has one size."""
         for names in shards({name: header.bytes for name, header in self.source.tensors.items()}, PART):
             stored = {name: self.source.read(name) for name in names}
             learned = {name: dense[name].to(stored[name].dtype) for name in names if name in dense}

@@ -61,10 +61,12 @@ class PayloadConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> PayloadConfig:
-        """Return the config of a checkpoint. Raises InputError for tied blocks, which vLLM does not read."""
+        """Return the config of a checkpoint. Raises InputError for tied blocks, and for several sizes."""
         quantization = LLMCompressConfig(**config)
         if quantization.ties:
             raise InputError("vLLM does not read blocks that have matrices in common; export to dense instead")
+        if quantization.nested:
+            raise InputError("vLLM does not read a file of several sizes; make one by `llmcompress shrink --rank`")
         return cls(quantization.table())
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -45,9 +45,11 @@ HUB_FILES = [
 HUB_CODE = "*.py"
 HUB_PICKLES = ["pytorch_model*.bin", "adapter_model.bin"]  # where there is nothing better
 NOT_HUB_FILES = ["*/*", "consolidated*.safetensors"]  # other formats of the same weights
+DESCRIPTION = ["config.json", "*.index.json", "manifest.json"]
 COMMIT = re.compile(r"[0-9a-f]{40}")
 CLOSE = 0.8  # of two names, 1 if they are the same
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+FileNames = Callable[[Path], list[str]]
 HUB_GGUF = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?/([\w./-]+\.gguf)")
 EMBEDDED = "smollm2"
 
@@ -84,8 +86,10 @@ def public_name(name: str, hub_id: str | None) -> str:
     return Path(name).resolve().name or "root"
 
 
-def locate(model: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Place:
-    """Return the place of `model`; a local folder wins over the Hub and `smollm2`.
+def locate(
+    model: str | Path, revision: str | None = None, trust_remote_code: bool = False, names: FileNames | None = None
+) -> Place:
+    """Return the place of `model`; a local folder wins over the Hub and `smollm2`. `names`: as of `download`.
 
     Raises InputError for an unknown model, DiskError for a cache that cannot be written.
     """
@@ -124,7 +128,7 @@ def locate(model: str | Path, revision: str | None = None, trust_remote_code: bo
         )
     if pinned and revision and pinned != revision:
         raise InputError(f"{model} names revision {pinned!r} and revision {revision!r} was given too; give one of them")
-    return download(name, pinned or revision, trust_remote_code)
+    return download(name, pinned or revision, trust_remote_code, names)
 
 
 def _place_of_file(path: Path, model: str) -> Place:
@@ -146,16 +150,22 @@ def _place_of_hub_file(name: str, file: str, revision: str | None) -> Place:
     return replace(place, revision=revision, hub_id=name)
 
 
-def download(name: str, revision: str | None, trust_remote_code: bool = False) -> Place:
+def download(name: str, revision: str | None, trust_remote_code: bool = False, names: FileNames | None = None) -> Place:
     """Return the snapshot of a Hub model: safetensors, config and tokenizer files, and code if it is trusted.
 
-    The revision is resolved once, to the commit in `Place.revision`. The cache and HF_HUB_OFFLINE are respected.
+    `names`: given the folder with what describes a compressed model (DESCRIPTION), returns the files that are wanted
+    instead. The revision is resolved once, to the commit in `Place.revision`. The cache and HF_HUB_OFFLINE are
+    respected.
     """
     from huggingface_hub import snapshot_download
 
-    wanted = [*HUB_FILES, HUB_CODE] if trust_remote_code else HUB_FILES
+    wanted, left = [*HUB_FILES, HUB_CODE] if trust_remote_code else HUB_FILES, NOT_HUB_FILES
     with _hub_errors(name, revision):
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=NOT_HUB_FILES))
+        if names is not None:
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=DESCRIPTION))
+            wanted, left = names(folder), []
+            revision = folder.name if COMMIT.fullmatch(folder.name) else revision
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=left))
         if not any(folder.glob("*.safetensors")):
             pinned = folder.name if COMMIT.fullmatch(folder.name) else revision
             folder = Path(snapshot_download(name, revision=pinned, allow_patterns=HUB_PICKLES))

@@ -44,7 +44,7 @@ def sized_outline(
 def with_sizes(model: PreTrainedModel, sizes: Mapping[str, Sequence[int]]) -> PreTrainedModel:
     """Return a model on meta with its linears resized. Raises InputError for sizes that do not fit each other."""
     if sizes:
-        from llmcompress.models.transformers.hf_quantizer import resize
+        from llmcompress.models.transformers.resize import resize
 
         resize(model, sizes)
     return model

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -192,16 +192,17 @@ def copy_folder(source: Path, target: Path) -> None:
                 shutil.copyfile(source / name, writer.folder / name)
 
 
-def check_manifest(folder: Path) -> bool:
+def check_manifest(folder: Path, unread: Set[str] = frozenset()) -> bool:
     """Raise InputError unless the folder holds exactly the files of its manifest, unchanged, and perhaps a card.
 
-    Returns False for a folder without a manifest.
+    `unread`: names of files that may be missing. Returns False for a folder without a manifest.
     """
     written = manifest(folder)
     if written is None:
         return False
+    written = {name: value for name, value in written.items() if name not in unread}
     empty = {path.name for path in folder.iterdir() if path.is_dir() and not any(path.iterdir())}
-    present = {*files_of(folder), *empty} - {MANIFEST} - CARD
+    present = {*files_of(folder), *empty} - {MANIFEST} - CARD - unread
     for name in sorted(written.keys() - CARD | present):
         if name not in written:
             raise InputError(f"{folder / name} is not part of the checkpoint; remove it")

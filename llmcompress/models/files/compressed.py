@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmcompress.errors import InputError, list_names
+from llmcompress.errors import InputError, RecipeError, list_names
 from llmcompress.models.dense.companions import check_generation_config
 from llmcompress.models.dense.config import (
     MODEL,
@@ -24,20 +24,22 @@ from llmcompress.models.dense.config import (
     public_entries,
 )
 from llmcompress.models.dense.headers import read_headers
-from llmcompress.models.dense.locate import Place
+from llmcompress.models.dense.locate import Place, locate
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.models.dense.skeleton import dense_skeleton, folder_skeleton, transposed_linears
 from llmcompress.models.dense.tokenizer import load_tokenizer
-from llmcompress.models.files.checkpoint import PART, check_manifest
+from llmcompress.models.files.checkpoint import MANIFEST, PART, check_manifest, manifest
 from llmcompress.models.files.identity import tokenizer_files
-from llmcompress.models.files.integrity import DIGESTS, MENDING, weight_files
+from llmcompress.models.files.integrity import DIGESTS, MENDING, files_beyond, weight_files
 from llmcompress.models.files.reading import check_folder, open_tensors, read_json
 from llmcompress.models.files.tensor_files import shards
-from llmcompress.models.transformers.hf_quantizer import NAME, LLMCompressConfig, LLMCompressQuantizer, resize
+from llmcompress.models.transformers.hf_quantizer import NAME, LLMCompressConfig, LLMCompressQuantizer
+from llmcompress.models.transformers.resize import resize
 from llmcompress.runtime.progress import count_each
-from llmcompress.weight.algebra import add_to_base
+from llmcompress.weight.algebra import add_to_base, truncate_low_rank
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.expression import dense
+from llmcompress.weight.layout import PayloadPiece, pieces
 from llmcompress.weight.modules import LIKE
 from llmcompress.weight.nodes import Weight
 
@@ -49,35 +51,54 @@ class CompressedCheckpoint:
     """A compressed checkpoint on disk.
 
     layouts: of each compressed module; tied: of each matrix that several linears have in common; stored_layouts: of
-    both. ties: the name of that matrix for each such linear. sizes: `[out, in]` of dense linears whose size the rest of
-    config.json does not give. files: of each tensor; digests: the entry of each file's header.
+    both; whole: the same without a `rank`. ties: the name of that matrix for each such linear. sizes: `[out, in]` of
+    dense linears whose size the rest of config.json does not give. files: of each tensor; digests: the entry of each
+    file's header.
+
+    With a `rank`, each weight has at most so many components of its low-rank terms; of a file of several sizes the
+    smallest that has them is read, and no other file. Layouts are those of that size.
     """
 
-    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
+    def __init__(self, folder: Path, trust_remote_code: bool = False, rank: int | None = None) -> None:
         check_kind(folder)
-        check_manifest(folder)
+        beyond = files_beyond(folder, rank)
+        check_manifest(folder, beyond)
         model_code(folder, trust_remote_code)  # raises unless it is trusted
-        self.folder, self.trust_remote_code = folder, trust_remote_code
+        self.folder, self.trust_remote_code, self.rank = folder, trust_remote_code, rank
         self.config = public_entries(read_json(folder / MODEL), needs_code(folder, MODEL))
         check_numbers(self.config.get, str(folder / MODEL))
-        quantization = LLMCompressConfig(**self.config.pop("quantization_config"))
-        self.stored_layouts, self.ties = quantization.table(), quantization.ties
+        quantization = LLMCompressConfig(**self.config.pop("quantization_config") | {"rank": rank})
+        self.levels, self.ties = quantization.levels(), quantization.ties
+        self.stored_layouts = self.levels[-1]
+        self.whole = self.stored_layouts if rank is None else quantization.tables()[None]
+        if rank is not None and self.ties:
+            raise RecipeError(
+                f"{folder} has matrices in common, whose terms are not taken apart; take it whole, or an untied model"
+            )
         self.tied = {name: self.stored_layouts[name] for name in dict.fromkeys(self.ties.values())}
         self.layouts = {name: layout for name, layout in self.stored_layouts.items() if name not in self.tied}
         self.sizes = quantization.sizes
         self.files: dict[str, Path] = {}
         self.digests: dict[str, str] = {}
-        for path in weight_files(folder):
+        for path in (path for path in weight_files(folder) if path.name not in beyond):
             with open_tensors(path, MENDING) as file:
                 self.files.update(dict.fromkeys(file.keys(), path))
                 self.digests[path.name] = (file.metadata() or {}).get(DIGESTS, "")
-        if lacking := [name for name in self.stored_layouts if f"{name}.weight" not in self.files]:
+        self.paths = set(self.files.values())
+        if lacking := [name for name in self.stored_layouts if not self._pieces(name).keys() <= self.files.keys()]:
             raise InputError(f"{folder} lacks the weights of {list_names(lacking)}; {MENDING}")
+        self._files, parts = self.files, {name for layer in self.stored_layouts for name in self._pieces(layer)}
+        self.files = {name: path for name, path in self.files.items() if name not in parts or name.endswith(".weight")}
+
+    def _pieces(self, layer: str) -> dict[str, PayloadPiece]:
+        """Return the pieces of a module's payload by the names of their tensors."""
+        levels = [table[layer] for table in self.levels]
+        return {f"{layer}.{piece.name}": piece for piece in pieces(levels)}
 
     @property
     def bytes(self) -> int:
         """Size of the weight files in bytes."""
-        return sum(path.stat().st_size for path in set(self.files.values()))
+        return sum(path.stat().st_size for path in self.paths)
 
     @property
     def dense_bytes(self) -> int:
@@ -85,10 +106,14 @@ class CompressedCheckpoint:
         return 2 * sum(layout.size[0] * layout.size[1] for layout in self.layouts.values()) + self.bytes
 
     def read(self, name: str) -> Tensor:
-        """Return one stored tensor. Raises InputError if its file is damaged."""
-        with open_tensors(self.files[name], MENDING) as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
+        """Return one stored tensor, or a whole payload. Raises InputError if its file is damaged."""
+        layer = name.removesuffix(".weight")
+        parts = list(self._pieces(layer)) if name != layer and layer in self.stored_layouts else [name]
+        tensors: list[Tensor] = []
+        for part in parts:
+            with open_tensors(self._files[part], MENDING) as file:
+                tensors.append(file.get_tensor(part))
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     def read_plain(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return the stored tensors `names`, without an embedding's `LIKE`, which no other engine knows."""
@@ -97,6 +122,7 @@ class CompressedCheckpoint:
     def expression(self, layer: str) -> Weight:
         """Return the compressed weight of one module. Raises InputError for a payload that its layout cannot read."""
         own = self._decoded(layer)
+        own = own if self.rank is None else truncate_low_rank(own, self.rank)
         return add_to_base(self._decoded(self.ties[layer]), own) if layer in self.ties else own
 
     def _decoded(self, layer: str) -> Weight:
@@ -150,6 +176,19 @@ def check_kind(folder: Path) -> None:
         raise InputError(f"{folder} holds {held}; give the folder that compress wrote without --for")
 
 
+def locate_size(model: str | Path, rank: int, trust_remote_code: bool = False) -> Place:
+    """Return the place of a compressed model; of one on the Hub, only what `rank` components need is downloaded.
+
+    Raises InputError as `locate` and `check_kind` do.
+    """
+
+    def names(folder: Path) -> list[str]:
+        check_kind(folder)
+        return sorted({MANIFEST, *(manifest(folder) or {})} - files_beyond(folder, rank))
+
+    return locate(model, trust_remote_code=trust_remote_code, names=names)
+
+
 @dataclass(frozen=True, eq=False)
 class DecodedSource(DenseModel):
     """A compressed model whose tensors are decoded, in float32, as they are read.
@@ -190,7 +229,7 @@ def decoded_source(place: Place) -> DecodedSource:
         place.folder,
         None,
         config,
-        read_headers(place.folder),
+        {name: header for name, header in read_headers(place.folder).items() if name in stored},
         {alias: origin for alias, origin in ties if alias not in stored and origin in stored},
         trust_remote_code=place.trust_remote_code,
         checkpoint=checkpoint,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from llmcompress.errors import InputError, list_names
 from llmcompress.models.files.reading import MENDING, open_tensors, read_json
+from llmcompress.weight.layout import piece_level
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -33,6 +35,7 @@ EXPONENTS = {
     torch.float32: (np.uint32, 0x7F800000),
     torch.float64: (np.uint64, 0x7FF0000000000000),
 }
+DIGITS = 10  # more than any number of components has
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,29 @@ def digests(tensors: Mapping[str, Tensor], layouts: Mapping[str, str]) -> dict[s
     return {DIGESTS: json.dumps(by_name, sort_keys=True)}
 
 
+def size_level(nested: Iterable[str], rank: int | None) -> int:
+    """Return the number of the smallest size with `rank` components, of those that a config records, and the whole.
+
+    Raises InputError for a size that is no number of components.
+    """
+    if not all(size.isdecimal() and len(size) < DIGITS for size in nested):
+        raise InputError(f"config.json records sizes that are none in its quantization_config; {MENDING}")
+    ranks = sorted(map(int, nested))
+    return len(ranks) if rank is None else bisect_left(ranks, rank)
+
+
+def files_beyond(folder: Path, rank: int | None) -> set[str]:
+    """Return the names of weight files that a model with `rank` components of its low-rank terms does not need.
+
+    Raises InputError for a config.json or an index that cannot be read.
+    """
+    nested = (read_json(folder / "config.json", MENDING).get("quantization_config") or {}).get("nested")
+    if rank is None or not isinstance(nested, dict) or not (folder / INDEX).is_file():
+        return set()
+    level, placed = size_level(nested, rank), weight_map(folder / INDEX)
+    return set(placed.values()) - {file for name, file in placed.items() if piece_level(name) <= level}
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the files of a checkpoint's weights. Raises InputError if there are none or two sets."""
     single, index = folder / SINGLE, folder / INDEX
@@ -117,8 +143,10 @@ def check_tensors(files: Sequence[Path], expected: Mapping[str, TensorSpec], opt
         raise InputError(
             f"the weights {list_names(sorted(map(str, files)))} are not safetensors files of one folder; {MENDING}"
         )
-    index = folders.pop() / INDEX
-    placed = weight_map(index) if files[0].name != SINGLE and index.is_file() else None
+    index, given = folders.pop() / INDEX, {path.name for path in files}
+    placed = None
+    if files[0].name != SINGLE and index.is_file():
+        placed = {name: file for name, file in weight_map(index).items() if file in given}
     missing = set(expected).difference(optional)
     for path in files:
         names = _check_file(path, expected)

@@ -26,6 +26,7 @@ from llmcompress.models.files.integrity import BINDING, DIGESTS, SINGLE, digest,
 from llmcompress.models.files.output import replace_bytes, replace_file, sync
 from llmcompress.models.files.reading import open_tensors
 from llmcompress.runtime.progress import count_each
+from llmcompress.weight.layout import piece_level
 
 SHARD = 5 * 10**9  # bytes of a weight file, as on the Hub, unless one tensor alone has more
 PIECE = 1 << 24  # bytes that are copied at a time
@@ -81,7 +82,9 @@ def _make_shards(folder: Path, binding: Mapping[str, Any] | None) -> None:
     for head in heads:
         digests |= json.loads(head.metadata[DIGESTS])
     tensors = {name: entry for head in heads for name, entry in head.tensors.items()}
-    groups = list(shards({name: _size(entry) for name, entry in tensors.items()}))
+    levels = sorted({piece_level(name) for name in tensors})  # what smaller sizes lack is in files of its own
+    sizes = [{name: _size(tensors[name]) for name in tensors if piece_level(name) == level} for level in levels]
+    groups = [names for of_level in sizes for names in shards(of_level)]
     common = {"format": "pt"}
     if binding is not None:
         root = sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate.utils.modeling import get_state_dict_offloaded_model
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -27,10 +27,18 @@ from llmcompress.models.dense.experts import unfuse
 from llmcompress.models.dense.skeleton import check_buffers
 from llmcompress.models.files.checkpoint import FORMAT_VERSION, check_config
 from llmcompress.models.files.identity import check_binding, saved_binding
-from llmcompress.models.files.integrity import MENDING, TensorSpec, check_tensors, digests
+from llmcompress.models.files.integrity import (
+    MENDING,
+    TensorSpec,
+    check_tensors,
+    digests,
+    files_beyond,
+    size_level,
+)
 from llmcompress.models.transformers.dequantize import dequantize, skeleton
+from llmcompress.models.transformers.resize import resize
 from llmcompress.weight.algebra import truncate_low_rank
-from llmcompress.weight.layout import Layout, payload_texts
+from llmcompress.weight.layout import PART, Layout, payload_texts, pieces
 from llmcompress.weight.modules import (
     CompressedEmbedding,
     CompressedLinear,
@@ -47,8 +55,10 @@ from llmcompress.weight.schema import LARGEST
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+T = TypeVar("T")
 STORED = {torch.uint8: "U8", torch.bool: "BOOL", torch.int32: "I32", torch.int64: "I64"}  # the last two: buffers
 NAME = "llmcompress"
+PARTS = rf"\.{PART}\d+$"  # of names of tensors that a smaller size leaves in the files
 
 
 class LLMCompressConfig(QuantizationConfigMixin):
@@ -57,7 +67,8 @@ class LLMCompressConfig(QuantizationConfigMixin):
     layers: the index in `layouts` of each compressed module; transformers copies its configs dozens of times while it
     loads, so every layout is listed once. sizes: `[out, in]` of dense linears that differ from the rest of config.json.
     ties: for each linear that shares a matrix, the name of that matrix, one of `layers` but no module of the dense
-    model. rank: the components of each low-rank term to keep in a load, None for all.
+    model. rank: the components of low-rank terms to keep in a load, None for all. nested: the `layouts` of smaller
+    sizes by their components, of which files hold a piece each (`weight.layout.pieces`).
     """
 
     def __init__(
@@ -67,6 +78,7 @@ class LLMCompressConfig(QuantizationConfigMixin):
         sizes: dict[str, list[int]] | None = None,
         ties: dict[str, str] | None = None,
         rank: int | None = None,
+        nested: dict[str, list[dict[str, Any]]] | None = None,
         format_version: int = FORMAT_VERSION,
         **more: Any,
     ) -> None:
@@ -88,17 +100,40 @@ class LLMCompressConfig(QuantizationConfigMixin):
             if not _is_size(size):
                 raise InputError(f"config.json gives {name} the size {str(size)[:50]}, which is none; {MENDING}")
         self.versions = more.get("versions", {})
+        if rank is not None and (type(rank) is not int or rank < 0):
+            raise InputError(f"rank: {str(rank)[:50]} is no number of components; give 0 or more")
         self.rank = rank
+        self.nested: dict[str, list[dict[str, Any]]] = _copy_entry("nested", nested, dict)
+        for size, entries in self.nested.items():
+            _copy_entry(f"the size {size[:50]}", entries, list)
+        size_level(self.nested, rank)  # raises for a size that is none
 
     def table(self) -> dict[str, Layout]:
-        """Return the layout of every compressed module by name. Raises InputError for an unreadable entry."""
+        """Return the layout of every compressed module by name, at the size that `rank` needs.
+
+        Raises InputError for an unreadable entry.
+        """
+        return self.levels()[-1]
+
+    def levels(self) -> list[dict[str, Layout]]:
+        """Return a table for each size in the files, from the smallest to the one that `rank` needs."""
+        return list(self.tables().values())[: size_level(self.nested, self.rank) + 1]
+
+    def tables(self) -> dict[int | None, dict[str, Layout]]:
+        """Return the table of each size by its components, from the smallest to the whole, None."""
+        sizes: dict[int | None, dict[str, Layout]] = {}
+        for size in sorted(self.nested, key=int):
+            sizes[int(size)] = self._table(self.nested[size])
+        return sizes | {None: self._table(self.layouts)}
+
+    def _table(self, layouts: list[dict[str, Any]]) -> dict[str, Layout]:
         known: dict[int, Layout] = {}
         for name, number in self.layers.items():
             try:
-                if type(number) is not int or not 0 <= number < len(self.layouts):
-                    raise ValueError(f"it has the layout {str(number)[:50]} of {len(self.layouts)}")
+                if type(number) is not int or not 0 <= number < len(layouts):
+                    raise ValueError(f"it has the layout {str(number)[:50]} of {len(layouts)}")
                 if number not in known:
-                    known[number] = Layout.from_json(self.layouts[number])
+                    known[number] = Layout.from_json(layouts[number])
             except ValueError as error:
                 raise InputError(
                     f"config.json describes {name} in a way that cannot be read ({error}); {MENDING}"
@@ -126,20 +161,23 @@ def table_entry(
     table: Mapping[str, Layout],
     sizes: Mapping[str, Sequence[int]] | None = None,
     ties: Mapping[str, str] | None = None,
+    nested: Mapping[int, Mapping[str, Layout]] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Return the `quantization_config` of a checkpoint; `table`: layouts by module name."""
+    """Return the `quantization_config` of a checkpoint; `table`: layouts by module name, `nested`: of smaller sizes."""
     numbers: dict[str, int] = {}
-    layouts: list[dict[str, Any]] = []
+    kinds: list[list[dict[str, Any]]] = []
     layers = {}
     for name, layout in table.items():
-        entry = layout.to_json()
-        key = json.dumps(entry)
+        kind = [each.to_json() for each in (layout, *(smaller[name] for smaller in nested.values()))]
+        key = json.dumps(kind)
         if key not in numbers:
-            numbers[key] = len(layouts)
-            layouts.append(entry)
+            numbers[key] = len(kinds)
+            kinds.append(kind)
         layers[name] = numbers[key]
-    entry = {"quant_method": NAME, "format_version": FORMAT_VERSION, "layouts": layouts, "layers": layers}
+    layouts, *others = zip(*kinds, strict=True) if kinds else [()]
+    entry = {"quant_method": NAME, "format_version": FORMAT_VERSION, "layouts": list(layouts), "layers": layers}
     entry |= {"ties": dict(ties)} if ties else {}
+    entry |= {"nested": {str(rank): list(each) for rank, each in zip(nested, others, strict=True)}} if nested else {}
     return entry | ({"sizes": {name: list(size) for name, size in sizes.items()}} if sizes else {})
 
 
@@ -169,7 +207,11 @@ class LLMCompressQuantizer(HfQuantizer):
             config = within(model, config)
             self.quantization_config = model.config.quantization_config = config
         prepare(model, config)
-        if files := [Path(name) for name in kwargs.get("checkpoint_files") or ()]:  # none where tensors were passed
+        paths, beyond = [Path(name) for name in kwargs.get("checkpoint_files") or ()], set[str]()
+        if paths and config.nested:  # none where tensors were passed
+            beyond = files_beyond(paths[0].parent, config.rank)
+            model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), PARTS}
+        if files := [path for path in paths if path.name not in beyond]:
             check_buffers(model, "config.json", sum(path.stat().st_size for path in files))
             check_tensors(files, tensor_specs(whole), whole.all_tied_weights_keys)
             check_config(files[0].parent)
@@ -181,11 +223,11 @@ class LLMCompressQuantizer(HfQuantizer):
 
         for name, layer in compressed_modules(model).items():
             layer.requires_grad_(False)  # transformers asks for gradients of every float it loads
+            if layer.levels:
+                layer.join_pieces()
             _check_payload(name, layer)
-        if self.quantization_config.rank is not None:
-            self.quantization_config = model.config.quantization_config = truncate_ranks(
-                model, self.quantization_config
-            )
+        if (config := self.quantization_config).rank is not None or config.nested:
+            self.quantization_config = model.config.quantization_config = truncate_ranks(model, config)
         accelerate_loaded(model)
         return model
 
@@ -218,13 +260,17 @@ class LLMCompressQuantizer(HfQuantizer):
 def prepare(model: PreTrainedModel, config: LLMCompressConfig) -> None:
     """Put empty compressed modules into a model on meta, one for each matrix of its experts."""
     unfuse(model)
-    table, bases = config.table(), set(config.ties.values())
+    levels, bases = config.levels(), set(config.ties.values())
+    table = levels[-1]
     resize(model, config.sizes | {name: list(layout.size) for name, layout in table.items() if name not in bases})
     for name, layout in table.items():
         if name in bases:
             add_module(model, name, TiedMatrix(layout, _empty_payload(layout)))
         else:
-            put(model, name, _empty(name, model.get_submodule(name), layout))
+            module = _empty(name, model.get_submodule(name), layout)
+            put(model, name, module)
+            if len(pieces(sizes := [each[name] for each in levels])) > 1:
+                module.expect_pieces(sizes)
     tie(model, config.ties)
     tie_head(model)
 
@@ -241,39 +287,42 @@ def within(model: PreTrainedModel, config: LLMCompressConfig) -> LLMCompressConf
     """Return the config for the part that `model` shares with its causal language model, by the names it has there."""
     start = f"{model.base_model_prefix}."
     own = "" if hasattr(model, model.base_model_prefix) else start  # of the blocks alone, names begin below
-    table = {name.removeprefix(own): layout for name, layout in config.table().items() if name.startswith(start)}
-    sizes = {name.removeprefix(own): size for name, size in config.sizes.items() if name.startswith(start)}
+
+    def inside(entries: Mapping[str, T]) -> dict[str, T]:
+        return {name.removeprefix(own): each for name, each in entries.items() if name.startswith(start)}
+
+    tables = {size: inside(table) for size, table in config.tables().items()}
     ties = {name.removeprefix(own): base.removeprefix(own) for name, base in config.ties.items()}
-    return LLMCompressConfig(**table_entry(table, sizes, ties), rank=config.rank, versions=config.versions)
+    smaller = {size: table for size, table in tables.items() if size is not None}
+    entry = table_entry(tables[None], inside(config.sizes), ties, smaller)
+    return LLMCompressConfig(**entry, rank=config.rank, versions=config.versions)
 
 
 def tensor_specs(model: nn.Module) -> dict[str, TensorSpec]:
     """Return the requirements of a prepared model by tensor name: payloads are bytes, dense floats of any type."""
-    layouts = {f"{name}.weight": module.layout for name, module in compressed_modules(model).items()}
-    return {name: _tensor_spec(value, layouts.get(name)) for name, value in model.state_dict().items()}
+    specs = {name: _tensor_spec(value) for name, value in model.state_dict().items()}
+    for name, module in compressed_modules(model).items():
+        for piece in module.pieces():
+            size = (piece.stop - piece.start,)
+            specs[f"{name}.{piece.name}"] = TensorSpec(size, STORED[torch.uint8], piece.floats(), piece.layout.text)
+    return specs
 
 
-def _tensor_spec(value: Tensor, layout: Layout | None) -> TensorSpec:
-    if layout is None:
-        return TensorSpec(tuple(value.shape), None if value.is_floating_point() else STORED[value.dtype])
-    floats = tuple(place for place in layout.places().values() if place[0].is_floating_point)
-    return TensorSpec(tuple(value.shape), STORED[value.dtype], floats, layout.text)
+def _tensor_spec(value: Tensor) -> TensorSpec:
+    return TensorSpec(tuple(value.shape), None if value.is_floating_point() else STORED[value.dtype])
 
 
 def truncate_ranks(model: nn.Module, config: LLMCompressConfig) -> LLMCompressConfig:
-    """Keep the first `config.rank` components of each low-rank term of a loaded model; return its config.
+    """Keep the first `config.rank` components of low-rank terms of a loaded model; return its config, of one size.
 
     Raises InputError for weights that are not in memory, for matrices in common, and as `truncate_low_rank` does.
     """
-    rank, modules = config.rank, compressed_modules(model)
+    rank, modules, table = config.rank, compressed_modules(model), config.table()
     if config.ties or any(module.get_parameter("weight").is_meta for module in modules.values()):
         raise InputError("rank: terms of matrices in common, or offloaded ones, cannot be cut while a model is loaded")
-    if type(rank) is not int or rank < 0:
-        raise InputError(f"rank: {str(rank)[:50]} is no number of components; give 0 or more")
-    table = config.table()
-    for name, layer in modules.items():
+    for name, layer in modules.items() if rank is not None else ():
         whole = layer.expression() if isinstance(layer, CompressedLinear) else None
-        if whole is not None and (first := truncate_low_rank(whole, rank)) is not whole:
+        if whole is not None and rank is not None and (first := truncate_low_rank(whole, rank)) is not whole:
             bias = dict(layer.named_parameters()).get("bias")
             smaller = CompressedLinear.of(first, bias, layer.layout.inputs)
             put(model, name, smaller.to(layer.get_parameter("weight").device).requires_grad_(False))
@@ -288,51 +337,6 @@ def tie_head(model: PreTrainedModel) -> None:
         head, table = alias.rpartition(".")[0], modules.get(origin.rpartition(".")[0])
         if isinstance(table, CompressedEmbedding):
             put(model, head, CompressedLinear(table.layout, _empty_payload(table.layout)))
-
-
-def resize(model: PreTrainedModel, sizes: Mapping[str, Sequence[int]]) -> None:
-    """Resize linears of a model on meta to these `[out, in]` by name.
-
-    Raises InputError for a linear that the model lacks, and for sizes that do not fit each other.
-    """
-    edited = False
-    for name, size in sizes.items():
-        dense = _matrix(model, name)
-        stored = dense.get_parameter("weight").shape
-        if list(reversed(stored) if isinstance(dense, Conv1D) else stored) == list(size):
-            continue
-        if not isinstance(dense, nn.Linear):
-            raise InputError(f"config.json gives {name} the size {list(size)}, which it does not have; {MENDING}")
-        put(model, name, nn.Linear(size[1], size[0], dense.bias is not None, device="meta", dtype=dense.weight.dtype))
-        edited = True
-    if not edited:
-        return
-    attention: Any
-    for attention in model.modules():
-        if hasattr(attention, "num_key_value_groups") and hasattr(attention, "k_proj"):
-            attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features
-    _check_flow(model)
-
-
-def _matrix(model: nn.Module, name: str) -> nn.Module:
-    try:
-        dense = model.get_submodule(name)
-        dense.get_parameter("weight")
-    except AttributeError as error:
-        kind = type(model).__name__
-        raise InputError(f"config.json lists {name}, which is no matrix of a {kind}; {MENDING}") from error
-    return dense
-
-
-def _check_flow(model: PreTrainedModel) -> None:
-    """Run a model on meta on two tokens. Raises InputError if a layer refuses the output of the one before."""
-    try:
-        with torch.no_grad(), torch.device("meta"):
-            mask = torch.zeros(1, 1, 2, 2)  # otherwise models read values to make one
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long), attention_mask=mask, use_cache=False)
-    except (RuntimeError, ValueError, TypeError, LookupError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"config.json gives layers sizes that do not fit each other ({reason}); {MENDING}") from error
 
 
 def layouts_of(model: nn.Module) -> dict[str, Layout]:

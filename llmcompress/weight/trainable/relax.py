@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.weight import expression
+from llmcompress.weight.algebra import mute_components
 from llmcompress.weight.encoding import decode, encode
 from llmcompress.weight.inputs import InputFormat
 from llmcompress.weight.modules import CompressedLinear, Multiplying, TiedMatrix, base_of
@@ -113,6 +114,7 @@ class RelaxedWeight(nn.Module):
                 self.register_buffer(name, _octets(tensor))
             elif self.kind_of[name] == "scales":
                 self.register_buffer(name + START, _octets(tensor))
+        self.rank: int | None = None  # components of low-rank terms that products count; None: all
         # the expression with its frozen parts decoded for products in this dtype
         self.ready: tuple[torch.dtype, Weight] | None = None
 
@@ -141,7 +143,8 @@ class RelaxedWeight(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         if self.ready is None or self.ready[0] != dtype:
             self.ready = dtype, by_rows(self._decoded(numbers), "", dtype)
-        return product(x, insert_numbers(self.ready[1], "", None, numbers))
+        whole = insert_numbers(self.ready[1], "", None, numbers)
+        return product(x, whole if self.rank is None else mute_components(whole, self.rank))
 
     @torch.no_grad()
     def settle(self) -> None:
