@@ -137,7 +137,7 @@ def test_a_hub_model_is_resolved_once_and_is_the_teacher(
 ) -> None:
     commit, asked = "0123456789" * 4, []
 
-    def download(name: str, revision: str | None, _: bool) -> Place:
+    def download(name: str, revision: str | None, *_: object) -> Place:
         asked.append(revision)
         return Place(name, place / "dense", revision=commit, hub_id=name)
 
