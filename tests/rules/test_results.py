@@ -26,7 +26,6 @@ COMMANDS = {"python", "llmcompress", "./scripts/demo", "./scripts/gpu_check"}
 PENDING = {  # recipes that nobody has measured yet; only ever to be shortened
     "exl3",  # no side of the embedded model's linears is a multiple of 128
     "gptq-2-g64-flexround",
-    "vllm-fp8",
     "vllm-int8",
 }
 
