@@ -196,7 +196,7 @@ def test_what_is_finished_is_read_and_more_budgets_are_added(
     with monkeypatch.context() as context:
         for module, name in ((sweep, "compress_job"), (sweep, "record_allocation")):
             context.setattr(module, name, never)
-        context.setattr("llmcompress.pipeline.frontier_scores.load_model", never)
+        context.setattr("llmcompress.pipeline.frontier.load_model", never)
         context.setattr(DenseModel, "load", never)
         sizes, recipe = budgets(BPW, None), read_recipe(values(place))
         again = frontier(place / "dense", [recipe], sizes, tmp_path / "out", protocol(place, tasks))

@@ -129,7 +129,7 @@ def test_a_block_of_columns_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> No
         asked.append(len(block.current))
         return choose_columns(block, numbers)
 
-    monkeypatch.setattr("llmcompress.methods.solvers.streams.choose_columns", counted)
+    monkeypatch.setattr("llmcompress.methods.solvers.block_search.choose_columns", counted)
     weight = torch.randn(48, 130, generator=seeded(1))
     scale = weight.square().mean(1, keepdim=True).sqrt().half()
     feedback(weight, torch.eye(130), TrellisStreams(scale, 130, Trellis(2, 1, 8), 16))
