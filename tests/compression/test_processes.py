@@ -91,6 +91,7 @@ def check_alike(one: Path, other: Path, dense: Path, text: Path) -> None:
     assert scores[0]["kl"] == pytest.approx(scores[1]["kl"], rel=0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", tiered([2, 3], lambda count: count == 2))
 def test_threads_compress_what_one_compresses(count: int, place: Path, tmp_path: Path) -> None:
     asked = recipe(place, asymmetric=0.5, head=[{"method": "gptq", "bits": 4, "group_size": 8}])

@@ -96,6 +96,7 @@ def test_a_diverging_control_is_reported_and_the_result_stays(
     assert "control no teacher · step 2: the loss is nan" in distilled_view(done.to_json(), False)
 
 
+@pytest.mark.slow
 def test_controls_share_a_cached_teacher(folders: Path, tmp_path: Path) -> None:
     cached = {"kind": "cached", "k": 16}
     asked = settings(folders, losses=[{"of": {"loss": "forward_kl"}}], controls=["no_teacher"], teacher=cached)

@@ -120,6 +120,7 @@ def test_a_decoded_student_is_read_at_a_size(folders: Path) -> None:
     torch.testing.assert_close(bare, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_nested_run_resumes_and_is_better_at_its_small_sizes(folders: Path, tmp_path: Path) -> None:
     settings = recipe(folders, steps=8, rates=RATES, evaluate_every=4, save_every=4, batch=6, micro_batch=2)
     plain = distill(folders / "small", folders / "dense", settings, tmp_path / "plain")

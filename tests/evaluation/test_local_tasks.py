@@ -231,6 +231,7 @@ def test_a_program_has_to_come_to_its_end(program: str, ends_well: bool, monkeyp
     assert run_program(program) is ends_well
 
 
+@pytest.mark.slow
 def test_an_endless_program_and_its_children_are_ended(tmp_path: Path) -> None:
     child = "import time; time.sleep(60)"
     program = f"""

@@ -98,6 +98,7 @@ def test_room_for_the_answer_is_kept_free(write: Write, monkeypatch: pytest.Monk
     assert found.warnings == (f"3 of 5 prompts of said are longer than {room}; the first tokens were cut",)
 
 
+@pytest.mark.slow
 def test_the_warning_is_in_the_result_and_replaces_that_of_transformers(write: Write, tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "dense")
     task = write("long", [("a" * 60, "b"), ("c", "d")], doc_to_text='"a long prompt"')

@@ -53,6 +53,7 @@ def invoke(*words: object) -> Any:
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
+@pytest.mark.slow
 def test_one_command_gives_what_two_give(place: Path, tmp_path: Path) -> None:
     (tmp_path / "both.yaml").write_text(yaml.safe_dump(recipe(place)))
     done = invoke("compress", place / "dense", tmp_path / "both.yaml", "-o", tmp_path / "one", "--json")

@@ -60,6 +60,7 @@ def test_a_text_is_never_made_longer(given: dict[str, Any], samples: int, length
     assert shorten_text({"samples": "many"})["samples"] == "many", "validation says what is wrong with it"
 
 
+@pytest.mark.slow
 def test_a_trial_is_marked_and_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_tiny("llama", tmp_path / "dense", hidden_size=64, intermediate_size=128, max_position_embeddings=256)

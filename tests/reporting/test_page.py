@@ -254,6 +254,7 @@ def test_a_page_is_accessible(tmp_path: Path) -> None:
     assert "prefers-color-scheme: dark" in text
 
 
+@pytest.mark.slow
 def test_a_page_of_a_huge_model_stays_small(tmp_path: Path) -> None:
     experts = tuple(f"mlp.experts.{number}.{name}_proj" for number in range(64) for name in ("up", "gate", "down"))
     report = report_of(80, experts)

@@ -126,6 +126,7 @@ def test_a_prefix_is_what_is_cut_from_the_whole(rank: int, folders: Path, tmp_pa
     assert all(torch.allclose(one[name].float(), other[name].float(), rtol=1e-2, atol=1e-3) for name in other)
 
 
+@pytest.mark.slow
 def test_a_file_of_several_sizes_is_a_checkpoint(folders: Path, tmp_path: Path) -> None:
     assert torch.allclose(logits(folders / "nested"), logits(folders / "small"), atol=1e-5)
     assert (
