@@ -20,6 +20,7 @@ from records import Record, append, provenance, recipe_path
 from three_models import run_command
 
 RANKS = (32, 0)
+MADE = "2.5 bits alone"
 RATES = {"scales": 3e-3, "norms": 3e-3, "codes": 3e-3}  # codes are those of the terms, as streams of trellises stay
 
 
@@ -44,7 +45,7 @@ def main() -> None:
         "nested": (students["64"], RANKS),
         "32 alone": (students["32"], ()),
         "0 alone": (students["0"], ()),
-        "2.5 bits alone": (students["made"], ()),
+        MADE: (students.get("made", students["0"]), ()),
     }.items():
         if options.only is None or arm in options.only:
             taught = distilled(arm, student, nested, options)
@@ -61,9 +62,10 @@ def make_students(options: argparse.Namespace) -> dict[str, Path]:
     steps = recipe["rules"][0]["steps"]
     steps[1]["memory"] = options.memory
     students = {"64": compressed("64", recipe, options)}
-    steps[1]["bits"] = 2.5
-    del steps[-1]
-    students["made"] = compressed("made", recipe, options)
+    if options.only is None or MADE in options.only:
+        steps[1] |= {"bits": 2.5, "memory": max(options.memory, 10)}  # streams of 2.5 bits have no shorter one
+        del steps[-1]
+        students["made"] = compressed("made", recipe, options)
     students |= {str(rank): shrunk(students["64"], rank) for rank in RANKS}
     for name, folder in students.items():
         show(f"{name}, as compressed", folder, options)
