@@ -148,6 +148,13 @@ TABLES: dict[str, Columns] = {
         "tokens/s": "{tokens_per_second:.1f}",
         "to dense": "{ratio:.2f}",
     },
+    "nested": {
+        "": "{arm}",
+        "bpw": "{bpw:.3f}",
+        "MB": "{megabytes:.1f}",
+        "WikiText-2": "{perplexity:.2f}",
+        "KL": "{kl:.3f} ± {kl_stderr:.3f}",
+    },
     "engine-doors": {
         "model, engine and form": "{arm}",
         "bytes": "{bytes:,}",

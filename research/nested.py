@@ -20,6 +20,7 @@ from records import Record, append, provenance, recipe_path
 from three_models import run_command
 
 RANKS = (32, 0)
+TEXT = "wikitext2-test.raw"
 MADE = "2.5 bits alone"
 RATES = {"scales": 3e-3, "norms": 3e-3, "codes": 3e-3}  # codes are those of the terms, as streams of trellises stay
 
@@ -106,14 +107,7 @@ def show(arm: str, folder: Path, options: argparse.Namespace) -> None:
     """Score a model, unless it was, and print its row."""
     saved = options.out / f"{folder.name}.scores.json"
     if not saved.exists():
-        text = [
-            "--text",
-            str(options.data / "wikitext2-test.raw"),
-            "--windows",
-            str(options.windows),
-            "--length",
-            "512",
-        ]
+        text = ["--text", str(options.data / TEXT), "--windows", str(options.windows), "--length", "512"]
         saved.write_text(json.dumps(run_command(["eval", str(folder), "--against", options.model, *text])))
     scores = json.loads(saved.read_text())
     numbers = {name: scores[name] for name in ("bytes", "bpw", "perplexity", "kl", "kl_stderr")}
@@ -124,7 +118,9 @@ def show(arm: str, folder: Path, options: argparse.Namespace) -> None:
     print(arm, json.dumps(numbers), flush=True)
     if options.records:
         command = f"python research/nested.py --data DATA --out OUT --steps {options.steps} --memory {options.memory}"
-        append(options.records, {"table": "nested", "arm": arm, "command": command, **provenance(), "numbers": numbers})
+        record: Record = {"table": "nested", "arm": arm, "model": options.model, "command": command, "text": TEXT}
+        calibration = "wikitext2-valid.txt"
+        append(options.records, record | {"calibration": calibration, **provenance(), "numbers": numbers})
 
 
 if __name__ == "__main__":
