@@ -38,8 +38,8 @@ def check_nested(model: nn.Module, nested: Sequence[int]) -> None:
     """
     if nested and ties_of(model):
         raise RecipeError("nested: the student has matrices in common, whose terms are not taken apart; leave it out")
+    weights = [layer.expression() for layer in compressed_linears(model).values()] if nested else []
     for rank in nested:
-        weights = [layer.expression() for layer in compressed_linears(model).values()]
         smaller = [whole for whole in weights if truncate_low_rank(whole, rank) is not whole]
         if not smaller:
             raise RecipeError(
