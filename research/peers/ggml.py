@@ -5,8 +5,8 @@ llama.cpp's `llama-quantize` calls row by row. The importance of a column is the
 on the calibration tokens, as `llama-imatrix` gathers it.
 
 These types are in blocks of 256 columns, which do not divide a width of 576. The arms of the plain names do what
-`llama-quantize` does then: `MIXES`, `EARLY` and `FALLBACKS` are its rules (`src/llama-quant.cpp`, commit 007dbbf) for a
-Llama-type model with less than 4 query heads to a key head. An arm `-joined` is what the tool does not offer: the pure
+`llama-quantize` does then: `MIXES`, `EARLY`, `SHARED` and `FALLBACKS` are its rules (`src/llama-quant.cpp`, commit
+007dbbf) for a dense model. An arm `-joined` is what the tool does not offer: the pure
 type everywhere, four rows of 576 being joined to one of 2304 columns, as if the type had a block that fits.
 """
 
@@ -55,6 +55,7 @@ MIXES = {  # the linears that an arm gives another type than its own
     "iq2_xxs": {"v_proj": Type.Q2_K},
     "q2_k": {"v_proj": Type.Q3_K, "o_proj": Type.Q3_K, "down_proj": Type.Q3_K},
 }
+SHARED = Type.Q4_K  # of v_proj in a mix, where four or more query heads share a key head
 EARLY = {"iq1_s": Type.Q2_K, "iq2_xxs": Type.Q2_K}  # and down_proj in the first eighth of the blocks
 
 
@@ -68,12 +69,14 @@ def main() -> None:
         save_file(importance(model, sequences(given)), given.importance)
     columns, linears = load_file(given.importance), decoder_linears(model)
     kind, _, joined = given.arm.partition("-")
-    blocks = model.config.num_hidden_layers
+    config = model.config
+    shared = config.num_attention_heads >= 4 * config.num_key_value_heads
 
     def work() -> tuple[dict[str, Tensor], dict[str, Type], int]:
         dense, types, size = {}, {}, 0
         for name, part in linears.items():
-            types[name] = KINDS[kind] if joined else chosen(kind, name, blocks, part.in_features)
+            place = (name, config.num_hidden_layers, shared)
+            types[name] = KINDS[kind] if joined else chosen(kind, *place, part.in_features)
             dense[name], written = quantized(part.weight.detach(), columns[name], types[name])
             size += written
         return dense, types, size
@@ -99,10 +102,12 @@ def importance(model: Any, ids: Tensor) -> dict[str, Tensor]:
     return {name: (total / ids.numel()).float() for name, total in sums.items()}
 
 
-def chosen(kind: str, name: str, blocks: int, width: int) -> Type:
-    """The type that llama-quantize gives a linear of an arm."""
+def chosen(kind: str, name: str, blocks: int, shared: bool, width: int) -> Type:
+    """Return the type that llama-quantize gives a linear of an arm; `shared`: four query heads to a key head."""
     block, linear = int(re.findall(r"\.(\d+)\.", name)[0]), name.rpartition(".")[2]
     wanted = MIXES.get(kind, {}).get(linear, KINDS[kind])
+    if linear == "v_proj" and shared and kind in MIXES:
+        wanted = SHARED
     if linear == "down_proj" and block < blocks // 8:
         wanted = EARLY.get(kind, wanted)
     return FALLBACKS[wanted] if width % gguf.GGML_QUANT_SIZES[wanted][0] else wanted

@@ -51,7 +51,7 @@ def test_llama_cpp_falls_back_where_blocks_do_not_divide(arm: str, kept: float, 
     for block in range(30):
         for linear, (rows, columns) in SHAPES.items():
             values, size_of_block = ggml.gguf.GGML_QUANT_SIZES[
-                ggml.chosen(arm, f"layers.{block}.{linear}", 30, columns)
+                ggml.chosen(arm, f"layers.{block}.{linear}", 30, False, columns)
             ]
             size += rows * columns / values * size_of_block * 8
             weights += rows * columns
