@@ -11,6 +11,7 @@ import hashlib
 import json
 import platform
 import subprocess
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,22 @@ def append(path: Path, record: Record) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def measure_missing(
+    path: Path, models: Iterable[str], arms: Iterable[str], measure: Callable[[str, str, str], Record]
+) -> None:
+    """Append a record of each model, given as NAME=MODEL, in each arm whose row `NAME, ARM` a file lacks.
+
+    `measure(NAME, MODEL, ARM)` returns its table, command, text, calibration and numbers.
+    """
+    for name, _, model in (entry.partition("=") for entry in models):
+        for arm in arms:
+            row = f"{name}, {arm}"
+            if row not in {record["arm"] for record in read_records(path)}:
+                record = measure(name, model, arm)
+                append(path, {"arm": row, "model": name, **record, **provenance()})
+                print(row, json.dumps(record["numbers"]), flush=True)
 
 
 def recipe_path(name: str) -> Path:

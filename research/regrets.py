@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import yaml
-from records import RESULTS, Record, append, provenance, read_records
+from records import RESULTS, Record, measure_missing
 from three_models import TEXT, run_command, write_code
 
 ARMS: dict[str, list[str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
@@ -34,15 +34,13 @@ def main() -> None:
     parser.add_argument("models", nargs="+", metavar="NAME=MODEL")
     options = parser.parse_args()
     write_kinds(options.data, options.work / "kinds")
-    for arm in options.arms:
-        for name, _, model in (entry.partition("=") for entry in options.models):
-            row = f"{name}, {arm}"
-            if row not in {record["arm"] for record in read_records(options.jsonl)}:
-                numbers = measure_row(model, ARMS[arm], options.data, options.work)
-                command = "llmcompress " + " ".join(["compress", name, *ARMS[arm]])
-                record: Record = {"table": "regrets", "arm": row, "model": name, "command": command}
-                append(options.jsonl, record | {"calibration": None, "text": TEXT, **provenance(), "numbers": numbers})
-                print(row, json.dumps(numbers), flush=True)
+
+    def measure(name: str, model: str, arm: str) -> Record:
+        numbers = measure_row(model, ARMS[arm], options.data, options.work)
+        command = " ".join(["llmcompress compress", name, *ARMS[arm]])
+        return {"table": "regrets", "command": command, "calibration": None, "text": TEXT, "numbers": numbers}
+
+    measure_missing(options.jsonl, options.models, options.arms, measure)
 
 
 def write_kinds(data: Path, folder: Path) -> None:

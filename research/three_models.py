@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from records import RESULTS, Record, append, provenance, read_records
+from records import RESULTS, Record, measure_missing, read_records
 
 TABLE = "three-models"
 DOORS: dict[str, tuple[str, ...]] = {
@@ -54,16 +54,14 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     write_code(options.data / "tasks" / "humaneval.jsonl", options.work / "kinds")
-    for name, _, model in (entry.partition("=") for entry in options.models):
-        for door in ("dense", *options.doors):
-            arm = f"{name}, {door}"
-            known = {record["arm"]: record["numbers"] for record in read_records(options.jsonl)}
-            if arm not in known:
-                numbers = measure_row(model, door, known.get(f"{name}, dense"), options)
-                command = "llmcompress " + " ".join(command_of(name, door, numbers["dense_bytes"]))
-                record: Record = {"table": TABLE, "arm": arm, "model": name, "command": command, "calibration": None}
-                append(options.jsonl, record | {"text": TEXT, **provenance(), "numbers": numbers})
-                print(arm, json.dumps(numbers), flush=True)
+
+    def measure(name: str, model: str, door: str) -> Record:
+        known = {record["arm"]: record["numbers"] for record in read_records(options.jsonl)}
+        numbers = measure_row(model, door, known.get(f"{name}, dense"), options)
+        command = " ".join(["llmcompress", *command_of(name, door, numbers["dense_bytes"])])
+        return {"table": TABLE, "command": command, "calibration": None, "text": TEXT, "numbers": numbers}
+
+    measure_missing(options.jsonl, options.models, ("dense", *options.doors), measure)
 
 
 def write_code(problems: Path, folder: Path) -> None:

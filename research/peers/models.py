@@ -22,7 +22,7 @@ from run import ARMS, run_once
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(HERE.parent))
-from records import RESULTS, Record, append, provenance, read_records
+from records import RESULTS, Record, measure_missing
 from regrets import measure_row, score_kinds, write_kinds
 from rows import calibration
 from score import linear_headers
@@ -55,16 +55,14 @@ def main() -> None:
     parser.add_argument("models", nargs="+", metavar="NAME=MODEL")
     given = parser.parse_args()
     write_kinds(given.data, given.out / "kinds")
-    for name, _, model in (entry.partition("=") for entry in given.models):
-        for arm in given.arms:
-            row = f"{name}, {arm}"
-            if row not in {record["arm"] for record in read_records(given.jsonl)}:
-                numbers = measure_ours(model, arm, given) if arm in OURS else measure_peer(name, model, arm, given)
-                command = f"python research/peers/models.py --arms '{arm}' {name}={name}"
-                record: Record = {"table": "peers-models", "arm": row, "model": name, "command": command}
-                text = {"calibration": "wikitext2-valid.txt, 16x1024", "text": "wikitext2-test.raw"}
-                append(given.jsonl, record | text | provenance() | {"numbers": numbers})
-                print(row, json.dumps(numbers), flush=True)
+
+    def measure(name: str, model: str, arm: str) -> Record:
+        numbers = measure_ours(model, arm, given) if arm in OURS else measure_peer(name, model, arm, given)
+        command = f"python research/peers/models.py --arms '{arm}' {name}={name}"
+        text = {"calibration": "wikitext2-valid.txt, 16x1024", "text": "wikitext2-test.raw"}
+        return {"table": "peers-models", "command": command, **text, "numbers": numbers}
+
+    measure_missing(given.jsonl, given.models, given.arms, measure)
 
 
 def measure_ours(model: str, arm: str, given: argparse.Namespace) -> Record:
