@@ -1,5 +1,5 @@
-"""Draw the pictures of the records: frontier.png, sizes in their stages, the older line and the peers; and fewer.png,
-what fewer matrices cost beside fewer bits.
+"""Draw the pictures of the records: frontier.png, sizes in their stages, the older line and the peers; fewer.png, what
+fewer matrices cost beside fewer bits; and models.png, ours and peers on three models.
 
     python research/frontier_picture.py
 
@@ -9,15 +9,19 @@ Points above WORST are left out: nobody reads off a line what a ruined model is.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from records import RESULTS, Record
 from tables import all_records, current
 
-from llmcompress.reporting.plots import frontier_pictures
+from llmcompress.reporting.plots import frontier_pictures, new_figure, png_bytes, write_name
+
+if TYPE_CHECKING:
+    from matplotlib.transforms import Bbox
 
 PICTURES = RESULTS.parent / "pictures"
 WORST = 10_000  # of perplexities
+WORST_KL = 5
 STAGES = {
     ", by calibration alone": "calibration alone",
     ", blocks learn": "blocks learn",
@@ -38,10 +42,11 @@ TEXT = "WikiText-2 test, 8×1024"
 
 
 def main() -> None:
-    """Draw both pictures."""
+    """Draw all pictures."""
     records = all_records()
     (PICTURES / "frontier.png").write_bytes(frontier_pictures(frontier(records))["png"])
     (PICTURES / "fewer.png").write_bytes(frontier_pictures(fewer(records))["png"])
+    (PICTURES / "models.png").write_bytes(draw_models(current("peers-models", records)))
 
 
 def frontier(records: list[Record]) -> dict[str, Any]:
@@ -83,6 +88,32 @@ def fewer(records: list[Record]) -> dict[str, Any]:
         "series": [{"recipe": name, "points": points} for name, points in lines.items() if points],
         "peers": [],
     }
+
+
+def draw_models(records: list[Record]) -> bytes:
+    """Return a PNG of the mean KL on six kinds of text over bits of the decoder's linears, a part for each model."""
+    names = list(dict.fromkeys(record["model"] for record in records))
+    figure = new_figure()
+    figure.set_size_inches(5 * len(names), 5)
+    for axes, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True):
+        axes.set(title=name, xlabel="bits per weight of the decoder's linears", yscale="log")
+        axes.grid(alpha=0.3)
+        points = [record["numbers"] for record in records if record["model"] == name]
+        points = [numbers for numbers in points if numbers["kl"] < WORST_KL]
+        for ours, color, marker in ((False, "black", "x"), (True, "tab:blue", "o")):
+            part = [numbers for numbers in points if (numbers["tool"] == "llmcompress") == ours]
+            axes.plot(*zip(*((n["bpw"], n["kl"]) for n in part), strict=True), marker, color=color)
+        axes.margins(0.15)
+        covered: list[Bbox] = []
+        for numbers in points:
+            label = numbers["tool_arm"] if numbers["tool"] == "llmcompress" else _name_arm(numbers)
+            covered.append(write_name(axes, (numbers["bpw"], numbers["kl"]), label, covered))
+    figure.axes[0].set_ylabel("mean KL to dense on six kinds of text, nats/token")
+    return png_bytes(figure)
+
+
+def _name_arm(numbers: Record) -> str:
+    return f"{numbers['tool']} {numbers['tool_arm']}"
 
 
 def _megabytes(student: Record, methods: dict[str, dict[str, Any]]) -> float | None:
