@@ -9,7 +9,6 @@ from it with the distillation.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -33,8 +32,9 @@ from llmcompress.errors import DiskError, RecipeError
 from llmcompress.models.dense.companions import companions
 from llmcompress.models.dense.model import resolve
 from llmcompress.models.files import file_names
+from llmcompress.models.files.checkpoint import MANIFEST, remove_unfinished
 from llmcompress.models.files.compressed import check_kind
-from llmcompress.models.files.output import check_writable, is_ours, lock_output, remove_folder
+from llmcompress.models.files.output import check_writable, disk_errors, is_ours, lock_output, remove_folder
 from llmcompress.pipeline.quality_check import check_gates, is_unsettled, judge
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.distillation import Distillation
@@ -191,6 +191,9 @@ def _reuse_or_run(job: Job, output: Path | None, way: _RunOptions) -> Result:
     def reuse() -> Result | None:
         if not way.resume or output is None or output.with_name(output.name + STAGED).is_dir():
             return None
+        if (output / MANIFEST).is_file():
+            with disk_errors(output, "make the folder writable"):
+                remove_unfinished(output)
         return completed_result(output, job, way.ranks.requested_device) if is_unsettled(output) else None
 
     return way.ranks.first(reuse) or way.finish(job, output)
@@ -296,7 +299,7 @@ def compress_job(
         _discard(staged, target.with_name(target.name + TRAINING))
         return result
     check_writable(target, 2 * plan_of(first).bytes)
-    if not resume:
+    if not resume or not (staged / file_names.REPORT).is_file():  # or its removal was interrupted
         _discard(staged, target.with_name(target.name + TRAINING))
     if completed_result(staged, first, device) is None:
         if all(text.dataset != "self" for text in wanted.texts()):  # the model would have to write that text first
@@ -305,7 +308,7 @@ def compress_job(
     teacher = source.name if source.revision is None else f"{source.name}@{source.revision}"
     trust = source.trust_remote_code
     done = distill(staged, teacher, wanted, target, device=device, progress=training, trust_remote_code=trust)
-    shutil.rmtree(staged)
+    _discard(staged, target.with_name(target.name + TRAINING))
     return Result(target, reports.read(target), temporary, done.to_json())
 
 
@@ -330,7 +333,9 @@ def completed_result(output: Path, job: Job, device: str) -> Result | None:
 def _discard(staged: Path, training: Path) -> None:
     """Remove what an earlier run left. Raises DiskError for folders that are not ours."""
     if staged.is_dir():
-        check_kind(staged)
-        shutil.rmtree(staged)
+        if any(staged.iterdir()):
+            check_kind(staged)
+        (staged / file_names.REPORT).unlink(missing_ok=True)  # first, since without it nothing resumes from the rest
+        remove_folder(staged, "config.json")
     if is_ours(training):
         remove_folder(training)

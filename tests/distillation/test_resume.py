@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import sys
+from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import pytest
 import torch
@@ -14,9 +11,9 @@ import torch
 from llmcompress.distillation.resume import Progress, last_state, save_state
 from llmcompress.errors import DiskError, InputError
 from llmcompress.models.files.store import Store
+from tests.interrupted import die_before
 
 RUN = {"recipe": {"seed": 1}, "data": "a"}
-CALLS = {"mkdir", "open", "write", "close", "fsync", "rename", "unlink", "remove", "rmdir", "serialize_file"}
 
 
 def tensors(step: int) -> dict[str, torch.Tensor]:
@@ -32,26 +29,6 @@ def is_whole(folder: Path, steps: set[int]) -> int:
     return progress.step
 
 
-def cut(folder: Path, step: int, after: int) -> bool:
-    """Saves in a process that dies, without any cleaning up, before call number `after` of the system; did it die?"""
-    child = os.fork()
-    if child == 0:
-        left = after
-
-        def watch(frame: FrameType, event: str, called: Any) -> None:
-            nonlocal left
-            if event == "c_call" and called.__name__ in CALLS:
-                left -= 1
-                if left < 0:
-                    os._exit(9)
-
-        sys.setprofile(watch)
-        save_state(Store(folder, RUN), Progress(step=step), tensors(step))
-        sys.setprofile(None)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [0, 4])
 def test_a_save_that_is_cut_anywhere_leaves_the_old_state_or_the_new_one(before: int, tmp_path: Path) -> None:
@@ -60,7 +37,7 @@ def test_a_save_that_is_cut_anywhere_leaves_the_old_state_or_the_new_one(before:
         folder = tmp_path / str(calls)
         if before:
             save_state(Store(folder, RUN), Progress(step=before), tensors(before))
-        died = cut(folder, 5, calls)
+        died = die_before(calls, partial(save_state, Store(folder, RUN), Progress(step=5), tensors(5)))
         seen.append(is_whole(folder, {before, 5}))
         if not died:
             break

@@ -40,6 +40,8 @@ from llmcompress.runtime.progress import count_each, digest_file
 
 FORMAT_VERSION = 3  # 2: digests in the weight files, every layout listed once; 3: a weight is one tensor
 MANIFEST = "manifest.json"
+NEXT_MANIFEST = ".manifest.json.next"  # of a folder that gets one more file
+UNFINISHED = ".*.partial"  # what `replace_file` stages
 README = "README.md"
 PLOT = "layers.png"
 CARD = {README, PLOT}  # what a push adds beside the checkpoint
@@ -156,17 +158,33 @@ def manifest_text(hashes: Mapping[str, str]) -> str:
 
 
 def files_of(folder: Path) -> list[str]:
-    """Return the names of the files in a folder and in the folders inside it, in order."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    """Return the names of the files in a folder and in the folders inside it, in order, but for unfinished ones."""
+    unfinished = {folder / NEXT_MANIFEST, *folder.glob(UNFINISHED)}
+    files = (path for path in folder.rglob("*") if path.is_file() and path not in unfinished)
+    return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
 def add_file(folder: Path, name: str, text: str) -> None:
-    """Put a text file into a finished checkpoint, and into its manifest. Raises DiskError if it cannot be written."""
+    """Put a text file into a finished checkpoint, and into its manifest, even if the power fails in between.
+
+    Raises DiskError if it cannot be written.
+    """
     hashes = (manifest(folder) or {}) | {name: sha256(text.encode()).hexdigest()}
-    entries = {MANIFEST: manifest_text(hashes), name: text}
     with disk_errors(folder / name, "make the folder writable"):
-        for target, content in reversed(entries.items()):
-            replace_text(folder / target, content)
+        remove_unfinished(folder)
+        replace_text(folder / NEXT_MANIFEST, manifest_text(hashes))  # which `manifest` reads once the file is there
+        replace_text(folder / name, text)
+        (folder / NEXT_MANIFEST).replace(folder / MANIFEST)
+        sync(folder)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what an interrupted `add_file` left in a finished checkpoint. Raises OSError."""
+    following = folder / NEXT_MANIFEST
+    if following.is_file():
+        following.replace(folder / MANIFEST) if _is_next(folder) else following.unlink()
+    for path in folder.glob(UNFINISHED):
+        path.unlink()
 
 
 def has_file(folder: Path, name: str) -> bool:
@@ -226,7 +244,19 @@ def check_config(folder: Path) -> None:
 
 def manifest(folder: Path) -> dict[str, str] | None:
     """Return SHA-256 by file name from the folder's manifest, None without one. Raises InputError for a broken one."""
-    path = folder / MANIFEST
+    return _read_manifest(folder / (NEXT_MANIFEST if _is_next(folder) else MANIFEST))
+
+
+def _is_next(folder: Path) -> bool:
+    """True if an interrupted `add_file` left a file and the manifest that lists it, but the old one in its place."""
+    following = _read_manifest(folder / NEXT_MANIFEST) or {}
+    before = (_read_manifest(folder / MANIFEST) or {}) if following else {}
+    changed = {name: value for name, value in following.items() if before.get(name) != value}
+    whole = ((folder / name).is_file() and digest_file(folder / name) == value for name, value in changed.items())
+    return bool(changed) and all(whole)
+
+
+def _read_manifest(path: Path) -> dict[str, str] | None:
     check_regular(path)
     if not path.is_file():
         return None

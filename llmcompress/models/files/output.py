@@ -150,17 +150,17 @@ def is_ours(staging: Path) -> bool:
     raise DiskError(f"{staging} is in the way and was not made by llmcompress; move it, or choose another output")
 
 
-def clear_folder(staging: Path) -> None:
-    """Remove everything from a folder of ours, except its mark."""
+def clear_folder(staging: Path, mark: str = MARK) -> None:
+    """Remove everything from a folder of ours, except the file that marks it."""
     for path in staging.iterdir():
-        if path.name != MARK:
+        if path.name != mark:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def remove_folder(staging: Path) -> None:
+def remove_folder(staging: Path, mark: str = MARK) -> None:
     """Remove a folder of ours, its mark last, so that it is ours until it is gone."""
-    clear_folder(staging)
-    (staging / MARK).unlink(missing_ok=True)
+    clear_folder(staging, mark)
+    (staging / mark).unlink(missing_ok=True)
     staging.rmdir()
 
 
