@@ -93,27 +93,35 @@ def fewer(records: list[Record]) -> dict[str, Any]:
 def draw_models(records: list[Record]) -> bytes:
     """Return a PNG of the mean KL on six kinds of text over bits of the decoder's linears, a part for each model."""
     names = list(dict.fromkeys(record["model"] for record in records))
+    rows = {
+        name: [r["numbers"] for r in records if r["model"] == name and r["numbers"]["kl"] < WORST_KL] for name in names
+    }
     figure = new_figure()
+    from matplotlib.ticker import StrMethodFormatter
+
     figure.set_size_inches(5 * len(names), 5)
-    for axes, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True):
+    parts = figure.subplots(1, len(names), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, (name, points) in zip(parts, rows.items(), strict=True):
         axes.set(title=name, xlabel="bits per weight of the decoder's linears", yscale="log")
+        for tool, color in (("llmcompress", "tab:blue"), (None, "black")):
+            part = [(n["bpw"], n["kl"]) for n in points if (n["tool"] == "llmcompress") == (tool is not None)]
+            axes.plot([x for x, _ in part], [y for _, y in part], "x" if tool is None else "o", color=color)
         axes.grid(alpha=0.3)
-        points = [record["numbers"] for record in records if record["model"] == name]
-        points = [numbers for numbers in points if numbers["kl"] < WORST_KL]
-        for ours, color, marker in ((False, "black", "x"), (True, "tab:blue", "o")):
-            part = [numbers for numbers in points if (numbers["tool"] == "llmcompress") == ours]
-            axes.plot(*zip(*((n["bpw"], n["kl"]) for n in part), strict=True), marker, color=color)
         axes.margins(0.15)
+    parts[0].set_ylabel("mean KL to dense on six kinds of text, nats/token")
+    parts[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    parts[0].yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+    figure.draw_without_rendering()  # names are placed by where the points are in the end
+    for axes, points in zip(parts, rows.values(), strict=True):
         covered: list[Bbox] = []
         for numbers in points:
-            label = numbers["tool_arm"] if numbers["tool"] == "llmcompress" else _name_arm(numbers)
-            covered.append(write_name(axes, (numbers["bpw"], numbers["kl"]), label, covered))
-    figure.axes[0].set_ylabel("mean KL to dense on six kinds of text, nats/token")
+            covered.append(write_name(axes, (numbers["bpw"], numbers["kl"]), _name_arm(numbers), covered))
     return png_bytes(figure)
 
 
 def _name_arm(numbers: Record) -> str:
-    return f"{numbers['tool']} {numbers['tool_arm']}"
+    own = numbers["tool"] == "llmcompress"
+    return str(numbers["tool_arm"]) if own else f"{numbers['tool']} {numbers['tool_arm']}"
 
 
 def _megabytes(student: Record, methods: dict[str, dict[str, Any]]) -> float | None:
