@@ -64,7 +64,7 @@ def _compile(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern.removeprefix(REGEX))
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"match has {pattern!r}, which is no regular expression ({error})") from error
+        raise ValueError(f"match has {pattern[:100]!r}, which is no regular expression ({error})") from error
 
 
 class Matching(BaseModel):

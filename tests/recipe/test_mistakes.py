@@ -62,6 +62,7 @@ def complaint(text: str, *settings: str) -> str:
         ("a: &a [*a]\n", "nested too deeply"),
         (f"a: &a [{'1,' * 300}]\nb: &b [{'*a,' * 300}]\n", f"at most {MOST_ENTRIES} entries"),
         ("version: 1\nrules: [{match: 're:((', steps: []}]\n", "is no regular expression"),
+        (f"version: 1\nrules: [{{match: 're:{'(' * 5000}', steps: []}}]\n", f"match has 're:{'(' * 97}', which is no"),
         ("version: 1\nrules: [{match: 're:a{99999999999999999999}', steps: []}]\n", "is no regular expression"),
     ],
 )
