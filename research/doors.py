@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from llama_engine import LlamaEngine
+from records import require_engines
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -30,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     options = parser.parse_args()
+    require_engines(parser, {"llama.cpp"})
     ours = AutoModelForCausalLM.from_pretrained(options.checkpoint, dtype=torch.float32)
     ids = evaluation_windows(load_tokenizer(options.checkpoint), lc.Protocol(windows=1, length=512), ours.config)
     wanted = logits(ours, ids)

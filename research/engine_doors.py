@@ -34,7 +34,7 @@ sys.path.append(str(Path(__file__).parent / "peers"))
 
 from ggml import quantize
 from llama_perplexity import decode, load, rewrite_matrices
-from records import RESULTS, Record, append, provenance, read_records
+from records import RESULTS, Record, append, provenance, read_records, require_engines
 from three_models import run_command
 
 from llmcompress.evaluation.distance import kl_divergence
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("models", nargs="+", metavar="NAME=FILE")
     options = parser.parse_args()
+    require_engines(parser, {DOORS[door][0] for door in options.doors})
     for name, _, model in (entry.partition("=") for entry in options.models):
         held = {record["arm"] for record in read_records(options.jsonl)}
         doors = [door for door in options.doors if f"{name}, {door}" not in held]

@@ -7,10 +7,12 @@ numbers were copied from an older document, and what that did not say is null.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import platform
 import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,6 +55,20 @@ def measure_missing(
                 record = measure(name, model, arm)
                 append(path, {"arm": row, "model": name, **record, **provenance()})
                 print(row, json.dumps(record["numbers"]), flush=True)
+
+
+def require_engines(parser: argparse.ArgumentParser, engines: Iterable[str]) -> None:
+    """End a program with a sentence where an engine's package is missing; warn of a version that was not tried."""
+    from llmcompress.errors import RecipeError
+    from llmcompress.runtime.engines import check_engine, untried_version
+
+    for engine in sorted(engines):
+        try:
+            check_engine(engine)
+        except RecipeError as error:
+            parser.error(str(error))
+        if (note := untried_version(engine)) is not None:
+            print(f"warning: {note}", file=sys.stderr)
 
 
 def recipe_path(name: str) -> Path:

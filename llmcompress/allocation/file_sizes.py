@@ -59,14 +59,12 @@ class FileSizes(Protocol):
 
 
 def file_sizes(job: Job) -> FileSizes:
-    """Return the sizes that the job's target counts. Raises InputError for a model that its engine does not run."""
+    """Return the sizes that the job's target counts: ours where those of its engine are not known.
+
+    Raises InputError for a model that its engine does not run.
+    """
     target = job.recipe.target
-    return sizes_for(None if target is None else target.engine, job)
-
-
-def sizes_for(engine: str | None, job: Job) -> FileSizes:
-    """Return the sizes in the files of an engine, or in ours where its are not known."""
-    return SIZED[engine](job) if engine in SIZED else OurSizes(job)
+    return SIZED.get(str(target and target.engine), OurSizes)(job)
 
 
 def plan_in_files(planned: Plan, job: Job, sizes: FileSizes) -> Plan:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +24,11 @@ from llmcompress.models.files import file_names
 from llmcompress.models.files.gguf_header import read_gguf_header
 from llmcompress.models.files.reading import MENDING
 from llmcompress.reporting.report import read_optional
+from llmcompress.runtime.engines import check_engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NO_ENGINE = "GGUF files run in llama.cpp, by the package xllamacpp; run `pip install xllamacpp`"
 SCORES = ("perplexity", "kl", "top1_agreement")  # copied from the file of `eval --save`
 
 
@@ -72,8 +71,8 @@ def find_candidates(
     names = list(models)
     if against is not None and against not in names:
         names.insert(0, against)
-    if ggufs and find_spec("xllamacpp") is None:
-        raise RecipeError(NO_ENGINE)
+    if ggufs:
+        check_engine("llama.cpp")
     given = [*names, *map(str, ggufs)]
     if twice := [name for name in given if given.count(name) > 1]:
         raise RecipeError(f"{twice[0]} is named twice; name every model once")

@@ -22,6 +22,7 @@ from llmcompress.errors import RecipeError
 from llmcompress.evaluation.evaluate import Scoring
 from llmcompress.models.files.output import check_new_file, write_new_file
 from llmcompress.reporting.plots import check_matplotlib, speed_png
+from llmcompress.runtime.engines import untried_version
 from llmcompress.runtime.facts import versions
 from llmcompress.runtime.json_values import replace_nonfinite
 from llmcompress.runtime.load import busy_note
@@ -95,6 +96,7 @@ def bench(
     )
     result["notes"] += [] if load is None else [f"{load}: measure again on a quiet one"]
     result["notes"] += [note for candidate in candidates for note in candidate.notes]
+    result["notes"] += [untried] if ggufs and (untried := untried_version("llama.cpp")) else []
     result["notes"] += [] if short_memory is None else [short_memory]
     if (most := max(protocol.threads)) > machine["cores"]:
         result["notes"].append(f"{most} threads are more than the {machine['cores']} cores that this process may use")

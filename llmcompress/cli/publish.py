@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 def verify(
     terminal: Terminal,
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="A compressed model that compress or save_pretrained wrote.")
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            help="A compressed model: a folder that compress or save_pretrained wrote, with --for too, or a GGUF file.",
+        ),
     ],
     against: Annotated[
         str | None, typer.Option(metavar="DENSE", help="Also measure KL and top-1 agreement with this model.")
@@ -32,6 +36,8 @@ def verify(
     **access: Any,
 ) -> None:
     """Check that the files of FOLDER are bit for bit as they were written, and that the model loads and runs.
+
+    For what an engine loads, the numbers in its files are run here; the engine need not be installed.
 
     Example: llmcompress verify small --against smollm2
     """

@@ -26,6 +26,7 @@ from llmcompress.weight.expression import bits, describe
 from llmcompress.weight.nodes import Weight
 from llmcompress.weight.rows import check_rows
 
+TABLE_HINT = "; --set '"  # precedes a setting that compresses tables, in a warning
 DENSE_SHARE = 0.25  # of the weight files: a larger share that stays dense is worth a warning
 
 
@@ -244,7 +245,7 @@ def _mostly_dense(job: Job, dense_bytes: int, total: int) -> str:
     if recipe.calibration is not None:
         steps = "{method: rotate}, {method: gptq, bits: 4}"
     key = "head" if arch.embedding in job.tables else "embeddings"
-    return f"{said}; --set '{key}=[{steps}]' compresses them"
+    return f"{said}{TABLE_HINT}{key}=[{steps}]' compresses them"
 
 
 def _could_be_compressed(job: Job, name: str) -> bool:

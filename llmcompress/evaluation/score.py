@@ -194,9 +194,10 @@ def compare(
 
 def size_of(place: Place) -> Size:
     """Return the size of a model, from our report, another tool's headers, or dense headers, which are checked."""
-    if (place.folder / file_names.REPORT).is_file():
-        report = reports.read(place.folder)
-        return Size(report.bytes, report.bpw, report.model_bpw)
+    for folder in (place.folder, Path(place.name)):  # the second: of a GGUF file, which is unpacked elsewhere
+        if (folder / file_names.REPORT).is_file():
+            report = reports.read(folder)
+            return Size(report.bytes, report.bpw, report.model_bpw)
     if not is_dense_folder(place.folder):
         return _quantized_size(place)
     source = open_source(place)

@@ -1,7 +1,8 @@
-"""Verification of a checkpoint: its files, its tensors, its logits, its distance to the dense model."""
+"""Verification of a checkpoint, or of what an engine loads: files, tensors, logits, distance to the dense model."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,22 +10,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmcompress.errors import NumericsError
+from llmcompress.errors import InputError, NumericsError
 from llmcompress.evaluation.evaluate import Evaluation, Scoring, evaluate
 from llmcompress.evaluation.logits import open_model
 from llmcompress.evaluation.perplexity import evaluation_windows
 from llmcompress.evaluation.protocol import Protocol
-from llmcompress.models.dense.config import context_length
+from llmcompress.models.dense.config import MODEL, context_length
 from llmcompress.models.dense.load import check_fits, load_model
 from llmcompress.models.dense.locate import Place, locate
+from llmcompress.models.dense.model import DenseModel, open_source
 from llmcompress.models.dense.skeleton import check_causal, is_causal
 from llmcompress.models.dense.tokenizer import check_vocabularies, load_tokenizer
 from llmcompress.models.files.checkpoint import MANIFEST, check_manifest, manifest
-from llmcompress.models.files.compressed import check_kind
+from llmcompress.models.files.compressed import stored_by
+from llmcompress.models.files.file_names import REPORT
+from llmcompress.models.files.gguf_header import read_gguf_header
 from llmcompress.models.files.integrity import weight_files
+from llmcompress.models.files.reading import MENDING
+from llmcompress.models.transformers.hf_quantizer import NAME
+from llmcompress.reporting import report as reports
 from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.runtime.precision import fast_float32
-from llmcompress.runtime.progress import progress_lines
+from llmcompress.runtime.progress import count_each, progress_lines
 from llmcompress.weight.modules import compressed_modules, decoded
 
 if TYPE_CHECKING:
@@ -58,10 +65,12 @@ def verify(
     progress: Scoring | None = None,
     trust_remote_code: bool = False,
 ) -> Verification:
-    """Check a compressed checkpoint from its files to its logits.
+    """Check a compressed checkpoint, or a model in few bits as an engine loads it, from its files to its logits.
+
+    An engine itself is not run: logits are those of the numbers in its files.
 
     Args:
-        folder: a checkpoint of compress or `save_pretrained`.
+        folder: a checkpoint of compress or `save_pretrained`, a GGUF file, or a folder for an engine.
         against: the dense model that KL and top-1 agreement are measured from; None for neither.
         text: UTF-8 text to read, or files of documents; documentation of Python by default.
         windows: how many windows of it.
@@ -74,26 +83,30 @@ def verify(
         Counts of files and layers, bytes, perplexity, and the distance to `against`.
 
     Raises:
-        InputError: for damaged, missing or unexpected files, and for an `against` with another vocabulary.
+        InputError: for damaged, missing or unexpected files, for a plain model, and for an `against` with another
+            vocabulary.
         MemoryLimitError: for models that do not fit into this machine together.
         NumericsError: for NaN in what the model computes.
     """
     progress = progress or progress_lines()
     folder = Path(folder)
-    check_kind(folder)
-    notes = () if check_manifest(folder) else (UNCHECKED,)
+    home = folder.parent if folder.is_file() else folder
+    notes = () if check_manifest(home) else (UNCHECKED,)
+    engine = _open_for_engine(folder, trust_remote_code)
+    place = Place(str(folder), folder, trust_remote_code=trust_remote_code) if engine is None else engine.place
     references = [] if against is None else [locate(against, trust_remote_code=trust_remote_code)]
-    places = [Place(str(folder), folder, trust_remote_code=trust_remote_code), *references]
-    tokenizer = load_tokenizer(folder, trust_remote_code)
-    check_vocabularies(places)
+    tokenizer = load_tokenizer(place.folder, trust_remote_code)
+    check_vocabularies([place, *references])
     evaluation_windows(tokenizer, Protocol(text, windows, 2))  # a text that cannot be read, before models are loaded
-    check_fits(device, "reading text with it", passing=places)
-    model = load_model(places[0], device)
+    check_fits(device, "reading text with it", passing=[place, *references])
+    files = weight_files(folder) if (folder / MODEL).is_file() else sorted(folder.glob("*.gguf")) or [folder]
+    layers = None if engine is None else _read_tensors(engine, home, files)
+    model: Any = load_model(place, device) if engine is None else open_model(place, device)
     if references:
         check_causal(model.config, "measuring a distance to another model")
     teacher = open_model(references[0], device) if references else None
     protocol = Protocol(text, windows, min(length, context_length(model.config) or length))
-    files, scores = weight_files(folder), None
+    scores = None
     if is_causal(model.config):
         scores = evaluate(model, tokenizer, protocol, against=teacher, progress=progress)
     if scores is None:
@@ -101,13 +114,47 @@ def verify(
     else:
         tokens = scores.perplexity.tokens
     return Verification(
-        files=len(manifest(folder) or files),
-        layers=len(compressed_modules(model)),
+        files=len(manifest(home) or files),
+        layers=len(compressed_modules(model)) if layers is None else layers,
         bytes=sum(path.stat().st_size for path in files),
         tokens=tokens,
         notes=notes,
         **_score_fields(scores),
     )
+
+
+def _open_for_engine(folder: Path, trust_remote_code: bool) -> DenseModel | None:
+    """Return a model in few bits as an engine loads it; None for a checkpoint of llmcompress.
+
+    Raises InputError for a plain model, and for one that cannot be read.
+    """
+    is_gguf = folder.is_file() or (any(folder.glob("*.gguf")) and not (folder / MODEL).is_file())
+    if not is_gguf and stored_by(folder) == NAME:
+        return None
+    source = open_source(locate(folder, trust_remote_code=trust_remote_code))
+    if not is_gguf and not any(header.packing for header in source.tensors.values()):
+        raise InputError(
+            f"{folder} holds a plain model; verify takes a checkpoint of llmcompress, a GGUF file, or a folder in few "
+            f"bits for vLLM, MLX or ExLlamaV3"
+        )
+    return source
+
+
+def _read_tensors(source: DenseModel, home: Path, files: Sequence[Path]) -> int:
+    """Read all tensors of a model for an engine, and return the number of matrices that are stored in few bits.
+
+    `home`: the folder with the report, if there is one; `files`: those with the weights. Raises InputError for a tensor
+    that cannot be read or is not finite, and for another size than the report's.
+    """
+    size = sum(path.stat().st_size for path in files)
+    if (home / REPORT).is_file() and (said := reports.read(home).bytes) != size:
+        raise InputError(f"{home} has {size} bytes of weights, and its {REPORT} says {said}; {MENDING}")
+    for name in count_each(list(source.tensors), "tensor read"):
+        if not bool(source.read(name).isfinite().all()):
+            raise InputError(f"{home}: {name} holds NaN or Inf; compress or train the model again")
+    if source.folder != home:
+        return sum(read_gguf_header(path).packed for path in files)
+    return sum(header.packing is not None for header in source.tensors.values())
 
 
 def _score_fields(scores: Evaluation | None) -> dict[str, Any]:

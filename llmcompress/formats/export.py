@@ -1,6 +1,7 @@
 """Checkpoints of ours in the formats of other engines, one file each."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from llmcompress.models.dense.skeleton import check_causal, folder_skeleton
 from llmcompress.models.files.compressed import CompressedCheckpoint
 
 READERS = {"mlx": MLX, "exl3": EXL3}  # what their engines read of config.json
+INSTALL = 'run pip install "llmcompress[export]"'
 FORMATS = ("dense", "compressed-tensors", "peft", "gguf", "mlx", "exl3")
 
 
@@ -86,6 +88,8 @@ def check_model(folder: Path, config: dict[str, Any], to: str, trust_remote_code
     """Raise InputError if no compression of the model in `folder` could go to a format: a family or a tokenizer that
     its engine reads otherwise, or a kind of model; RecipeError if a package is missing."""
     _check_kind(folder, to, trust_remote_code)
+    if to == "compressed-tensors" and find_spec("compressed_tensors") is None:
+        raise RecipeError(f"{to} is the package that reads what this writes, and is missing; {INSTALL}")
     if to == "gguf":
         read_head(folder, config, FileOrigin(folder.name, None, None))
     elif to in READERS:

@@ -17,6 +17,7 @@ from llmcompress.formats.model_card import DistillationRecord, Evidence, card, g
 from llmcompress.models.dense.companions import OURS, companions
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import CARD, MANIFEST, PLOT, README, manifest, manifest_text
+from llmcompress.models.files.compressed import check_kind
 from llmcompress.models.files.reading import read_json
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.plots import layers_png
@@ -79,6 +80,7 @@ def push(
         raise RecipeError(f"{repository!r} is not a Hub repository; give owner/name")
     if not dry_run:
         _check_token()
+    check_kind(folder)
     verify(folder, trust_remote_code=trust_remote_code)
     if manifest(folder) is None:
         raise InputError(f"{folder} has no {MANIFEST}, report and recipe for a card; push a folder that compress wrote")

@@ -11,17 +11,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from llmcompress.allocation.distortion import Steps
-from llmcompress.allocation.file_sizes import SIZED, FileSizes, plan_in_files, sizes_for
+from llmcompress.allocation.file_sizes import SIZED, plan_in_files
 from llmcompress.allocation.target_formats import check_rules
 from llmcompress.compression.job import Job, prepare
-from llmcompress.compression.plan import Plan
+from llmcompress.compression.plan import TABLE_HINT, Plan, plan_of
 from llmcompress.compression.result import Result
 from llmcompress.errors import DiskError, GateError, RecipeError
 from llmcompress.formats.engine_files import ExportReport
@@ -37,8 +36,9 @@ from llmcompress.pipeline.quality_check import is_unsettled
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.read import read_recipe
 from llmcompress.reporting import report as reports
-from llmcompress.reporting.report import LayerReport, Report
+from llmcompress.reporting.report import Report
 from llmcompress.runtime.ranks import process_count
+from llmcompress.weight.runtime_formats import WITH_TABLES
 
 CHECKPOINT, EXPORT = ".checkpoint", ".export"  # follow the name of the output folder
 
@@ -90,8 +90,10 @@ def plan_for(
     aimed = aim_at(engine, recipe)
     job = _open_job(engine, model, aimed, revision, trust_remote_code)
     planned = plan(model, aimed, revision, trust_remote_code)
-    is_known = engine in SIZED and aimed.target is None  # a forecast counts the engine's files
-    return plan_in_files(planned, job, sizes_for(engine, job)) if is_known else planned
+    if engine in SIZED and aimed.target is None:  # a forecast counts the engine's files
+        planned = plan_in_files(planned, job, SIZED[engine](job))
+    is_ours = ENGINES[engine].form is None
+    return planned if is_ours else replace(planned, warnings=_mend_hints(engine, planned.warnings))
 
 
 def compress_for(
@@ -139,8 +141,7 @@ def compress_for(
     clear_folder(staging)
     done = export(ours, staging / "model", form, trust_remote_code=trust)
     settled = job if aimed.target is None else job.with_recipe(read_recipe(ours / file_names.RECIPE))
-    sizes = sizes_for(engine, settled) if engine in SIZED else None
-    report = _engine_report(result.report, done, settled, sizes)
+    report = _engine_report(result.report, done, engine, settled)
     with write_checkpoint(output) as writer:
         for name in files_of(staging / "model"):
             if name != MANIFEST:
@@ -181,21 +182,21 @@ def _finished_result(folder: Path, job: Job, device: str) -> Result | None:
     return completed_result(folder, chosen, device)
 
 
-def _engine_report(report: Report, done: ExportReport, job: Job, sizes: FileSizes | None) -> Report:
+def _engine_report(report: Report, done: ExportReport, engine: str, job: Job) -> Report:
     """Return the report with the sizes of the engine's files, and what the export changed among its warnings.
 
-    `sizes`: those of matrices there, where they are known.
+    Those of single matrices are the engine's where they are known, else ours.
     """
-    size, rows, bpw, steps = done.bytes_after, report.layers, report.bpw, job.all_steps
-    if sizes is not None:
-        rows = tuple(_in_engine(row, steps[row.name], sizes) for row in rows)
-        linears = [row for row in rows if row.name in job.steps]
-        bpw = sum(row.bpw * prod(row.shape) for row in linears) / sum(prod(row.shape) for row in linears)
-    notes, model_bpw = (*report.warnings, *done.changed), size * 8 / report.parameters
+    size, rows, bpw = done.bytes_after, report.layers, report.bpw
+    if engine in SIZED:
+        planned = plan_in_files(plan_of(job), job, SIZED[engine](job))
+        there, bpw = {row.name: row for row in planned.layers}, planned.bpw
+        rows = tuple(replace(row, bpw=there[row.name].bpw, stored=there[row.name].description) for row in rows)
+    notes, model_bpw = _mend_hints(engine, (*report.warnings, *done.changed)), size * 8 / report.parameters
     return replace(report, bytes=size, bpw=bpw, model_bpw=model_bpw, layers=rows, warnings=notes)
 
 
-def _in_engine(row: LayerReport, steps: Steps, sizes: FileSizes) -> LayerReport:
-    """Return a row with the bits and the form of its matrix in the engine's files."""
-    matrix = row.name, row.shape, steps
-    return replace(row, bpw=sizes.bits(*matrix) / prod(row.shape), stored=sizes.form(*matrix))
+def _mend_hints(engine: str, notes: Iterable[str]) -> tuple[str, ...]:
+    """Return warnings without steps for token tables, which are those for our files, and with what the engine reads."""
+    way = f"steps that {engine} reads compress them" if engine in WITH_TABLES else f"{engine} reads no compressed ones"
+    return tuple(f"{note.partition(TABLE_HINT)[0]}; {way}" if TABLE_HINT in note else note for note in notes)

@@ -122,7 +122,7 @@ def gather(cache: Path, hub_cache: Path, others: tuple[str, ...] = ()) -> Machin
         hub_cache=folder_facts(hub_cache),
         current=folder_facts(Path.cwd()),
         driver=_driver(),
-        packages={name: _version(name) for name in sorted(names)},
+        packages={name: package_version(name) for name in sorted(names)},
         requirements=required,
         variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
@@ -201,11 +201,12 @@ def _driver() -> str | None:
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that make a result."""
     return {"python": platform.python_version()} | {
-        package: _version(package) or "not installed as a package" for package in RESULT_PACKAGES
+        package: package_version(package) or "not installed as a package" for package in RESULT_PACKAGES
     }
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Return the version of an installed package; None without it."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

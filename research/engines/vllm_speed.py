@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from records import Record, append, provenance
+from records import Record, append, provenance, require_engines
 
 from llmcompress.benchmark.runners import ENGINES
 from llmcompress.benchmark.worker import Worker
@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--jsonl", type=Path, help="collects a record of each row")
     options = parser.parse_args()
+    require_engines(parser, {"vllm"})
     models = dict(given.split("=", 1) for given in options.models)
     speeds: dict[tuple[str, str, int], list[float]] = {}
     with ExitStack() as stack:

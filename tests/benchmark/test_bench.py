@@ -227,7 +227,7 @@ def test_packages_that_are_missing_are_named_before_anything_runs(
 ) -> None:
     monkeypatch.chdir(folders)
     monkeypatch.setattr(llmcompress.benchmark.measure, "Worker", lambda *given: pytest.fail("noticed too late"))
-    monkeypatch.setattr(llmcompress.benchmark.candidate, "find_spec", lambda name: None)
+    monkeypatch.setattr("llmcompress.runtime.engines.package_version", lambda name: None)
     code, _, errors = run("dense", "--gguf", tmp_path / "any.gguf", "--prompt", 8)
     assert code == 2 and "pip install xllamacpp" in errors
     monkeypatch.setattr(plots, "find_spec", lambda name: None)

@@ -204,6 +204,35 @@ def test_tables_are_refused_where_an_engine_has_none(dense: Path) -> None:
         plan_for("mlx", dense, recipe("mlx", "embeddings=[{method: svd, rank: 4}]"))
 
 
+@pytest.mark.parametrize(
+    ("engine", "step", "way"),
+    [
+        ("vllm", {"method": "rtn", "narrow_range": True, "group_size": 64}, "vllm reads no compressed ones"),
+        ("exllamav3", {"method": "exl3"}, "exllamav3 reads no compressed ones"),
+        ("mlx", {"method": "rtn"}, "steps that mlx reads compress them"),
+    ],
+)
+def test_what_is_said_of_dense_tables_holds_for_the_engine(
+    engine: str, step: dict[str, Any], way: str, tmp_path: Path
+) -> None:
+    source = tiny_llama(tmp_path / "dense", **SIZES, num_hidden_layers=1)
+    wanted = read_recipe({"version": 1, "rules": [{"match": "*", "steps": [step]}]})
+    [line] = [note for note in plan_for(engine, source, wanted).warnings if "MB stay dense" in note]
+    assert line.endswith(f"in model.embed_tokens, lm_head; {way}") and "--set" not in line
+    if engine == "vllm":
+        report = compress_for(engine, source, wanted, tmp_path / "out").report
+        assert [note for note in report.warnings if "MB stay dense" in note] == [line]
+
+
+def test_a_package_that_is_missing_is_named_before_any_work(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmcompress.formats.export.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="compressed-tensors is the package that reads what this writes, and is miss"):
+        compress_for("vllm", dense, recipe("vllm"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_models_that_an_engine_does_not_run_are_refused_before_any_work(tmp_path: Path) -> None:
     bytewise = save_tiny("llama", tmp_path / "bytewise", **SIZES)
     with pytest.raises(InputError, match="merges nothing, which llama.cpp does not load"):

@@ -1,10 +1,16 @@
 """The plug-in's entry point, which vLLM finds through the group `vllm.general_plugins` and calls in every process.
 
-Unproven in vLLM's engine, which needs a GPU. Config parsing, loading and products are tested against a stand-in for the
-interfaces that are used, and, where vLLM 0.33 is installed, in its own Llama model on the CPU, attention aside.
+Unproven on a GPU. Config parsing, loading and products are tested against a stand-in for the interfaces that are used,
+and, where vLLM is installed, in its engine for CPUs and in its own Llama model, attention aside. A version that was not
+tried is a warning.
 """
 
+import logging
+
 from llmcompress.models.transformers.hf_quantizer import NAME
+from llmcompress.runtime.engines import untried_version
+
+LOG = logging.getLogger("llmcompress")
 
 
 def register() -> None:
@@ -14,4 +20,6 @@ def register() -> None:
     from llmcompress.formats.vllm.layers import PayloadConfig
 
     if NAME not in QUANTIZATION_METHODS:  # older releases refuse a second time
+        if (note := untried_version("vllm")) is not None:
+            LOG.warning(note)
         register_quantization_config(NAME)(PayloadConfig)

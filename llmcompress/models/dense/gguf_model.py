@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from llmcompress.errors import DiskError, InputError, first_line
 from llmcompress.models.dense.packed import describe_few_bits
 from llmcompress.models.files.file_names import GGUF_SOURCE
-from llmcompress.models.files.gguf_header import ENDS, GGUFHeader, read_gguf_header
+from llmcompress.models.files.gguf_header import ENDS, FLOATS, GGUFHeader, read_gguf_header
 from llmcompress.models.files.output import sync
 from llmcompress.models.files.reading import TokenizerReading
 from llmcompress.runtime.progress import digest_file
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 UNPACKING = 5  # counts the ways in which files were unpacked: part of a folder's name in the cache
-FLOATS = {"F32", "F16", "BF16", "F64"}
 TOKENIZER, CHAT_TEMPLATE = "tokenizer.ggml", "tokenizer.chat_template"
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # types of tokens
 PADDING = re.compile(r"\[+PAD\d+\]+")  # names of the rows of a token table that no token has

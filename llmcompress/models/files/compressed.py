@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -168,12 +168,19 @@ def round_to_bfloat16(value: Tensor) -> tuple[Tensor, float]:
 
 def check_kind(folder: Path) -> None:
     """Raise InputError for a folder without a checkpoint of llmcompress."""
-    check_folder(folder)
-    packing = packing_entry(read_json(folder / MODEL, "give a compressed checkpoint"))
-    kind = packing.get("quant_method") if isinstance(packing, dict) else None
-    if kind != NAME:
+    if (kind := stored_by(folder)) != NAME:
         held = f"a model stored by {str(kind)[:50]}" if kind else "no model compressed by llmcompress"
         raise InputError(f"{folder} holds {held}; give the folder that compress wrote without --for")
+
+
+def stored_by(folder: Path) -> Any:
+    """Return the name of the library that stored the weights in a folder, as config.json has it; None for plain ones.
+
+    Raises InputError for a folder without a config.json.
+    """
+    check_folder(folder)
+    packing = packing_entry(read_json(folder / MODEL, "give a compressed checkpoint"))
+    return packing.get("quant_method") if isinstance(packing, dict) else None
 
 
 def locate_size(model: str | Path, rank: int, trust_remote_code: bool = False) -> Place:

@@ -54,6 +54,7 @@ TYPES = {  # of tensors, by their numbers
     35: "TQ2_0",
     39: "MXFP4",
 }
+FLOATS = {"F32", "F16", "BF16", "F64"}
 ENDS = ("eos", "eot", "eom")  # tokens after which llama.cpp stops, in names of entries: of a text, a turn, a message
 Places = dict[str, tuple[list[int], int, int]]
 TABLE, HEAD = "token_embd.weight", "output.weight"
@@ -64,13 +65,15 @@ class GGUFHeader:
     """The header of a GGUF file.
 
     entries: numbers and strings by key, arrays by their length. sizes: bytes of each tensor with its padding.
-    types: weights by the type that stores them, most first. context: None where the file does not say.
+    types: weights by the type that stores them, most first. packed: tensors in a type of few bits. context: None where
+    the file does not say.
     """
 
     bytes: int
     entries: dict[str, Any]
     sizes: dict[str, int]
     types: dict[str, int]
+    packed: int
     vocabulary: int
     context: int | None
 
@@ -108,7 +111,8 @@ def read_gguf_header(path: Path) -> GGUFHeader:
     total = path.stat().st_size
     context = _positive(entries, f"{entries.get('general.architecture')}.context_length")
     sizes = _sizes({name: offset for name, (_, _, offset) in places.items()}, total - start, path)
-    return GGUFHeader(total, entries, sizes, _count_types(places), dimensions[1], context)
+    packed = sum(TYPES.get(kind) not in FLOATS for _, kind, _ in places.values())
+    return GGUFHeader(total, entries, sizes, _count_types(places), packed, dimensions[1], context)
 
 
 def _count_types(places: Places) -> dict[str, int]:
