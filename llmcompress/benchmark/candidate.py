@@ -14,10 +14,11 @@ from torch import nn
 from llmcompress.benchmark.protocol import SpeedProtocol
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluation.score import is_dense_folder, size_of
-from llmcompress.models.dense.config import context_length
+from llmcompress.models.dense.config import MODEL, context_length, read_entries
 from llmcompress.models.dense.headers import FLOATS, Header, read_headers
 from llmcompress.models.dense.locate import Place, locate
 from llmcompress.models.dense.model import open_source
+from llmcompress.models.dense.packed import OF_ENGINES, packing_method
 from llmcompress.models.dense.skeleton import check_causal, folder_skeleton
 from llmcompress.models.dense.tokenizer import check_vocabularies
 from llmcompress.models.files import file_names
@@ -98,6 +99,10 @@ def describe_folder(place: Place, dtype: str) -> Candidate:
         source = open_source(place)  # which says what is wrong with a folder
         skeleton, stored = source.skeleton(), source.tensors
     else:
+        if (engine := packing_method(read_entries(place.folder / MODEL, place.folder))) in OF_ENGINES:
+            raise InputError(
+                f"{place.name} is for {engine}, and bench runs transformers and llama.cpp; measure it in its engine"
+            )
         skeleton = folder_skeleton(place.folder, trust_remote_code=place.trust_remote_code)
         stored = read_headers(place.folder)
     check_causal(skeleton.config, "measuring how fast text is generated")

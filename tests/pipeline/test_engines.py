@@ -11,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 import llmcompress as lc
+from llmcompress.benchmark.protocol import SpeedProtocol
 from llmcompress.cli.app import app
 from llmcompress.errors import DiskError, GateError, InputError, RecipeError
 from llmcompress.models.dense.locate import locate
@@ -207,7 +208,7 @@ def test_tables_are_refused_where_an_engine_has_none(dense: Path) -> None:
 @pytest.mark.parametrize(
     ("engine", "step", "way"),
     [
-        ("vllm", {"method": "rtn", "narrow_range": True, "group_size": 64}, "vllm reads no compressed ones"),
+        ("vllm", {"method": "rtn", "bits": 4, "narrow_range": True, "group_size": 64}, "vllm reads no compressed ones"),
         ("exllamav3", {"method": "exl3"}, "exllamav3 reads no compressed ones"),
         ("mlx", {"method": "rtn"}, "steps that mlx reads compress them"),
     ],
@@ -281,6 +282,8 @@ def test_a_folder_for_another_engine_is_one_sentence(dense: Path, tmp_path: Path
         done = compress_for(engine, dense, one_matrix(step), tmp_path / engine)
         with pytest.raises(InputError, match=f"holds a model stored by {name}; give the folder that compress wrote"):
             lc.export(done.folder, tmp_path / "other", "gguf")
+        with pytest.raises(InputError, match=f"is for {name}, and bench runs transformers and llama.cpp; measure it"):
+            lc.bench([done.folder], SpeedProtocol((1,)))
         planned = plan_for("vllm", done.folder, recipe("vllm"))
         assert any(f"of {name.upper()}: what rounds" in note for note in planned.warnings)
 

@@ -27,7 +27,7 @@ from llmcompress.models.dense.families import block_stack
 from llmcompress.models.dense.headers import has_weights, read_headers
 from llmcompress.models.dense.locate import Place
 from llmcompress.models.dense.model import missing_weights, open_source
-from llmcompress.models.dense.packed import packing_method, rounds_inputs
+from llmcompress.models.dense.packed import OF_ENGINES, packing_method, rounds_inputs
 from llmcompress.models.dense.sizes import is_dense, own_sizes, sized_outline
 from llmcompress.models.dense.skeleton import auto_class
 from llmcompress.models.files.integrity import weight_files
@@ -98,7 +98,7 @@ def _is_numbers(folder: Path, alone: bool) -> bool:
     """True for what is read as numbers where transformers would unpack it late, or for a GPU alone if they suffice."""
     entries = read_entries(folder / MODEL, folder)
     method = packing_method(entries)
-    if method in ("mlx", "exl3"):
+    if method in OF_ENGINES:
         return True
     return (alone and method == "fp8") or (method == "compressed-tensors" and (alone or not rounds_inputs(entries)))
 

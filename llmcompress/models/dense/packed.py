@@ -326,3 +326,6 @@ READERS: dict[str, tuple[str, Callable[[Folder], Packings]]] = {
     "mlx": ("", mlx_packings),
     "exl3": ("", exl3_packings),
 }
+OF_ENGINES = tuple(
+    method for method, (package, _) in READERS.items() if not package
+)  # which transformers does not load
