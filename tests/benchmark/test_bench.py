@@ -156,7 +156,7 @@ def gguf_file(path: Path) -> Path:
 def test_a_gguf_file_has_a_process_for_each_number_of_threads(
     stand_ins: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llmcompress.benchmark.candidate, "find_spec", lambda name: object())
+    monkeypatch.setattr("llmcompress.runtime.engines.package_version", lambda name: "2025.1")
     monkeypatch.setattr(llmcompress.benchmark.measure, "_versions", lambda ggufs: {})
     path = gguf_file(tmp_path / "model.gguf")
     found = bench(["dense"], PROTOCOL, ggufs=[path])
@@ -170,6 +170,7 @@ def test_a_gguf_file_has_a_process_for_each_number_of_threads(
     model = found["models"][1]
     assert (model["model"], model["kind"], model["token_bytes"]) == ("model.gguf", "gguf", 48 * 64 * 2)
     assert model["threads"].keys() == {"1", "2"} and model["bytes"] == path.stat().st_size
+    assert "xllamacpp 2025.1 was not tried, only 2026.10; look at its answers before use" in found["notes"]
 
 
 def test_colours_are_perplexities_of_one_protocol() -> None:
@@ -198,7 +199,7 @@ def test_each_fault_is_one_sentence_and_an_exit_code(
 ) -> None:
     monkeypatch.chdir(folders)
     monkeypatch.setattr(llmcompress.benchmark.measure, "Worker", lambda *given: pytest.fail("noticed too late"))
-    monkeypatch.setattr(llmcompress.benchmark.candidate, "find_spec", lambda name: object())
+    monkeypatch.setattr("llmcompress.runtime.engines.package_version", lambda name: "2025.1")
     (tmp_path / "bad.gguf").write_bytes(b"not one")
     (tmp_path / "there.md").touch()
     short = ("--prompt", 8, "--tokens", 2)

@@ -62,6 +62,18 @@ def config(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     del sys.modules[LATE]
 
 
+def test_another_version_of_vllm_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delitem(sys.modules, LATE, raising=False)
+    vllm.install(monkeypatch)
+    monkeypatch.setattr("llmcompress.runtime.engines.package_version", {"vllm": "0.40"}.get)
+    register()
+    register()
+    del sys.modules[LATE]
+    assert caplog.messages == ["vllm 0.40 was not tried, only 0.32 and 0.33; look at its answers before use"]
+
+
 def test_config_json_is_read(folder: Path, config: Any) -> None:
     from llmcompress.models.files.reading import read_json
 
