@@ -198,5 +198,5 @@ def _engine_report(report: Report, done: ExportReport, engine: str, job: Job) ->
 
 def _mend_hints(engine: str, notes: Iterable[str]) -> tuple[str, ...]:
     """Return warnings without steps for token tables, which are those for our files, and with what the engine reads."""
-    way = f"steps that {engine} reads compress them" if engine in WITH_TABLES else f"{engine} reads no compressed ones"
+    way = f"steps that {engine} reads compress them" if engine in WITH_TABLES else f"{engine} reads tables as they are"
     return tuple(f"{note.partition(TABLE_HINT)[0]}; {way}" if TABLE_HINT in note else note for note in notes)

@@ -15,7 +15,6 @@ import pytest
 from typer.testing import CliRunner
 
 import llmcompress as lc
-import llmcompress.benchmark.candidate
 import llmcompress.benchmark.measure
 from llmcompress.benchmark.measure import bench
 from llmcompress.benchmark.protocol import SpeedProtocol

@@ -208,8 +208,8 @@ def test_tables_are_refused_where_an_engine_has_none(dense: Path) -> None:
 @pytest.mark.parametrize(
     ("engine", "step", "way"),
     [
-        ("vllm", {"method": "rtn", "bits": 4, "narrow_range": True, "group_size": 64}, "vllm reads no compressed ones"),
-        ("exllamav3", {"method": "exl3"}, "exllamav3 reads no compressed ones"),
+        ("vllm", {"method": "rtn", "bits": 4, "narrow_range": True, "group_size": 64}, "vllm reads tables as they are"),
+        ("exllamav3", {"method": "exl3"}, "exllamav3 reads tables as they are"),
         ("mlx", {"method": "rtn"}, "steps that mlx reads compress them"),
     ],
 )
