@@ -67,10 +67,8 @@ def verify(
 ) -> Verification:
     """Check a compressed checkpoint, or a model in few bits as an engine loads it, from its files to its logits.
 
-    An engine itself is not run: logits are those of the numbers in its files.
-
     Args:
-        folder: a checkpoint of compress or `save_pretrained`, a GGUF file, or a folder for an engine.
+        folder: a checkpoint of compress or `save_pretrained`, a GGUF file, or a folder for an engine, which is not run.
         against: the dense model that KL and top-1 agreement are measured from; None for neither.
         text: UTF-8 text to read, or files of documents; documentation of Python by default.
         windows: how many windows of it.
@@ -83,8 +81,7 @@ def verify(
         Counts of files and layers, bytes, perplexity, and the distance to `against`.
 
     Raises:
-        InputError: for damaged, missing or unexpected files, for a plain model, and for an `against` with another
-            vocabulary.
+        InputError: for damaged, missing or unexpected files, a plain model, and an `against` with another vocabulary.
         MemoryLimitError: for models that do not fit into this machine together.
         NumericsError: for NaN in what the model computes.
     """
@@ -109,10 +106,7 @@ def verify(
     scores = None
     if is_causal(model.config):
         scores = evaluate(model, tokenizer, protocol, against=teacher, progress=progress)
-    if scores is None:
-        tokens = _read_windows(model, evaluation_windows(tokenizer, protocol))
-    else:
-        tokens = scores.perplexity.tokens
+    tokens = scores.perplexity.tokens if scores else _read_windows(model, evaluation_windows(tokenizer, protocol))
     return Verification(
         files=len(manifest(home) or files),
         layers=len(compressed_modules(model)) if layers is None else layers,
