@@ -38,6 +38,7 @@ ENGINE_OBSTACLES = OBSTACLES | {
 POLISH: dict[str, Any] = {"method": "refine", "passes": 1}
 FOUR_BITS: tuple[dict[str, Any], ...] = (
     {"bits": 4, "group_size": 128, "narrow_range": True},
+    {"bits": 4, "group_size": 64, "narrow_range": True},
     {"bits": 4, "group_size": 32, "narrow_range": True},
     {"format": "nvfp4"},
     {"format": "mxfp4"},
