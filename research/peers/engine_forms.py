@@ -3,9 +3,10 @@
     python research/peers/engine_forms.py --environments ENVIRONMENTS --data DATA --out OUT [--jsonl FILE]
         [--windows N] [--arms NAME ...] NAME=MODEL ...
 
-An arm's folder is what the engine loads; the numbers in it are scored, and where it rounds inputs they are rounded. Ours
-and llm-compressor's read the first 16 windows of 1024 tokens of `wikitext2-valid.txt`, mlx-lm reads no text. `bytes` are
-those of the weight files. An arm with `{...}` is made as large as that arm's. What FILE has is not measured again.
+An arm's folder is what the engine loads: the numbers in it are scored, and where it rounds inputs they are rounded, as
+compressed-tensors does in transformers. Ours and llm-compressor's read the first 16 windows of 1024 tokens of
+`wikitext2-valid.txt`, mlx-lm reads no text. `bytes` are those of the weight files. An arm with `{...}` is made as large
+as that arm's. What FILE has is not measured again.
 """
 
 from __future__ import annotations
