@@ -1,10 +1,10 @@
 """Forms of MLX and vLLM, filled by the engines' own tools and by ours, by the KL on six kinds of text.
 
     python research/peers/engine_forms.py --environments ENVIRONMENTS --data DATA --out OUT [--jsonl FILE]
-        [--windows N] [--arms NAME ...] NAME=MODEL ...
+        [--calibration N] [--windows N] [--arms NAME ...] NAME=MODEL ...
 
 An arm's folder is what the engine loads: the numbers in it are scored, and where it rounds inputs they are rounded, as
-compressed-tensors does in transformers. Ours and llm-compressor's read the first 16 windows of 1024 tokens of
+compressed-tensors does in transformers. Ours and llm-compressor's read the first N windows of 1024 tokens of
 `wikitext2-valid.txt`, mlx-lm reads no text. `bytes` are those of the weight files. An arm with `{...}` is made as large
 as that arm's. What FILE has is not measured again.
 """
@@ -57,22 +57,22 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder for tokens, logs and weights")
     parser.add_argument("--jsonl", type=Path, default=RESULTS / "engine_forms.jsonl")
+    parser.add_argument("--calibration", type=int, default=16, help="windows of calibration text")
     parser.add_argument("--windows", type=int, default=2, help="of each kind of text")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--arms", nargs="+", choices=(*BITS, *PEERS, *OURS), default=[*BITS, *PEERS, *OURS])
     parser.add_argument("models", nargs="+", metavar="NAME=MODEL")
     given = parser.parse_args()
+    sizes = [f"--{key} {getattr(given, key)}" for key in ("calibration", "windows")]
     write_kinds(given.data, given.out / "kinds")
     for name, _, model in (entry.partition("=") for entry in given.models):
         for arm in given.arms:
             held = {record["arm"]: record["numbers"] for record in read_records(given.jsonl)}
             if f"{name}, {arm}" not in held:
                 numbers = measure(model, arm, {other: held.get(f"{name}, {other}", {}) for other in BITS}, given)
-                command = (
-                    f"python research/peers/engine_forms.py --windows {given.windows} --arms '{arm}' {name}={name}"
-                )
+                command = " ".join(["python research/peers/engine_forms.py", *sizes, f"--arms '{arm}' {name}={name}"])
                 record: Record = {"table": "engine-forms", "arm": f"{name}, {arm}", "model": name, "command": command}
-                read = None if arm in BITS else "wikitext2-valid.txt, 16x1024"
+                read = None if arm in BITS else f"wikitext2-valid.txt, {given.calibration}x1024"
                 record |= {"calibration": read, "text": "wikitext2-test.raw", **provenance(), "numbers": numbers}
                 append(given.jsonl, record)
                 print(name, arm, json.dumps(numbers), flush=True)
@@ -87,12 +87,12 @@ def measure(model: str, arm: str, others: dict[str, Record], given: argparse.Nam
         write_mlx(model, folder, BITS[arm])
     elif arm in PEERS:
         dense = locate(model).folder
-        tokens = windows(dense, given.data / "wikitext2-valid.txt", 16, 1024)
+        tokens = windows(dense, given.data / "wikitext2-valid.txt", given.calibration, 1024)
         save_file({"sequences": tokens}, given.out / "tokens.safetensors")
         run_once("out", "llm-compressor", "llm_compressor", PEERS[arm], dense, given)
     else:
         words = [re.sub(r"\{(.*,.*)\}", partial(bytes_of, others), word) for word in OURS[arm]]
-        read = calibration(given.data) | {"bos": "auto"}
+        read = calibration(given.data) | {"bos": "auto", "samples": given.calibration, "held_out": 0}
         sets = [word for key, value in read.items() for word in ("--set", f"calibration.{key}={value}")]
         run_command(["compress", model, *words, *sets, "-o", str(folder)])
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
