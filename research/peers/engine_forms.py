@@ -94,7 +94,7 @@ def measure(model: str, arm: str, others: dict[str, Record], given: argparse.Nam
         words = [re.sub(r"\{(.*,.*)\}", partial(bytes_of, others), word) for word in OURS[arm]]
         read = calibration(given.data) | {"bos": "auto", "samples": given.calibration, "held_out": 0}
         sets = [word for key, value in read.items() for word in ("--set", f"calibration.{key}={value}")]
-        run_command(["compress", model, *words, *sets, "-o", str(folder)])
+        run_command(["compress", model, *words, *sets, "--no-resume", "-o", str(folder)])
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     kinds = score_kinds(folder, model, given.data, given.out / "kinds", given.windows)
     return {"bytes": size, "windows": given.windows, **kinds}
