@@ -12,7 +12,6 @@ as that arm's. What FILE has is not measured again.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shutil
 import sys
@@ -25,7 +24,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(HERE.parent))
 from engine_doors import write_mlx
-from records import RESULTS, Record, append, provenance, read_records
+from records import RESULTS, Record, measure_missing, read_records
 from regrets import score_kinds, write_kinds
 from rows import calibration
 from three_models import run_command
@@ -65,20 +64,20 @@ def main() -> None:
     given = parser.parse_args()
     sizes = [f"--{key} {getattr(given, key)}" for key in ("calibration", "windows")]
     write_kinds(given.data, given.out / "kinds")
-    for name, _, model in (entry.partition("=") for entry in given.models):
-        for arm in given.arms:
-            held = {record["arm"]: record["numbers"] for record in read_records(given.jsonl)}
-            if f"{name}, {arm}" not in held:
-                numbers = measure(model, arm, {other: held.get(f"{name}, {other}", {}) for other in BITS}, given)
-                command = " ".join(["python research/peers/engine_forms.py", *sizes, f"--arms '{arm}' {name}={name}"])
-                record: Record = {"table": "engine-forms", "arm": f"{name}, {arm}", "model": name, "command": command}
-                read = None if arm in BITS else f"wikitext2-valid.txt, {given.calibration}x1024"
-                record |= {"calibration": read, "text": "wikitext2-test.raw", **provenance(), "numbers": numbers}
-                append(given.jsonl, record)
-                print(name, arm, json.dumps(numbers), flush=True)
+
+    def measure(name: str, model: str, arm: str) -> Record:
+        command = " ".join(["python research/peers/engine_forms.py", *sizes, f"--arms '{arm}' {name}={name}"])
+        read = None if arm in BITS else f"wikitext2-valid.txt, {given.calibration}x1024"
+        held = {record["arm"]: record["numbers"] for record in read_records(given.jsonl)}
+        others = {other: held.get(f"{name}, {other}", {}) for other in BITS}
+        numbers = measure_row(model, arm, others, given)
+        said = {"table": "engine-forms", "command": command, "calibration": read, "text": "wikitext2-test.raw"}
+        return said | {"numbers": numbers}
+
+    measure_missing(given.jsonl, given.models, given.arms, measure)
 
 
-def measure(model: str, arm: str, others: dict[str, Record], given: argparse.Namespace) -> Record:
+def measure_row(model: str, arm: str, others: dict[str, Record], given: argparse.Namespace) -> Record:
     """Return the numbers of one arm; `others`: those of the arms whose size it may have."""
     folder = given.out / "out"
     shutil.rmtree(folder, ignore_errors=True)
