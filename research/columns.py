@@ -169,6 +169,12 @@ TABLES: dict[str, Columns] = {
         "KL, mean": "{kl:.3f}",
         **{kind: f"{{{kind}:.3f}}" for kind in ("wikitext", "code", "stories", "sums", "advice", "sentences")},
     },
+    "engine-forms": {
+        "model and form": "{arm}",
+        "bytes": "{bytes:,}",
+        "KL, mean": "{kl:.4f}",
+        **{kind: f"{{{kind}:.4f}}" for kind in ("wikitext", "code", "stories", "sums", "advice", "sentences")},
+    },
     "dense-models": {
         "model": "{arm}",
         "llmcompress": "{own:.3f}",

@@ -121,12 +121,12 @@ def write_q4_0(model: str, folder: Path) -> None:
     rewrite_matrices(Path(model), folder / "model.gguf", convert)
 
 
-def write_mlx(model: str, folder: Path) -> None:
-    """Write a model as mlx-lm's own 4 bits in groups of 64."""
+def write_mlx(model: str, folder: Path, bits: int = 4) -> None:
+    """Write a model as mlx-lm's own quantizer does, in groups of 64."""
     from mlx_lm import convert
 
     folder.rmdir()
-    convert(str(locate(model).folder), str(folder), quantize=True, q_bits=4, q_group_size=64)
+    convert(str(locate(model).folder), str(folder), quantize=True, q_bits=bits, q_group_size=64)
 
 
 DOORS: dict[str, tuple[str, Callable[[Path, int], Any], list[str] | Callable[[str, Path], None]]] = {

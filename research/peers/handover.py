@@ -92,10 +92,7 @@ def hand_over(
     }
     if dense.keys() != expected or any(dense[name].shape != tensors[name].shape for name in expected):
         raise ValueError(f"these are not exactly the decoder's linears, as the model has them: {sorted(dense)}")
-    given.out.mkdir(parents=True, exist_ok=True)
-    for file in given.model.iterdir():
-        if file.suffix in (".json", ".jinja", ".txt", ".model") and not file.name.endswith(".index.json"):
-            shutil.copy(file, given.out)
+    copy_texts(given)
     config = given.out / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2))
     save_file(tensors | dense, given.out / WEIGHTS, {"format": "pt"})
@@ -106,6 +103,14 @@ def hand_over(
     line = json.dumps(report | {"versions": versions})
     (given.out / "peer.json").write_text(line + "\n")
     print(line, flush=True)
+
+
+def copy_texts(given: argparse.Namespace) -> None:
+    """Copies config and tokenizer into the folder that is handed over."""
+    given.out.mkdir(parents=True, exist_ok=True)
+    for file in given.model.iterdir():
+        if file.suffix in (".json", ".jinja", ".txt", ".model") and not file.name.endswith(".index.json"):
+            shutil.copy(file, given.out)
 
 
 def grouped_bits(weights: Iterable[Tensor], code: int, group: int, beside: int) -> int:

@@ -1,6 +1,7 @@
 """One arm of llm-compressor on one dense model; runs inside the peer's own environment (see README.md here).
 
 Hands over a folder (see handover.py); seconds, cpu_seconds and peak_rss_bytes are of oneshot alone, on a loaded model.
+An arm of `FOLDERS` rounds inputs too, which no dense model tells: its folder is the one that the peer writes for vLLM.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from handover import decoder_linears, grouped_bits, hand_over, loaded, parser, sequences, timed
+from handover import copy_texts, decoder_linears, grouped_bits, hand_over, loaded, parser, sequences, timed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +50,30 @@ def gptq(bits: int, observer: str | None) -> Any:
     return GPTQModifier(config_groups={"linears": scheme}, ignore=["lm_head"])
 
 
+def floats() -> Any:
+    """FP8 for weights, a scale a row, and for inputs, a scale a token."""
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    return QuantizationModifier(targets="Linear", scheme="FP8_DYNAMIC", ignore=["lm_head"])
+
+
+def integers() -> Any:
+    """8-bit integers for weights, by GPTQ with a scale a row, and for inputs, a scale a token."""
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    return GPTQModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])
+
+
+def smoothed() -> Any:
+    """The same behind SmoothQuant, as the peer's example has it."""
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+    return [SmoothQuantModifier(smoothing_strength=0.8), integers()]
+
+
+FOLDERS: dict[str, Callable[[], Any]] = {"fp8-dynamic": floats, "w8a8": integers, "w8a8-smooth": smoothed}
 ARMS: dict[str, Callable[[], Any]] = {
+    **FOLDERS,
     "wanda50": lambda: wanda("0:0"),
     "sparsegpt50": lambda: sparsegpt("0:0"),
     "sparsegpt24": lambda: sparsegpt("2:4"),
@@ -80,6 +104,10 @@ def run(given: argparse.Namespace) -> None:
         )
 
     _, facts = timed(work)
+    if given.arm in FOLDERS:
+        copy_texts(given)
+        model.save_pretrained(given.out, save_compressed=True)
+        return
     dense = {name: part.weight for name, part in decoder_linears(model).items()}
     facts |= {"bits": bits(modifier, dense), "dtype": given.dtype}
     hand_over(given, "llm-compressor", ("llmcompressor", "compressed-tensors", "transformers"), dense, facts)
