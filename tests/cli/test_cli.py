@@ -491,6 +491,8 @@ def test_mistakes_in_the_arguments_end_with_2(words: list[str], message: str) ->
         (["compress", "smollm2", "-o", "out", "--bpw=-1"], 2, "--bpw: target: bpw is -1.0"),
         (["plan", "smolm2", "RECIPE"], 5, "did you mean 'smollm2'?"),
         (["inspect", "none"], 5, "none holds no report.json"),
+        (["verify", "none"], 5, "none is no folder; give a compressed checkpoint"),
+        (["export", ".", "--to", "dense", "-o", "out"], 5, "has no config.json; give a compressed checkpoint"),
         (["eval", "./none"], 5, "the model folder ./none does not exist"),
     ],
 )
