@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.errors import InputError
-from llmcompress.recipe.yaml import shorten
 
 ROW_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 FILE_KINDS = (".txt", *ROW_KINDS)
@@ -61,7 +60,7 @@ def list_files(dataset: str) -> list[Path]:
         files += map(Path, matches or [name])
     for path, count in Counter(files).most_common(1):
         if count > 1:
-            raise InputError(f"{shorten(dataset, 300)} names {path} twice; name each file once")
+            raise InputError(f"{path} is {count} times among the files of the text; name each file once")
     return files
 
 

@@ -249,7 +249,7 @@ def test_files_are_read_in_the_order_of_their_names_and_lists_in_their_own(tmp_p
     with pytest.raises(InputError, match=r"there is no file .*e\.jsonl"):
         list(read_documents(f"{tmp_path}/a.jsonl,{tmp_path}/e.jsonl"))
     for twice in (f"{tmp_path}/*.jsonl,{tmp_path}/a.jsonl", f"{tmp_path}/a.jsonl,{tmp_path}/a.jsonl"):
-        with pytest.raises(InputError, match=r"names .*a\.jsonl twice"):
+        with pytest.raises(InputError, match=r"a\.jsonl is 2 times among the files"):
             list(read_documents(twice))
     odd = tmp_path / "x,[y].jsonl"
     odd.write_bytes(lines([{"text": "odd"}]))
