@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmcompress.cli.compress import report_view
-from llmcompress.cli.options import Checkpoint, RecipeFile, Settings, command
+from llmcompress.cli.options import AsJson, Checkpoint, RecipeFile, Settings, command
 from llmcompress.cli.terminal import Terminal, build_table
 from llmcompress.models.files import file_names
 from llmcompress.reporting.tables import Row, merge_sentences
@@ -112,12 +112,12 @@ def _numbers(measured: Row | None) -> tuple[str, str, str]:
 
 
 @recipe.command()
-def schema(distillation: IsDistillation = False) -> None:
+def schema(distillation: IsDistillation = False, as_json: AsJson = True) -> None:
     """Print the JSON schema of recipes: every key, method and loss. Editors complete and check recipes with it.
 
     Example: llmcompress recipe schema > recipe.schema.json
     """
-    with Terminal(as_json=True) as terminal:
+    with Terminal(as_json) as terminal:
         from llmcompress.recipe.compression import Recipe
         from llmcompress.recipe.distillation import Distillation
         from llmcompress.recipe.read import json_schema

@@ -177,12 +177,14 @@ def stop_early(number: int, frame: FrameType | None) -> None:
 def contain_others(warn: Callable[[Iterable[str]], None]) -> Iterator[None]:
     """Log every bar of tqdm as our own progress, and pass each other warning once to `warn`, as one line.
 
-    Warnings that are for developers alone are left out, and so are those of DeepSpeed, which at every import says that
-    there is no GPU.
+    Among these are records of libraries that no handler takes, such as bitsandbytes' at every product. Warnings that
+    are for developers alone are left out, and so are those of DeepSpeed, which at every import says that there is no
+    GPU.
     """
     from tqdm.std import tqdm
 
     begin, display, show_warning = tqdm.__init__, tqdm.display, warnings.showwarning
+    last_resort = logging.lastResort
     shown: set[str] = set()
 
     def begin_unseen(bar: Any, *args: Any, **settings: Any) -> None:
@@ -202,13 +204,21 @@ def contain_others(warn: Callable[[Iterable[str]], None]) -> Iterator[None]:
             shown.add(sentence)
             warn([sentence])
 
+    def warn_once(record: logging.LogRecord) -> bool:
+        show_once(Warning(record.getMessage()), Warning)
+        return False
+
     def is_error(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR
 
     tqdm.__init__, tqdm.display, warnings.showwarning = begin_unseen, log_bar, show_once
     DEEPSPEED.addFilter(is_error)
+    logging.lastResort = logging.StreamHandler()
+    logging.lastResort.setLevel(logging.WARNING)
+    logging.lastResort.addFilter(warn_once)
     try:
         yield
     finally:
         tqdm.__init__, tqdm.display, warnings.showwarning = begin, display, show_warning
         DEEPSPEED.removeFilter(is_error)
+        logging.lastResort = last_resort

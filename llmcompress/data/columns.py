@@ -3,7 +3,9 @@
 A document is a string, or a chat: a list of `{"role": ..., "content": ...}` messages. Nothing here reads files.
 """
 
+import json
 import re
+from collections import Counter
 from typing import Any
 
 from llmcompress.errors import InputError
@@ -17,12 +19,18 @@ PROMPT_COLUMNS = ("instruction", "prompt", "question", "query", "input")
 ANSWER_COLUMNS = ("output", "completion", "response", "answer", "chosen")
 MORE_COLUMNS = ("input", "context")  # what an instruction is about
 SYSTEM_COLUMNS = ("system", "system_prompt")
-ROLES = {  # of messages with `from` and `value`
+COLUMNS = {*CHAT_COLUMNS, *PROMPT_COLUMNS, *ANSWER_COLUMNS, "text"}
+SPEAKERS = {  # of any message
     **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model", "function_call"), "assistant"),
-    **dict.fromkeys(("tool", "function", "observation"), "tool"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot", "model"), "assistant"),
     "system": "system",
 }
+ROLES = {  # of messages with `from` and `value`
+    **SPEAKERS,
+    "function_call": "assistant",
+    **dict.fromkeys(("tool", "function", "observation"), "tool"),
+}
+UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # beside a message's content
 
 
 def read_row(row: Any, column: str | tuple[str, str] | None, where: str) -> tuple[Document | None, tuple[str, ...]]:
@@ -41,6 +49,8 @@ def read_row(row: Any, column: str | tuple[str, str] | None, where: str) -> tupl
     if len(names) == 2:
         return _read_pair(row, *names, where)
     value = row[names[0]]
+    if names[0] in CHAT_COLUMNS and isinstance(value, str) and value.lstrip()[:1] == "[":
+        value = _parse_chat(value, f"{where}, column {names[0]!r}")
     if value is None or isinstance(value, str):
         return _check_characters(value or "", where), names
     if not _is_chat(value):
@@ -54,16 +64,18 @@ def read_row(row: Any, column: str | tuple[str, str] | None, where: str) -> tupl
 def describe_absence(row: dict[Any, Any], column: str | tuple[str, str] | None, where: str) -> str:
     """Return the sentence on a row without the column of a text."""
     has = shorten(sorted(map(str, row)), 200)
+    if column is None and (name := next((name for name, value in row.items() if _holds_rows(value)), None)):
+        return f"{where} holds rows in {shorten(name)!r}; write these alone, as a list or one per line"
     if column is None:
         return f"{where} has the columns {has}; name the one with the text as `column`"
     names = (column,) if isinstance(column, str) else column
     return f"{where} has no column {next(name for name in names if name not in row)!r}; it has {has}"
 
 
-def count_calls(row: Any, columns: tuple[str, ...]) -> int:
-    """Return the number of messages in these columns that call tools, which documents leave out."""
+def count_unread(row: Any, columns: tuple[str, ...]) -> Counter[str]:
+    """Return the number of messages in these columns by what they have beside content and documents leave out."""
     turns = [turn for name in columns if isinstance(row[name], list) for turn in row[name]]
-    return sum(bool(turn.get("tool_calls") or turn.get("function_call")) for turn in turns)
+    return Counter(name for turn in turns for name in UNREAD if turn.get(name))
 
 
 def _find_columns(row: dict[Any, Any], where: str) -> tuple[str, ...]:
@@ -73,11 +85,12 @@ def _find_columns(row: dict[Any, Any], where: str) -> tuple[str, ...]:
     if not known and prompt and answer and _is_part(row[prompt]) and _is_part(row[answer]):
         return prompt, answer
     texts = [name for name, value in row.items() if isinstance(value, str)]
+    is_only = not any(isinstance(value, list | dict) and value for value in row.values())  # which may hold the text
     known += ["chosen"] if row.get("chosen") is not None and _is_part(row["chosen"]) else []
     known += ["content"] if "content" in texts else []
     known += [name for name in (*CHAT_COLUMNS, "text") if name in row]  # holds nothing in this row
     names = known[:1] or texts
-    if len(names) > 1:
+    if len(names) > 1 or (not known and texts and not is_only):
         raise InputError(describe_absence(row, None, where))
     return tuple(names)
 
@@ -121,9 +134,26 @@ def _is_chat(value: Any) -> bool:
     )
 
 
+def _holds_rows(value: Any) -> bool:
+    """True for a row, or a list of them, in the place of a text."""
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, dict) and not _is_chat(value) and not COLUMNS.isdisjoint(first)
+
+
 def _is_part(value: Any) -> bool:
     """True for what a prompt or an answer can be."""
     return value is None or isinstance(value, str) or _is_chat(value)
+
+
+def _parse_chat(text: str, where: str) -> Any:
+    """Return the messages that a text holds as JSON, as tables of chats have them; a text that is no list as it is."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if not re.match(r"\s*\[\s*{", text):
+            return text
+        raise InputError(f"{where} holds a list that is not JSON ({error}); write its messages as JSON") from error
+    return value if _is_chat(value) else text
 
 
 def _read_part(value: Any, role: str, where: str) -> list[Message]:
@@ -140,11 +170,12 @@ def _read_chat(value: list[dict[str, Any]], where: str) -> list[Message]:
     for number, turn in enumerate(value, start=1):
         sender, content = ("role", "content") if _is_plain(turn) else ("from", "value")
         role = _read_content(turn[sender], f"{where}, role {number}")
-        if sender == "from" and role not in ROLES:
+        known = ROLES if sender == "from" else SPEAKERS
+        if sender == "from" and role.lower() not in ROLES:
             raise InputError(f"{where}, message {number} is from {shorten(role)!r}; write one of {', '.join(ROLES)}")
         chat.append(
             {
-                "role": ROLES[role] if sender == "from" else role,
+                "role": known.get(role.lower(), role),
                 "content": _read_content(turn[content], f"{where}, message {number}"),
             }
         )

@@ -13,6 +13,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ LONGEST_LINE = 1 << 28  # bytes of a JSON line, and of one in a list
 LONGEST_RECORD = 1 << 24  # bytes of a row of CSV: Python holds it as cells, which takes many times as much
 DATASET_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError)  # and Arrow's
 CHUNK = 1 << 20  # characters of a list in JSON that are read at once
+DELIMITERS = ",;|\t"  # of tables
 SAVED_ROWS = 1000  # rows of a saved data set that are checked at once
 GAP = re.compile(r"\s*(,?)\s*")  # between entries of a list
 LINE_ENDS, SPACES = re.compile(rb".*\n", re.DOTALL), re.compile(rb".*[ \t]", re.DOTALL)
@@ -56,7 +58,7 @@ def file_rows(path: Path) -> Iterator[Any]:
             case ".json":
                 yield from _json_entries(path)
             case ".csv" | ".tsv" as kind:
-                yield from _table_rows(path, "," if kind == ".csv" else "\t")
+                yield from _table_rows(path, DELIMITERS if kind == ".csv" else DELIMITERS[::-1])
             case ".parquet" | ".arrow" as kind if path.suffix.lower() == kind:
                 yield from arrow_rows(path)
             case _ if path.is_dir():
@@ -109,11 +111,12 @@ def _end(data: bytes) -> int:
 
 
 def _decode(data: bytes, path: Path | str, start: int = 0) -> str:
-    """Return the text of UTF-8 bytes; the first is byte `start` of `path`."""
+    """Return the text of UTF-8 bytes without a byte-order mark; the first is byte `start` of `path`."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {start + error.start}); convert it to UTF-8") from error
+    text = text.removeprefix("" if start else "\ufeff")
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
@@ -139,7 +142,7 @@ def _json_rows(path: Path, advice: str = "write one object per line") -> Iterato
             if len(line) > LONGEST_LINE:
                 raise InputError(f"{where} has more than {LONGEST_LINE:,} bytes; write its text as several documents")
             if line.strip():
-                yield parse_line(line, where, advice)
+                yield parse_line(_decode(line, where), where, advice)
 
 
 def _json_entries(path: Path) -> Iterator[Any]:
@@ -200,8 +203,8 @@ def _may_be_cut(error: ValueError, buffer: str) -> bool:
     return error.pos > len(buffer) - 16 or error.msg.startswith("Unterminated string")
 
 
-def _table_rows(path: Path, delimiter: str) -> Iterator[dict[str, str]]:
-    """Yield the rows of a table; its first row names the columns."""
+def _table_rows(path: Path, delimiters: str) -> Iterator[dict[str, str]]:
+    """Yield the rows of a table; its first row names the columns, with the first of the `delimiters` that it has."""
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_RECORD))
     number, size = 0, 0
 
@@ -214,10 +217,14 @@ def _table_rows(path: Path, delimiter: str) -> Iterator[dict[str, str]]:
                     f"{path}, line {number} is in a row of more than {LONGEST_RECORD:,} bytes; close its quotes, or "
                     "write its text as several rows"
                 )
-            yield _decode(line, f"{path}, line {number}").removeprefix("\ufeff" if number == 1 else "")
+            yield _decode(line, f"{path}, line {number}")
 
     with _open(path) as data:
-        rows = csv.reader(read_lines(data), delimiter=delimiter, strict=True)
+        lines = read_lines(data)
+        first = next(lines, "")
+        names = re.sub('"[^"]*"', "", first)
+        delimiter = next((each for each in delimiters if each in names), delimiters[0])
+        rows = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
         try:
             header = next(rows, [])
             if len(set(header)) < len(header):

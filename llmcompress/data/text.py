@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from llmcompress.data.builtin import builtin_documents, stdlib_documents
-from llmcompress.data.columns import Document, count_calls, describe_absence, read_row
+from llmcompress.data.columns import Document, count_unread, describe_absence, read_row
 from llmcompress.data.files import DATASET_ERRORS, LONGEST_TEXT, arrow_rows, file_rows, is_saved
 from llmcompress.errors import InputError, first_line, list_names
 from llmcompress.recipe.calibration import OFFLINE, Calibration
@@ -32,14 +32,14 @@ HELD_CHARACTERS = 1 << 28  # of them; fewer documents are held where they are lo
 class Reading:
     """The understanding of a text so far.
 
-    rows: number of rows read, `empty` of them without text; calls: number of messages with calls of tools; kinds:
-    number of documents by the columns that they were read from; cuts: notes on documents that were cut; absence: the
-    sentence on the first row that lacks the columns.
+    rows: number of rows read, `empty` of them without text; unread: number of messages by what was left out of them;
+    kinds: number of documents by the columns that they were read from; cuts: notes on documents that were cut; absence:
+    the sentence on the first row that lacks the columns.
     """
 
     rows: int = 0
     empty: int = 0
-    calls: int = 0
+    unread: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
     cuts: set[str] = field(default_factory=set)
     absence: str = ""
@@ -48,7 +48,7 @@ class Reading:
         """Count a row that is a document."""
         form = "text" if isinstance(document, str) else "chats"
         self.kinds[f"{form} from {shorten(', '.join(columns), 100)}" if columns else form] += 1
-        self.calls += count_calls(row, columns)
+        self.unread += count_unread(row, columns)
 
     def check(self) -> None:
         """Raise InputError if rows lack the columns of a text, and all before have no text either."""
@@ -61,9 +61,9 @@ class Reading:
         notes = {
             f"rows of {source} were read in several ways: {list_names(counts)}": len(counts) > 1,
             f"{self.empty:,} of {self.rows:,} rows of {source} have no text and were left out": self.empty,
-            f"calls of tools in {self.calls:,} messages of {source} were left out": self.calls,
         }
-        return [*(note for note, holds in notes.items() if holds), *sorted(self.cuts)]
+        unread = [f"{name} of {count:,} messages of {source} were left out" for name, count in self.unread.items()]
+        return [*(note for note, holds in notes.items() if holds), *unread, *sorted(self.cuts)]
 
     def log_notes(self, source: str) -> None:
         """Log the notes on the text `source` where no report has them."""
@@ -140,7 +140,9 @@ def _describe(dataset: str, reading: Reading, row: Any, document: Document, colu
         example = " | ".join(f"{turn['role'][:EXAMPLE]}: {turn['content'][:EXAMPLE]}" for turn in document[:EXAMPLE])
     files = len(list_files(dataset)) if is_file(dataset) else 1
     source = shorten(dataset, 200) + (f" ({files:,} files)" if files > 1 else "")
-    others = [shorten(name) for name in row if name not in columns] if isinstance(row, dict) else []
+    others = (
+        [shorten(name or "one without a name") for name in row if name not in columns] if isinstance(row, dict) else []
+    )
     unread = f", without {list_names(others)}" if others else ""
     seen = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in example)
     return f"{source} is read as {next(iter(reading.kinds))}{unread}; first: {shorten(seen, EXAMPLE)}"

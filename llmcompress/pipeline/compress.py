@@ -34,7 +34,14 @@ from llmcompress.models.dense.model import resolve
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import MANIFEST, remove_unfinished
 from llmcompress.models.files.compressed import check_kind
-from llmcompress.models.files.output import check_writable, disk_errors, is_ours, lock_output, remove_folder
+from llmcompress.models.files.output import (
+    check_output_name,
+    check_writable,
+    disk_errors,
+    is_ours,
+    lock_output,
+    remove_folder,
+)
 from llmcompress.pipeline.quality_check import check_gates, is_unsettled, judge
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.distillation import Distillation
@@ -131,6 +138,8 @@ def compress(
     judging = judging or progress_line("block read for the gates")
     with join_ranks(device) as ranks, time_phases():
         with ranks.agree_on_errors():
+            if output is not None:
+                check_output_name(Path(output))
             job = _open_job(model, recipe, revision, trust_remote_code)
         finish = partial(
             compress_job, device=ranks.device, progress=progress, training=training, resume=resume, ranks=ranks

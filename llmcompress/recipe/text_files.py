@@ -5,9 +5,12 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from llmcompress.errors import InputError
 
 ROW_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 FILE_KINDS = (".txt", *ROW_KINDS)
@@ -47,11 +50,17 @@ def split_names(dataset: str) -> list[str]:
 
 
 def list_files(dataset: str) -> list[Path]:
-    """Return local files in the order of their names; a pattern such as `data/*.jsonl` that matches none as it is."""
+    """Return local files in the order of their names; a pattern such as `data/*.jsonl` that matches none as it is.
+
+    Raises InputError for a file that is named twice.
+    """
     files: list[Path] = []
     for name in map(os.path.expanduser, split_names(dataset)):
         matches = [] if os.path.exists(name) else sorted(filter(os.path.isfile, glob.iglob(name, recursive=True)))
         files += map(Path, matches or [name])
+    for path, count in Counter(files).most_common(1):
+        if count > 1:
+            raise InputError(f"{path} is {count} times among the files of the text; name each file once")
     return files
 
 

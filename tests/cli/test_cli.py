@@ -243,6 +243,11 @@ def test_json_of_plan_has_every_layer_and_the_warnings(recipe: Path, calls: Call
     assert found.keys() >= {"bytes", "bpw", "model_bpw", "peak_memory_bytes", "seconds"}
 
 
+def test_json_of_a_schema_is_the_schema() -> None:
+    plain, asked = run("recipe", "schema"), run("recipe", "schema", "--json")
+    assert asked.exit_code == 0 and json.loads(asked.stdout) == json.loads(plain.stdout)
+
+
 def test_json_has_null_for_numbers_that_json_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llmcompress.evaluation.score, "score", lambda *a, **k: SCORES | {"perplexity": float("inf")})
     assert json.loads(run("eval", "small", "--json").stdout)["perplexity"] is None
@@ -491,6 +496,8 @@ def test_mistakes_in_the_arguments_end_with_2(words: list[str], message: str) ->
         (["compress", "smollm2", "-o", "out", "--bpw=-1"], 2, "--bpw: target: bpw is -1.0"),
         (["plan", "smolm2", "RECIPE"], 5, "did you mean 'smollm2'?"),
         (["inspect", "none"], 5, "none holds no report.json"),
+        (["verify", "none"], 5, "none is no folder; give a compressed checkpoint"),
+        (["export", ".", "--to", "dense", "-o", "out"], 5, "has no config.json; give a compressed checkpoint"),
         (["eval", "./none"], 5, "the model folder ./none does not exist"),
     ],
 )

@@ -195,6 +195,19 @@ def test_warnings_of_libraries_are_a_line_each_and_once(capsys: pytest.CaptureFi
     assert capsys.readouterr().err == "warning: the kernels are slow\nwarning: a layer is rough\n"
 
 
+def test_records_that_no_handler_takes_are_a_line_each_and_once(capsys: pytest.CaptureFixture[str]) -> None:
+    logger, before = logging.getLogger("a.library"), logging.lastResort
+    logger.propagate = False  # to the handlers of the tests
+    with terminal.Terminal():
+        for _ in range(3):
+            logger.warning("inputs will be cast\n  see there")
+            logger.info("nothing to say")
+    assert capsys.readouterr().err == "warning: inputs will be cast\n" and logging.lastResort is before
+    with terminal.Terminal(quiet=True):
+        logger.warning("inputs will be cast")
+    assert capsys.readouterr().err == ""
+
+
 def test_of_deepspeed_errors_alone_are_heard(caplog: pytest.LogCaptureFixture) -> None:
     logger = logging.getLogger("DeepSpeed")
     logger.addHandler(caplog.handler)

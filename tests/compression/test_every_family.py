@@ -52,6 +52,7 @@ WIDER_BY_FAMILY: dict[str, dict[str, Any]] = {
 BY_TOKEN = ("zamba2", "gemma4_text")  # blocks see the embeddings too, so none learns by itself
 SHORT = ["calibration.samples=4", "calibration.length=32", "calibration.held_out=1"]  # else as shipped
 BRIEF = ["reconstruct.steps=2"]
+TAUGHT = ["distill.data.samples=8", "distill.data.length=32", "distill.steps=2"]
 IDS = torch.tensor([[1, 5, 200, 5, 12, 0, 77]])
 
 
@@ -77,6 +78,7 @@ def compressed(source: Path, recipe: str, output: Path) -> lc.Result:
     asked = read_recipe(recipe)
     settings = [] if asked.calibration is None else SHORT
     settings = settings if asked.reconstruct is None else [*settings, *BRIEF]
+    settings = settings if asked.distill is None else [*settings, *TAUGHT]
     return lc.compress(source, read_recipe(recipe, settings), output)
 
 

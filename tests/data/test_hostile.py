@@ -110,7 +110,7 @@ def test_shuffling_holds_few_long_documents(monkeypatch: pytest.MonkeyPatch) -> 
             "a part that is no text (text)",
         ),
         (b'{"messages": [{"role": "user", "content": {"a": 1}}]}', "message 1 holds dict, not text"),
-        (b'{"text": "\xff"}', "line 1 is not JSON"),
+        (b'{"text": "\xff"}', "line 1 is not UTF-8 text (byte 10)"),
         (b'{"text": ' + b"9" * 5000 + b"}", "line 1 is not JSON"),
         (b'{"' + b"k" * 5000 + b'": 1}', "name the one with the text"),
     ],

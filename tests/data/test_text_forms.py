@@ -18,6 +18,7 @@ import pytest
 from llmcompress.data import files
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
 from llmcompress.data.distillation import read_data
+from llmcompress.data.files import read_text
 from llmcompress.data.self_data import Answering, prompts
 from llmcompress.data.text import PATIENCE, Reading, read_documents
 from llmcompress.errors import InputError, RecipeError
@@ -174,6 +175,11 @@ def test_a_packed_text_is_the_text(tmp_path: Path, suffix: str, monkeypatch: pyt
         ({"text": "words", "instruction": "a", "output": "b"}, "words"),
         ({"messages": CHAT, "text": "words", "system": "Be brief."}, CHAT),
         ({"body": "words", "answer": 5, "question": 7}, "words"),
+        ({"body": "words", "tags": [], "meta": {}}, "words"),
+        ({"messages": json.dumps(CHAT), "id": "x"}, CHAT),
+        ({"messages": "[sic] words"}, "[sic] words"),
+        ({"messages": [{"role": "Human", "content": "Hi, ü"}, {"role": "gpt", "content": "Hello.\nYes?"}]}, CHAT),
+        ({"conversations": [{"from": "Human", "value": "Hi, ü"}, {"from": "GPT", "value": "Hello.\nYes?"}]}, CHAT),
     ],
 )
 def test_rows_are_known_by_the_names_of_their_columns(tmp_path: Path, row: Any, chat: Any) -> None:
@@ -193,6 +199,31 @@ def test_rows_are_known_by_the_names_of_their_columns(tmp_path: Path, row: Any, 
 def test_senders_are_roles(tmp_path: Path, sender: str, role: str) -> None:
     row = {"conversations": [{"from": sender, "value": "x", "weight": 1}]}
     assert chat_of(tmp_path, row) == [{"role": role, "content": "x"}]
+
+
+@pytest.mark.parametrize("role", ["developer", "tool", "ipython", "function_call"])
+def test_roles_that_templates_know_stay(tmp_path: Path, role: str) -> None:
+    chat = [{"role": role, "content": "x"}]
+    assert chat_of(tmp_path, {"messages": chat}) == chat
+
+
+@pytest.mark.parametrize("delimiter", ",;|\t")
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_the_first_row_of_a_table_tells_what_parts_its_cells(tmp_path: Path, suffix: str, delimiter: str) -> None:
+    path = tmp_path / f"rows{suffix}"
+    write_table(path, ROWS, delimiter)
+    assert list(read_documents(str(path))) == [row["text"] for row in ROWS]
+    path.write_text('"text"\na; b\n')
+    assert list(read_documents(str(path))) == ["a; b"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
+    for prefix in ("", "\ufeff"):
+        data = {"a.txt": "words", "a.csv": "text\nwords\n"}.get(name, '{"text": "words"}\n')
+        (tmp_path / name).write_text(prefix + data, encoding="utf-8")
+        assert list(read_documents(str(tmp_path / name))) == ["words"]
+        assert read_text(tmp_path / name) == data
 
 
 def test_a_column_may_be_named(tmp_path: Path) -> None:
@@ -217,6 +248,9 @@ def test_files_are_read_in_the_order_of_their_names_and_lists_in_their_own(tmp_p
         list(read_documents(f"{tmp_path}/*.csv"))
     with pytest.raises(InputError, match=r"there is no file .*e\.jsonl"):
         list(read_documents(f"{tmp_path}/a.jsonl,{tmp_path}/e.jsonl"))
+    for twice in (f"{tmp_path}/*.jsonl,{tmp_path}/a.jsonl", f"{tmp_path}/a.jsonl,{tmp_path}/a.jsonl"):
+        with pytest.raises(InputError, match=r"a\.jsonl is 2 times among the files"):
+            list(read_documents(twice))
     odd = tmp_path / "x,[y].jsonl"
     odd.write_bytes(lines([{"text": "odd"}]))
     assert list(read_documents(str(odd))) == ["odd"]
@@ -261,7 +295,7 @@ def test_what_was_understood_is_said_once_with_an_example_on_a_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "chats.jsonl"
-    calls = {"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"id": 1}], "reasoning_content": "Hm."}
     rows: list[Any] = [{"messages": [{"role": "user", "content": "a\x1b[31m\n\u202e" + "b" * 120}, calls], "tools": []}]
     rows += [{"messages": []}, {"text": None, "other": "x"}, {"text": "plain " * 20}, {"n": 1}, {"messages": CHAT}]
     path.write_bytes(lines(rows))
@@ -281,7 +315,8 @@ def test_what_was_understood_is_said_once_with_an_example_on_a_line(
         == [
             "rows of chats.jsonl were read in several ways: 2 as chats from messages, 1 as text from text",
             "3 of 6 rows of chats.jsonl have no text and were left out",
-            "calls of tools in 1 messages of chats.jsonl were left out",
+            "tool_calls of 1 messages of chats.jsonl were left out",
+            "reasoning_content of 1 messages of chats.jsonl were left out",
         ]
     )
 
@@ -382,6 +417,15 @@ def test_evaluation_reads_documents_as_calibration_does(tmp_path: Path, caplog: 
         ("a.csv", b"text,text\na,1\n", "names a column twice"),
         ("a.csv", b"text\nok\n\xff\n", "line 3 is not UTF-8"),
         ("a.csv", "text\nü\n".encode("utf-16"), "line 1 is not UTF-8"),
+        ("a.jsonl", '{"text": "ü"}\n'.encode("utf-16"), "line 1 is not UTF-8"),
+        ("a.jsonl", b'{"id": "1", "data": ["a", "b"]}', "name the one with the text as `column`"),
+        ("a.json", b'{"data": [{"text": "a"}]}', "row 1 holds rows in 'data'; write these alone"),
+        ("a.json", b'{"0": {"text": "a"}, "1": {"text": "b"}}', "row 1 holds rows in '0'; write these alone"),
+        (
+            "a.csv",
+            b"messages\n\"[{'role': 'user', 'content': 'a'}]\"\n",
+            "column 'messages' holds a list that is not JSON",
+        ),
         ("a.csv", b"", "is empty"),
         ("a.csv", b"text\n", "is empty"),
         ("a.tsv", b"a\tb\nx\ty\n", "name the one with the text"),

@@ -112,19 +112,23 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "another kind": (configured(peft_type="IA3"), "an adapter of the kind 'IA3', no LoRA; merge it with PEFT"),
     "no base": (configured(base_model_name_or_path=None), "names no model as base_model_name_or_path; add the one"),
-    "a missing base": (configured(base_model_name_or_path="/nowhere/model"), "/nowhere/model does not exist"),
+    "a missing base": (
+        configured(base_model_name_or_path="/nowhere/model"),
+        "/nowhere/model does not exist; give a .* as base_model_name_or_path of the adapter .*adapter",
+    ),
     "a base of words": (configured(base_model_name_or_path=["x"]), "names no model as base_model_name_or_path"),
     "code by name": (configured(megatron_config={"a": 1}), "has megatron_config, which is more than a term of linears"),
     "a broken config": (configured(r="many", target_modules=3), "is no config of PEFT|does not|cannot be read as"),
     "another rank": (configured(r=3), "q_proj.weight in .* cannot be read as the base of adapter .*; download or copy"),
     "no weights": (lambda folder: (folder / ADAPTER).unlink(), "has an adapter_config.json and no adapter_model.safet"),
-    "half a term": (edited(lambda t: t.pop(A)), "does not fit model.layers.0.self_attn.q_proj of its base; give the"),
+    "half a term": (edited(lambda t: t.pop(A)), "does not fit model.layers.0.self_attn.q_proj of .*model; correct"),
     "another width": (edited(lambda t: t.update({A: torch.ones(2, 33)})), "does not fit model.layers.0.self_attn.q"),
     "another model": (
         edited(lambda t: t.update({A.replace("layers.0", "layers.7"): t.pop(A)})),
-        "is nothing that is merged into model.layers.7.self_attn.q_proj.weight here; merge it with PEFT",
+        "layers.7.self_attn.q_proj.lora_A.weight of the adapter .* is for what .*model lacks; correct base_model_name",
     ),
     "integers": (edited(lambda t: t.update({A: t[A].int()})), "is nothing that is merged into model.layers.0"),
+    "nothing in it": (edited(lambda t: t.clear()), "holds no weights; save it again where they are whole"),
     "other tensors": (
         edited(lambda t: t.update({"base_model.model.x": t[A].clone()})),
         "is merged into x here",
@@ -142,6 +146,15 @@ def test_hostile_adapters_are_refused_in_one_sentence(damage: str, base: Path, t
         for name in source.tensors:
             source.read(name)
     assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_beside_a_model_is_not_ignored(base: Path, tmp_path: Path) -> None:
+    """transformers would load the base that the adapter names, and the adapter."""
+    folder = adapted(base, tmp_path / "both")
+    shutil.copy(base / WEIGHTS, folder)
+    shutil.copy(base / "config.json", folder)
+    with pytest.raises(InputError, match="beside its weights.*; remove that file, or merge the adapter"):
+        resolve(folder)
 
 
 def test_an_adapter_of_a_tied_table_and_of_an_adapter_are_refused(base: Path, tmp_path: Path) -> None:

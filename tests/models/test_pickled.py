@@ -191,6 +191,7 @@ WRAPPED: dict[str, Callable[[str], str]] = {
     "compiled": lambda name: f"_orig_mod.{name}",
     "in several processes": lambda name: f"module.{name}",
     "both": lambda name: f"module._orig_mod.{name}",
+    "by Lightning": lambda name: f"_forward_module.{name}",
     "by PEFT": lambda name: f"base_model.model.{name}",
     "a language model": lambda name: f"language_model.{name}",
     "inside the model": lambda name: name.replace("model.", "model.language_model."),
@@ -213,6 +214,13 @@ def test_names_of_wrappers_are_taken_off(wrapper: str, pickled: bool, copied: Pa
     expected = AutoModelForCausalLM.from_pretrained(plain)(IDS).logits
     for model in (load_model(locate(copied)), source.load()):
         assert torch.equal(model(input_ids=IDS).logits, expected)
+
+
+def test_an_unknown_wrapper_is_named(copied: Path) -> None:
+    tensors = {f"net.{name}": value for name, value in load_file(copied / WEIGHTS).items()}
+    save_file(tensors, copied / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks .*, and stores net\.model\.embed_tokens\.weight; give tensors"):
+        resolve(copied)
 
 
 def test_what_a_wrapped_model_becomes_has_its_own_names(copied: Path, plain: Path, tmp_path: Path) -> None:

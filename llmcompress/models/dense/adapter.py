@@ -30,6 +30,7 @@ FILES = ("adapter_model.safetensors", "adapter_model.bin")
 BEFORE = "base_model.model."  # names in its file
 PART = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?")
 BEYOND = ("layer_replication", "target_parameters", "megatron_config", "alora_invocation_tokens", "arrow_config")
+OTHER = "correct base_model_name_or_path in its config"
 MERGE = "merge it with PEFT (merge_and_unload) and give the folder that you save"
 
 UNTIE = (  # else PEFT adds both terms to the one matrix, or saves but one of two
@@ -41,6 +42,15 @@ UNTIE = (  # else PEFT adds both terms to the one matrix, or saves but one of tw
 def is_adapter(folder: Path) -> bool:
     """True for a folder with an adapter and no model of its own."""
     return (folder / ADAPTER).is_file() and not has_model(folder)
+
+
+def check_alone(folder: Path) -> None:
+    """Raise InputError for a model with an adapter beside its weights, which may be in them already."""
+    if (folder / ADAPTER).is_file():
+        raise InputError(
+            f"{folder} has an {ADAPTER} beside its weights, so transformers would load the model that it names; "
+            f"remove that file, or merge the adapter into the model"
+        )
 
 
 def adapter_files(folder: Path) -> tuple[Path, Path]:
@@ -61,9 +71,9 @@ def base_of(folder: Path) -> tuple[str, str | None]:
 
 
 def merge_headers(
-    model: PreTrainedModel, tensors: Mapping[str, Header], tied: Mapping[str, str], folder: Path
+    model: PreTrainedModel, tensors: Mapping[str, Header], tied: Mapping[str, str], folder: Path, base_folder: Path
 ) -> dict[str, Header]:
-    """Return the headers of a dense `model` with the LoRA adapter in `folder`.
+    """Return the headers of a dense `model` of `base_folder` with the LoRA adapter in `folder`.
 
     Raises InputError for an adapter that is damaged, of another model, or of a kind that is not merged here.
     """
@@ -71,12 +81,17 @@ def merge_headers(
         raise InputError(f"reading the adapter {folder} needs the package peft; run `pip install peft`")
     config, merged = _read_config(folder), dict(tensors)
     layers: dict[str, dict[str, Header]] = {}  # parts by PEFT's names, by module path
-    for key, header in _read_parts(folder).items():
+    stored = _read_parts(folder)
+    if not stored:
+        raise InputError(f"the adapter {folder} holds no weights; save it again where they are whole")
+    for key, header in stored.items():
         part = key.removeprefix(BEFORE).replace(".base_layer.", ".")  # of a table that goes along with its adapter
         match = PART.fullmatch(part)
         name = f"{match[1]}.weight" if match else part
         if {name} & {*tied, *tied.values()}:
             raise InputError(f"{key} of the adapter {folder} is for a table that is the head too in its base; {UNTIE}")
+        if match and name not in tensors:
+            raise InputError(f"{key} of the adapter {folder} is for what {base_folder} lacks; {OTHER}")
         if name not in tensors or header.dtype not in FLOATS:
             raise InputError(f"{key} of the adapter {folder} is nothing that is merged into {name} here; {MERGE}")
         if match:
@@ -88,7 +103,7 @@ def merge_headers(
     for path, parts in layers.items():
         base, module = merged[f"{path}.weight"], model.get_submodule(path)
         if not _fit(parts, module, base.shape):
-            raise InputError(f"the adapter {folder} does not fit {path} of its base; give the base that it is for")
+            raise InputError(f"the adapter {folder} does not fit {path} of {base_folder}; {OTHER}")
         unpack = partial(_merge, path=path, module=module, config=config)
         packing = Packing(f"the base of {folder.name}", base.shape, {"weight": base} | parts, unpack)
         merged[f"{path}.weight"] = Header(base.shape, base.dtype, base.file, base.key, packing=packing)

@@ -25,9 +25,9 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  #
 PACKED = {"I8": 1, "I16": 2, "U16": 2, "U32": 4, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 COPY_AGAIN = "download or copy it again"
 FILES = {(SINGLE, INDEX): "safetensors", (pickled.SINGLE, pickled.INDEX): "bin"}  # the first that is there counts
-# What wrappers put into names: torch.compile, FSDP and recomputation anywhere; several processes, PEFT and models that
-# see before all of them.
-INSIDE = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# What wrappers put into names: torch.compile, FSDP, recomputation and Lightning anywhere; several processes, PEFT and
+# models that see before all of them.
+INSIDE = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 BEFORE = ("module.", "base_model.model.")
 OF_TEXT = re.compile(r"(model\.)?language_model\.")
 BUFFERS = {"I64": 8, "I32": 4, "U8": 1, "BOOL": 1}  # further dtypes of persistent buffers

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from llmcompress.errors import InputError, MemoryLimitError, is_out_of_memory
-from llmcompress.models.dense.adapter import ADAPTER
+from llmcompress.models.dense.adapter import check_alone
 from llmcompress.models.dense.config import (
     MODEL,
     check_numbers,
@@ -110,11 +110,7 @@ def check_outline(place: Place) -> tuple[bool, PreTrainedModel | None]:
     InputError for sizes beyond the tensors', and for a model whose code is not trusted.
     """
     folder = place.folder
-    if (folder / ADAPTER).is_file():
-        raise InputError(
-            f"{folder} has an {ADAPTER} beside its weights, so transformers would load the model that it names; "
-            f"remove that file, or merge the adapter into the model"
-        )
+    check_alone(folder)
     entries = read_entries(folder / MODEL, folder)
     check_numbers(entries.get, str(folder / MODEL))
     packing = packing_entry(entries) or {}

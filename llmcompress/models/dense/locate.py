@@ -177,7 +177,10 @@ def download(name: str, revision: str | None, trust_remote_code: bool = False, n
 def _place_of_adapter(place: Place) -> Place:
     """Return the place of the base that the adapter at a place names, with the adapter."""
     name, revision = base_of(place.folder)
-    base = locate(name, revision if not os.path.isdir(os.path.expanduser(name)) else None, place.trust_remote_code)
+    try:
+        base = locate(name, revision if not os.path.isdir(os.path.expanduser(name)) else None, place.trust_remote_code)
+    except InputError as error:
+        raise InputError(f"{error} as base_model_name_or_path of the adapter {place.name}") from error
     if base.adapter is not None:
         raise InputError(f"{place.name} is an adapter of {name}, which is one itself; merge that one with PEFT first")
     note = f"the adapter {place.public_name} is merged into {base.public_name}, whose tokenizer and chat template stay"

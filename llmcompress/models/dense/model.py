@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from yaml import YAMLError
 
 from llmcompress.errors import InputError, list_names
-from llmcompress.models.dense.adapter import ADAPTER, merge_headers
+from llmcompress.models.dense.adapter import ADAPTER, check_alone, merge_headers
 from llmcompress.models.dense.config import (
     AUTO_MAP,
     MODEL,
@@ -152,6 +152,7 @@ def resolve(model: str | Path, revision: str | None = None, trust_remote_code: b
 
 def open_source(place: Place) -> DenseModel:
     """Return the dense model of a place that `locate` found; raises what `resolve` raises."""
+    check_alone(place.folder)
     config = read_config(place.folder, place.trust_remote_code)
     entries = read_entries(place.folder / MODEL, place.folder)
     named = read_headers(place.folder)
@@ -160,7 +161,7 @@ def open_source(place: Place) -> DenseModel:
     model = sized_outline(config, place, stored, sizes)
     tensors, tied, unused = _match(model, stored, place.folder)
     if place.adapter is not None:
-        tensors = merge_headers(model, tensors, tied, place.adapter)
+        tensors = merge_headers(model, tensors, tied, place.adapter, place.folder)
     notes = [*place.notes, *([describe_few_bits(forms)] if forms else [])]
     if wrapped := [name for name, header in named.items() if header.wrapped]:
         notes.append(f"names of a wrapper are taken off: {named[wrapped[0]].wrapped} is read as {wrapped[0]}")
@@ -261,18 +262,18 @@ def _match(
     used = {source.key for header in headers.values() for source in header.sources}
     tied = _tie(dict(getattr(skeleton, "all_tied_weights_keys", None) or {}), headers)
     missing = [name for name in parameters if tied.get(name, name) not in headers]
-    if missing:
-        raise missing_weights(folder, missing)
     unused = [key for key, header in stored.items() if used.isdisjoint(source.key for source in header.sources)]
+    if missing:
+        raise missing_weights(folder, missing, unused)
     return headers, tied, unused
 
 
-def missing_weights(folder: Path, names: Sequence[str]) -> InputError:
-    """Return the error of a folder without these weights."""
-    return InputError(
-        f"{folder} lacks weights that its config requires: {list_names(names)}; download the model again or correct "
-        f"config.json"
-    )
+def missing_weights(folder: Path, names: Sequence[str], unused: Sequence[str] = ()) -> InputError:
+    """Return the error of a folder without these weights; `unused`: what it stores beside the model."""
+    longer = next((key for key in unused if key.replace(".base_layer.", ".").endswith(names[0])), None)
+    advice = "download the model again or correct config.json" if longer is None else "give tensors the model's names"
+    stored = "" if longer is None else f", and stores {longer}"
+    return InputError(f"{folder} lacks weights that its config requires: {list_names(names)}{stored}; {advice}")
 
 
 def _check_header(header: Header, shape: tuple[int, ...], is_weight: bool) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from llmcompress.errors import InputError
 from llmcompress.models.dense.config import MODEL, load_config, needs_code, tokenizer_code, valid_config
 from llmcompress.models.dense.locate import Place
-from llmcompress.models.files.identity import check_tokenizer, tokenizer_digest
+from llmcompress.models.files.identity import check_tokenizer, tokenizer_digest, tokenizer_files
 from llmcompress.models.files.reading import TokenizerReading
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     own = trust_remote_code and needs_code(folder, MODEL)  # else transformers looks up what it needs of the config
     options = {"config": load_config(folder, trust_remote_code)} if own else {}
     with TokenizerReading(folder):
+        if all(path.name.startswith("chat_template") for path in tokenizer_files(folder)):
+            raise TypeError("there are no files of one")
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trusted, **options
         )

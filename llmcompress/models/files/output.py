@@ -98,7 +98,8 @@ def _parent(output: Path) -> Path:
 
 
 def staging_of(output: Path) -> Path:
-    """Return the folder or file that will become `output`."""
+    """Return the folder or file that will become `output`. Raises what `check_name` raises."""
+    check_name(output)
     return output.with_name(output.name + ".partial")
 
 
@@ -171,6 +172,8 @@ def merge_mark(staging: Path) -> Path:
 
 def check_name(output: Path) -> None:
     """Raise DiskError for an output whose name, with a suffix for the files beside it, no file can have."""
+    if not output.name:
+        raise DiskError(f"'{output}' is no name of a new folder or file; choose another output")
     names = [len(os.fsencode(part)) for part in output.parts]
     if max(names, default=0) > LONGEST_NAME or (names and names[-1] > LONGEST_NAME - BESIDE):
         raise DiskError(
@@ -193,9 +196,9 @@ def check_new_file(output: Path, kinds: Sequence[str], what: str) -> None:
 
     `what` names its content.
     """
+    check_name(output)
     if output.suffix not in kinds:
         raise RecipeError(f"{what} is written as {' or '.join(kinds)}, not as {output.name}; rename the output file")
-    check_name(output)
     if output.exists():
         raise DiskError(f"{output} exists already; remove it or choose another output file")
     if not output.absolute().parent.is_dir():

@@ -62,6 +62,9 @@ def read_json(path: Path, way_out: str | None = None, most: int = MOST_JSON) -> 
     except (OSError, ValueError) as error:
         if way_out is None:
             raise
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            fault = f"has no {path.name}" if path.parent.is_dir() else "is no folder"
+            raise InputError(f"{path.parent} {fault}; {way_out}") from error
         raise InputError(f"{path} is not readable JSON ({error_text(error)}); {way_out}") from error
     return entries
 
