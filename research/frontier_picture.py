@@ -97,7 +97,7 @@ def draw_models(records: list[Record]) -> bytes:
         name: [r["numbers"] for r in records if r["model"] == name and r["numbers"]["kl"] < WORST_KL] for name in names
     }
     figure = new_figure()
-    from matplotlib.ticker import StrMethodFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure.set_size_inches(5 * len(names), 5)
     parts = figure.subplots(1, len(names), sharex=True, sharey=True, squeeze=False)[0]
@@ -109,8 +109,9 @@ def draw_models(records: list[Record]) -> bytes:
         axes.grid(alpha=0.3)
         axes.margins(0.15)
     parts[0].set_ylabel("mean KL to dense on six kinds of text, nats/token")
+    parts[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     parts[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    parts[0].yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+    parts[0].yaxis.set_minor_formatter(NullFormatter())
     figure.draw_without_rendering()  # names are placed by where the points are in the end
     for axes, points in zip(parts, rows.values(), strict=True):
         covered: list[Bbox] = []

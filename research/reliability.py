@@ -1,11 +1,13 @@
 """Try to lose, to mix and to let in: kills, faults, damage and hostile input from seeds, as one table.
 
-    python research/reliability.py [--kills 500] [--faults 100] [--mutations 600] [--inputs 300] [--jsonl FILE]
+    python research/reliability.py [--kills 500] [--faults 100] [--mutations 600] [--inputs 300] [--seed 0]
+        [--jsonl FILE]
 
-Every trial has a tiny model of its own: a run of five kinds is killed at a change of the disk that the seed chooses,
-once or twice, and resumed; one change of the disk fails, and the run is resumed; a checkpoint is damaged, and loaded;
-recipes, texts and dense models are hostile. What must not happen: files that differ from those of an uncut run, other
-numbers than before the damage, a traceback, a hang, memory beyond twice the file and 500 MB.
+Every trial has a seed and a tiny model of its own, so that runs of several seeds add up. A run of five kinds is killed
+at a change of the disk that the seed chooses, once or twice, and resumed; one change of the disk fails, and the run is
+resumed; a checkpoint is damaged, and loaded; recipes, texts and dense models are hostile. What must not happen: files
+that differ from those of an uncut run, other numbers than before the damage, a traceback, a hang, memory beyond twice
+the file and 500 MB.
 """
 
 from __future__ import annotations
@@ -127,7 +129,7 @@ def table(found: Found) -> Iterator[tuple[Any, ...]]:
 def records(found: Found, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield a record for each row."""
     command = f"python research/reliability.py --kills {options.kills} --faults {options.faults} "
-    command += f"--mutations {options.mutations} --inputs {options.inputs}"
+    command += f"--mutations {options.mutations} --inputs {options.inputs} --seed {options.seed}"
     for trial, kind, count, words in list(table(found))[2:]:
         yield {
             "table": "reliability",
