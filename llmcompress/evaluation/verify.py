@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,8 @@ def verify(
     """
     progress = progress or progress_lines()
     folder = Path(folder)
+    if not os.path.exists(folder):
+        stored_by(folder)  # which says why
     home = folder.parent if folder.is_file() else folder
     notes = () if check_manifest(home) else (UNCHECKED,)
     engine = _open_for_engine(folder, trust_remote_code)
