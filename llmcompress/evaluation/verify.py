@@ -87,8 +87,7 @@ def verify(
         NumericsError: for NaN in what the model computes.
     """
     progress = progress or progress_lines()
-    folder = Path(folder)
-    if not os.path.exists(folder):
+    if not os.path.exists(folder := Path(folder)):
         stored_by(folder)  # which says why
     home = folder.parent if folder.is_file() else folder
     notes = () if check_manifest(home) else (UNCHECKED,)
@@ -106,9 +105,8 @@ def verify(
         check_causal(model.config, "measuring a distance to another model")
     teacher = open_model(references[0], device) if references else None
     protocol = Protocol(text, windows, min(length, context_length(model.config) or length))
-    scores = None
-    if is_causal(model.config):
-        scores = evaluate(model, tokenizer, protocol, against=teacher, progress=progress)
+    causal = is_causal(model.config)
+    scores = evaluate(model, tokenizer, protocol, against=teacher, progress=progress) if causal else None
     tokens = scores.perplexity.tokens if scores else _read_windows(model, evaluation_windows(tokenizer, protocol))
     return Verification(
         files=len(manifest(home) or files),
