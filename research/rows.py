@@ -122,6 +122,12 @@ def calibration(data: Path) -> dict[str, Any]:
     return text | {"samples": 18, "length": 1024, "held_out": 2}
 
 
+def calibration_words(data: Path, **changes: Any) -> list[str]:
+    """Return the words of a command that make it read this text, with BOS where the model was taught with it."""
+    values = calibration(data) | {"bos": "auto"} | changes
+    return [word for key, value in values.items() for word in ("--set", f"calibration.{key}={value}")]
+
+
 def line(row: Record, dense: Record | None) -> str:
     """Return one line of the table."""
     numbers = row["numbers"]

@@ -26,7 +26,7 @@ sys.path.insert(0, str(HERE.parent))
 from engine_doors import write_mlx
 from records import RESULTS, Record, measure_missing, read_records
 from regrets import score_kinds, write_kinds
-from rows import calibration
+from rows import calibration_words
 from three_models import run_command
 
 from llmcompress.models.dense.locate import locate
@@ -91,8 +91,7 @@ def measure_row(model: str, arm: str, others: dict[str, Record], given: argparse
         run_once("out", "llm-compressor", "llm_compressor", PEERS[arm], dense, given)
     else:
         words = [re.sub(r"\{(.*,.*)\}", partial(bytes_of, others), word) for word in OURS[arm]]
-        read = calibration(given.data) | {"bos": "auto", "samples": given.calibration, "held_out": 0}
-        sets = [word for key, value in read.items() for word in ("--set", f"calibration.{key}={value}")]
+        sets = calibration_words(given.data, samples=given.calibration, held_out=0)
         run_command(["compress", model, *words, *sets, "--no-resume", "-o", str(folder)])
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     kinds = score_kinds(folder, model, given.data, given.out / "kinds", given.windows)

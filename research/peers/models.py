@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(HERE.parent))
 from records import RESULTS, Record, measure_missing
 from regrets import measure_row, score_kinds, write_kinds
-from rows import calibration
+from rows import calibration_words
 from score import linear_headers
 
 from llmcompress.models.dense.locate import locate
@@ -67,12 +67,7 @@ def main() -> None:
 
 def measure_ours(model: str, arm: str, given: argparse.Namespace) -> Record:
     """Return the numbers of one of our own arms."""
-    read = [
-        word
-        for key, value in (calibration(given.data) | {"bos": "auto"}).items()
-        for word in ("--set", f"calibration.{key}={value}")
-    ]
-    numbers = measure_row(model, [*OURS[arm], *read], given.data, given.out, WINDOWS)
+    numbers = measure_row(model, [*OURS[arm], *calibration_words(given.data)], given.data, given.out, WINDOWS)
     return {"tool": "llmcompress", "tool_arm": arm, **numbers}
 
 
