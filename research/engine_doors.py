@@ -46,6 +46,7 @@ from llmcompress.models.dense.tokenizer import load_tokenizer
 
 TEXT = "wikitext2-test.raw"
 PROMPT, TOKENS, ROUNDS = 16, 32, 3
+PRICED = ("predicted_kl", "predicted_range", "measured_kl")  # of the tokens that a target is priced on
 
 
 @dataclass(frozen=True)
@@ -188,19 +189,21 @@ def measure(model: str, doors: list[str], options: argparse.Namespace) -> dict[s
 
 
 def write_door(model: str, words: list[str] | Callable[[str, Path], None], folder: Path) -> Record:
-    """Write what the engine loads, unless it is there; return its bytes and the seconds that it took."""
+    """Write what the engine loads, unless it is there; return its bytes, its seconds, and KL by its prices."""
     note = folder.parent / f"{folder.name}.json"
     if not note.is_file():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         began = time.monotonic()
+        priced: Record = {}
         if isinstance(words, list):
-            run_command(["compress", model, *words, "-o", str(folder)])
+            report = run_command(["compress", model, *words, "-o", str(folder)])
+            priced = {key: report["allocation"][key] for key in PRICED} if report.get("allocation") else {}
         else:
             words(model, folder)
         weights = [file for kind in ("*.gguf", "*.safetensors") for file in folder.glob(kind)]
         size = sum(file.stat().st_size for file in weights)
-        note.write_text(json.dumps({"bytes": size, "seconds": time.monotonic() - began}))
+        note.write_text(json.dumps({"bytes": size, "seconds": time.monotonic() - began} | priced))
     sizes: Record = json.loads(note.read_text())
     return sizes
 

@@ -201,7 +201,7 @@ def _reuse_or_run(job: Job, output: Path | None, way: _RunOptions) -> Result:
         if not way.resume or output is None or output.with_name(output.name + STAGED).is_dir():
             return None
         if (output / MANIFEST).is_file():
-            with disk_errors(output, "make the folder writable"):
+            with lock_output(output, "output folder"), disk_errors(output, "make the folder writable"):
                 remove_unfinished(output)
         return completed_result(output, job, way.ranks.requested_device) if is_unsettled(output) else None
 
@@ -217,6 +217,7 @@ def _judge_result(result: Result, job: Job, way: _RunOptions, plan: Allocation |
     with ExitStack() as stack:
         if stays:
             stack.push(partial(_note, f"{result.folder} is complete, and the same command measures its gates"))
+            ranks.first(lambda: stack.enter_context(lock_output(result.folder, "output folder")))
         report = judge(job, result.folder, ranks.device, way.judging, plan, ranks)
     with ranks.agree_on_errors():
         check_gates(report, result.folder, plan, stays)

@@ -25,7 +25,7 @@ from llmcompress.compression.plan import plan_of
 from llmcompress.compression.time_estimate import estimate_time
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.distillation.run import distill
-from llmcompress.errors import GateError
+from llmcompress.errors import GateError, LockedError
 from llmcompress.evaluation.verify import verify
 from llmcompress.formats.hub import _card, _proof, push
 from llmcompress.models.dense.model import resolve
@@ -214,6 +214,8 @@ def test_a_run_that_is_cut_while_it_measures_measures_when_it_is_asked_again(
     def cut(done: int, total: int) -> None:
         assert total == 4, "two blocks of two models"
         if done == 3:
+            with pytest.raises(LockedError, match="is being written by another process"):
+                lc.compress(place / "dense", asked, tmp_path / "out")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as stop:
