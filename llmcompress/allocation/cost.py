@@ -42,7 +42,7 @@ from llmcompress.recipe.target import Target
 from llmcompress.runtime.precision import fast_float32
 
 FLOAT32 = 4  # bytes
-EXCHANGED_TABLE = 22  # bytes for each weight of a table while the model is read with another: itself thrice, and work
+EXCHANGED_TABLE = 13  # bytes for each weight of a table while the model is read with another: itself, both, and work
 LOGIT = 1e-9  # seconds of a logit beside its product: for its log-probability, and in a divergence
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llmcompress.methods.layer import MANY, SAMPLED, Layer, StepConfig, apply, relative_error, sampled_error
 from llmcompress.methods.moments import Moments
-from llmcompress.methods.row_chunks import apply_in_runs
+from llmcompress.methods.row_chunks import apply_to_run, runs
 from llmcompress.runtime.seeding import generator
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Dense
@@ -101,7 +101,9 @@ class WeightChange(NamedTuple):
 
 def compress_roughly(layer: Layer, steps: Steps, held_out: Moments | None) -> WeightChange:
     """Change the layer's weight by the steps."""
-    value = dense(apply_in_runs(layer, steps).weight)
+    value = torch.empty_like(layer.weight)
+    for rows in runs(len(value), steps):  # decoded one by one: a table may be most of a model
+        value[rows] = dense(apply_to_run(layer, steps, rows).weight)
     return WeightChange(value, max(sampled_error(layer.weight, value, held_out), LEAST))
 
 

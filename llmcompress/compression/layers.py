@@ -10,7 +10,7 @@ A linear of tied blocks is a common matrix, compressed where the first of its bl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -23,13 +23,14 @@ from llmcompress.compression.job import Job
 from llmcompress.compression.memory_estimate import SEARCHED
 from llmcompress.compression.ties import CommonMatrix
 from llmcompress.errors import NumericsError
-from llmcompress.methods.layer import Layer, apply, base_and_term, relative_error, sampled_error
+from llmcompress.methods.layer import MANY, Layer, apply, base_and_term, relative_error, sampled_rows
 from llmcompress.methods.moments import Moments
 from llmcompress.methods.row_chunks import Outcome, apply_in_runs, apply_to_run, join_runs, runs
 from llmcompress.methods.solvers.hessian import inverse_factor, outer_of
 from llmcompress.reporting.report import LayerReport
 from llmcompress.runtime.devices import side_by_side
 from llmcompress.runtime.phases import phase
+from llmcompress.runtime.precision import is_finite
 from llmcompress.runtime.progress import count_each
 from llmcompress.runtime.ranks import Ranks
 from llmcompress.weight.algebra import add_to_base
@@ -37,6 +38,8 @@ from llmcompress.weight.encoding import decode
 from llmcompress.weight.expression import bits, dense, describe
 from llmcompress.weight.layout import PackedWeight, pack_weight
 from llmcompress.weight.nodes import Dense, Weight, Zero
+from llmcompress.weight.rows import has_rows
+from llmcompress.weight.rows import rows as decode_rows
 
 TARGET_DAMPING = 0.1  # of the solve that aims at the dense model's outputs
 # Seconds of one core; only their proportions count here.
@@ -79,7 +82,7 @@ def compress_layers(
             for name in (name for name in scattered if homes[name][0] == ranks.rank):
                 parts = [everything[item.name, item.rows.start] for item in items if item.name == name]
                 group = next(group for group in groups if name in group.names)
-                done[name] = _pack_layer(job, layer_of(job, block, name, group), join_runs(parts), group)
+                done[name] = _pack_layer(job, layer_of(job, block, name, group), parts, group)
     for group in groups:
         group.inputs.derived.clear()  # factors that only its linears could share
     results = {name: result for each in ranks.gather(done) for name, result in each.items()}
@@ -115,7 +118,7 @@ def _compress_items(
         if name in scattered:
             pieces |= {(name, start): part for start, part in parts.items()}
         else:
-            done[name] = _pack_layer(job, layer, join_runs(list(parts.values())), group)
+            done[name] = _pack_layer(job, layer, list(parts.values()), group)
         del layer, parts  # before the next one is made
         last = place == len(names) or names[place][0] != number
         if last and not set(scattered).intersection(group.names):
@@ -172,7 +175,9 @@ def layer_of(job: Job, block: Block, name: str, group: InputGroup) -> Layer:
         # of rounded inputs, the cross moments have the share already
         target = weight + (job.recipe.asymmetric if group.format is None else 1.0) * change
     seed = f"{job.recipe.seed}/{group.names[0]}"
-    return Layer(name, target, Dense(target.to(torch.bfloat16)), inputs, seed, rows=group.rows.get(name))
+    in_runs = len(runs(len(target), job.all_steps.get(name, ()))) > 1  # which start from copies of their own
+    start = Dense(target if in_runs else target.to(torch.bfloat16))
+    return Layer(name, target, start, inputs, seed, rows=group.rows.get(name))
 
 
 def to_dense_outputs(weight: Tensor, inputs: Moments, cross: Tensor, readers: int = 1) -> Tensor:
@@ -195,14 +200,39 @@ def to_dense_outputs(weight: Tensor, inputs: Moments, cross: Tensor, readers: in
     return weight @ inputs.memo("to_dense_outputs", lambda: solve(None))
 
 
-def _pack_layer(job: Job, layer: Layer, outcome: Outcome, group: InputGroup) -> PackedLayer:
-    """Return the packed weight of a layer, and its row of the report. Raises NumericsError for NaN or Inf in it."""
-    stored = outcome.weight
-    with phase("report"):
-        text = describe_rounded(stored, group.format)
-        row = _report_row(job, layer, dense(stored), bits(stored), text, outcome.notes, group)
+def _pack_layer(job: Job, layer: Layer, parts: Sequence[Outcome], group: InputGroup) -> PackedLayer:
+    """Return the packed weight of a layer, given its runs, and its row of the report.
+
+    The errors of a large matrix are those of some rows, read from what was packed: a whole decoded token table may be
+    most of a run's memory. Raises NumericsError for NaN or Inf in it.
+    """
+    stored, notes = join_runs(parts)
     with phase("pack"):
-        return pack_weight(stored, group.format), row
+        packed = pack_weight(stored, group.format)
+    header, chosen = packed.layout.header, _measured_rows(job, layer)
+    with phase("report"):
+        if isinstance(chosen, Tensor) and has_rows(header):
+            _check_finite(layer.name, (dense(run.weight) for run in parts))
+            value = dense(decode_rows(header, packed.views(), chosen.to(packed.payload.device)))
+        else:
+            value = dense(stored)
+            _check_finite(layer.name, [value])
+            value = value[chosen]
+        text = describe_rounded(stored, group.format)
+        return packed, _report_row(job, layer, (layer.weight[chosen], value), bits(stored), text, notes, group)
+
+
+def _measured_rows(job: Job, layer: Layer) -> Tensor | slice:
+    """Return the rows that a layer's errors are measured on: all, or some of a large matrix."""
+    if job.recipe.exact_errors or len(layer.weight) < MANY:
+        return slice(None)
+    return sampled_rows(len(layer.weight)).to(layer.weight.device)
+
+
+def _check_finite(name: str, values: Iterable[Tensor]) -> None:
+    """Raise NumericsError for NaN or Inf in a layer's decoded weight, given in parts."""
+    if not all(map(is_finite, values)):
+        raise NumericsError(f"{name}: the compressed weight holds NaN or Inf; choose other steps for it")
 
 
 def describe_rounded(stored: Weight, inputs: object | None) -> str:
@@ -211,24 +241,26 @@ def describe_rounded(stored: Weight, inputs: object | None) -> str:
 
 
 def _report_row(
-    job: Job, layer: Layer, value: Tensor, count: int, stored: str, notes: tuple[str, ...], group: InputGroup
+    job: Job,
+    layer: Layer,
+    measured: tuple[Tensor, Tensor],
+    count: int,
+    stored: str,
+    notes: tuple[str, ...],
+    group: InputGroup,
 ) -> LayerReport:
-    """Return the row of a layer whose weight became `value [out, in]`, in `count` bits, described as `stored`.
+    """Return the row of a layer in `count` bits, described as `stored`.
 
-    Raises NumericsError for NaN or Inf in it.
+    `measured`: rows of its weight, and what they became.
     """
-    measure = relative_error if job.recipe.exact_errors else sampled_error
-    error = measure(layer.weight, value, layer.inputs)
-    if not error < float("inf"):
-        raise NumericsError(f"{layer.name}: the compressed weight holds NaN or Inf; choose other steps for it")
     size = (layer.weight.shape[0], layer.weight.shape[1])
     return LayerReport(
         name=layer.name,
         shape=size,
         steps=tuple(s.method for s in job.all_steps[layer.name]),
         bpw=count / prod(size),
-        error=error,
-        error_heldout=None if group.held_out is None else measure(layer.weight, value, group.held_out),
+        error=relative_error(*measured, layer.inputs),
+        error_heldout=None if group.held_out is None else relative_error(*measured, group.held_out),
         fallback="; ".join(notes) or None,
         stored=stored,
         starved=group.starved,
@@ -243,7 +275,7 @@ def compress_tied_layers(
     Returns their own terms and the common matrices that begin here, by name, and the rows of the report.
     """
     weights: dict[str, PackedWeight] = {}
-    rows = []
+    reports = []
     for group in groups:
         for name in (name for name in group.names if name in job.ties):
             tie, layer = job.ties[name], layer_of(job, block, name, group)
@@ -260,9 +292,12 @@ def compress_tied_layers(
             whole = add_to_base(base, own)
             stored = whole if tie.is_first(name) else own  # the common matrix counts in the first of its linears
             text = tie.description(name, stored)
-            rows.append(_report_row(job, layer, dense(whole), bits(stored), text, notes, group))
+            value, chosen = dense(whole), _measured_rows(job, layer)
+            _check_finite(name, [value])
+            measured = layer.weight[chosen], value[chosen]
+            reports.append(_report_row(job, layer, measured, bits(stored), text, notes, group))
         group.inputs.derived.clear()
-    return weights, rows
+    return weights, reports
 
 
 def _mean_weight(job: Job, tie: CommonMatrix) -> Tensor:

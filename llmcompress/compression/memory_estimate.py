@@ -26,7 +26,7 @@ LAYER_BYTES = 8  # for each weight of the largest layer: its target and its appr
 COMPILER = 130_000_000  # bytes that the compiler of searches takes, and what these work in
 SEARCHED = frozenset({"trellis", "exl3"})
 LEARNING_BYTES = 16  # for each weight of a block that learns: gradient, two moments, and the best state
-TABLE_BYTES = 16  # for each weight of a table while it is compressed: float32 twice, bfloat16, codes, and their sum
+TABLE_BYTES = 10  # for each weight of a table while it is compressed: float32, its file, codes twice, and a run
 GRAPH = 1.5  # of what a block's linears read and give, that its backward pass holds
 ACTIVATIONS = 6  # tensors as wide as the widest inputs that a forward of a batch holds
 

@@ -225,8 +225,13 @@ def sampled_error(weight: Tensor, approx: Tensor, moments: Moments | None) -> fl
         return float("nan")
     if len(weight) < MANY:
         return relative_error(weight, approx, moments)
-    chosen = torch.linspace(0, len(weight) - 1, SAMPLED, device=weight.device).round().long()
-    return relative_error(weight[chosen], approx[chosen.to(approx.device)], moments)
+    chosen = sampled_rows(len(weight))
+    return relative_error(weight[chosen.to(weight.device)], approx[chosen.to(approx.device)], moments)
+
+
+def sampled_rows(rows: int) -> Tensor:
+    """Return the numbers of SAMPLED rows, evenly spaced, that the error of a large matrix is measured on."""
+    return torch.linspace(0, rows - 1, SAMPLED).round().long()
 
 
 def _energy(matrix: Tensor, outer: Tensor | None) -> float:

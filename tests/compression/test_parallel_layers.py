@@ -15,16 +15,22 @@ import torch
 import llmcompress as lc
 from llmcompress.calibration.gather import Statistics
 from llmcompress.calibration.walk import Block, InputGroup, walk
+from llmcompress.compression import layers
 from llmcompress.compression.job import Job, prepare
 from llmcompress.compression.layers import WorkItem, assign_to_ranks, compress_layers
 from llmcompress.errors import NumericsError
-from llmcompress.methods import row_chunks
+from llmcompress.methods import layer, row_chunks
 from llmcompress.methods.moments import Moments
 from llmcompress.models.dense.model import resolve
 from llmcompress.recipe.read import read_recipe
 from llmcompress.reporting.report import LayerReport
 from llmcompress.runtime.ranks import ALONE, Ranks
+from llmcompress.weight.encoding import decode
+from llmcompress.weight.expression import dense
 from llmcompress.weight.layout import PackedWeight
+from llmcompress.weight.nodes import Weight, shape
+from tests import builders
+from tests.builders import correlated, gaussian
 from tests.lockstep import in_lockstep
 from tests.tiers import tiered
 from tests.tiny import save_tiny
@@ -134,6 +140,46 @@ def test_weights_are_those_of_one_process(
         alone = compress_layers(job, block, groups_of(block), ALONE)
         for found in in_lockstep(count, lambda ranks: compress_layers(job, block, groups_of(block), ranks)):
             check_same(alone, found)
+
+
+def test_a_long_layer_is_decoded_a_run_at_a_time(
+    models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its error is that of evenly spaced rows, in float64."""
+    monkeypatch.setattr(row_chunks, "RUN", 16)
+    monkeypatch.setattr(layers, "MANY", 48)
+    monkeypatch.setattr(layer, "SAMPLED", 10)
+    decoded: list[int] = []
+
+    def watched(weight: Weight) -> torch.Tensor:
+        decoded.append(shape(weight)[0])
+        return dense(weight)
+
+    monkeypatch.setattr(layers, "dense", watched)
+    steps = [{"method": "rotate"}, GPTQ]
+    with standing(models("llama"), rules=[{"match": "*", "steps": steps}], asymmetric=0.0) as (job, block):
+        groups = groups_of(block)
+        packed, rows = compress_layers(job, block, groups, ALONE)
+        assert max(row.shape[0] for row in rows) == 48 and max(decoded) < 48
+        for row in (row for row in rows if row.shape[0] >= 48):
+            weight, outer = block.weight(row.name).double(), next(g for g in groups if row.name in g.names).inputs.outer
+            assert outer is not None
+            chosen = torch.tensor([round(number * (len(weight) - 1) / 9) for number in range(10)])
+            lost = (weight - dense(decode(packed[row.name].layout.header, packed[row.name].views())).double())[chosen]
+            wanted = (lost @ outer.double() * lost).sum() / (weight[chosen] @ outer.double() * weight[chosen]).sum()
+            assert row.error == pytest.approx(float(wanted), rel=1e-3)
+
+
+@pytest.mark.parametrize("rest", [2, 100, 190, 192, 382, 384])
+@pytest.mark.parametrize("run", [256, 384, 768])
+def test_runs_of_a_long_matrix_join_to_the_streams_that_were_searched(run: int, rest: int) -> None:
+    """A few rows behind the last whole run are no stream of their own, neither alone nor joined."""
+    steps = (layer.step({**TRELLIS, "run": run, "ring": True}),)
+    long = builders.layer(gaussian(row_chunks.RUN + rest, 4), correlated(64, 4))
+    parts = [row_chunks.apply_to_run(long, steps, rows) for rows in row_chunks.runs(len(long.weight), steps)]
+    whole = dense(row_chunks.join_runs(parts).weight)
+    assert torch.equal(whole, torch.cat([dense(part.weight) for part in parts]))
+    assert len(parts) == 1 + (rest >= 384)
 
 
 @pytest.mark.parametrize("name", tiered(PIPELINES, {"gptq", "rotated trellis", "low rank"}.__contains__))
