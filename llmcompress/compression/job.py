@@ -22,6 +22,7 @@ from llmcompress.models.dense.config import context_length
 from llmcompress.models.dense.families import Architecture, architecture
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.models.dense.skeleton import architectures, check_causal, is_causal
+from llmcompress.recipe.calibration import RANDOM
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.matching import Assignment, assign
 from llmcompress.recipe.rules import InputRounding
@@ -120,6 +121,8 @@ class Job:
         text, config = self.recipe.calibration, self.source.config
         if text is None:
             return "the recipe has no calibration text"
+        if text.dataset == RANDOM:
+            return "random tokens are nothing to judge it by"
         if not text.held_out:
             return "none of the calibration text is held out"
         if not is_causal(config):

@@ -14,11 +14,13 @@ from llmcompress.calibration.blocks import TOKENS_PER_BATCH
 from llmcompress.calibration.gradients import TOKENS
 from llmcompress.calibration.streaming import positions_at_once
 from llmcompress.compression.job import Job
+from llmcompress.data.generate import ROWS
 from llmcompress.models.dense.families import Architecture, BlockLayout
 from llmcompress.recipe.compression import Recipe
 from llmcompress.reporting.report import GATE_TOKENS, GATE_WINDOW
 from llmcompress.runtime.memory import total_memory
 
+FLOAT32 = 4  # bytes
 LIBRARIES = 560_000_000  # bytes that torch and transformers take before any work
 FACTOR = 14.0  # bytes for each entry of H while it is factored
 TURNED = 20.0  # likewise where H is rotated first, or the layer aims at the dense model's outputs
@@ -28,6 +30,7 @@ SEARCHED = frozenset({"trellis", "exl3"})
 LEARNING_BYTES = 16  # for each weight of a block that learns: gradient, two moments, and the best state
 TABLE_BYTES = 10  # for each weight of a table while it is compressed: float32, its file, codes twice, and a run
 GRAPH = 1.5  # of what a block's linears read and give, that its backward pass holds
+GROWN = 2.4  # of the keys and values of a text that is written: each token makes them anew, one longer
 ACTIVATIONS = 6  # tensors as wide as the widest inputs that a forward of a batch holds
 
 
@@ -50,7 +53,22 @@ def peak_bytes(job: Job, tables: list[str], needs: Mapping[str, frozenset[str]],
     outside = max(outside, _importance_bytes(job))
     walked = 4 * tokens * width_of(arch) * streams + max(blocks, 8 * max(stored), outside)
     gate = gate_bytes(job)
-    return int(max(LIBRARIES + COMPILER * searched + walked, gate if gate <= total_memory() else 0))
+    walked += LIBRARIES + COMPILER * searched
+    return int(max(walked, LIBRARIES + _writing_bytes(job), gate if gate <= total_memory() else 0))
+
+
+def _writing_bytes(job: Job) -> float:
+    """Return the memory that the dense model takes while it writes the calibration text; 0 for any other text."""
+    text = job.recipe.calibration
+    if text is None or text.dataset != "self":
+        return 0
+    return FLOAT32 * job.source.parameters + GROWN * kept_bytes(job, min(ROWS, text.samples) * text.length)
+
+
+def kept_bytes(job: Job, tokens: int) -> float:
+    """Return the bytes of the keys and values of so many tokens, by the first linears of each block."""
+    first = [[linear.shape[0] for linear in layout.groups[0]] for layout in job.arch.blocks]
+    return FLOAT32 * tokens * sum(sum(rows) - max(rows) if len(rows) > 1 else 2 / 3 * rows[0] for rows in first)
 
 
 def gate_tokens(recipe: Recipe) -> int:

@@ -19,9 +19,10 @@ import torch
 
 from llmcompress.compression.awq import EXPONENTS
 from llmcompress.compression.job import Job
-from llmcompress.compression.memory_estimate import by_gradient, gate_tokens
+from llmcompress.compression.memory_estimate import by_gradient, gate_tokens, kept_bytes
 from llmcompress.compression.plan import TimeEstimate
 from llmcompress.compression.step_timing import Steps, Trial, busy_warning, paces, product_speed
+from llmcompress.data.generate import ROWS
 from llmcompress.methods.layer import MANY, SAMPLED
 from llmcompress.models.dense.families import BlockLayout
 from llmcompress.recipe.compression import Recipe
@@ -34,6 +35,7 @@ START, READ = 0.2, 1e-8  # seconds that every run takes; and to read a weight, a
 MODULES = 240  # parses of one module of Python's library that take as long as to read the text of this package
 BACKWARD = 4  # forwards of a block that its backward pass takes as long as: two, and gradients of inputs
 LABEL = 9e-9  # seconds of a logit in that pass, beside its products: its probability, and a draw from it
+WRITING, KEPT = 4.0, 3e-10  # time of a written token over that of its products; seconds for a byte of keys and values
 ROUNDING = 1.0  # sequences whose forward takes as long as the update of every weight of a block in a step
 RELAXING = 2e-8  # seconds to make a weight of a block learn, and to store it again
 EXPERT = re.compile(r"(.+)\.(\d+)\.(?:gate|up|down)_proj")
@@ -85,6 +87,7 @@ def _run_work(job: Job) -> Work:
         return work
     tokens, shares = text.samples * text.length, token_shares(job)
     relaxing = RELAXING * sum(_rounds(layout, recipe) * weights_of(layout, {}) for layout in job.arch.blocks)
+    work += _writing_work(job)
     blocks = [_block_work(layout, recipe, tokens, shares) for layout in job.arch.blocks]
     work += Work(other=relaxing + text_seconds())
     return sum(blocks, work) + gradient_work(job, tokens, shares) + _gate_work(job, shares)
@@ -123,6 +126,16 @@ def gradient_work(job: Job, tokens: int, shares: Mapping[str, float]) -> Work:
     head = 2 * 2 * tokens * vocabulary * width / FORWARD_SHARE
     blocks = 2 * BACKWARD * tokens * sum(weights_of(layout, shares) for layout in job.arch.blocks)
     return Work(forward=head + blocks, other=LABEL * tokens * vocabulary)
+
+
+def _writing_work(job: Job) -> Work:
+    """Return the work of the dense model that writes the calibration text; none for any other text."""
+    text = job.recipe.calibration
+    if text is None or text.dataset != "self":
+        return Work()
+    tokens = -(-text.samples // ROWS) * ROWS * text.length
+    moved = KEPT * kept_bytes(job, ROWS * text.length) / 2 * tokens / ROWS  # at each step, half of them on average
+    return Work(exact=WRITING * 2 * tokens * job.source.parameters, other=moved)
 
 
 def _gate_work(job: Job, shares: Mapping[str, float]) -> Work:

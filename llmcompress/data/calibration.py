@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from llmcompress.data import chat
 from llmcompress.data.builtin import stdlib_source
-from llmcompress.data.chat import render_chat
 from llmcompress.data.columns import Document
 from llmcompress.data.files import file_notes
 from llmcompress.data.generate import TextSampling, teacher_sequences
@@ -24,7 +24,7 @@ from llmcompress.data.packing import PackedText, count_all, first_tokens, pack_d
 from llmcompress.data.text import Reading, read_documents, shuffle
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.dense.config import context_length
-from llmcompress.recipe.calibration import OFFLINE, Calibration, Switch
+from llmcompress.recipe.calibration import OFFLINE, RANDOM, Calibration, Switch
 from llmcompress.recipe.text_files import files_sha256, hide_folder, is_file, list_files
 
 if TYPE_CHECKING:
@@ -135,6 +135,8 @@ def calibration_tokens(
     check_length(config.length, model_config)
     if config.dataset == "self":
         tokens = _teacher_tokens(config, tokenizer, model, progress)
+    elif config.dataset == RANDOM:
+        tokens = _random_tokens(config, tokenizer, model_config)
     else:
         tokens = _read(config, tokenizer, kinds)
     check_amount(tokens, config)
@@ -297,7 +299,7 @@ def document_tokens(
     if isinstance(document, str):
         text = document
     elif templated:
-        text = render_chat(document, tokenizer)
+        text = chat.render_chat(document, tokenizer)
     else:
         text = "\n\n".join(message["content"] for message in document)
     done = 0
@@ -325,6 +327,21 @@ def pieces(text: str) -> Iterator[str]:
             end = len(text) if late >= len(text) else max(text.rfind(" ", soon, late), 0) or late
         yield text[start:end]
         start = end
+
+
+def _random_tokens(
+    config: Calibration, tokenizer: PreTrainedTokenizerBase, model_config: PreTrainedConfig | None
+) -> CalibrationTokens:
+    """Return tokens drawn alike from all that stand for text, in place of any text."""
+    bos, _ = special_tokens(tokenizer, config.bos, config.eos)
+    size = len(tokenizer) if model_config is None else min(len(tokenizer), model_config.get_text_config().vocab_size)
+    ordinary = torch.tensor(sorted(set(range(size)) - chat.special_tokens(tokenizer).keys()))
+    generator = torch.Generator().manual_seed(config.seed)
+    sequences = ordinary[torch.randint(len(ordinary), (config.samples, config.length), generator=generator)]
+    if bos is not None:
+        sequences[:, 0] = bos
+    source = f"{RANDOM} tokens (seed {config.seed})"
+    return CalibrationTokens(sequences, 0, source, config.samples, bos=bos is not None, documents=config.samples)
 
 
 def _teacher_tokens(

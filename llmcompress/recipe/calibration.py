@@ -8,7 +8,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 
 from llmcompress.recipe.text_files import is_file, is_many, join_names
 
-OFFLINE = ("builtin", "stdlib", "self")  # need neither a file nor the Hub
+RANDOM = "random"
+OFFLINE = ("builtin", "stdlib", "self", RANDOM)  # need neither a file nor the Hub
 Switch = Literal["auto"] | bool
 TRIAL = {"samples": 5, "length": 256, "held_out": 1}  # most of a text that is read to see that all works
 
@@ -16,13 +17,16 @@ TRIAL = {"samples": 5, "length": 256, "held_out": 1}  # most of a text that is r
 def shorten_text(text: Any) -> Any:
     """Return a text as a trial reads it, from a map or a section; what is neither comes back as it is."""
     if isinstance(text, Calibration):
-        return text.model_copy(update=shorten_text({"samples": text.samples, "length": text.length}))
+        return text.model_copy(
+            update=shorten_text({"dataset": text.dataset, "samples": text.samples, "length": text.length})
+        )
     if isinstance(text, list | tuple):
         return [shorten_text(each) for each in text]
     if not isinstance(text, dict):
         return text
     given = {key: text[key] for key in ("samples", "length") if key in text}
-    return text | TRIAL | {key: min(n, TRIAL[key]) if isinstance(n, int) else n for key, n in given.items()}
+    trial = TRIAL | ({"held_out": 0} if text.get("dataset") == RANDOM else {})
+    return text | trial | {key: min(n, TRIAL[key]) if isinstance(n, int) else n for key, n in given.items()}
 
 
 class Calibration(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):
@@ -32,8 +36,9 @@ class Calibration(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
         default="builtin", min_length=1
     )
     """Files of text (.txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow; packed as .gz or .zst): one, a pattern such as
-    data/*.jsonl, or a list; a data set of the Hub, or its folder; or one of three names. builtin: text of many kinds
-    that comes with llmcompress, and documentation; stdlib: Python's documentation; self: text by the dense model."""
+    data/*.jsonl, or a list; a data set of the Hub, or its folder; or one of four names. builtin: text of many kinds
+    that comes with llmcompress, and documentation; stdlib: Python's documentation; self: text by the dense model;
+    random: tokens drawn from the vocabulary, which steps are fitted to and nothing is judged by."""
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
     """SHA-256 of the content of files, one behind the other; files with another content are refused. Recipes in outputs
     have it, with the files' names but not their folders."""
@@ -67,7 +72,7 @@ class Calibration(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     shuffle: bool = True
     """Read documents in random order."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Random seed for the order of documents, and for the text of dataset self."""
+    """Random seed for the order of documents, for the text of dataset self, and for the tokens of dataset random."""
     temperature: float = Field(default=1.0, gt=0, le=10)
     """Sampling temperature for the text of dataset self."""
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -96,6 +101,8 @@ class Calibration(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
             raise ValueError(f"{' and '.join(given)} cannot be chosen for dataset {self.dataset!r}; leave it out")
         if self.dataset == "self" and not self.packing:
             raise ValueError("the text of dataset 'self' is always packed; leave packing true")
+        if self.dataset == RANDOM and self.held_out:
+            raise ValueError("nothing can be judged by random tokens; set held_out: 0, or choose another dataset")
         return self
 
 

@@ -18,7 +18,7 @@ from tests.rules.source_tree import ROOT
 from tests.tiers import tiered
 from tests.tiny import save_tiny
 
-RECIPE = ROOT / "configs" / "recommended" / "data-free.yaml"
+CONFIGS = ROOT / "configs"
 
 
 def recipe(*steps: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -26,15 +26,19 @@ def recipe(*steps: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("tied", tiered([True, False], bool))
-def test_the_data_free_recipe_needs_a_model_and_nothing_else(tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "place"), [("recommended/data-free", 1), ("ablations/data-free-presumed", 2)])
+def test_the_data_free_recipe_needs_a_model_and_nothing_else(name: str, place: int, tied: bool, tmp_path: Path) -> None:
     """Of tied and of untied models: a table that is only looked up has no inputs to learn from either."""
     source = save_tiny("llama", tmp_path / "dense", tie_word_embeddings=tied, hidden_size=64, intermediate_size=128)
-    quick = read_recipe(RECIPE, ["rules[0].steps[2].memory=8", "embeddings[1].memory=8"])
+    quick = read_recipe(CONFIGS / f"{name}.yaml", [f"rules[0].steps[{place}].memory=8", "embeddings[1].memory=8"])
     report = lc.compress(source, quick, tmp_path / "out").report
-    assert report.calibration is None
     assert all(0 < row.error < 0.05 and row.error_heldout is None for row in report.layers)
     assert any(row.name.endswith("embed_tokens") for row in report.layers)
-    assert any("without calibration" in warning and "trellis" in warning for warning in report.warnings)
+    assert report.gates is not None and report.gates.unmeasured, "nothing to judge by"
+    if report.calibration is None:
+        assert any("without calibration" in warning and "trellis" in warning for warning in report.warnings)
+    else:
+        assert report.calibration["source"] == "random tokens (seed 0)" and not report.calibration["held_out"]
     ids = torch.arange(20)[None]
     with torch.no_grad():
         dense, ours = (AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (source, tmp_path / "out"))

@@ -60,6 +60,18 @@ def test_packing_equals_tokenizing_the_whole_text_once(text_file: Path) -> None:
     assert (found.obtained, found.length, found.tokens, found.documents, found.bos) == (4, 8, 32, 1, False)
 
 
+@pytest.mark.parametrize("bos", [True, False])
+def test_random_tokens_are_drawn_from_those_that_stand_for_text(bos: bool) -> None:
+    tokenizer = tiny_tokenizer()
+    settings: dict[str, Any] = {"dataset": "random", "samples": 50, "length": 40, "held_out": 0, "bos": bos}
+    drawn, again, other = (read(tokenizer, tiny("llama"), seed=seed, **settings) for seed in (1, 1, 2))
+    assert drawn.hash == again.hash != other.hash and (drawn.obtained, drawn.length, drawn.held_out) == (50, 40, 0)
+    assert drawn.bos == bos and (drawn.sequences[:, 0] == BOS).all() == bos
+    tokens, counts = drawn.sequences[:, bos:].unique(return_counts=True)
+    assert not set(tokens.tolist()) & set(tokenizer.all_special_ids) and tokens.max() < tiny("llama").config.vocab_size
+    assert len(tokens) == len(tokenizer) - len(tokenizer.all_special_ids) and counts.max() < 30  # of 8 on average
+
+
 def test_bos_starts_every_sequence_once(text_file: Path) -> None:
     whole = tiny_tokenizer()(text_file.read_text(), add_special_tokens=False).input_ids
     found = read(dataset=str(text_file))  # auto: the tiny tokenizer puts BOS itself

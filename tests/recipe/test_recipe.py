@@ -413,6 +413,7 @@ WRONG = [
     (with_line("calibration: {samples: 0}"), "recipe.yaml:2: calibration: samples is 0; it must be a whole number at"),
     (with_line("calibration: {bos: 3}"), 'recipe.yaml:2: calibration: bos is 3; it must be "auto" or true or false'),
     (with_line("calibration: {dataset: self, packing: no}"), "recipe.yaml:2: calibration: the text of dataset 'self'"),
+    (with_line("calibration: {dataset: random}"), "recipe.yaml:2: calibration: nothing can be judged by random tokens"),
     ("version: 1\nrules: []", "recipe.yaml:2: rules is []; it must not be empty"),
     ("version: 1\nrules: 5", "recipe.yaml:2: rules is 5; it must be a list"),
     ("version: 1\nrules: [5]", "recipe.yaml:2: item 1 of rules is 5; it must be a map of keys"),
