@@ -4,9 +4,9 @@
 
 DATA holds `wikitext2-valid.txt` (calibration: its first 16 windows of 1024 tokens, the next two held out) and
 `wikitext2-test.raw` (perplexity: its first `--windows` windows of 1024 tokens, float32). A recipe that asks for no
-calibration gets none, so it has no held-out error. Each recipe runs in a process of its own, so that its peak memory is
-its own. `--jsonl` collects a record of each row as it is measured, and skips the recipes that were measured into that
-file before; rows copied from an older document do not count.
+calibration gets none, so it has no held-out error; one that reads `random` or `self` keeps that. Each recipe runs in a
+process of its own, so that its peak memory is its own. `--jsonl` collects a record of each row as it is measured, and
+skips the recipes that were measured into that file before; rows copied from an older document do not count.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def compressed(recipe: str, options: argparse.Namespace, protocol: Any) -> Recor
     from llmcompress.recipe.read import read_recipe
 
     path = recipe_path(recipe)
-    text = calibration(options.data) if read_recipe(path).calibration else None
+    own = read_recipe(path).calibration  # of a recipe that asks for no text from outside, its own
+    text = None if own is None or own.dataset in ("random", "self") else calibration(options.data)
     settings = [f"calibration={json.dumps(text)}"] if text else []
     with tempfile.TemporaryDirectory() as folder:
         report = lc.compress(options.model, read_recipe(path, settings), Path(folder) / "model").report
