@@ -46,7 +46,7 @@ from llmcompress.models.dense.tokenizer import load_tokenizer
 
 TEXT = "wikitext2-test.raw"
 PROMPT, TOKENS, ROUNDS = 16, 32, 3
-PRICED = ("predicted_kl", "predicted_range", "measured_kl")  # of the tokens that a target is priced on
+PRICED = {"kl_predicted": "predicted_kl", "kl_probing": "measured_kl"}  # of the tokens that a target is priced on
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,8 @@ def write_door(model: str, words: list[str] | Callable[[str, Path], None], folde
         priced: Record = {}
         if isinstance(words, list):
             report = run_command(["compress", model, *words, "-o", str(folder)])
-            priced = {key: report["allocation"][key] for key in PRICED} if report.get("allocation") else {}
+            plan = report.get("allocation")
+            priced = {name: plan[key] for name, key in PRICED.items()} if plan else {}
         else:
             words(model, folder)
         weights = [file for kind in ("*.gguf", "*.safetensors") for file in folder.glob(kind)]

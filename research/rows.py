@@ -18,9 +18,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from records import CONFIGS, Record, append, provenance, read_records, recipe_path, recipe_sha256
+
+if TYPE_CHECKING:
+    from llmcompress.recipe.compression import Recipe
 
 COLUMNS = ("recipe", "bpw", "model_bpw", "MB", "perplexity", "ratio", "held-out error", "seconds", "peak MB")
 OTHERS = ("accelerate", "distillation")  # folders of configs/ whose files compress nothing
@@ -95,8 +98,7 @@ def compressed(recipe: str, options: argparse.Namespace, protocol: Any) -> Recor
     from llmcompress.recipe.read import read_recipe
 
     path = recipe_path(recipe)
-    own = read_recipe(path).calibration  # of a recipe that asks for no text from outside, its own
-    text = None if own is None or own.dataset in ("random", "self") else calibration(options.data)
+    text = calibration(options.data) if asks_for_text(read_recipe(path)) else None
     settings = [f"calibration={json.dumps(text)}"] if text else []
     with tempfile.TemporaryDirectory() as folder:
         report = lc.compress(options.model, read_recipe(path, settings), Path(folder) / "model").report
@@ -115,6 +117,11 @@ def compressed(recipe: str, options: argparse.Namespace, protocol: Any) -> Recor
             "peak_memory_bytes": report.peak_memory_bytes,
         },
     }
+
+
+def asks_for_text(recipe: Recipe) -> bool:
+    """True if a recipe is to be calibrated on text that the dense model does not write itself."""
+    return recipe.calibration is not None and recipe.calibration.dataset not in ("random", "self")
 
 
 def calibration(data: Path) -> dict[str, Any]:
