@@ -1,7 +1,9 @@
 """Text that is always there: the texts of this package, and the documentation that Python ships."""
 
 import ast
+import contextlib
 import functools
+import gc
 import hashlib
 import itertools
 import platform
@@ -110,16 +112,29 @@ def _stdlib_paragraphs_once() -> tuple[tuple[str, str], ...]:
     """Return all documents of the standard library, each paragraph once."""
     seen: set[str] = set()
     documents = []
-    for name, text in itertools.chain(_topics(), _docstrings()):
-        fresh = []
-        for paragraph in text.split("\n\n"):
-            key = " ".join(paragraph.split())
-            if key and key not in seen:
-                seen.add(key)
-                fresh.append(paragraph.strip("\n"))
-        if fresh:
-            documents.append((name, "\n\n".join(fresh)))
+    with _without_collector():
+        for name, text in itertools.chain(_topics(), _docstrings()):
+            fresh = []
+            for paragraph in text.split("\n\n"):
+                key = " ".join(paragraph.split())
+                if key and key not in seen:
+                    seen.add(key)
+                    fresh.append(paragraph.strip("\n"))
+            if fresh:
+                documents.append((name, "\n\n".join(fresh)))
     return tuple(sorted(documents, key=lambda document: _name_hash(document[0])))
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Pause the garbage collector: syntax trees have no cycles, and their many nodes call it more than parsing takes."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _topics() -> Iterator[tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -99,7 +100,7 @@ def _run(
         stack.callback(model.train, training)
         stack.enter_context(contain_lm_eval())
         evaluator, _, model_class, tracker_class = import_lm_eval()
-        stack.enter_context(_without_git(evaluator))
+        stack.enter_context(_quick_facts(evaluator))
         own = copy.deepcopy(tokenizer)
         own.deprecation_warnings[TOO_LONG] = True  # `cut_prompts` counts the prompts that lm-eval cuts
         wrapped = model_class(pretrained=model, tokenizer=own, batch_size=protocol.batch_size)
@@ -181,16 +182,29 @@ def _metric(key: str) -> str:
 
 
 @contextlib.contextmanager
-def _without_git(evaluator: Any) -> Iterator[None]:
-    """Let lm-eval read the commit of the working folder from its files; git would complain of a folder without one."""
-    from lm_eval.loggers.utils import get_commit_from_path
+def _quick_facts(evaluator: Any) -> Iterator[None]:
+    """Let lm-eval read the commit of the working folder from its files, and describe the environment once.
 
-    own = evaluator.get_git_commit_hash
+    git would complain of a folder without a commit.
+    """
+    from lm_eval.loggers.utils import get_commit_from_path
+    from torch.utils import collect_env
+
+    commit, environment = evaluator.get_git_commit_hash, collect_env.get_pretty_env_info
     evaluator.get_git_commit_hash = lambda: get_commit_from_path(os.getcwd())
+    collect_env.get_pretty_env_info = _environment
     try:
         yield
     finally:
-        evaluator.get_git_commit_hash = own
+        evaluator.get_git_commit_hash, collect_env.get_pretty_env_info = commit, environment
+
+
+@functools.cache
+def _environment() -> str:
+    """Return torch's description of the environment, for which it starts pip and tools of GPUs: a second each time."""
+    from torch.utils import collect_env
+
+    return collect_env.pretty_str(collect_env.get_env_info())
 
 
 def cut_prompts(samples: Mapping[str, Sequence[Mapping[str, Any]]], harness: Any) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -200,6 +201,12 @@ def _driver() -> str | None:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that make a result."""
+    return dict(_versions())
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Return `versions`, read once: a process runs the packages that it started with."""
     return {"python": platform.python_version()} | {
         package: package_version(package) or "not installed as a package" for package in RESULT_PACKAGES
     }

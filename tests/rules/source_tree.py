@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import gc
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,10 +20,16 @@ class Module:
 
     path: Path
     text: str
-    tree: ast.Module
 
     def __str__(self) -> str:
         return self.path.relative_to(ROOT).as_posix()
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        """Its syntax tree, parsed when a test first asks."""
+        tree = ast.parse(self.text, str(self.path))
+        gc.freeze()  # it stays: the collector, which so many nodes call often, need not look through it
+        return tree
 
     @property
     def name(self) -> str:
@@ -72,10 +79,10 @@ def _file_of(name: str) -> Path | None:
     return next((file for file in candidates if file.is_file()), None)
 
 
+@cache
 def read(path: Path) -> Module:
-    """The module in a file."""
-    text = path.read_text(encoding="utf-8")
-    return Module(path, text, ast.parse(text, str(path)))
+    """The module in a file, one for all who read it."""
+    return Module(path, path.read_text(encoding="utf-8"))
 
 
 def functions(module: Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -99,5 +106,5 @@ def repository_files() -> list[Path]:
 
 @cache
 def modules() -> tuple[Module, ...]:
-    """Every module of the package, parsed when a test first asks."""
+    """Every module of the package."""
     return tuple(read(path) for path in sorted(PACKAGE.rglob("*.py")))
