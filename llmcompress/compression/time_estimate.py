@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 import torch
@@ -32,7 +33,7 @@ LOG = logging.getLogger("llmcompress")
 FORWARD_SHARE = 2.0  # time of a calibration pass over the time of its linears: attention, norms and other work
 FACTOR = 2.1  # products of a cube that a factor of H takes as long as
 START, READ = 0.2, 1e-8  # seconds that every run takes; and to read a weight, and to write its compressed form
-MODULES = 240  # parses of one module of Python's library that take as long as to read the text of this package
+MODULES = 70  # parses of one module of Python's library that take as long as to read the text of this package
 BACKWARD = 4  # forwards of a block that its backward pass takes as long as: two, and gradients of inputs
 LABEL = 9e-9  # seconds of a logit in that pass, beside its products: its probability, and a draw from it
 WRITING, KEPT = 4.0, 3e-10  # time of a written token over that of its products; seconds for a byte of keys and values
@@ -108,8 +109,9 @@ def step_seconds(job: Job, trials: Mapping[str, Sequence[Trial]]) -> float:
     return total
 
 
+@cache
 def text_seconds() -> float:
-    """Return the time to read the text of this package, which stands for any text."""
+    """Return the time to read the text of this package, which stands for any text; tried once in a process."""
     source, times = inspect.getsource(inspect), list[float]()
     for _ in range(3):
         started = time.thread_time()
