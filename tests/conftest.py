@@ -3,16 +3,23 @@
 import gc
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 os.environ.setdefault("LLMCOMPRESS_FAST", "exact")  # kernels everywhere, without rounded inputs
 
 
+gc.disable()  # modules and cases, which stay to the end: the collector need not look through them again and again
+
+
 def pytest_collection_finish() -> None:
-    """Modules and cases stay to the end, so the garbage collector need not look through them again and again."""
+    """Begin to collect garbage, in what is made from now on."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,22 +39,22 @@ def brief_trials() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def brief_side_work() -> Iterator[None]:
-    """What runs do beside their work: a training's picture is drawn once in a process, and freed pages stay with it.
+    """What runs do beside their work: a picture of each kind is drawn once in a process, and freed pages stay with it.
 
-    `tests/distillation/test_reporting.py` draws pictures, and `tests/runtime/test_memory.py` returns pages.
+    `tests/runtime/test_memory.py` returns pages, in a process of its own.
     """
-    from llmcompress.distillation import result
-    from llmcompress.reporting.plots import distillation_png
+    from llmcompress.reporting import plots
     from llmcompress.runtime import memory
 
-    drawn: list[bytes] = []
+    draw, drawn = plots.png_bytes, dict[tuple[str, ...], bytes]()
 
-    def draw_once(history: list[dict[str, Any]]) -> bytes:
-        if not drawn:
-            drawn.append(distillation_png(history))
-        return drawn[0]
+    def draw_once(figure: Figure) -> bytes:
+        kind = tuple(axes.get_ylabel() for axes in figure.axes)
+        if kind not in drawn:
+            drawn[kind] = draw(figure)
+        return drawn[kind]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(result, "distillation_png", draw_once)
+        patch.setattr(plots, "png_bytes", draw_once)
         patch.setattr(memory, "_c_function", lambda name: None)
         yield
