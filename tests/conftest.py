@@ -1,5 +1,7 @@
 """Settings of all tests."""
 
+from __future__ import annotations
+
 import gc
 import os
 from collections.abc import Iterator
@@ -11,8 +13,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 os.environ.setdefault("LLMCOMPRESS_FAST", "exact")  # kernels everywhere, without rounded inputs
-
-
 gc.disable()  # modules and cases, which stay to the end: the collector need not look through them again and again
 
 
@@ -39,7 +39,7 @@ def brief_trials() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def brief_side_work() -> Iterator[None]:
-    """What runs do beside their work: a picture of each kind is drawn once in a process, and freed pages stay with it.
+    """Work beside that of a run: a picture of each kind is drawn once in a process, and freed pages stay with it.
 
     `tests/runtime/test_memory.py` returns pages, in a process of its own.
     """

@@ -33,6 +33,9 @@ PROMPT = torch.randint(3, 250, (1, 9), generator=torch.Generator().manual_seed(0
 MORE = torch.randint(3, 250, (6, 1, 1), generator=torch.Generator().manual_seed(1))
 
 
+MADE: dict[str, Path] = {}
+
+
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[OneTokenBlock]:
     """The blocks that took the short way, each time they did."""
@@ -61,9 +64,12 @@ def counted(kind: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def compressed(
     family: str, folder: Path, dtype: torch.dtype = torch.float32, recipe: dict[str, Any] = GRIDS, **changes: Any
 ) -> PreTrainedModel:
-    place = save_tiny(family, folder / "dense", **(HEADS if family != "gpt2" else {}), **changes)
-    lc.compress(place, recipe, folder / "small")
-    model = AutoModelForCausalLM.from_pretrained(folder / "small").to(dtype).eval()
+    """A compressed model, loaded; its checkpoint is written once, for the first test that reads it."""
+    key = repr((family, recipe, changes))
+    if key not in MADE:
+        place = save_tiny(family, folder / "dense", **(HEADS if family != "gpt2" else {}), **changes)
+        MADE[key] = lc.compress(place, recipe, folder / "small").folder
+    model = AutoModelForCausalLM.from_pretrained(MADE[key]).to(dtype).eval()
     accelerate(model, "exact")
     return model
 

@@ -212,11 +212,13 @@ def test_training_lowers_the_loss(w: Weight, kind: str) -> None:
     if start == 0:  # nothing to train, or nothing that it changes
         return
     reached = []
-    for rate in (1e-4, 1e-2, 0.2):  # expressions differ in curvature by many orders
+    for rate in (1e-2, 1e-4, 0.2):  # expressions differ in curvature by many orders
         module = relax(w, Relaxation(frozenset({kind})))
         steps(module, target, 30, rate)
         reached.append(float((dense(module.freeze()) - target).square().sum()))
-    assert min(reached) < start, f"{start} -> {reached}"
+        if reached[-1] < start:
+            return
+    pytest.fail(f"{start} -> {reached}")
 
 
 def nearby(w: Weight, kind: str) -> Tensor:

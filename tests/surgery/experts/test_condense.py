@@ -152,6 +152,14 @@ def test_condense_widens_dense_blocks_without_a_change(tmp_path: Path) -> None:
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def four_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model whose first block has no experts."""
+    folder = tmp_path_factory.mktemp("condense") / "dense"
+    save_zoo("deepseek_v3", folder, num_hidden_layers=4)
+    return folder
+
+
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "gpt_oss", "granitemoe"])
 def test_condense_refuses_types_without_dense_blocks(family: str, tmp_path: Path) -> None:
     save_zoo(family, tmp_path / "dense")
@@ -173,7 +181,6 @@ def test_condense_refuses_types_without_dense_blocks(family: str, tmp_path: Path
         ({"count": 1, "experts": 5}, "experts is 5, where a block has 4; give a number from 1 to 4"),
     ],
 )
-def test_condense_refuses_impossible_blocks(asked: dict[str, Any], sentence: str, tmp_path: Path) -> None:
-    save_zoo("deepseek_v3", tmp_path / "dense", num_hidden_layers=4)
+def test_condense_refuses_impossible_blocks(asked: dict[str, Any], sentence: str, four_blocks: Path) -> None:
     with pytest.raises(RecipeError, match=sentence):
-        lc.condense_experts(tmp_path / "dense", **asked)
+        lc.condense_experts(four_blocks, **asked)
