@@ -41,8 +41,11 @@ def brief_trials() -> Iterator[None]:
 def brief_side_work() -> Iterator[None]:
     """Work beside that of a run: a picture of each kind is drawn once in a process, and freed pages stay with it.
 
+    transformers writes out each config that it reads, for a log that nobody keeps; here it writes its address.
     `tests/runtime/test_memory.py` returns pages, in a process of its own.
     """
+    from transformers import PreTrainedConfig
+
     from llmcompress.reporting import plots
     from llmcompress.runtime import memory
 
@@ -57,4 +60,5 @@ def brief_side_work() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "png_bytes", draw_once)
         patch.setattr(memory, "_c_function", lambda name: None)
+        patch.setattr(PreTrainedConfig, "__repr__", object.__repr__)
         yield

@@ -127,7 +127,7 @@ def _stdlib_paragraphs_once() -> tuple[tuple[str, str], ...]:
 
 @contextlib.contextmanager
 def _without_collector() -> Iterator[None]:
-    """Pause the garbage collector: syntax trees have no cycles, and their many nodes call it more than parsing takes."""
+    """Pause the garbage collector: syntax trees have no cycles, and looking for some takes longer than parsing."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -42,13 +42,14 @@ class Module:
         """The first name below the package; empty for the package's own `__init__`."""
         return (self.name.split(".") + [""])[1]
 
-    def imports(self) -> Iterator[tuple[str, bool]]:
+    @cached_property
+    def imports(self) -> tuple[tuple[str, bool], ...]:
         """The dotted names it imports, each with whether importing the module itself imports that too."""
-        yield from _imports(self.tree, at_top=True)
+        return tuple(_imports(self.tree, at_top=True))
 
     def local_imports(self) -> set[str]:
         """The names of the package's modules that it imports, wherever in the file and for whatever use."""
-        names = {name for name, _ in self.imports() if name.split(".")[0] == PACKAGE.name}
+        names = {name for name, _ in self.imports if name.split(".")[0] == PACKAGE.name}
         return {_module_of(name) for name in names}
 
 
@@ -61,7 +62,9 @@ def _imports(node: ast.AST, at_top: bool) -> Iterator[tuple[str, bool]]:
         case ast.ImportFrom():
             raise AssertionError(f"line {node.lineno}: a relative import; write the package's name")
     for child in ast.iter_child_nodes(node):
-        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if not isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
+            continue  # no expression holds a statement
+        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         only_for_types = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
         yield from _imports(child, at_top and not inside and not only_for_types)
 

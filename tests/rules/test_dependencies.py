@@ -37,7 +37,7 @@ EXTRAS = {_name(r) for name, group in PROJECT["optional-dependencies"].items() i
 def _others(module: Module) -> dict[str, bool]:
     """The distributions that a module imports, each with whether it does so at import time."""
     found: dict[str, bool] = {}
-    for dotted, at_top in module.imports():
+    for dotted, at_top in module.imports:
         package = dotted.split(".")[0]
         if package not in sys.stdlib_module_names and package != "llmcompress":
             name = _name(DISTRIBUTIONS.get(package, [package])[0])
@@ -60,7 +60,7 @@ def test_extras_are_imported_when_used() -> None:
 
 def test_late_files_are_imported_when_used() -> None:
     others = [m for m in modules() if m.name not in LATE]
-    eager = [f"{m}: {name}" for m in others for name, at_top in m.imports() if at_top and _in_a_late_file(name)]
+    eager = [f"{m}: {name}" for m in others for name, at_top in m.imports if at_top and _in_a_late_file(name)]
     assert not eager, f"these need an extra, so import them inside the function that needs them: {eager}"
 
 

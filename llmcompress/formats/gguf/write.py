@@ -140,10 +140,11 @@ def _changes(plan: FilePlan, output: Path) -> Iterator[str]:
 
 def plan_file(opened: CompressedCheckpoint, model: GGUFModel, plan: FilePlan) -> FilePlan:
     """Return the plan with the type of every tensor. Raises InputError for a matrix that may not be rounded."""
-    transposed = transposed_linears(opened.folder)
+    skeleton = folder_skeleton(opened.folder, trust_remote_code=opened.trust_remote_code)
+    transposed = transposed_linears(skeleton)
     for name, factors in model.rotary.divisors().items():
         plan.add(name, Dense(factors), partial(Dense, factors))
-    stacks = expert_stacks(folder_skeleton(opened.folder, trust_remote_code=opened.trust_remote_code))
+    stacks = expert_stacks(skeleton)
     inside = {layer for layers in stacks.values() for layer in layers}
     for layers, others in opened.parts():
         for layer in count_each(layers, "matrix read"):

@@ -110,11 +110,10 @@ def folder_skeleton(folder: Path, unfused: bool = True, trust_remote_code: bool 
     return dense_skeleton(config, folder, unfused, trust_remote_code)
 
 
-def transposed_linears(folder: Path, trust_remote_code: bool = False) -> set[str]:
-    """Return the module paths of linears whose weight is `[in, out]` in the model that `folder` describes."""
+def transposed_linears(model: nn.Module) -> set[str]:
+    """Return the module paths of linears whose weight is `[in, out]`."""
     from transformers.pytorch_utils import Conv1D
 
-    model = folder_skeleton(folder, trust_remote_code=trust_remote_code)
     return {name for name, child in model.named_modules() if isinstance(child, Conv1D)}
 
 

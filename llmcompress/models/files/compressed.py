@@ -240,7 +240,7 @@ def decoded_source(place: Place) -> DecodedSource:
         {alias: origin for alias, origin in ties if alias not in stored and origin in stored},
         trust_remote_code=place.trust_remote_code,
         checkpoint=checkpoint,
-        transposed=frozenset(transposed_linears(place.folder, place.trust_remote_code)),
+        transposed=frozenset(transposed_linears(skeleton)),
     )
 
 
