@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 from collections.abc import Iterator
@@ -42,9 +43,11 @@ def brief_side_work() -> Iterator[None]:
     """Work beside that of a run: a picture of each kind is drawn once in a process, and freed pages stay with it.
 
     transformers writes out each config that it reads, for a log that nobody keeps; here it writes its address.
+    The runner of commands makes the whole tree of them at each call; here once.
     `tests/runtime/test_memory.py` returns pages, in a process of its own.
     """
     from transformers import PreTrainedConfig
+    from typer import testing
 
     from llmcompress.reporting import plots
     from llmcompress.runtime import memory
@@ -61,4 +64,5 @@ def brief_side_work() -> Iterator[None]:
         patch.setattr(plots, "png_bytes", draw_once)
         patch.setattr(memory, "_c_function", lambda name: None)
         patch.setattr(PreTrainedConfig, "__repr__", object.__repr__)
+        patch.setattr(testing, "_get_command", functools.cache(testing._get_command))
         yield

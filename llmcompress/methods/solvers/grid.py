@@ -97,17 +97,18 @@ def fit_grid(
         high, low = weight.amax(1, keepdim=True).clamp_min(0), weight.amin(1, keepdim=True).clamp_max(0)
     shrinks = high.new_tensor(SHRINKS if form.clip else (1.0,))[:, None, None]
     scales = float16_scale((high - low) * (shrinks / (form.levels - 1)))  # [shrinks, rows, 1], like what follows
-    zeros = None
+    inverses, zeros = reciprocal(scales), None
     if not form.symmetric:
-        zeros = (-low * shrinks * reciprocal(scales)).round_().clamp_(0, form.levels - 1).to(torch.uint8)
+        zeros = (-low * shrinks * inverses).round_().clamp_(0, form.levels - 1).to(torch.uint8)
+    middles = _centres(zeros, form.levels, weight).expand(scales.shape)
     errors = torch.stack(
         [
-            round_to(weight, scale, None if zeros is None else zeros[index], form.levels)
+            _nearest(weight, scale, inverse, middle, form.levels)
             .sub_(weight)
             .square_()
             .mul_(counted)
             .sum(1, keepdim=True)
-            for index, scale in enumerate(scales)
+            for scale, inverse, middle in zip(scales.float(), inverses, middles)
         ]
     )
     best = errors.argmin(0, keepdim=True)
@@ -126,9 +127,18 @@ def centre(zero: Tensor | None, levels: int) -> Tensor | float:
 
 def round_to(weight: Tensor, scale: Tensor, zero: Tensor | None, levels: int) -> Tensor:
     """Return the grid points nearest to `weight [rows, columns]`, float32."""
-    middle = torch.as_tensor(centre(zero, levels), dtype=torch.float32, device=weight.device)
-    codes = torch.addcmul(middle, weight, reciprocal(scale)).round_().clamp_(0, levels - 1)
-    return codes.sub_(middle).mul_(scale.float())
+    return _nearest(weight, scale.float(), reciprocal(scale), _centres(zero, levels, weight), levels)
+
+
+def _centres(zero: Tensor | None, levels: int, weight: Tensor) -> Tensor:
+    """Return `centre` in float32, on the device of `weight`; without zeros it is one number."""
+    return torch.as_tensor(centre(zero, levels), dtype=torch.float32, device=weight.device)
+
+
+def _nearest(weight: Tensor, scale: Tensor, inverse: Tensor, middle: Tensor, levels: int) -> Tensor:
+    """Return the grid points nearest to `weight [rows, columns]`, all float32; `inverse`: the scale's `reciprocal`."""
+    codes = torch.addcmul(middle, weight, inverse).round_().clamp_(0, levels - 1)
+    return codes.sub_(middle).mul_(scale)
 
 
 def grid_of(values: Tensor, scale: Tensor, zero: Tensor | None, levels: int, group_size: int) -> Grid:
