@@ -26,7 +26,7 @@ def recipe(*steps: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("tied", tiered([True, False], bool))
-@pytest.mark.parametrize(("name", "place"), [("recommended/data-free", 1), ("ablations/data-free-presumed", 2)])
+@pytest.mark.parametrize(("name", "place"), [("recommended/data-free", 1), ("methods/data-free-presumed", 2)])
 def test_the_data_free_recipe_needs_a_model_and_nothing_else(name: str, place: int, tied: bool, tmp_path: Path) -> None:
     """Of tied and of untied models: a table that is only looked up has no inputs to learn from either."""
     source = save_tiny("llama", tmp_path / "dense", tie_word_embeddings=tied, hidden_size=64, intermediate_size=128)
