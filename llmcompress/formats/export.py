@@ -20,6 +20,7 @@ from llmcompress.models.dense.skeleton import check_causal, folder_skeleton
 from llmcompress.models.files.compressed import CompressedCheckpoint
 
 READERS = {"mlx": MLX, "exl3": EXL3}  # what their engines read of config.json
+VLLM_MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # whose experts were tried with its loader
 INSTALL = 'run pip install "llmcompress[export]"'
 FORMATS = ("dense", "compressed-tensors", "peft", "gguf", "mlx", "exl3")
 
@@ -107,12 +108,12 @@ def _check_form(opened: CompressedCheckpoint, to: str) -> None:
 
 
 def _check_kind(folder: Path, to: str, trust_remote_code: bool) -> None:
-    """Raise InputError for models that are not causal, and for mixtures of experts except to GGUF, whose experts other
-    readers would initialise randomly."""
+    """Raise InputError for models that are not causal, and for mixtures of experts where readers would initialise them
+    randomly."""
     model = folder_skeleton(folder, trust_remote_code=trust_remote_code)
     check_causal(model.config, f"the export to {to}")
     experts = {} if to == "gguf" else experts_of(model)
-    if experts:
+    if experts and not (to == "compressed-tensors" and model.config.model_type in VLLM_MIXTURES):
         raise InputError(
             f"{folder} is a mixture of experts ({next(iter(experts))}), which cannot go to {to} yet; export it to "
             f"dense, or load it with transformers as it is"
