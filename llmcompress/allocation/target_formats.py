@@ -122,6 +122,8 @@ def _gguf_steps(types: Sequence[str]) -> tuple[Steps, ...]:
 def check_rules(job: Job, engine: str) -> None:
     """Raise RecipeError for steps of a recipe whose outcome the engine does not multiply, or look up."""
     linears = job.arch.linears()
+    if job.recipe.kv_cache and engine != "vllm":
+        raise RecipeError(f"kv_cache: {engine} reads no scales of keys and values; leave kv_cache: out")
     for name, steps in job.steps.items():
         if (why := _obstacle(engine, linears[name], steps, job.inputs.get(name))) is not None:
             raise RecipeError(

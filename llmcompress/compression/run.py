@@ -149,6 +149,7 @@ def _walk_blocks(
         cross=recipe.asymmetric > 0,
         inputs=job.inputs,
         aim=recipe.asymmetric,
+        kv_cache=recipe.kv_cache is not None,
     )
     execution = Execution(
         run.device,
@@ -217,6 +218,7 @@ def _report(run: CompressionState, tokens: CalibrationTokens | None, size: int, 
         auto_class=auto_name(job.source.config),
         gates=pending_gates(job.recipe.gates.of_quality, job.ungated),
         trial=job.recipe.trial,
+        kv_scales={path: scales for entry in run.entries for path, scales in entry.kv_scales.items()},
     )
 
 
@@ -224,6 +226,8 @@ def _warnings(run: CompressionState, before: int) -> Iterator[str]:
     """Yield the warnings of the run itself, in a sentence each."""
     if run.job.recipe.trial:
         yield TRIAL
+    if run.job.recipe.kv_cache:
+        yield "kv_cache: vLLM alone keeps keys and values in fp8; what is measured here keeps them as they are"
     paths = [path for entry in run.entries for path in entry.unweighed]
     if paths:
         yield (

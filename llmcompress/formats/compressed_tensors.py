@@ -34,8 +34,10 @@ from llmcompress.formats.engine_files import EngineFiles, ExportReport, UnfitErr
 from llmcompress.models.dense.experts import experts_of, holder
 from llmcompress.models.dense.skeleton import folder_skeleton
 from llmcompress.models.dense.stored_names import hub_paths
+from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import write_checkpoint
 from llmcompress.models.files.compressed import CompressedCheckpoint
+from llmcompress.reporting import report as reports
 from llmcompress.weight.expression import float_steps
 from llmcompress.weight.inputs import InputFormat, InputName
 from llmcompress.weight.modules import LIKE
@@ -44,6 +46,7 @@ from llmcompress.weight.runtime_formats import compressed_tensors_obstacle, floa
 
 HEAD = "lm_head"  # which engines do not look for in the format
 TENSOR_SCALE = "tensor_scale"  # in the payload of a layer
+KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 INTEGERS = ("pack-quantized", "int-quantized")  # formats of grids
 
 
@@ -73,6 +76,11 @@ class Scheme:
         own = {"group_size": self.group_size, "scale_dtype": self.scale_dtype}
         entries = {"num_bits": self.num_bits, "type": kind, "symmetric": True, "dynamic": False}
         return entries | {"strategy": self.strategy} | {key: value for key, value in own.items() if value is not None}
+
+
+def kv_scales(folder: Path) -> dict[str, list[float]]:
+    """Return the scales of keys and values that a checkpoint's report has, by path of attention."""
+    return reports.read(folder).kv_scales if (folder / file_names.REPORT).is_file() else {}
 
 
 @dataclass(frozen=True)
@@ -129,8 +137,18 @@ def to_compressed_tensors(opened: CompressedCheckpoint, output: Path, allow_dens
     )
     with write_checkpoint(output, opened.dense_bytes) as writer:
         files = write_layers(opened, writer, "compressed-tensors", pack, torch.bfloat16, allow_dense, experts.paths)
+        scales = kv_scales(opened.folder)
+        if scales:
+            writer.add(
+                {
+                    f"{at}.{one}_scale": torch.tensor([scale])
+                    for at, own in scales.items()
+                    for one, scale in zip("kv", own, strict=True)
+                }
+            )
         size = writer.close()
-        entry = {"quantization_config": _quantization_config(*experts.targets(files))}
+        config = _quantization_config(*experts.targets(files)) | ({"kv_cache_scheme": KV_CACHE} if scales else {})
+        entry = {"quantization_config": config}
         writer.write("config.json", json.dumps(opened.config | entry, indent=1))
     schemes = files.packed.values()
     kinds = Counter("grids" if scheme.format in INTEGERS else "matrices of floats" for scheme in schemes)

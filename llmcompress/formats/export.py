@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.formats.compressed_tensors import to_compressed_tensors
+from llmcompress.formats.compressed_tensors import kv_scales, to_compressed_tensors
 from llmcompress.formats.dense import to_dense
 from llmcompress.formats.engine_configs import EXL3, MLX, readable_entries
 from llmcompress.formats.engine_files import ExportReport
@@ -65,6 +65,8 @@ def export(
         return to_compressed_tensors(opened, target, allow_dense)
     done = _write(opened, target, to, allow_dense, round_to)
     rounded = [name for name, layout in opened.layouts.items() if layout.inputs is not None]
+    if kv_scales(opened.folder):
+        done = replace(done, changed=(*done.changed, "scales of keys and values are left out"))
     if rounded:
         done = replace(done, changed=(*done.changed, f"inputs of {len(rounded)} matrices are no longer rounded"))
     return done

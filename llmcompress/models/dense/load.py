@@ -64,7 +64,7 @@ def load_model(
         return open_source(place).load(device, dtype)
     if quantization is None and has_weights(place.folder) and _is_numbers(place.folder, numbers):
         return open_source(place).load(device, dtype)
-    if quantization is None and has_weights(place.folder) and _has_rounding_experts(place):
+    if quantization is None and has_weights(place.folder) and _rounds_here(place):
         return _load_rounding(place, device, dtype)
     is_dense = check_outline(place)[0] and quantization is None
     trusted = model_code(place.folder, place.trust_remote_code)
@@ -108,11 +108,14 @@ def _is_numbers(folder: Path, alone: bool) -> bool:
     return (alone and method == "fp8") or (method == "compressed-tensors" and (alone or not rounds_inputs(entries)))
 
 
-def _has_rounding_experts(place: Place) -> bool:
-    """True for experts of compressed-tensors that round inputs, which transformers does not load."""
+def _rounds_here(place: Place) -> bool:
+    """True for what compressed-tensors stores with rounded inputs and transformers does not load: experts, and a cache
+    of few bits, which stays as it is here."""
     entries = read_entries(place.folder / MODEL, place.folder)
     if packing_method(entries) != "compressed-tensors" or not rounds_inputs(entries):
         return False
+    if packing_entry(entries).get("kv_cache_scheme"):
+        return True
     return bool(experts_of(folder_skeleton(place.folder, trust_remote_code=place.trust_remote_code)))
 
 

@@ -79,6 +79,8 @@ def unpack_headers(stored: Stored, entries: Mapping[str, Any], place: Path) -> t
     used = {part.key for packing in packings.values() for part in packing.parts.values()}
     owners = {name.rpartition(".")[0] for name in packings}
     used |= {key for key in stored if key.endswith(OF_INPUTS) and key.rpartition(".")[0] in owners}
+    if packing_entry(entries).get("kv_cache_scheme"):  # for a cache of few bits, which nothing here has
+        used |= {key for key in stored if key.endswith((".k_scale", ".v_scale"))}
     headers = {key: header for key, header in stored.items() if key not in used}
     dtype = _dtype(entries)
     for name, packing in packings.items():
