@@ -109,7 +109,7 @@ def test_experts_of_a_block_have_one_form(tmp_path: Path) -> None:
     ):
         export(folder, tmp_path / "out", "compressed-tensors")
     with pytest.raises(RecipeError, match="a target would choose for each .* give experts a rule"):
-        plan_for("vllm", source, read_recipe({"version": 1, "target": {"bpw": 4.5}}))
+        plan_for("vllm", source, read_recipe({"version": 1, "target": {"bpw": 4.5}, "calibration": {"held_out": 2}}))
 
 
 @pytest.mark.parametrize(
