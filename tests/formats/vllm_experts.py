@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
-from vllm_engine import main
 
 from llmcompress.weight.inputs import InputFormat, InputName
+from tests.formats.vllm_engine import main
 
 PLACE = "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe"
 METHODS: dict[str, tuple[str, str, InputName | None]] = {  # by module: class, choice of a kernel, and format of inputs
