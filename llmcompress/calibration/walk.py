@@ -43,8 +43,7 @@ from llmcompress.calibration.gather import (
     gather,
     wanted_of,
 )
-from llmcompress.calibration.input_scales import sample_inputs
-from llmcompress.calibration.kv_scales import key_value_scales
+from llmcompress.calibration.input_scales import key_value_scales, sample_inputs
 from llmcompress.calibration.ranks import sum_over_ranks
 from llmcompress.errors import InputError
 from llmcompress.methods.moments import Moments, RunningMoments

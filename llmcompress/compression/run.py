@@ -227,7 +227,11 @@ def _warnings(run: CompressionState, before: int) -> Iterator[str]:
     if run.job.recipe.trial:
         yield TRIAL
     if run.job.recipe.kv_cache:
-        yield "kv_cache: vLLM alone keeps keys and values in fp8; what is measured here keeps them as they are"
+        scaled = sum(bool(entry.kv_scales) for entry in run.entries)
+        yield (
+            f"kv_cache: {scaled} of {len(run.job.arch.blocks)} blocks have scales, which vLLM alone reads; what is "
+            f"measured here keeps keys and values as they are"
+        )
     paths = [path for entry in run.entries for path in entry.unweighed]
     if paths:
         yield (
