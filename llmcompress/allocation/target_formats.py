@@ -21,7 +21,13 @@ from llmcompress.recipe.rules import InputRounding
 from llmcompress.recipe.target import OUR_ENGINES
 from llmcompress.weight.expression import describe
 from llmcompress.weight.nodes import Weight
-from llmcompress.weight.runtime_formats import GGUF_BLOCK, OBSTACLES, WITH_TABLES, vllm_inputs_obstacle
+from llmcompress.weight.runtime_formats import (
+    GGUF_BLOCK,
+    OBSTACLES,
+    WITH_TABLES,
+    vllm_expert_obstacle,
+    vllm_inputs_obstacle,
+)
 from llmcompress.weight.superblocks import SUPERBLOCK
 
 
@@ -116,6 +122,8 @@ def _gguf_steps(types: Sequence[str]) -> tuple[Steps, ...]:
 def check_rules(job: Job, engine: str) -> None:
     """Raise RecipeError for steps of a recipe whose outcome the engine does not multiply, or look up."""
     linears = job.arch.linears()
+    if job.recipe.kv_cache and engine != "vllm":
+        raise RecipeError(f"kv_cache: {engine} reads no scales of keys and values; leave kv_cache: out")
     for name, steps in job.steps.items():
         if (why := _obstacle(engine, linears[name], steps, job.inputs.get(name))) is not None:
             raise RecipeError(
@@ -130,26 +138,44 @@ def check_rules(job: Job, engine: str) -> None:
         rows, width = job.source.tensors[f"{name}.weight"].shape
         if (why := _obstacle_of_shape(engine, name, (rows, width), steps)) is not None:
             raise RecipeError(f"{engine} does not read {_spell(steps)} of {name} ({why}); give it other steps")
-    if engine == "llama.cpp":
-        _check_experts(job)
+    if engine in ("llama.cpp", "vllm"):
+        _check_experts(job, engine)
 
 
-def _check_experts(job: Job) -> None:
-    """Raise RecipeError for experts that would not have one type in a block."""
-    linears = job.arch.linears()
-    for layers in expert_stacks(job.source.skeleton()).values():
+def _check_experts(job: Job, engine: str) -> None:
+    """Raise RecipeError for experts that would not have one type in a block, and for a type that no expert may have.
+
+    llama.cpp stacks gates, ups and downs apart, vLLM has one type for all three.
+    """
+    stacks, linears = dict[str, list[str]](), job.arch.linears()
+    for name, layers in expert_stacks(job.source.skeleton()).items():
+        stacks.setdefault(name if engine == "llama.cpp" else name.rpartition(".")[0], []).extend(layers)
+    for layers in stacks.values():
         if job.recipe.target is not None and layers[0] in job.assignment.unruled:
             raise RecipeError(
-                f"target: llama.cpp holds all experts of a block in one type, and a target would choose for each "
+                f"target: {engine} holds all experts of a block in one type, and a target would choose for each "
                 f"({layers[0]} first); give experts a rule, or name a recipe without a target"
             )
-        steps = {layer: job.steps.get(layer) for layer in layers}
-        kinds = {gguf_type(it, linears[it].shape, own).name if own else "no type" for it, own in steps.items()}
+        kinds = {_expert_type(job, engine, linears[layer]) for layer in layers}
         if len(kinds) > 1:
             raise RecipeError(
-                f"rules: llama.cpp holds all experts of a block in one type, and {layers[0]} and its neighbours would "
+                f"rules: {engine} holds all experts of a block in one type, and {layers[0]} and its neighbours would "
                 f"have {' and '.join(sorted(kinds))}; give them the same steps"
             )
+
+
+def _expert_type(job: Job, engine: str, linear: Linear) -> str:
+    """Return the type of an expert's matrix in an engine. Raises RecipeError for one that no expert may have there."""
+    steps, inputs = job.steps.get(linear.name), job.inputs.get(linear.name)
+    if steps is None:
+        return "no type"
+    if engine == "llama.cpp":
+        return gguf_type(linear.name, linear.shape, steps).name
+    w = sketch(linear.name, linear.shape, steps)
+    why = vllm_expert_obstacle(w, inputs.format if inputs else None, inputs is not None and inputs.is_calibrated)
+    if why is not None:
+        raise RecipeError(f"rules: {linear.name} is a matrix of an expert: {why}")
+    return f"{describe(w)} with {inputs}" if inputs else describe(w)
 
 
 def _obstacle(engine: str, linear: Linear, steps: Steps, inputs: InputRounding | None = None) -> str | None:

@@ -44,7 +44,8 @@ class Statistics:
     by gradient, `importance` is that of the sequences. `prefix`: whether inputs come from blocks as the caller left
     them or from the dense ones. `cross`: True to carry the dense model's hidden states beside the others. `inputs`:
     what inputs are rounded to, by linear; `cross` moments are then of what the outputs should come from: a share `aim`
-    of the dense model's inputs, else the own ones before they are rounded.
+    of the dense model's inputs, else the own ones before they are rounded. `kv_cache`: True for scales of keys and
+    values.
     """
 
     needs: Needs = frozenset()
@@ -55,6 +56,7 @@ class Statistics:
     cross: bool = False
     inputs: Mapping[str, InputRounding] = field(default_factory=dict)
     aim: float = 0.0
+    kv_cache: bool = False
 
 
 @dataclass(frozen=True, eq=False)

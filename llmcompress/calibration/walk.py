@@ -43,7 +43,7 @@ from llmcompress.calibration.gather import (
     gather,
     wanted_of,
 )
-from llmcompress.calibration.input_scales import sample_inputs
+from llmcompress.calibration.input_scales import key_value_scales, sample_inputs
 from llmcompress.calibration.ranks import sum_over_ranks
 from llmcompress.errors import InputError
 from llmcompress.methods.moments import Moments, RunningMoments
@@ -88,7 +88,8 @@ class Block:
 
     `hidden [sequences, length, width]` is the buffer of the block's inputs, calibration sequences first; it holds the
     outputs once the walk has moved on, when `groups` and `wanted` are dropped. `wanted`, as large: outputs of the block
-    in the dense model, for blocks that learn. `model`: the model around the block, the rest of it on meta.
+    in the dense model, for blocks that learn. `model`: the model around the block, the rest of it on meta. `kv_scales`:
+    see `key_value_scales`.
     """
 
     index: int
@@ -102,6 +103,7 @@ class Block:
     wanted: Tensor | None = field(default=None, repr=False)
     gather: Callable[[tuple[str, ...]], InputGroup] | None = field(default=None, repr=False)  # moments once more
     before: Block | None = field(default=None, repr=False)  # still loaded, with its own inputs, in a window of two
+    kv_scales: dict[str, list[float]] = field(default_factory=dict)
 
     def weight(self, name: str) -> Tensor:
         """Return the dense matrix `[out, in]` of the linear at module path `name`, float32; not to be written to."""
@@ -225,6 +227,9 @@ class _Walk:
             samples = streams.ranks.first(sampled)
             known = tuple(InputGroup(names, Moments(0.0), None, sample=samples[names[0]]) for names in wanted)
             self.execution.prepare(Block(*where, known, streams.hidden, linears, self.model))
+        scales: dict[str, list[float]] = {}
+        if self.statistics.kv_cache and run.index >= self.finished:  # before the hidden states may move on
+            scales = key_value_scales(run, streams.batches, streams.hidden, streams.ranks)
         groups = gather(run, wanted, streams)
         trim_memory()
 
@@ -234,7 +239,7 @@ class _Walk:
             [group] = gather(run, {names: wanted[names] - ({"cross"} if not rounded else set())}, alone)
             return group
 
-        return Block(*where, groups, streams.hidden, linears, self.model, run, dense, gather_again, before)
+        return Block(*where, groups, streams.hidden, linears, self.model, run, dense, gather_again, before, scales)
 
     def _gather_ends(self, streams: HiddenStreams, extra: int) -> dict[int, InputGroup]:
         """Return the `_tables` by their number as a block, with the moments of the head's inputs."""

@@ -117,7 +117,7 @@ def compress_block(run: CompressionState, block: Block) -> BlockResult:
     here = OpenBlock(block, scaled, {} if tune is None else {name: block.weight(name) for name in names})
     run.open.append(here)
     unweighed = [block.path] if any(group.unweighed for group in block.groups) else []
-    entry = BlockEntry(fused=list(scaled.notes), unweighed=unweighed)
+    entry = BlockEntry(fused=list(scaled.notes), unweighed=unweighed, kv_scales=block.kv_scales)
     batches, workers = _batch_groups(run, groups)
     for number, batch in enumerate(batches):
         if number and tune is not None and tune.recipe.between and block.gather is not None:

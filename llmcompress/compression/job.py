@@ -233,7 +233,8 @@ def _check_calibration(recipe: Recipe) -> None:
         return
     lists = (*(rule.steps for rule in recipe.rules), recipe.embeddings, recipe.head or (), recipe.table or ())
     hungry = sorted({name for steps in lists for name in _hungry_methods(steps)})
-    others = {"asymmetric": recipe.asymmetric, "fuse: awq": recipe.fuse is not None and recipe.fuse.awq}
+    fuse = recipe.fuse
+    others = {"asymmetric": recipe.asymmetric, "fuse: awq": fuse is not None and fuse.awq, "kv_cache": recipe.kv_cache}
     for name in (name for name, value in others.items() if value and not hungry):
         raise RecipeError(f"{name} requires calibration; add it to the recipe, or leave {name.split(':')[0]} out")
     if hungry:

@@ -149,6 +149,7 @@ def _walk_blocks(
         cross=recipe.asymmetric > 0,
         inputs=job.inputs,
         aim=recipe.asymmetric,
+        kv_cache=recipe.kv_cache is not None,
     )
     execution = Execution(
         run.device,
@@ -217,6 +218,7 @@ def _report(run: CompressionState, tokens: CalibrationTokens | None, size: int, 
         auto_class=auto_name(job.source.config),
         gates=pending_gates(job.recipe.gates.of_quality, job.ungated),
         trial=job.recipe.trial,
+        kv_scales={path: scales for entry in run.entries for path, scales in entry.kv_scales.items()},
     )
 
 
@@ -224,6 +226,12 @@ def _warnings(run: CompressionState, before: int) -> Iterator[str]:
     """Yield the warnings of the run itself, in a sentence each."""
     if run.job.recipe.trial:
         yield TRIAL
+    if run.job.recipe.kv_cache:
+        scaled = sum(bool(entry.kv_scales) for entry in run.entries)
+        yield (
+            f"kv_cache: {scaled} of {len(run.job.arch.blocks)} blocks have scales, which vLLM alone reads; what is "
+            f"measured here keeps keys and values as they are"
+        )
     paths = [path for entry in run.entries for path in entry.unweighed]
     if paths:
         yield (

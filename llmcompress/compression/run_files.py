@@ -62,7 +62,8 @@ class BlockEntry:
     """The report of a finished block.
 
     `layouts`: of everything stored since the entry before. `learned`, by path, and `fused`: as in the report.
-    `unweighed`: paths of blocks whose tokens count alike against the recipe. `seconds`: of the whole run up to here.
+    `unweighed`: paths of blocks whose tokens count alike against the recipe. `kv_scales`: as in the report. `seconds`:
+    of the whole run up to here.
     """
 
     rows: list[LayerReport] = field(default_factory=list)
@@ -71,6 +72,7 @@ class BlockEntry:
     fused: list[str] = field(default_factory=list)
     unweighed: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    kv_scales: dict[str, list[float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, keys as in the fields."""
@@ -83,7 +85,7 @@ class BlockEntry:
         layouts = {name: Layout.from_json(layout) for name, layout in entry["layouts"].items()}
         rows = [LayerReport.from_json(row) for row in entry["rows"]]
         notes = entry["fused"], entry["unweighed"]
-        return BlockEntry(rows, layouts, entry["learned"], *notes, float(entry["seconds"]))
+        return BlockEntry(rows, layouts, entry["learned"], *notes, float(entry["seconds"]), entry["kv_scales"])
 
 
 @dataclass(eq=False)

@@ -9,6 +9,8 @@ bfloat16 where that is allowed, and listed.
 Inputs that are rounded have an entry `input_activations`, and a calibrated scale beside the weight. Integers that
 multiply integers are stored in a byte each (`int-quantized`), also those of 4 bits.
 
+Experts have the names of the Hub, and all of a block one form, as vLLM puts them into one tensor. Routers stay dense.
+
 vLLM multiplies NVFP4 matrices that read the same input as one, by the factor of one of them. So those of one module
 that are as wide get the largest factor, and their scales follow, which powers of two leave exact.
 """
@@ -16,6 +18,7 @@ that are as wide get the largest factor, and their scales follow, which powers o
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,10 +29,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress.errors import RecipeError
-from llmcompress.formats.engine_files import ExportReport, UnfitError, write_layers
+from llmcompress.errors import InputError, RecipeError
+from llmcompress.formats.engine_files import EngineFiles, ExportReport, UnfitError, write_layers
+from llmcompress.models.dense.experts import experts_of, holder
+from llmcompress.models.dense.skeleton import folder_skeleton
+from llmcompress.models.dense.stored_names import hub_paths
+from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import write_checkpoint
 from llmcompress.models.files.compressed import CompressedCheckpoint
+from llmcompress.reporting import report as reports
 from llmcompress.weight.expression import float_steps
 from llmcompress.weight.inputs import InputFormat, InputName
 from llmcompress.weight.modules import LIKE
@@ -38,6 +46,7 @@ from llmcompress.weight.runtime_formats import compressed_tensors_obstacle, floa
 
 HEAD = "lm_head"  # which engines do not look for in the format
 TENSOR_SCALE = "tensor_scale"  # in the payload of a layer
+KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 INTEGERS = ("pack-quantized", "int-quantized")  # formats of grids
 
 
@@ -69,13 +78,77 @@ class Scheme:
         return entries | {"strategy": self.strategy} | {key: value for key, value in own.items() if value is not None}
 
 
+def kv_scales(folder: Path) -> dict[str, list[float]]:
+    """Return the scales of keys and values that a checkpoint's report has, by path of attention."""
+    return reports.read(folder).kv_scales if (folder / file_names.REPORT).is_file() else {}
+
+
+@dataclass(frozen=True)
+class StoredExperts:
+    """The experts of a checkpoint. `paths`: on the Hub, by module path; nothing for a model without experts.
+    `members`: the matrices of each block's experts, by the path of these. `beside`: other modules next to them."""
+
+    paths: dict[str, str]
+    members: dict[str, list[str]]
+    beside: list[str]
+
+    @staticmethod
+    def of(opened: CompressedCheckpoint) -> StoredExperts:
+        """Read names alone. Raises InputError for a family that stores the experts of a block as one tensor."""
+        model, plain = (folder_skeleton(opened.folder, each, opened.trust_remote_code) for each in (True, False))
+        experts = experts_of(model)
+        if not experts:
+            return StoredExperts({}, {}, [])
+        own = [name.removesuffix(".weight") for name in opened.files if name.endswith(".weight")]
+        members = {path: [name for name in own if holder(name, experts) == path] for path in experts}
+        blocks = tuple(f"{path.rpartition('.')[0]}." for path in experts)
+        beside = [name for name in own if name.startswith(blocks) and holder(name, experts) is None]
+        return StoredExperts(hub_paths(plain, experts, own), members, beside)
+
+    def targets(self, files: EngineFiles[Scheme]) -> tuple[dict[str, Scheme], list[str]]:
+        """Return the schemes by path or pattern as the config has them, and what readers are to leave as it is.
+
+        Raises InputError for experts of a block in several forms.
+        """
+        inside = {name for names in self.members.values() for name in names}
+        schemes = {name: scheme for name, scheme in files.packed.items() if name not in inside}
+        plain = [name for name in dict.fromkeys((*files.plain, *self.beside)) if name not in {*schemes, *inside}]
+        stored = {self.paths.get(name, name): scheme for name, scheme in schemes.items()}
+        ignored = [self.paths.get(name, name) for name in plain]
+        for path, names in self.members.items():
+            pattern = f"re:{re.escape(self.paths[names[0]].rsplit('.', 2)[0])}[.].*"
+            forms = {files.packed.get(name) for name in names}
+            if len(forms) > 1:
+                raise InputError(
+                    f"{path} holds its experts in several forms, and vLLM reads one; give them the same steps"
+                )
+            if (form := forms.pop()) is None:
+                ignored.append(pattern)
+            else:
+                stored[pattern] = form
+        return stored, ignored
+
+
 def to_compressed_tensors(opened: CompressedCheckpoint, output: Path, allow_dense: bool = False) -> ExportReport:
     """Write grids and floats as they are; other expressions raise InputError, or become bfloat16 with `allow_dense`."""
-    pack = partial(_pack_layer, opened, _linear_names(opened), shared_factors(opened))
+    pack, experts = (
+        partial(_pack_layer, opened, _linear_names(opened), shared_factors(opened)),
+        StoredExperts.of(opened),
+    )
     with write_checkpoint(output, opened.dense_bytes) as writer:
-        files = write_layers(opened, writer, "compressed-tensors", pack, torch.bfloat16, allow_dense)
+        files = write_layers(opened, writer, "compressed-tensors", pack, torch.bfloat16, allow_dense, experts.paths)
+        scales = kv_scales(opened.folder)
+        if scales:
+            writer.add(
+                {
+                    f"{at}.{one}_scale": torch.tensor([scale])
+                    for at, own in scales.items()
+                    for one, scale in zip("kv", own, strict=True)
+                }
+            )
         size = writer.close()
-        entry = {"quantization_config": _quantization_config(files.packed, files.plain)}
+        config = _quantization_config(*experts.targets(files)) | ({"kv_cache_scheme": KV_CACHE} if scales else {})
+        entry = {"quantization_config": config}
         writer.write("config.json", json.dumps(opened.config | entry, indent=1))
     schemes = files.packed.values()
     kinds = Counter("grids" if scheme.format in INTEGERS else "matrices of floats" for scheme in schemes)

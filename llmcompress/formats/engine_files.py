@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Generic, TypeVar
 
 import torch
@@ -60,12 +61,13 @@ def write_layers(
     pack: Callable[[str, Weight], tuple[Form, dict[str, Tensor]]],
     dtype: torch.dtype,
     allow_dense: bool,
+    paths: Mapping[str, str] = MappingProxyType({}),
 ) -> EngineFiles[Form]:
     """Write all tensors of a checkpoint and the files beside them.
 
     `pack` returns a matrix's form, and its tensors by the ends of their names; where it raises UnfitError, the matrix
     is written in `dtype` with `allow_dense`, else that is an InputError. For an engine that computes in float16, that
-    is the dtype of all other floats too.
+    is the dtype of all other floats too. `paths`: those of modules in the files, where they are others.
     """
     turned = transposed_linears(folder_skeleton(opened.folder, trust_remote_code=opened.trust_remote_code))
     files: EngineFiles[Form] = EngineFiles(dtype)
@@ -87,8 +89,13 @@ def write_layers(
                 files.plain.append(layer)
                 value = as_half(dense(weight), layer) if dtype == torch.float16 else dense(weight).to(dtype)
                 tensors[f"{layer}.weight"] = value.T.contiguous() if layer in turned else value
-        writer.add(tensors)
+        writer.add({_stored_name(name, paths): value for name, value in tensors.items()})
     return files
+
+
+def _stored_name(name: str, paths: Mapping[str, str]) -> str:
+    path, dot, leaf = name.rpartition(".")
+    return f"{paths.get(path, path)}{dot}{leaf}"
 
 
 def as_half(value: Tensor, name: str) -> Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.formats.compressed_tensors import to_compressed_tensors
+from llmcompress.formats.compressed_tensors import kv_scales, to_compressed_tensors
 from llmcompress.formats.dense import to_dense
 from llmcompress.formats.engine_configs import EXL3, MLX, readable_entries
 from llmcompress.formats.engine_files import ExportReport
@@ -20,6 +20,7 @@ from llmcompress.models.dense.skeleton import check_causal, folder_skeleton
 from llmcompress.models.files.compressed import CompressedCheckpoint
 
 READERS = {"mlx": MLX, "exl3": EXL3}  # what their engines read of config.json
+VLLM_MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # whose experts were tried with its loader
 INSTALL = 'run pip install "llmcompress[export]"'
 FORMATS = ("dense", "compressed-tensors", "peft", "gguf", "mlx", "exl3")
 
@@ -64,6 +65,8 @@ def export(
         return to_compressed_tensors(opened, target, allow_dense)
     done = _write(opened, target, to, allow_dense, round_to)
     rounded = [name for name, layout in opened.layouts.items() if layout.inputs is not None]
+    if kv_scales(opened.folder):
+        done = replace(done, changed=(*done.changed, "scales of keys and values are left out"))
     if rounded:
         done = replace(done, changed=(*done.changed, f"inputs of {len(rounded)} matrices are no longer rounded"))
     return done
@@ -107,12 +110,12 @@ def _check_form(opened: CompressedCheckpoint, to: str) -> None:
 
 
 def _check_kind(folder: Path, to: str, trust_remote_code: bool) -> None:
-    """Raise InputError for models that are not causal, and for mixtures of experts except to GGUF, whose experts other
-    readers would initialise randomly."""
+    """Raise InputError for models that are not causal, and for mixtures of experts where readers would initialise them
+    randomly."""
     model = folder_skeleton(folder, trust_remote_code=trust_remote_code)
     check_causal(model.config, f"the export to {to}")
     experts = {} if to == "gguf" else experts_of(model)
-    if experts:
+    if experts and not (to == "compressed-tensors" and model.config.model_type in VLLM_MIXTURES):
         raise InputError(
             f"{folder} is a mixture of experts ({next(iter(experts))}), which cannot go to {to} yet; export it to "
             f"dense, or load it with transformers as it is"

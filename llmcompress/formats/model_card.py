@@ -11,7 +11,6 @@ from typing import Any
 
 from llmcompress.errors import list_names
 from llmcompress.models.files.file_names import DISTILLATION_PLOT
-from llmcompress.recipe.calibration import RANDOM
 from llmcompress.reporting.formatting import code, code_block, plain, plain_cell
 from llmcompress.reporting.report import Report
 from llmcompress.reporting.tables import (
@@ -220,8 +219,8 @@ def _limits(report: Report, scores: Facts | None) -> Iterator[str]:
     else:
         text = report.calibration
         said = f"- Calibrated on {text['tokens']:,} tokens of {code(text['source'])}"
-        is_text = not text["source"].startswith(f"{RANDOM} ")
-        yield f"{said}{'; other languages and domains lose more than the table shows' if is_text else ', no text'}."
+        drawn = text["source"].startswith("random tokens")  # of dataset: random
+        yield f"{said}{', no text' if drawn else '; other languages and domains lose more than the table shows'}."
     if report.gates is not None and report.gates.measured:
         yield f"- Gates of its recipe {plain(report.gates.sentence())}."
     fallbacks = Counter(row.fallback for row in report.layers if row.fallback)

@@ -117,6 +117,10 @@ class Recipe(BaseModel):
         default=None,
         description="steps for a token table that is not also the head; null: as embeddings; []: stays dense",
     )
+    kv_cache: Literal["fp8"] | None = Field(
+        default=None,
+        description="numbers that vLLM keeps keys and values in, by scales from the calibration text; null: no scales",
+    )
     gates: Gates = Field(default=Gates(), description="limits within which the run counts as done")
     reconstruct: Reconstruction | None = Field(
         default=None, description="training of every block once its layers are compressed; null: none"

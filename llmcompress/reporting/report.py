@@ -146,6 +146,7 @@ class Report(JsonRecord):
     trust_remote_code: bool = False  # the model's own code was run, and is needed to load it
     gates: GateReport | None = None  # None where the recipe switches them off
     trial: bool = False  # True if it was to show that all works, on the least text
+    kv_scales: dict[str, list[float]] = field(default_factory=dict)  # of keys and values in FP8, by path of attention
 
     def recount(
         self,

@@ -84,6 +84,17 @@ def vllm_inputs_obstacle(w: Weight, inputs: InputName, is_calibrated: bool) -> s
     return compressed_tensors_obstacle(w) if fits else f"vLLM multiplies no {words} by {describe(w)}"
 
 
+def vllm_expert_obstacle(w: Weight, inputs: InputName | None, is_calibrated: bool) -> str | None:
+    """Return the reason why vLLM does not multiply by `w` in an expert, as it does elsewhere; None if it does."""
+    if inputs in ("fp8", "int8") and is_calibrated:
+        return "vLLM takes one scale for the inputs of all experts; give the rule scale: token"
+    if not isinstance(w, Minifloat) or float_format(w) != "fp8":
+        return None
+    if inputs is None:
+        return "vLLM rounds what fp8 matrices of experts multiply, too; give the rule inputs: {format: fp8}"
+    return None if len(w.scale) == len(w.codes) else "vLLM rounds an expert's fp8_tensor matrices again; take fp8"
+
+
 def _vllm_grid_obstacle(w: Grid) -> str | None:
     if integer_bits(w) not in VLLM_BITS:
         return f"{describe(w)} is stored in integers of {integer_bits(w)} bits, and vLLM reads those of 4 or 8"

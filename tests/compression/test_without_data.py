@@ -39,6 +39,7 @@ def test_the_data_free_recipe_needs_a_model_and_nothing_else(name: str, place: i
         assert any("without calibration" in warning and "trellis" in warning for warning in report.warnings)
     else:
         assert report.calibration["source"] == "random tokens (seed 0)" and not report.calibration["held_out"]
+        assert "tokens of `random tokens (seed 0)`, no text." in (tmp_path / "out" / "README.md").read_text()
     ids = torch.arange(20)[None]
     with torch.no_grad():
         dense, ours = (AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (source, tmp_path / "out"))

@@ -18,6 +18,7 @@ from llmcompress.models.dense import pickled
 from llmcompress.models.dense.config import MODEL, config_errors, read_entries
 from llmcompress.models.files.integrity import INDEX, SINGLE
 from llmcompress.models.files.reading import error_text, open_tensors
+from llmcompress.weight.inputs import InputFormat
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # safetensors' names of dense dtypes, bytes per value
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # that models are loaded in
@@ -69,13 +70,15 @@ class Packing:
     """A tensor in few bits, as another library stores it: codes, scales and what belongs to them.
 
     form: for messages, as `MXFP4`. shape: of its numbers. parts: stored tensors by the names that `unpack` has for
-    them; those of all experts of a block have the experts first. unpack: the library's own way to numbers.
+    them; those of all experts of a block have the experts first. unpack: the library's own way to numbers. inputs: what
+    the inputs of the linear are rounded to, where that is known.
     """
 
     form: str
     shape: tuple[int, ...]
     parts: Mapping[str, Header]
     unpack: Callable[[dict[str, Tensor]], Tensor]
+    inputs: InputFormat | None = None
 
     def read(self, dtype: str, expert: int | None) -> Tensor:
         """Return the numbers, those of one `expert` alone unless None. Raises InputError for what cannot be unpacked.

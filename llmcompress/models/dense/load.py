@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from llmcompress.errors import InputError, MemoryLimitError, is_out_of_memory
 from llmcompress.models.dense.adapter import check_alone
@@ -23,17 +24,19 @@ from llmcompress.models.dense.config import (
     read_entries,
     valid_config,
 )
+from llmcompress.models.dense.experts import experts_of
 from llmcompress.models.dense.families import block_stack
 from llmcompress.models.dense.headers import has_weights, read_headers
 from llmcompress.models.dense.locate import Place
 from llmcompress.models.dense.model import missing_weights, open_source
-from llmcompress.models.dense.packed import OF_ENGINES, packing_method, rounds_inputs
+from llmcompress.models.dense.packed import OF_ENGINES, ROUNDS_INPUTS, packing_method, rounds_inputs
 from llmcompress.models.dense.sizes import is_dense, own_sizes, sized_outline
-from llmcompress.models.dense.skeleton import auto_class
+from llmcompress.models.dense.skeleton import auto_class, folder_skeleton
 from llmcompress.models.files.integrity import weight_files
 from llmcompress.models.files.reading import error_text
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.memory import total_memory
+from llmcompress.weight.inputs import InputFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,6 +64,8 @@ def load_model(
         return open_source(place).load(device, dtype)
     if quantization is None and has_weights(place.folder) and _is_numbers(place.folder, numbers):
         return open_source(place).load(device, dtype)
+    if quantization is None and has_weights(place.folder) and _rounds_here(place):
+        return _load_rounding(place, device, dtype)
     is_dense = check_outline(place)[0] and quantization is None
     trusted = model_code(place.folder, place.trust_remote_code)
     options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
@@ -101,6 +106,37 @@ def _is_numbers(folder: Path, alone: bool) -> bool:
     if method in OF_ENGINES:
         return True
     return (alone and method == "fp8") or (method == "compressed-tensors" and (alone or not rounds_inputs(entries)))
+
+
+def _rounds_here(place: Place) -> bool:
+    """True for what compressed-tensors stores with rounded inputs and transformers does not load: experts, and a cache
+    of few bits, which stays as it is here."""
+    entries = read_entries(place.folder / MODEL, place.folder)
+    if packing_method(entries) != "compressed-tensors" or not rounds_inputs(entries):
+        return False
+    if packing_entry(entries).get("kv_cache_scheme"):
+        return True
+    return bool(experts_of(folder_skeleton(place.folder, trust_remote_code=place.trust_remote_code)))
+
+
+def _load_rounding(place: Place, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a model whose linears round what they read. Raises InputError for an unknown format of inputs."""
+    source = open_source(place)
+    model = source.load(device, dtype)
+    for name, header in source.tensors.items():
+        if header.packing is None or not header.packing.form.endswith(ROUNDS_INPUTS):
+            continue
+        if header.packing.inputs is None:
+            raise InputError(
+                f"{place.name} rounds the inputs of {name} in a way that is not known; measure another model"
+            )
+        linear = model.get_submodule(name.removesuffix(".weight"))
+        linear.register_forward_pre_hook(partial(_round_inputs, header.packing.inputs))
+    return model
+
+
+def _round_inputs(form: InputFormat, linear: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (form.round(given[0]), *given[1:])
 
 
 def check_outline(place: Place) -> tuple[bool, PreTrainedModel | None]:

@@ -23,6 +23,7 @@ from llmcompress.models.dense.config import MODEL, packing_entry
 from llmcompress.models.dense.engine_packings import exl3_packings, mlx_packings
 from llmcompress.models.dense.headers import DTYPES, FLOATS, Folder, Header, Packing, Packings, Stored, read_tensor
 from llmcompress.models.files.reading import error_text
+from llmcompress.weight.inputs import InputFormat, InputName
 
 FP8 = {"F8_E4M3", "F8_E5M2"}
 EXPONENTS = {"U8", "F8_E8M0"}  # dtypes of scales that are powers of two
@@ -31,6 +32,12 @@ BLOCK_SIZES = {2**power for power in range(5, 13)}  # that bitsandbytes knows
 STATE = "weight.quant_state.bitsandbytes__"  # the name of the JSON about a matrix in 4 bits, before nf4 or fp4
 MOST_STATE = 10_000  # bytes of it
 ROUNDS_INPUTS = ", whose rounding of inputs is left out"
+INPUT_FORMATS: dict[tuple[int, str, int | None, bool], InputName] = {  # by bits, type, columns of a group, symmetric
+    (8, "float", None, True): "fp8",
+    (8, "int", None, True): "int8",
+    (4, "float", 16, True): "nvfp4",
+    (8, "float", 32, True): "mxfp8",
+}
 OF_INPUTS = ("activation_scale", "input_scale", "input_zero_point", "input_global_scale", "output_scale")
 
 
@@ -72,6 +79,8 @@ def unpack_headers(stored: Stored, entries: Mapping[str, Any], place: Path) -> t
     used = {part.key for packing in packings.values() for part in packing.parts.values()}
     owners = {name.rpartition(".")[0] for name in packings}
     used |= {key for key in stored if key.endswith(OF_INPUTS) and key.rpartition(".")[0] in owners}
+    if packing_entry(entries).get("kv_cache_scheme"):  # for a cache of few bits, which nothing here has
+        used |= {key for key in stored if key.endswith((".k_scale", ".v_scale"))}
     headers = {key: header for key, header in stored.items() if key not in used}
     dtype = _dtype(entries)
     for name, packing in packings.items():
@@ -201,11 +210,23 @@ def _compressed_tensors(folder: Folder) -> Packings:
             )
         parts = {name: held[name] for name in names}
         shape = _numbers_shape(folder, parts, scheme.weights, form)
+        inputs = None
         if scheme.input_activations is not None:
             form += ROUNDS_INPUTS
+            inputs = _input_format(folder.stored, module, scheme.input_activations)
         unpack = partial(_unpack_compressed, scheme=scheme, compressor=compressor)
-        packings[f"{module}.weight"] = Packing(form, shape, parts, unpack)
+        packings[f"{module}.weight"] = Packing(form, shape, parts, unpack, inputs)
     return packings
+
+
+def _input_format(stored: Stored, module: str, arguments: Any) -> InputFormat | None:
+    """Return what the inputs of a linear are rounded to, None for a format that there is no name for here."""
+    kind = arguments.num_bits, arguments.type, arguments.group_size, arguments.symmetric
+    name = INPUT_FORMATS.get(kind)
+    scale = stored.get(f"{module}.input_global_scale" if name == "nvfp4" else f"{module}.input_scale")
+    if name is None or (scale is None and arguments.dynamic is not True):
+        return None
+    return InputFormat(name, None if scale is None else float(read_tensor(scale)))
 
 
 def _numbers_shape(folder: Folder, parts: Stored, weights: Any, form: str) -> tuple[int, int]:

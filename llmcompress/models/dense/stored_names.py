@@ -8,7 +8,7 @@ tensor of its own (`block_sparse_moe.experts.3.w1.weight`) or a piece of a tenso
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,6 +108,24 @@ def hub_names(
             whole |= {f"{path}.{leaf}": value for leaf, value in fuse_experts(unfused, inside.__getitem__).items()}
     found: dict[str, Tensor] = dict(revert_weight_conversion(plain, whole))
     return {name: value.contiguous() for name, value in found.items()}
+
+
+def hub_paths(plain: PreTrainedModel, experts: Mapping[str, Experts], paths: Iterable[str]) -> dict[str, str]:
+    """Return the path on the Hub of each module with a weight, the matrices of experts apart.
+
+    See `hub_names`. Raises InputError for a family that stores the experts of a block as one tensor.
+    """
+    import torch
+
+    order = list(paths)
+    marks = {f"{path}.weight": torch.full((1, 1), float(number)) for number, path in enumerate(order)}
+    found = {int(mark): name for name, mark in hub_names(plain, experts, marks).items() if mark.numel() == 1}
+    if len(found) < len(order):
+        raise InputError(
+            f"{plain.config.model_type} stores its experts as one tensor, and other engines read each by its name; "
+            f"export to dense"
+        )
+    return {path: found[number].removesuffix(".weight") for number, path in enumerate(order)}
 
 
 def _of_experts(

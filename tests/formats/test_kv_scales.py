@@ -1,0 +1,101 @@
+"""Scales of keys and values for vLLM: those of transformers' own cache, in the files that vLLM reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import llmcompress as lc
+from llmcompress.compression.job import prepare
+from llmcompress.compression.run_files import BlockEntry
+from llmcompress.errors import RecipeError
+from llmcompress.formats.export import export
+from llmcompress.models.dense.load import load_model
+from llmcompress.models.dense.locate import locate
+from llmcompress.models.dense.model import resolve
+from llmcompress.models.files.reading import read_json
+from llmcompress.pipeline.engines import plan_for
+from llmcompress.recipe.read import read_recipe
+from llmcompress.weight.modules import compressed_linears
+from tests.formats.vllm_answers import our_scores, vllm_scores
+from tests.tiny import save_tiny
+
+TEXT = {"dataset": "stdlib", "samples": 6, "length": 32, "held_out": 2}
+RULE = {"match": "*", "steps": [{"method": "mxfp", "format": "fp8"}], "inputs": {"format": "fp8"}}
+ASKED: dict[str, Any] = {"version": 1, "rules": [RULE], "calibration": TEXT, "kv_cache": "fp8"} | {
+    "prefix": "dense",
+    "compute": "float32",
+}
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("qwen3", tmp_path_factory.mktemp("dense") / "model", **SIZES, tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="module")
+def ours(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return lc.compress(source, ASKED, tmp_path_factory.mktemp("ours") / "out").folder
+
+
+def test_scales_are_of_the_largest_keys_and_values(source: Path, ours: Path) -> None:
+    """As transformers caches them in the dense model, over the calibration text without what is held out."""
+    tokens = prepare(resolve(source), read_recipe(ASKED)).tokens
+    assert tokens is not None
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    past = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens.sequences[: -tokens.held_out], past_key_values=past)
+    wanted = {
+        f"model.layers.{number}.self_attn": [float(kept.abs().max()) / 448 for kept in (layer.keys, layer.values)]
+        for number, layer in enumerate(past.layers)
+    }
+    found = lc.read(ours).kv_scales
+    assert found.keys() == wanted.keys()
+    assert all(found[path] == pytest.approx(wanted[path], rel=1e-4) for path in wanted)
+    entry = BlockEntry(kv_scales=found)
+    assert BlockEntry.from_json(json.loads(json.dumps(entry.to_json()))).kv_scales == found
+
+
+def test_the_folder_for_vllm_has_the_scales(ours: Path, tmp_path: Path) -> None:
+    export(ours, tmp_path / "out", "compressed-tensors")
+    stored, scales = load_file(tmp_path / "out" / "model.safetensors"), lc.read(ours).kv_scales
+    assert float(stored["model.layers.1.self_attn.v_scale"]) == pytest.approx(scales["model.layers.1.self_attn"][1])
+    scheme = read_json(tmp_path / "out" / "config.json")["quantization_config"]["kv_cache_scheme"]
+    assert (scheme["num_bits"], scheme["type"], scheme["strategy"], scheme["dynamic"]) == (8, "float", "tensor", False)
+    read = load_model(locate(str(tmp_path / "out")))
+    for name, linear in compressed_linears(AutoModelForCausalLM.from_pretrained(ours)).items():
+        x = torch.randn(9, linear.in_features, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(read.get_submodule(name)(x), linear(x), rtol=1e-2, atol=1e-2)
+    assert any(note.startswith("kv_cache: 2 of 2 blocks have scales") for note in lc.read(ours).warnings)
+    assert export(ours, tmp_path / "dense", "dense").changed[-2] == "scales of keys and values are left out"
+
+
+def test_other_engines_and_no_text_are_refused(source: Path) -> None:
+    rules = [{"match": "*", "steps": [{"method": "rtn", "bits": 4, "group_size": 32}]}]
+    with pytest.raises(RecipeError, match=r"kv_cache: llama.cpp reads no scales .*; leave kv_cache: out"):
+        plan_for("llama.cpp", source, read_recipe({**ASKED, "rules": rules}))
+    with pytest.raises(RecipeError, match="kv_cache requires calibration; add it to the recipe, or leave kv_cache out"):
+        lc.plan(source, {"version": 1, "rules": rules, "kv_cache": "fp8"})
+
+
+@pytest.mark.slow
+def test_vllm_keeps_keys_and_values_by_the_scales(ours: Path, tmp_path: Path) -> None:
+    """Its answers stay, and do not where the scales in the file are too small."""
+    for name, factor, least, most in (("right", 1.0, 0.0, 0.1), ("small", 0.01, 0.2, 10.0)):
+        folder = tmp_path / name / "out"
+        export(ours, folder, "compressed-tensors")
+        stored = load_file(folder / "model.safetensors")
+        scaled = {
+            key: value * factor if key.endswith(("k_scale", "v_scale")) else value for key, value in stored.items()
+        }
+        save_file(scaled, folder / "model.safetensors", {"format": "pt"})
+        distance = (vllm_scores(folder) - our_scores(ours)).abs().mean()
+        assert least <= distance < most, name
