@@ -263,7 +263,7 @@ def fed(place: Path, seed: int, folder: Path) -> tuple[str, str]:
     if found.kind == "refused" and not _is_a_sentence(str(found.said)):
         return kind, "traceback"
     left = [path.name for path in folder.iterdir() if path.name.startswith("out.")]
-    said = "finished blocks are kept in" in str(found.said)  # numbers that only a later block cannot hold
+    said = "kept in" in str(found.said)  # numbers that only a later block cannot hold
     return kind, "left behind" if left and not said and found.kind == "refused" else found.kind
 
 

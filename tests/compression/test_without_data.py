@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import llmcompress as lc
 from llmcompress.cli.app import app
 from llmcompress.errors import RecipeError
+from llmcompress.formats.hub import _card, _proof
 from llmcompress.recipe.read import read_recipe
 from tests.rules.source_tree import ROOT
 from tests.tiers import tiered
@@ -39,7 +40,8 @@ def test_the_data_free_recipe_needs_a_model_and_nothing_else(name: str, place: i
         assert any("without calibration" in warning and "trellis" in warning for warning in report.warnings)
     else:
         assert report.calibration["source"] == "random tokens (seed 0)" and not report.calibration["held_out"]
-        assert "tokens of `random tokens (seed 0)`, no text." in (tmp_path / "out" / "README.md").read_text()
+        card = _card(tmp_path / "out", "me/small", _proof(tmp_path / "out"))["README.md"].decode()
+        assert "tokens of `random tokens (seed 0)`, no text." in card
     ids = torch.arange(20)[None]
     with torch.no_grad():
         dense, ours = (AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (source, tmp_path / "out"))
