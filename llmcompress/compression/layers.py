@@ -175,7 +175,8 @@ def layer_of(job: Job, block: Block, name: str, group: InputGroup) -> Layer:
         # of rounded inputs, the cross moments have the share already
         target = weight + (job.recipe.asymmetric if group.format is None else 1.0) * change
     seed = f"{job.recipe.seed}/{group.names[0]}"
-    in_runs = len(runs(len(target), job.all_steps.get(name, ()))) > 1  # which start from copies of their own
+    # runs start from copies of their own
+    in_runs = name not in job.ties and len(runs(len(target), job.all_steps[name])) > 1
     start = Dense(target if in_runs else target.to(torch.bfloat16))
     return Layer(name, target, start, inputs, seed, rows=group.rows.get(name))
 
