@@ -21,7 +21,7 @@ from llmcompress.allocation.prices import (
 )
 from llmcompress.allocation.sensitivity import WINDOW, WINDOWS
 from llmcompress.compression.job import Job
-from llmcompress.compression.memory_estimate import COMPILER, LIBRARIES, peak_bytes, width_of
+from llmcompress.compression.memory_estimate import COMPILER, FLOAT32, LIBRARIES, peak_bytes, width_of
 from llmcompress.compression.step_timing import Trial
 from llmcompress.compression.time_estimate import (
     FORWARD_SHARE,
@@ -41,7 +41,6 @@ from llmcompress.recipe.calibration import Calibration
 from llmcompress.recipe.target import Target
 from llmcompress.runtime.precision import fast_float32
 
-FLOAT32 = 4  # bytes
 EXCHANGED_TABLE = 13  # bytes for each weight of a table while the model is read with another: itself, both, and work
 LOGIT = 1e-9  # seconds of a logit beside its product: for its log-probability, and in a divergence
 

@@ -95,10 +95,10 @@ class StoredExperts:
     @staticmethod
     def of(opened: CompressedCheckpoint) -> StoredExperts:
         """Read names alone. Raises InputError for a family that stores the experts of a block as one tensor."""
-        model, plain = (folder_skeleton(opened.folder, each, opened.trust_remote_code) for each in (True, False))
-        experts = experts_of(model)
+        experts = experts_of(folder_skeleton(opened.folder, trust_remote_code=opened.trust_remote_code))
         if not experts:
             return StoredExperts({}, {}, [])
+        plain = folder_skeleton(opened.folder, unfused=False, trust_remote_code=opened.trust_remote_code)
         own = [name.removesuffix(".weight") for name in opened.files if name.endswith(".weight")]
         members = {path: [name for name in own if holder(name, experts) == path] for path in experts}
         blocks = tuple(f"{path.rpartition('.')[0]}." for path in experts)
@@ -131,21 +131,13 @@ class StoredExperts:
 
 def to_compressed_tensors(opened: CompressedCheckpoint, output: Path, allow_dense: bool = False) -> ExportReport:
     """Write grids and floats as they are; other expressions raise InputError, or become bfloat16 with `allow_dense`."""
-    pack, experts = (
-        partial(_pack_layer, opened, _linear_names(opened), shared_factors(opened)),
-        StoredExperts.of(opened),
-    )
+    pack = partial(_pack_layer, opened, _linear_names(opened), shared_factors(opened))
+    experts, scales = StoredExperts.of(opened), kv_scales(opened.folder)
     with write_checkpoint(output, opened.dense_bytes) as writer:
         files = write_layers(opened, writer, "compressed-tensors", pack, torch.bfloat16, allow_dense, experts.paths)
-        scales = kv_scales(opened.folder)
         if scales:
-            writer.add(
-                {
-                    f"{at}.{one}_scale": torch.tensor([scale])
-                    for at, own in scales.items()
-                    for one, scale in zip("kv", own, strict=True)
-                }
-            )
+            pairs = ((at, *pair) for at, own in scales.items() for pair in zip("kv", own, strict=True))
+            writer.add({f"{at}.{letter}_scale": torch.tensor([scale]) for at, letter, scale in pairs})
         size = writer.close()
         config = _quantization_config(*experts.targets(files)) | ({"kv_cache_scheme": KV_CACHE} if scales else {})
         entry = {"quantization_config": config}
