@@ -231,7 +231,7 @@ def _measured_rows(job: Job, layer: Layer) -> Tensor | slice:
 
 
 def _check_finite(name: str, values: Iterable[Tensor]) -> None:
-    """Raise NumericsError for NaN or Inf in a layer's decoded weight, given in parts."""
+    """Raise NumericsError for NaN or Inf in what comes of a layer's compressed weight, given in parts."""
     if not all(map(is_finite, values)):
         raise NumericsError(f"{name}: the compressed weight holds NaN or Inf; choose other steps for it")
 
@@ -252,15 +252,17 @@ def _report_row(
 ) -> LayerReport:
     """Return the row of a layer in `count` bits, described as `stored`.
 
-    `measured`: rows of its weight, and what they became.
+    `measured`: rows of its weight, and what they became. Raises NumericsError for an error beyond all numbers.
     """
+    error = relative_error(*measured, layer.inputs)
+    _check_finite(layer.name, [torch.tensor(error, dtype=torch.float64)])
     size = (layer.weight.shape[0], layer.weight.shape[1])
     return LayerReport(
         name=layer.name,
         shape=size,
         steps=tuple(s.method for s in job.all_steps[layer.name]),
         bpw=count / prod(size),
-        error=relative_error(*measured, layer.inputs),
+        error=error,
         error_heldout=None if group.held_out is None else relative_error(*measured, group.held_out),
         fallback="; ".join(notes) or None,
         stored=stored,
