@@ -286,6 +286,7 @@ def recover_block(
         norm = torch.nn.utils.clip_grad_norm_(named.values(), recipe.clip)
         if not bool(norm.isfinite()):
             raise NumericsError(f"{name}, step {step + 1}: the gradient's norm is {float(norm)}; lower the rates")
+        student.hold()
         optimizer.step()
         student.settle()
         freezer.watch((step + 1) / steps)

@@ -55,6 +55,7 @@ def take_step(
             strategy.backward(loss)
         report += sums_and_counts
     sums = accelerator.reduce(report, "sum")[:, 0]
+    run.student.hold()
     norm = strategy.step(recipe.clip)
     means = [float(value) / count for value, count in zip(sums, counts, strict=True)]
     if not math.isfinite(sum(means)) or not math.isfinite(norm):

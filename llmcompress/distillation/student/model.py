@@ -11,9 +11,11 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from llmcompress.distillation.student.median_scales import MedianScale, can_follow, grid_headers, median_scales
+from llmcompress.distillation.student.vectors import find_offsets, number_sizes
 from llmcompress.errors import RecipeError
 from llmcompress.models.dense.families import block_stack
 from llmcompress.recipe.distillation import Distillation, Kind, Scales
@@ -35,7 +37,8 @@ class Student:
     """A model under distillation.
 
     `relaxed`: its matrices that train, by name; `trained`: all parameters that change, by kind and name; `medians`:
-    scales that follow their latents; `projections`: linears that train with the model but are no part of it.
+    scales that follow their latents; `projections`: linears that train with the model but are no part of it; `offsets`:
+    what is added to a vector where it multiplies, by name; `held`: vectors as they were before the current step.
     """
 
     model: PreTrainedModel
@@ -43,6 +46,8 @@ class Student:
     trained: dict[Kind, dict[str, nn.Parameter]]
     medians: tuple[MedianScale, ...] = ()
     projections: nn.ModuleDict = field(default_factory=nn.ModuleDict)
+    offsets: dict[str, float] = field(default_factory=dict)
+    held: dict[str, Tensor] = field(default_factory=dict)
 
     def add_projections(self, projections: nn.ModuleDict) -> None:
         """Let linears on hidden states train along. Raises RecipeError if they have no rate."""
@@ -56,10 +61,10 @@ class Student:
 
     def groups(self) -> list[dict[str, Any]]:
         """Return groups for an optimizer: every parameter with a gradient by itself, with its kind and the size of its
-        numbers (root mean square; 1 for zeros)."""
+        numbers (root mean square; 1 for zeros, and for vectors, whose numbers have sizes of their own in `settle`)."""
         trained = [(kind, value) for kind, values in self.trained.items() for value in values.values()]
         return [
-            {"params": [value], "kind": kind, "size": float(value.detach().square().mean().sqrt()) or 1.0}
+            {"params": [value], "kind": kind, "size": 1.0 if kind == NORMS else _root_mean_square(value)}
             for kind, value in trained
             if value.requires_grad
         ]
@@ -68,9 +73,18 @@ class Student:
         """Return every parameter that changes, by name."""
         return {name: value for values in self.trained.values() for name, value in values.items()}
 
+    def hold(self) -> None:
+        """Before a step of the optimizer, note the vectors outside compressed linears."""
+        self.held.update({name: value.detach().clone() for name, value in self.trained.get(NORMS, {}).items()})
+
+    @torch.no_grad()
     def settle(self) -> None:
-        """After a step of the optimizer, set the scales that follow their latents, then let each matrix settle, such as
-        clamp latents to the range of their codes."""
+        """After a step of the optimizer, let each number of a vector move by a share of its own size. Set the scales that
+        follow their latents, then let each matrix settle, such as clamp latents to the range of their codes."""
+        for name, before in self.held.items():
+            value = self.trained[NORMS][name]
+            value.copy_(before + (value - before) * number_sizes(before, self.offsets.get(name, 0.0)))
+        self.held.clear()
         for scale in self.medians:
             scale.update()
         for module in self.relaxed.values():
@@ -169,7 +183,11 @@ def relaxed_student(
         trained[WEIGHTS] = _weights(model, inside)
     if not any(trained.values()) and not inside:
         raise RecipeError(f"rates: the student has no {' and no '.join(rates)} to train; give a rate for what it has")
-    return Student(model, relaxed, trained, tuple(medians))
+    return Student(model, relaxed, trained, tuple(medians), offsets=find_offsets(model))
+
+
+def _root_mean_square(value: Tensor) -> float:
+    return float(value.detach().square().mean().sqrt()) or 1.0
 
 
 def _masters(
