@@ -184,7 +184,8 @@ class Distillation(BaseModel):
     rates: dict[Kind, Rate] = Field(
         default={"scales": 1e-3, "factors": 1e-3, "norms": 1e-3},
         min_length=1,
-        description="learning rates of what trains, relative to the size of its numbers. codes: latent codes; scales: "
+        description="learning rates of what trains, relative to the size of its numbers: of each by itself for scales "
+        "and norms, of their root mean square for others. codes: latent codes; scales: "
         "scales of grids; values: weights kept as they are; factors: low-rank factors; norms: norms and biases; "
         "weights: dense linear layers; projections: of hidden states to the teacher's width, and branches of exits; "
         "masks: scores of learned masks. What has no rate stays as it is",

@@ -41,7 +41,7 @@ from tests.tiers import tiered, tiered_nightly
 from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny
 
 RULES = [{"match": "*", "steps": [{"method": "rotate"}, {"method": "rtn", "bits": 2, "group_size": 16}]}]
-RATES = {"codes": 2e-2, "scales": 2e-2, "norms": 5e-3}
+RATES = {"codes": 5e-3, "scales": 5e-3, "norms": 5e-3}
 PATH = "model.layers.0"
 
 

@@ -168,8 +168,8 @@ def test_a_signed_step_is_the_rate_in_the_direction_of_the_gradient(tmp_path: Pa
     found = recover_block(block, part, data, data, asked, "model.layers.0")
     assert found.step == 1 and gradients.keys() == before.keys()
     for name, value in part.named_parameters().items():
-        step = 0.01 * float(before[name].square().mean().sqrt())
-        assert torch.allclose(value - before[name], -step * gradients[name].sign(), atol=1e-3 * step), name
+        steps = 0.01 * before[name].abs()
+        assert torch.allclose(value - before[name], -steps * gradients[name].sign(), atol=1e-5), name
 
 
 @pytest.mark.parametrize("batch", tiered([1, 2, 3], lambda batch: batch == 3))

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 NORMS: Kind = "norms"  # vectors of the decoder: norms, and biases of what is not compressed
 WEIGHTS: Kind = "weights"  # matrices of the decoder blocks' linears that are not compressed
 PROJECTIONS: Kind = "projections"  # linears on hidden states for losses alone, which are no part of the model
+MULTIPLIERS: frozenset[Kind] = frozenset(
+    {"scales", NORMS}
+)  # of one vector, some are a thousand times as large as others
 PLAIN = Relaxation(frozenset())
 
 
@@ -38,7 +41,7 @@ class Student:
 
     `relaxed`: its matrices that train, by name; `trained`: all parameters that change, by kind and name; `medians`:
     scales that follow their latents; `projections`: linears that train with the model but are no part of it; `offsets`:
-    what is added to a vector where it multiplies, by name; `held`: vectors as they were before the current step.
+    what is added to a vector where it multiplies, by name; `held`: `MULTIPLIERS` as they were before the current step.
     """
 
     model: PreTrainedModel
@@ -61,10 +64,10 @@ class Student:
 
     def groups(self) -> list[dict[str, Any]]:
         """Return groups for an optimizer: every parameter with a gradient by itself, with its kind and the size of its
-        numbers (root mean square; 1 for zeros, and for vectors, whose numbers have sizes of their own in `settle`)."""
+        numbers: the root mean square, 1 for zeros. It is 1 for `MULTIPLIERS`, which `settle` scales one by one."""
         trained = [(kind, value) for kind, values in self.trained.items() for value in values.values()]
         return [
-            {"params": [value], "kind": kind, "size": 1.0 if kind == NORMS else _root_mean_square(value)}
+            {"params": [value], "kind": kind, "size": 1.0 if kind in MULTIPLIERS else _root_mean_square(value)}
             for kind, value in trained
             if value.requires_grad
         ]
@@ -74,16 +77,20 @@ class Student:
         return {name: value for values in self.trained.values() for name, value in values.items()}
 
     def hold(self) -> None:
-        """Before a step of the optimizer, note the vectors outside compressed linears."""
-        self.held.update({name: value.detach().clone() for name, value in self.trained.get(NORMS, {}).items()})
+        """Before a step of the optimizer, note the numbers of `MULTIPLIERS`."""
+        for kind in MULTIPLIERS & self.trained.keys():
+            self.held.update({name: value.detach().clone() for name, value in self.trained[kind].items()})
 
     @torch.no_grad()
     def settle(self) -> None:
-        """After a step of the optimizer, let each number of a vector move by a share of its own size. Set the scales that
-        follow their latents, then let each matrix settle, such as clamp latents to the range of their codes."""
+        """After a step of the optimizer, let each number of `MULTIPLIERS` move by a share of its own size.
+
+        Set the scales that follow their latents. Let each matrix settle, such as clamp latents to the range of codes.
+        """
+        parameters = self.named_parameters()
         for name, before in self.held.items():
-            value = self.trained[NORMS][name]
-            value.copy_(before + (value - before) * number_sizes(before, self.offsets.get(name, 0.0)))
+            sizes = number_sizes(before, self.offsets.get(name, 0.0))
+            parameters[name].copy_(before + (parameters[name] - before) * sizes)
         self.held.clear()
         for scale in self.medians:
             scale.update()

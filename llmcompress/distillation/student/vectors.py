@@ -1,7 +1,7 @@
-"""How far the numbers of a vector move: each in proportion to its own size.
+"""How far the numbers of a vector move in a step: each in proportion to its own size.
 
-The gains of one norm of Gemma 3 lie between 0.001 and 585, and biases of Qwen2 between 0.01 and 145. A step in
-proportion to their root mean square would multiply the smallest, which hold down channels of large values.
+The gains of one norm of Gemma 3 lie between 0.001 and 585, the biases of one layer of Qwen2 between 0.01 and 145. Steps
+in proportion to their root mean square would multiply the smallest, which hold down channels of large values.
 """
 
 from __future__ import annotations
@@ -34,5 +34,5 @@ def _adds_one(norm: nn.Module) -> bool:
     gains = getattr(norm, "weight", None)
     if not isinstance(gains, Tensor) or gains.ndim != 1 or len(inspect.signature(norm.forward).parameters) != 1:
         return False
-    zeros = {name: torch.zeros_like(value) for name, value in norm.named_parameters()}
-    return bool(functional_call(norm, zeros, torch.arange(len(gains)).to(gains)[None]).any())
+    zeros = {name: torch.zeros(value.shape) for name, value in norm.named_parameters()}  # its own may be on meta
+    return bool(functional_call(norm, zeros, torch.arange(float(len(gains)))[None]).any())
