@@ -95,7 +95,7 @@ class StoredExperts:
     @staticmethod
     def of(opened: CompressedCheckpoint) -> StoredExperts:
         """Read names alone. Raises InputError for a family that stores the experts of a block as one tensor."""
-        experts = experts_of(folder_skeleton(opened.folder, trust_remote_code=opened.trust_remote_code))
+        experts = experts_of(opened.skeleton)
         if not experts:
             return StoredExperts({}, {}, [])
         plain = folder_skeleton(opened.folder, unfused=False, trust_remote_code=opened.trust_remote_code)

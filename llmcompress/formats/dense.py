@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from llmcompress.formats.engine_files import ExportReport
 from llmcompress.models.dense.companions import copy_companions
 from llmcompress.models.dense.experts import experts_of
-from llmcompress.models.dense.skeleton import folder_skeleton
+from llmcompress.models.dense.skeleton import folder_skeleton, transposed_linears
 from llmcompress.models.dense.stored_names import hub_names
 from llmcompress.models.files.checkpoint import write_checkpoint
 from llmcompress.models.files.compressed import CompressedCheckpoint, round_to_bfloat16
@@ -25,10 +24,9 @@ def to_dense(opened: CompressedCheckpoint, output: Path) -> ExportReport:
 
     Blocks that have widths of their own are filled up with zeros to the widest, which changes no prediction.
     """
-    folder, trusted = opened.folder, opened.trust_remote_code
-    model, plain = (folder_skeleton(folder, unfused, trusted) for unfused in (True, False))
-    experts = experts_of(model)
-    turned = {name for name, child in model.named_modules() if isinstance(child, Conv1D)}
+    folder, trusted, model = opened.folder, opened.trust_remote_code, opened.skeleton
+    plain = folder_skeleton(folder, unfused=False, trust_remote_code=trusted)
+    experts, turned = experts_of(model), transposed_linears(model)
     shapes = {name: value.shape for name, value in model.state_dict().items()} if opened.sizes else {}
     rounding = 0.0
     with write_checkpoint(output, opened.dense_bytes) as writer:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmcompress.errors import InputError
 from llmcompress.models.dense.companions import copy_companions
-from llmcompress.models.dense.skeleton import folder_skeleton, transposed_linears
+from llmcompress.models.dense.skeleton import transposed_linears
 from llmcompress.models.files.checkpoint import Writer
 from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.runtime.json_values import JsonRecord
@@ -69,7 +69,7 @@ def write_layers(
     is written in `dtype` with `allow_dense`, else that is an InputError. For an engine that computes in float16, that
     is the dtype of all other floats too. `paths`: those of modules in the files, where they are others.
     """
-    turned = transposed_linears(folder_skeleton(opened.folder, trust_remote_code=opened.trust_remote_code))
+    turned = transposed_linears(opened.skeleton)
     files: EngineFiles[Form] = EngineFiles(dtype)
     copy_companions(opened.folder, writer.folder, opened.trust_remote_code)
     for layers, others in opened.parts():

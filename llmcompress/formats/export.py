@@ -1,9 +1,11 @@
 """Checkpoints of ours in the formats of other engines, one file each."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.formats.compressed_tensors import kv_scales, to_compressed_tensors
@@ -18,6 +20,9 @@ from llmcompress.formats.peft import to_peft
 from llmcompress.models.dense.experts import experts_of
 from llmcompress.models.dense.skeleton import check_causal, folder_skeleton
 from llmcompress.models.files.compressed import CompressedCheckpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 READERS = {"mlx": MLX, "exl3": EXL3}  # what their engines read of config.json
 VLLM_MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # whose experts were tried with its loader
@@ -90,7 +95,7 @@ def _write(
 def check_model(folder: Path, config: dict[str, Any], to: str, trust_remote_code: bool = False) -> None:
     """Raise InputError if no compression of the model in `folder` could go to a format: a family or a tokenizer that
     its engine reads otherwise, or a kind of model; RecipeError if a package is missing."""
-    _check_kind(folder, to, trust_remote_code)
+    _check_kind(folder_skeleton(folder, trust_remote_code=trust_remote_code), folder, to)
     if to == "compressed-tensors" and find_spec("compressed_tensors") is None:
         raise RecipeError(f"{to} is the package that reads what this writes, and is missing; {INSTALL}")
     if to == "gguf":
@@ -106,13 +111,12 @@ def _check_form(opened: CompressedCheckpoint, to: str) -> None:
             f"blocks of {opened.folder} have widths of their own, which {to} has no place for; export it to dense, "
             f"which fills them up, or load it with transformers as it is"
         )
-    _check_kind(opened.folder, to, opened.trust_remote_code)
+    _check_kind(opened.skeleton, opened.folder, to)
 
 
-def _check_kind(folder: Path, to: str, trust_remote_code: bool) -> None:
+def _check_kind(model: PreTrainedModel, folder: Path, to: str) -> None:
     """Raise InputError for models that are not causal, and for mixtures of experts where readers would initialise them
     randomly."""
-    model = folder_skeleton(folder, trust_remote_code=trust_remote_code)
     check_causal(model.config, f"the export to {to}")
     experts = {} if to == "gguf" else experts_of(model)
     if experts and not (to == "compressed-tensors" and model.config.model_type in VLLM_MIXTURES):

@@ -33,7 +33,7 @@ from llmcompress.formats.gguf.tensor_types import (
 )
 from llmcompress.formats.peft import split_low_rank
 from llmcompress.models.dense.experts import experts_of
-from llmcompress.models.dense.skeleton import folder_skeleton, transposed_linears
+from llmcompress.models.dense.skeleton import transposed_linears
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import write_checkpoint
 from llmcompress.models.files.compressed import CompressedCheckpoint
@@ -140,11 +140,10 @@ def _changes(plan: FilePlan, output: Path) -> Iterator[str]:
 
 def plan_file(opened: CompressedCheckpoint, model: GGUFModel, plan: FilePlan) -> FilePlan:
     """Return the plan with the type of every tensor. Raises InputError for a matrix that may not be rounded."""
-    skeleton = folder_skeleton(opened.folder, trust_remote_code=opened.trust_remote_code)
-    transposed = transposed_linears(skeleton)
+    transposed = transposed_linears(opened.skeleton)
     for name, factors in model.rotary.divisors().items():
         plan.add(name, Dense(factors), partial(Dense, factors))
-    stacks = expert_stacks(skeleton)
+    stacks = expert_stacks(opened.skeleton)
     inside = {layer for layers in stacks.values() for layer in layers}
     for layers, others in opened.parts():
         for layer in count_each(layers, "matrix read"):

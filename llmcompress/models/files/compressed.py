@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,11 @@ class CompressedCheckpoint:
         """Return the pieces of a module's payload by the names of their tensors."""
         levels = [table[layer] for table in self.levels]
         return {f"{layer}.{piece.name}": piece for piece in pieces(levels)}
+
+    @cached_property
+    def skeleton(self) -> PreTrainedModel:
+        """The dense model, parameters on meta, for its names and shapes alone; built once, and changed by no reader."""
+        return folder_skeleton(self.folder, trust_remote_code=self.trust_remote_code)
 
     @property
     def bytes(self) -> int:
