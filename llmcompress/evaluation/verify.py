@@ -91,14 +91,15 @@ def verify(
         stored_by(folder)  # which says why
     home = folder.parent if folder.is_file() else folder
     notes = () if check_manifest(home) else (UNCHECKED,)
-    engine = _open_for_engine(folder, trust_remote_code)
+    gguf = [folder] if folder.is_file() else [] if (folder / MODEL).is_file() else sorted(folder.glob("*.gguf"))
+    engine = _open_for_engine(folder, bool(gguf), trust_remote_code)
     place = Place(str(folder), folder, trust_remote_code=trust_remote_code) if engine is None else engine.place
     references = [] if against is None else [locate(against, trust_remote_code=trust_remote_code)]
     tokenizer = load_tokenizer(place.folder, trust_remote_code)
     check_vocabularies([place, *references])
     evaluation_windows(tokenizer, Protocol(text, windows, 2))  # a text that cannot be read, before models are loaded
     check_fits(device, "reading text with it", passing=[place, *references])
-    files = weight_files(folder) if (folder / MODEL).is_file() else sorted(folder.glob("*.gguf")) or [folder]
+    files = gguf or weight_files(folder)
     layers = None if engine is None else _read_tensors(engine, home, files)
     model: Any = load_model(place, device) if engine is None else open_model(place, device)
     if references:
@@ -107,23 +108,21 @@ def verify(
     protocol = Protocol(text, windows, min(length, context_length(model.config) or length))
     causal = is_causal(model.config)
     scores = evaluate(model, tokenizer, protocol, against=teacher, progress=progress) if causal else None
-    tokens = scores.perplexity.tokens if scores else _read_windows(model, evaluation_windows(tokenizer, protocol))
     return Verification(
         files=len(manifest(home) or files),
         layers=len(compressed_modules(model)) if layers is None else layers,
         bytes=sum(path.stat().st_size for path in files),
-        tokens=tokens,
+        tokens=scores.perplexity.tokens if scores else _read_windows(model, evaluation_windows(tokenizer, protocol)),
         notes=notes,
         **_score_fields(scores),
     )
 
 
-def _open_for_engine(folder: Path, trust_remote_code: bool) -> DenseModel | None:
+def _open_for_engine(folder: Path, is_gguf: bool, trust_remote_code: bool) -> DenseModel | None:
     """Return a model in few bits as an engine loads it; None for a checkpoint of llmcompress.
 
     Raises InputError for a plain model, and for one that cannot be read.
     """
-    is_gguf = folder.is_file() or (any(folder.glob("*.gguf")) and not (folder / MODEL).is_file())
     if not is_gguf and stored_by(folder) == NAME:
         return None
     source = open_source(locate(folder, trust_remote_code=trust_remote_code))
