@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -71,14 +71,17 @@ class Packing:
 
     form: for messages, as `MXFP4`. shape: of its numbers. parts: stored tensors by the names that `unpack` has for
     them; those of all experts of a block have the experts first. unpack: the library's own way to numbers. inputs: what
-    the inputs of the linear are rounded to, where that is known.
+    the inputs of the linear are rounded to, `unknown` for a format without a name here; None where they stay.
     """
 
     form: str
     shape: tuple[int, ...]
     parts: Mapping[str, Header]
     unpack: Callable[[dict[str, Tensor]], Tensor]
-    inputs: InputFormat | None = None
+    inputs: InputFormat | Literal["unknown"] | None = None
+
+    def __str__(self) -> str:
+        return self.form if self.inputs is None else f"{self.form}, whose rounding of inputs is left out"
 
     def read(self, dtype: str, expert: int | None) -> Tensor:
         """Return the numbers, those of one `expert` alone unless None. Raises InputError for what cannot be unpacked.

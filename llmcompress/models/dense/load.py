@@ -29,7 +29,7 @@ from llmcompress.models.dense.families import block_stack
 from llmcompress.models.dense.headers import has_weights, read_headers
 from llmcompress.models.dense.locate import Place
 from llmcompress.models.dense.model import missing_weights, open_source
-from llmcompress.models.dense.packed import OF_ENGINES, ROUNDS_INPUTS, packing_method, rounds_inputs
+from llmcompress.models.dense.packed import OF_ENGINES, packing_method, rounds_inputs
 from llmcompress.models.dense.sizes import is_dense, own_sizes, sized_outline
 from llmcompress.models.dense.skeleton import auto_class, folder_skeleton
 from llmcompress.models.files.integrity import weight_files
@@ -124,14 +124,15 @@ def _load_rounding(place: Place, device: str, dtype: torch.dtype) -> PreTrainedM
     source = open_source(place)
     model = source.load(device, dtype)
     for name, header in source.tensors.items():
-        if header.packing is None or not header.packing.form.endswith(ROUNDS_INPUTS):
+        inputs = None if header.packing is None else header.packing.inputs
+        if inputs is None:
             continue
-        if header.packing.inputs is None:
+        if inputs == "unknown":
             raise InputError(
                 f"{place.name} rounds the inputs of {name} in a way that is not known; measure another model"
             )
         linear = model.get_submodule(name.removesuffix(".weight"))
-        linear.register_forward_pre_hook(partial(_round_inputs, header.packing.inputs))
+        linear.register_forward_pre_hook(partial(_round_inputs, inputs))
     return model
 
 
@@ -139,7 +140,7 @@ def _round_inputs(form: InputFormat, linear: nn.Module, given: tuple[Tensor, ...
     return (form.round(given[0]), *given[1:])
 
 
-def check_outline(place: Place) -> tuple[bool, PreTrainedModel | None]:
+def check_outline(place: Place) -> PreTrainedModel | None:
     """Check a config against the tensors beside it, before transformers builds a model.
 
     Returns True for a dense one, and the model on meta, None for weights in other files than safetensors. Raises

@@ -13,7 +13,7 @@ from functools import partial
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ FP8_BLOCK = (128, 128)
 BLOCK_SIZES = {2**power for power in range(5, 13)}  # that bitsandbytes knows
 STATE = "weight.quant_state.bitsandbytes__"  # the name of the JSON about a matrix in 4 bits, before nf4 or fp4
 MOST_STATE = 10_000  # bytes of it
-ROUNDS_INPUTS = ", whose rounding of inputs is left out"
 INPUT_FORMATS: dict[tuple[int, str, int | None, bool], InputName] = {  # by bits, type, columns of a group, symmetric
     (8, "float", None, True): "fp8",
     (8, "int", None, True): "int8",
@@ -86,7 +85,7 @@ def unpack_headers(stored: Stored, entries: Mapping[str, Any], place: Path) -> t
     for name, packing in packings.items():
         first = next(iter(packing.parts.values()))
         headers[name] = replace(first, shape=packing.shape, dtype=dtype, key=name, packing=packing)
-    return headers, ", ".join(dict.fromkeys(packing.form for packing in packings.values()))
+    return headers, ", ".join(dict.fromkeys(map(str, packings.values())))
 
 
 def _dtype(entries: Mapping[str, Any]) -> str:
@@ -210,22 +209,20 @@ def _compressed_tensors(folder: Folder) -> Packings:
             )
         parts = {name: held[name] for name in names}
         shape = _numbers_shape(folder, parts, scheme.weights, form)
-        inputs = None
-        if scheme.input_activations is not None:
-            form += ROUNDS_INPUTS
-            inputs = _input_format(folder.stored, module, scheme.input_activations)
+        rounding = scheme.input_activations
+        inputs = None if rounding is None else _input_format(folder.stored, module, rounding)
         unpack = partial(_unpack_compressed, scheme=scheme, compressor=compressor)
         packings[f"{module}.weight"] = Packing(form, shape, parts, unpack, inputs)
     return packings
 
 
-def _input_format(stored: Stored, module: str, arguments: Any) -> InputFormat | None:
-    """Return what the inputs of a linear are rounded to, None for a format that there is no name for here."""
+def _input_format(stored: Stored, module: str, arguments: Any) -> InputFormat | Literal["unknown"]:
+    """Return what the inputs of a linear are rounded to, as `Packing` has it."""
     kind = arguments.num_bits, arguments.type, arguments.group_size, arguments.symmetric
     name = INPUT_FORMATS.get(kind)
     scale = stored.get(f"{module}.input_global_scale" if name == "nvfp4" else f"{module}.input_scale")
     if name is None or (scale is None and arguments.dynamic is not True):
-        return None
+        return "unknown"
     return InputFormat(name, None if scale is None else float(read_tensor(scale)))
 
 
@@ -285,9 +282,8 @@ def _bitsandbytes(folder: Folder) -> Packings:
             form, shape, parts, unpack = "int8 of bitsandbytes", codes.shape, held, _unpack_8bit
             fits = len(codes.shape) == 2 and codes.dtype == "I8" and held["SCB"].shape == codes.shape[:1]
             folder.require(fits and held["SCB"].dtype == "F32", codes.key, form)
-            form += ROUNDS_INPUTS
         parts = {"weight": codes} | parts
-        packings[f"{module}.weight"] = Packing(form, shape or (), parts, unpack)
+        packings[f"{module}.weight"] = Packing(form, shape or (), parts, unpack, None if kinds else "unknown")
     return packings
 
 
