@@ -60,8 +60,7 @@ def open_model(place: Place, device: str, whole: bool = False) -> Readable:
 
     Raises InputError for a model that cannot be loaded.
     """
-    _, outline = check_outline(place)
-    if outline is not None:
+    if (outline := check_outline(place)) is not None:
         check_causal(outline.config, "scoring")
     if not whole and passes_by_block(place.folder):
         device_of(device)

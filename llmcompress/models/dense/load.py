@@ -66,7 +66,7 @@ def load_model(
         return open_source(place).load(device, dtype)
     if quantization is None and has_weights(place.folder) and _rounds_here(place):
         return _load_rounding(place, device, dtype)
-    is_dense = check_outline(place)[0] and quantization is None
+    check_outline(place)
     trusted = model_code(place.folder, place.trust_remote_code)
     options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
     if options or target.type != "cpu":
@@ -86,7 +86,8 @@ def load_model(
         if is_out_of_memory(error):
             raise
         raise InputError(f"{place.name} cannot be loaded ({error_text(error)}); download or write it again") from error
-    if is_dense and info["missing_keys"]:  # transformers has drawn random numbers for them
+    if quantization is None and info["missing_keys"] and is_dense(read_entries(place.folder / MODEL, place.folder)):
+        # transformers has drawn random numbers for them
         raise missing_weights(place.folder, sorted(info["missing_keys"]))
     module: nn.Module = model
     if quantization is None and model.device != target:  # what other tools quantized refuses to be moved
@@ -143,8 +144,8 @@ def _round_inputs(form: InputFormat, linear: nn.Module, given: tuple[Tensor, ...
 def check_outline(place: Place) -> PreTrainedModel | None:
     """Check a config against the tensors beside it, before transformers builds a model.
 
-    Returns True for a dense one, and the model on meta, None for weights in other files than safetensors. Raises
-    InputError for sizes beyond the tensors', and for a model whose code is not trusted.
+    Returns the model on meta, None for weights in other files than safetensors. Raises InputError for sizes beyond the
+    tensors', and for a model whose code is not trusted.
     """
     folder = place.folder
     check_alone(folder)
@@ -154,7 +155,7 @@ def check_outline(place: Place) -> PreTrainedModel | None:
     if not isinstance(packing, dict):
         raise InputError(f"{folder / MODEL} has a quantization_config that is no object; download or write it again")
     if not has_weights(folder):
-        return is_dense(entries), None
+        return None
     stored = read_headers(folder)
     model = sized_outline(valid_config(folder, place.trust_remote_code), place, stored, own_sizes(entries))
     weights = _weights(model)
@@ -162,7 +163,7 @@ def check_outline(place: Place) -> PreTrainedModel | None:
         raise InputError(
             f"{folder / MODEL} describes a model of {weights} weights, which the files beside it lack; correct it"
         )
-    return is_dense(entries), model
+    return model
 
 
 def passes_by_block(folder: Path) -> bool:
@@ -201,7 +202,7 @@ def check_fits(
 
 def _bytes_held(place: Place, whole: bool, each: int) -> int:
     """Return the bytes of a model in memory; `each`: of a weight."""
-    _, model = check_outline(place)
+    model = check_outline(place)
     if model is None:
         return 0
     if whole:
