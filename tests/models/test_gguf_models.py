@@ -136,6 +136,7 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(file: Path, tmp_path: Path
         "model.bin": "or a .gguf file",
         "family.gguf": "does not read",
         "cut.gguf": "which is not known here",
+        ".": r"holds several GGUF files \(cut.gguf, family.gguf, merges.gguf and 3 more\), and one is read",
     }
     for name, message in cases.items():
         with pytest.raises(InputError, match=message) as caught:

@@ -17,7 +17,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from llmcompress.errors import InputError, first_line
+from llmcompress.errors import InputError, first_line, list_names
 from llmcompress.models.dense.adapter import base_of, is_adapter
 from llmcompress.models.dense.gguf_model import (
     UNPACKING,
@@ -108,6 +108,11 @@ def locate(
         check_folder(path)
         if is_adapter(path):
             return _place_of_adapter(Place(model, path, trust_remote_code=trust_remote_code))
+        if files:
+            raise InputError(
+                f"{model} holds several GGUF files ({list_names(sorted(file.name for file in files))}), and one is "
+                f"read, without low-rank terms beside it; give that file, or the checkpoint that was exported"
+            )
         same = HUB_ID.fullmatch(model) and not model.startswith(".")
         note = f"{path.name} is read as a folder of this machine, not as the Hub model of that name"
         return Place(model, path, notes=(note,) if same else (), trust_remote_code=trust_remote_code)
