@@ -142,8 +142,11 @@ def test_weights_are_those_of_one_process(
             check_same(alone, found)
 
 
+@pytest.mark.parametrize(
+    "steps", [[{"method": "rotate"}, GPTQ], [{"method": "mxfp", "format": "nvfp4"}]], ids=["in runs", "in one piece"]
+)
 def test_a_long_layer_is_decoded_a_run_at_a_time(
-    models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    steps: list[dict[str, Any]], models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And its error is that of evenly spaced rows, in float64."""
     monkeypatch.setattr(row_chunks, "RUN", 16)
@@ -156,7 +159,6 @@ def test_a_long_layer_is_decoded_a_run_at_a_time(
         return dense(weight)
 
     monkeypatch.setattr(layers, "dense", watched)
-    steps = [{"method": "rotate"}, GPTQ]
     with standing(models("llama"), rules=[{"match": "*", "steps": steps}], asymmetric=0.0) as (job, block):
         groups = groups_of(block)
         packed, rows = compress_layers(job, block, groups, ALONE)

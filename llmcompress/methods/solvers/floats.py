@@ -13,6 +13,7 @@ from llmcompress.weight.expression import float_values
 from llmcompress.weight.nodes import FloatFormat, Minifloat, ScaleFormat, float_codes
 
 FloatName = Literal["mxfp4", "mxfp6", "mxfp8", "nvfp4", "fp8", "fp8_tensor"]
+ROWS = 1024  # fitted at once, at 47 bytes a weight
 HEADROOM = 2  # times that groups may grow by feedback, and the factor of the matrix still has a scale for them
 
 
@@ -110,10 +111,15 @@ def fit_scales(
 
 def nearest_floats(weight: Tensor, layout: FloatLayout) -> Minifloat:
     """Return `weight [out, in]` in a layout, each group with the scale of the least squared error among those tried."""
-    factor = tensor_factor(weight.abs().max(), layout)
-    scale, steps = fit_scales(weight, layout, factor)
-    size = layout.group(weight.shape[1])
-    return Minifloat(codes_of(weight, layout.form, steps, size), scale, factor, layout.form, layout.scales, size)
+    floats = float_sketch((weight.shape[0], weight.shape[1]), layout)
+    codes, scale = (torch.empty_like(part, device=weight.device) for part in (floats.codes, floats.scale))
+    factor = tensor_factor(torch.stack(weight.aminmax()).abs().max(), layout)
+    together = len(weight) if layout.of_all else ROWS
+    for start in range(0, len(weight), together):
+        rows = slice(start, start + together)
+        scale[rows], steps = fit_scales(weight[rows], layout, factor)
+        codes[rows] = codes_of(weight[rows], layout.form, steps, floats.group_size)
+    return replace(floats, codes=codes, scale=scale, tensor_scale=factor)
 
 
 def codes_of(weight: Tensor, form: FloatFormat, steps: Tensor, group_size: int) -> Tensor:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from llmcompress.methods.layer import relative_error
 from llmcompress.methods.refine import descend
+from llmcompress.methods.solvers import floats
 from llmcompress.methods.solvers.floats import LAYOUTS, FloatLayout, nearest_floats
+from llmcompress.weight.encoding import encode
 from llmcompress.weight.expression import bits, dense, float_steps, float_values
 from llmcompress.weight.nodes import Minifloat, Where, Zero
 from tests.builders import compressed, correlated, gaussian, moments
@@ -95,6 +97,15 @@ def test_numbers_of_the_format_stay(name: str) -> None:
     numbers = float_values(layout.form)
     weight = numbers[numbers.isfinite()].repeat(3, 8) * 0.25
     torch.testing.assert_close(dense(nearest_floats(weight, layout)), weight, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_few_rows_at_a_time_come_out_as_in_one_piece(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = gaussian(23, 40)
+    whole = encode(nearest_floats(weight, LAYOUTS[name]))[1]
+    monkeypatch.setattr(floats, "ROWS", 5)
+    parts = encode(nearest_floats(weight, LAYOUTS[name]))[1]
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
 def test_smaller_groups_with_finer_scales_lose_less() -> None:
