@@ -7,8 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmcompress.distillation.student.model import NORMS, Student, relaxed_student
-from llmcompress.distillation.student.vectors import FLOOR, find_offsets, number_sizes
+from llmcompress.distillation.student.model import (
+    FLOOR,
+    NORMS,
+    Student,
+    find_offsets,
+    number_sizes,
+    relaxed_student,
+)
 from tests.distillation.miniature import loaded, make
 from tests.tiers import tiered
 from tests.tiny import FAMILY_CONFIGS, tiny
