@@ -86,10 +86,12 @@ class _NodeReader:
         if node.style is None and node.tag.endswith(":str") and EXPONENT.fullmatch(node.value):
             return float(node.value)
         try:
-            return self.loader.construct_object(node)
+            value = self.loader.construct_object(node)
+            str(value)  # no message could show a hexadecimal number of thousands of digits
         except (ValueError, ArithmeticError, LookupError, AttributeError) as error:  # `!!bool 7` is a KeyError
             reason = error if isinstance(error, ValueError) else f"no {node.tag.rpartition(':')[2]}"
             raise RecipeError(f"{self._line(node)}: {shorten(node.value)} is not a value ({reason})") from error
+        return value
 
     def _line(self, node: yaml.Node) -> str:
         return f"{self.name}:{node.start_mark.line + 1}"

@@ -57,6 +57,7 @@ def complaint(text: str, *settings: str) -> str:
         (f"{RECIPE}calibration: {{held_out: .inf}}\n", "held_out is Infinity; it must be a number at least 0"),
         (f"version: 1\ncalibration: {{}}\ntarget: {{bytes: {'9' * 400}MB}}\n", "is no size"),
         (f"seed: 1{'0' * 5000}\n{RECIPE}", "is not a value"),
+        (f"{RECIPE}seed: 0x{'f' * 5000}\n", "is not a value"),
         (f'{RECIPE}name: "\\UFFFFFFFF"\n', "an escape stands for no character"),
         (f"{RECIPE}gates: !!bool maybe\n", "maybe is not a value"),
         ("a: &a [*a]\n", "nested too deeply"),
