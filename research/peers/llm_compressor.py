@@ -135,7 +135,7 @@ def run(given: argparse.Namespace) -> None:
 
 
 def worth(linear: Any) -> Tensor:
-    """What a linear multiplies by. AWQ's are rounded only as they run; what is rounded already stays as it is."""
+    """Return the weight that a linear works with. AWQ's are rounded only then; what is rounded already stays so."""
     from compressed_tensors.quantization import forward_quantize
 
     scheme, weight = getattr(linear, "quantization_scheme", None), linear.weight.detach()
