@@ -2,7 +2,8 @@
 
 It runs in every peer's environment, so it needs torch, transformers and safetensors, and nothing of llmcompress. The
 folder is an ordinary dense Hugging Face folder in float32, the decoder's linears being what the peer's codes are worth
-and all else as it was, with a `peer.json` beside the weights: what it is, its true bits, time and memory, versions.
+and all else as it was but for scales that the peer moved into norms, with a `peer.json` beside the weights: what it is,
+its true bits, time and memory, versions.
 """
 
 from __future__ import annotations
@@ -75,12 +76,18 @@ def peak_rss_bytes() -> int:
 
 
 def hand_over(
-    given: argparse.Namespace, tool: str, packages: Iterable[str], weights: dict[str, Tensor], facts: dict[str, Any]
+    given: argparse.Namespace,
+    tool: str,
+    packages: Iterable[str],
+    weights: dict[str, Tensor],
+    facts: dict[str, Any],
+    vectors: dict[str, Tensor] | None = None,
 ) -> None:
     """Writes the folder and prints its peer.json as one line, the last of standard output.
 
     `weights`: module path -> dense [out, in], for every linear of the decoder. `facts` holds the `bits` of them all and
-    what `timed` found. Raises ValueError for weights that are not those of the model.
+    what `timed` found. `vectors`: norms and biases that the peer has changed too, by their names in the file. Raises
+    ValueError for tensors that are not those of the model.
     """
     import torch
     from safetensors.torch import load_file, save_file
@@ -92,10 +99,13 @@ def hand_over(
     }
     if dense.keys() != expected or any(dense[name].shape != tensors[name].shape for name in expected):
         raise ValueError(f"these are not exactly the decoder's linears, as the model has them: {sorted(dense)}")
+    moved = {name: vector.detach().to("cpu", torch.float32) for name, vector in (vectors or {}).items()}
+    if strange := [name for name in moved if name not in tensors or moved[name].shape != tensors[name].shape]:
+        raise ValueError(f"the model has no {strange[0]} of this shape")
     copy_texts(given)
     config = given.out / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2))
-    save_file(tensors | dense, given.out / WEIGHTS, {"format": "pt"})
+    save_file(tensors | moved | dense, given.out / WEIGHTS, {"format": "pt"})
     count = sum(tensor.numel() for tensor in dense.values())
     size = {"weights": count, "bits": facts["bits"], "bpw": facts["bits"] / count, "bytes": facts["bits"] / 8}
     versions = {name: metadata.version(name) for name in ("torch", *packages)}

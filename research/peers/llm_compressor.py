@@ -36,18 +36,35 @@ def wanda(mask_structure: str) -> Any:
     return WandaPruningModifier(sparsity=0.5, mask_structure=mask_structure, targets=[DECODER_LINEARS])
 
 
-def gptq(bits: int, observer: str | None) -> Any:
-    """Asymmetric GPTQ in groups of 64; observer None leaves the peer's default (min-max)."""
+def grouped(bits: int, **chosen: str) -> dict[str, Any]:
+    """Asymmetric integers in groups of 64 for every linear but the head."""
     from compressed_tensors.quantization import (
         QuantizationArgs,
         QuantizationScheme,
     )
+
+    weights = QuantizationArgs(num_bits=bits, type="int", symmetric=False, strategy="group", group_size=64, **chosen)
+    return {
+        "config_groups": {"linears": QuantizationScheme(targets=["Linear"], weights=weights)},
+        "ignore": ["lm_head"],
+    }
+
+
+def gptq(bits: int, observer: str | None) -> Any:
+    """Asymmetric GPTQ in groups of 64; observer None leaves the peer's default (min-max)."""
     from llmcompressor.modifiers.gptq import GPTQModifier
 
-    chosen = {} if observer is None else {"observer": observer}
-    weights = QuantizationArgs(num_bits=bits, type="int", symmetric=False, strategy="group", group_size=64, **chosen)
-    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
-    return GPTQModifier(config_groups={"linears": scheme}, ignore=["lm_head"])
+    return GPTQModifier(**grouped(bits, **({} if observer is None else {"observer": observer})))
+
+
+def awq() -> Any:
+    """AWQ at 4 bits as the peer's example has it, but in groups of 64; the peer says what is scaled in which family."""
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    IntermediatesCache.pin_memory = lambda *_: None  # pinned for an accelerator; without one that is an error
+    return [AWQModifier(duo_scaling="both"), QuantizationModifier(**grouped(4))]
 
 
 def floats() -> Any:
@@ -77,6 +94,7 @@ ARMS: dict[str, Callable[[], Any]] = {
     "wanda50": lambda: wanda("0:0"),
     "sparsegpt50": lambda: sparsegpt("0:0"),
     "sparsegpt24": lambda: sparsegpt("2:4"),
+    "awq4g64": awq,
     "gptq2g64": lambda: gptq(2, observer=None),
     "gptq2g64mse": lambda: gptq(2, observer="memoryless_mse"),
     "gptq3g64": lambda: gptq(3, observer=None),
@@ -108,9 +126,20 @@ def run(given: argparse.Namespace) -> None:
         copy_texts(given)
         model.save_pretrained(given.out, save_compressed=True)
         return
-    dense = {name: part.weight for name, part in decoder_linears(model).items()}
+    dense = {name: worth(part) for name, part in decoder_linears(model).items()}
+    scaled = isinstance(modifier, list)  # AWQ, which divides norms by its scales
+    vectors = {name: part for name, part in model.named_parameters() if scaled and part.ndim == 1}
     facts |= {"bits": bits(modifier, dense), "dtype": given.dtype}
-    hand_over(given, "llm-compressor", ("llmcompressor", "compressed-tensors", "transformers"), dense, facts)
+    packages = ("llmcompressor", "compressed-tensors", "transformers")
+    hand_over(given, "llm-compressor", packages, dense, facts, vectors)
+
+
+def worth(linear: Any) -> Tensor:
+    """Return the weight that a linear works with. AWQ's are rounded only then; what is rounded already stays so."""
+    from compressed_tensors.quantization import forward_quantize
+
+    scheme, weight = getattr(linear, "quantization_scheme", None), linear.weight.detach()
+    return weight if scheme is None else forward_quantize(linear, weight, "weight", scheme.weights)
 
 
 def bits(modifier: Any, dense: dict[str, Tensor]) -> int:
@@ -119,6 +148,7 @@ def bits(modifier: Any, dense: dict[str, Tensor]) -> int:
     Pruned: a 1-bit map and 16 bits for a kept weight. Quantized: codes, and per group 16 bits of scale and a zero point
     as wide as a code.
     """
+    modifier = modifier[-1] if isinstance(modifier, list) else modifier
     if not hasattr(modifier, "config_groups"):
         return sum(weight.numel() + 16 * int(weight.count_nonzero()) for weight in dense.values())
     scheme = modifier.config_groups["linears"].weights

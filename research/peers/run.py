@@ -23,12 +23,14 @@ from safetensors.torch import save_file
 from llmcompress.models.dense.locate import locate
 
 HERE = Path(__file__).resolve().parent
-OURS = "llama.cpp"  # needs no environment but ours
+LLAMA, BITSANDBYTES = "llama.cpp", "bitsandbytes"
+OURS = (LLAMA, BITSANDBYTES)  # need no environment but ours
 ARMS = {  # the tool, as its environment is called: script, arms
     "quanto": ("quanto", ("qint2",)),
     "torchao": ("torchao_int2", ("int2-g64",)),
     "hqq": ("hqq_solve", ("4bit-g64", "3bit-g64", "2bit-g64", "2bit-g32", "1bit-g64", "1bit-g32")),
-    OURS: (
+    BITSANDBYTES: ("bitsandbytes_nf4", ("nf4-b64",)),
+    LLAMA: (
         "ggml",
         (
             "iq1_s",
@@ -47,7 +49,7 @@ ARMS = {  # the tool, as its environment is called: script, arms
     ),
     "llm-compressor": (
         "llm_compressor",
-        ("gptq2g64", "gptq2g64mse", "gptq3g64", "gptq3g64mse", "gptq4g64mse", "sparsegpt50"),
+        ("gptq2g64", "gptq2g64mse", "gptq3g64", "gptq3g64mse", "gptq4g64mse", "awq4g64", "sparsegpt50"),
     ),
     "autoround": ("autoround", ("w2g64-40x1", "w2g32-40x1", "w3g64-40x1", "w4g64-40x1", "w2g128", "w2g64", "w2g32")),
 }
@@ -82,10 +84,10 @@ def main() -> None:
 
 def run_once(name: str, tool: str, script: str, arm: str, model: Path, given: argparse.Namespace) -> None:
     """One arm in a fresh process of the tool's environment; ends the program where it fails."""
-    python = sys.executable if tool == OURS else given.environments / tool / "bin" / "python"
+    python = sys.executable if tool in OURS else given.environments / tool / "bin" / "python"
     command = [python, HERE / f"{script}.py", "--model", model, "--tokens", given.out / "tokens.safetensors"]
     command += ["--arm", arm, "--out", given.out / name, "--threads", given.threads]
-    if tool == OURS:
+    if tool == LLAMA:
         command += ["--importance", given.out / "importance.safetensors"]
     launch(name, command, given)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import score
 import torch
+from bitsandbytes_nf4 import bits
 from handover import WEIGHTS, decoder_linears, grouped_bits, hand_over, loaded
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -40,6 +41,16 @@ def test_bits_of_groups_by_hand() -> None:
     """3 rows of 10 columns: 30 codes of 2 bits, and in each row groups of 4, 4 and 2 with 18 bits beside them."""
     assert grouped_bits([torch.zeros(3, 10)], 2, 4, 18) == 30 * 2 + 3 * 3 * 18
     assert grouped_bits([torch.zeros(1, 64), torch.zeros(2, 64)], 2, 64, 18) / 192 == 2.28125
+
+
+@pytest.mark.parametrize("shape", [(3, 10), (96, 192), (40, 1024)])
+def test_bits_of_nf4_are_those_that_bitsandbytes_holds(shape: tuple[int, int]) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional", reason="an extra")
+    codes, state = functional.quantize_4bit(
+        torch.randn(shape), blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
+    held = (codes, state.absmax, state.state2.absmax, state.offset)
+    assert bits(math.prod(shape), 64) == sum(8 * part.nbytes for part in held)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +95,25 @@ def test_folder_holds_these_weights_and_else_the_model(tmp_path: Path) -> None:
     assert report["bpw"] == 1000 / sum(weight.numel() for weight in weights.values())
     with pytest.raises(ValueError, match="not exactly the decoder's linears"):
         hand_over(given, "tool", (), dict(list(weights.items())[1:]), {"bits": 1000})
+
+
+def test_scales_moved_into_norms_are_handed_over(tmp_path: Path) -> None:
+    """A norm divided by what the linears behind it are multiplied by leaves the logits; the linears alone do not."""
+    given = given_for(tmp_path)
+    model = loaded(given, "float32")
+    ids = torch.arange(16)[None]
+    expected, weights, norms = model(ids).logits, {n: p.weight for n, p in decoder_linears(model).items()}, {}
+    for number, block in enumerate(model.model.layers):
+        scales = torch.rand(block.input_layernorm.weight.shape) + 0.5
+        norms[f"model.layers.{number}.input_layernorm.weight"] = block.input_layernorm.weight / scales
+        for name in (f"model.layers.{number}.self_attn.{kind}_proj" for kind in "qkv"):
+            weights[name] = weights[name] * scales
+    hand_over(given, "tool", (), weights, {"bits": 1000}, norms)
+    torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(given.out)(ids).logits, expected)
+    hand_over(given, "tool", (), weights, {"bits": 1000})
+    assert not torch.allclose(AutoModelForCausalLM.from_pretrained(given.out)(ids).logits, expected, atol=1e-3)
+    with pytest.raises(ValueError, match=r"no model\.norm\.bias of this shape"):
+        hand_over(given, "tool", (), weights, {"bits": 1000}, {"model.norm.bias": torch.zeros(3)})
 
 
 def test_points_are_those_that_a_sweep_draws(tmp_path: Path) -> None:
