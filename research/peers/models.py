@@ -4,8 +4,9 @@
         NAME=MODEL ...
 
 Each arm, a peer's or one of `OURS`, reads the first 16 windows of 1024 tokens of `wikitext2-valid.txt`, with BOS where
-the model was taught with it, and changes the decoder's linears alone. Its model is scored as those of `regrets.py` are,
-on text that no arm reads. `bytes` are those of the whole model. What FILE has is not measured again.
+the model was taught with it, and changes the decoder's linears alone; AWQ changes the norms before them too. Its model
+is scored as those of `regrets.py` are, on text that no arm reads. `bytes` are those of the whole model. What FILE has
+is not measured again.
 """
 
 from __future__ import annotations
