@@ -25,7 +25,8 @@ RTN = [{"match": "*", "steps": [{"method": "rtn", "bits": 2, "group_size": 16}]}
 @pytest.mark.parametrize("family", tiered(sorted(FAMILY_CONFIGS), {"gemma3_text", "llama", "gpt2"}.__contains__))
 def test_offsets_make_fresh_gains_one(family: str) -> None:
     """A model begins with gains that multiply by 1, however they are stored."""
-    model, offsets = tiny(family), find_offsets(tiny(family))
+    model = tiny(family)
+    offsets = find_offsets(model, [name for name, _ in model.named_parameters()])
     norms = [(name, module) for name, module in model.named_modules() if "Norm" in type(module).__name__]
     for name, module in norms:
         if isinstance(gains := getattr(module, "weight", None), torch.Tensor):

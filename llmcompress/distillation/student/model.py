@@ -11,7 +11,8 @@ square would multiply the smallest, which hold down channels of large values.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
@@ -35,6 +36,7 @@ NORMS: Kind = "norms"  # vectors of the decoder: norms, and biases of what is no
 WEIGHTS: Kind = "weights"  # matrices of the decoder blocks' linears that are not compressed
 PROJECTIONS: Kind = "projections"  # linears on hidden states for losses alone, which are no part of the model
 MULTIPLIERS: frozenset[Kind] = frozenset({"scales", NORMS})  # each number moves in proportion to its own size
+MAY_ADD = re.compile("RMSNorm|LayerNorm1P")  # classes of norms of which some add 1 to their gains
 FLOOR = 1e-3  # of a vector's root mean square: a smaller number moves as one of this size
 PLAIN = Relaxation(frozenset())
 
@@ -194,7 +196,7 @@ def relaxed_student(
         trained[WEIGHTS] = _weights(model, inside)
     if not any(trained.values()) and not inside:
         raise RecipeError(f"rates: the student has no {' and no '.join(rates)} to train; give a rate for what it has")
-    return Student(model, relaxed, trained, tuple(medians), offsets=find_offsets(model))
+    return Student(model, relaxed, trained, tuple(medians), offsets=find_offsets(model, trained.get(NORMS, {}).keys()))
 
 
 def _root_mean_square(value: Tensor) -> float:
@@ -250,10 +252,10 @@ def number_sizes(vector: Tensor, offset: float) -> Tensor:
 
 
 @torch.no_grad()
-def find_offsets(model: nn.Module) -> dict[str, float]:
-    """Return what norms add to their gains, by the gains' names, where that is not 0: Gemma's are stored less 1."""
-    norms = {name: module for name, module in model.named_modules() if "Norm" in type(module).__name__}
-    return {f"{name}.weight": 1.0 for name, module in norms.items() if _adds_one(module)}
+def find_offsets(model: nn.Module, gains: Collection[str]) -> dict[str, float]:
+    """Return what norms add to their `gains`, by name, where that is not 0: Gemma's are stored less 1."""
+    norms = {f"{name}.weight": norm for name, norm in model.named_modules() if MAY_ADD.search(type(norm).__name__)}
+    return {name: 1.0 for name in norms.keys() & set(gains) if _adds_one(norms[name])}
 
 
 def _adds_one(norm: nn.Module) -> bool:
