@@ -126,7 +126,7 @@ def run(given: argparse.Namespace) -> None:
         copy_texts(given)
         model.save_pretrained(given.out, save_compressed=True)
         return
-    dense = {name: worth(part) for name, part in decoder_linears(model).items()}
+    dense = {name: round_weight(part) for name, part in decoder_linears(model).items()}
     scaled = isinstance(modifier, list)  # AWQ, which divides norms by its scales
     vectors = {name: part for name, part in model.named_parameters() if scaled and part.ndim == 1}
     facts |= {"bits": bits(modifier, dense), "dtype": given.dtype}
@@ -134,7 +134,7 @@ def run(given: argparse.Namespace) -> None:
     hand_over(given, "llm-compressor", packages, dense, facts, vectors)
 
 
-def worth(linear: Any) -> Tensor:
+def round_weight(linear: Any) -> Tensor:
     """Return the weight that a linear works with. AWQ's are rounded only then; what is rounded already stays so."""
     from compressed_tensors.quantization import forward_quantize
 
