@@ -169,7 +169,7 @@ def test_a_signed_step_is_the_rate_in_the_direction_of_the_gradient(tmp_path: Pa
     assert found.step == 1 and gradients.keys() == before.keys()
     for name, value in part.named_parameters().items():
         steps = 0.01 * before[name].abs()
-        assert torch.allclose(value - before[name], -steps * gradients[name].sign(), atol=1e-5), name
+        assert torch.allclose(value - before[name], -steps * gradients[name].sign(), rtol=1e-3, atol=0), name
 
 
 @pytest.mark.parametrize("batch", tiered([1, 2, 3], lambda batch: batch == 3))
