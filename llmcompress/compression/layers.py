@@ -212,16 +212,14 @@ def _pack_layer(job: Job, layer: Layer, parts: Sequence[Outcome], group: InputGr
         packed = pack_weight(stored, group.format)
     header, chosen = packed.layout.header, _measured_rows(job, layer)
 
-    def decoded(rows: Tensor) -> Tensor:
+    def decode_places(rows: Tensor) -> Tensor:
         return dense(decode_rows(header, packed.views(), rows.to(packed.payload.device)))
 
     with phase("report"):
         if isinstance(chosen, Tensor) and has_rows(header):
             places = torch.arange(len(layer.weight))
-            in_runs = [places[rows] for rows in runs(len(places), ())]
-            values = (dense(run.weight) for run in parts) if len(parts) == len(in_runs) else map(decoded, in_runs)
-            _check_finite(layer.name, values)
-            value = decoded(chosen)
+            _check_finite(layer.name, (decode_places(places[rows]) for rows in runs(len(places), ())))
+            value = decode_places(chosen)
         else:
             value = dense(stored)
             _check_finite(layer.name, [value])
