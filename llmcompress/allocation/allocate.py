@@ -24,7 +24,7 @@ from llmcompress.allocation.prices import MatrixPrices, Progress, damage, damage
 from llmcompress.allocation.sensitivity import WINDOW, Probe, ProbeText, dense_predictions, logits_in_parts, probe_text
 from llmcompress.allocation.solve import monotone, predicted_baselines, solve
 from llmcompress.compression.job import Job
-from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
+from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import InputError, MemoryLimitError, RecipeError, format_bytes
 from llmcompress.evaluation.perplexity import predicted_tokens
 from llmcompress.methods.solvers.sparsity import kept_count
@@ -220,9 +220,8 @@ def make_probe(job: Job, choices: Choices, tokens: CalibrationTokens, device: st
 
 def priced_tokens(job: Job) -> CalibrationTokens:
     """Return the calibration tokens, the same as in the run. Raises InputError if none of them is held out."""
-    source, text = job.source, text_of(job)
-    kinds = min(WINDOW, text.length) if target_of(job).worst else 0
-    tokens = calibration_tokens(text, source.tokenizer(), source.load, source.config, kinds=kinds)
+    text = text_of(job)
+    tokens = job.read_tokens(text, kinds=min(WINDOW, text.length) if target_of(job).worst else 0)
     if not tokens.held_out:
         raise InputError(
             f"the calibration text gives {tokens.obtained} sequences, none of which is held out to judge options on; "

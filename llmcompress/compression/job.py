@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from llmcompress.models.dense.config import context_length
 from llmcompress.models.dense.families import Architecture, architecture
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.models.dense.skeleton import architectures, check_causal, is_causal
-from llmcompress.recipe.calibration import RANDOM
+from llmcompress.recipe.calibration import RANDOM, Calibration
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.matching import Assignment, assign
 from llmcompress.recipe.rules import InputRounding
@@ -43,6 +44,7 @@ class Job:
     arch: Architecture
     recipe: Recipe
     assignment: Assignment
+    shared: dict[tuple[Hashable, ...], Any] = field(default_factory=dict, repr=False)  # by all jobs made from one
 
     @cached_property
     def steps(self) -> dict[str, tuple[StepConfig, ...]]:
@@ -106,14 +108,20 @@ class Job:
         recipe = self.recipe
         return self if recipe.distill is None else replace(self, recipe=recipe.model_copy(update={"distill": None}))
 
-    @cached_property
-    @phase("text")
+    @property
     def tokens(self) -> CalibrationTokens | None:
-        """The calibration tokens, read once; None for a recipe without calibration."""
-        config, source = self.recipe.calibration, self.source
-        if config is None or self.recipe.distill is not None:
-            return None if config is None else self.undistilled.tokens
-        return calibration_tokens(config, source.tokenizer(), source.load, source.config)
+        """The calibration tokens; None for a recipe without calibration."""
+        return None if self.recipe.calibration is None else self.read_tokens(self.recipe.calibration)
+
+    @phase("text")
+    def read_tokens(self, text: Calibration, kinds: int = 0) -> CalibrationTokens:
+        """Return the tokens of `text`, read once for all jobs made from one; `kinds`: as in `calibration_tokens`."""
+        source, key = self.source, ("text", text.model_dump_json(), kinds)
+        if key not in self.shared:
+            tokenizer = source.tokenizer()
+            self.shared[key] = calibration_tokens(text, tokenizer, source.load, source.config, kinds=kinds)
+        tokens: CalibrationTokens = self.shared[key]
+        return tokens
 
     @property
     def ungated(self) -> str | None:
@@ -131,7 +139,7 @@ class Job:
 
     def with_recipe(self, recipe: Recipe) -> Job:
         """Return the job of another recipe for the same model. Raises RecipeError as `prepare` does."""
-        return _build_job(self.source, self.arch, recipe)
+        return _build_job(self.source, self.arch, recipe, self.shared)
 
     def check_rules(self) -> None:
         """Raise RecipeError for a pattern that matches no layer of the model."""
@@ -165,7 +173,7 @@ def prepare(source: DenseModel, recipe: Recipe) -> Job:
     arch = architecture(source.config, source.skeleton())
     if arch.family is None:
         arch = probe_architecture(source, arch, recipe.calibration is not None)
-    return _build_job(source, arch, recipe)
+    return _build_job(source, arch, recipe, {})
 
 
 def _fit_context(recipe: Recipe, source: DenseModel) -> Recipe:
@@ -191,7 +199,7 @@ def _check_task(source: DenseModel, recipe: Recipe) -> None:
         check_causal(source.config, name)
 
 
-def _build_job(source: DenseModel, arch: Architecture, recipe: Recipe) -> Job:
+def _build_job(source: DenseModel, arch: Architecture, recipe: Recipe, shared: dict[tuple[Hashable, ...], Any]) -> Job:
     """Check the recipe against the model, and return the job."""
     if recipe.distill is not None:
         check_fused(recipe.fuse, recipe.distill)
@@ -200,7 +208,7 @@ def _build_job(source: DenseModel, arch: Architecture, recipe: Recipe) -> Job:
     _check_calibration(recipe)
     _check_tables(recipe, arch, source)
     others = [linear.name for linear in arch.outside] + [name.rpartition(".")[0] for name in source.tensors]
-    job = Job(source, arch, recipe, assign(recipe, list(arch.linears().values()), others))
+    job = Job(source, arch, recipe, assign(recipe, list(arch.linears().values()), others), shared)
     _ = job.ties  # refuses blocks that differ
     _check_inputs(job)
     if recipe.fuse is not None and recipe.fuse.awq:
@@ -285,23 +293,23 @@ def gradient_importance(
 ) -> Importance | None:
     """Return the importance of tokens and rows for `sequences [sequences, length]`; None unless the recipe asks for it.
 
-    `compute_once` stores it for a run that resumes. Several processes compute it again, each for its own sequences.
-    Raises what `measure_importance` raises.
+    It is computed once for all jobs made from one. `compute_once` stores it for a run that resumes, but not of several
+    processes, each of which computes that of its own sequences. Raises what `measure_importance` raises.
     """
     recipe = job.recipe
     if recipe.token_weights is None or recipe.token_weights.by != "gradient":
         return None
-    compute = partial(
-        phase("gradients")(measure_importance),
-        job.source,
-        job.arch,
-        sequences,
-        seed=recipe.seed,
-        device=device,
-        dtype=product_dtype(recipe.compute, device),
-        ranks=ranks,
-    )
+    dtype = product_dtype(recipe.compute, device)
+    key = ("importance", sequences.numpy().tobytes(), recipe.seed, device, dtype)
 
-    if compute_once is None or ranks.count > 1:
-        return compute()
-    return Importance.from_tensors(compute_once("importance", lambda: compute().tensors()))
+    def compute() -> dict[str, Tensor]:
+        if key not in job.shared:
+            measure = phase("gradients")(measure_importance)
+            job.shared[key] = measure(
+                job.source, job.arch, sequences, seed=recipe.seed, device=device, dtype=dtype, ranks=ranks
+            )
+        importance: Importance = job.shared[key]
+        return importance.tensors()
+
+    stored = compute() if compute_once is None or ranks.count > 1 else compute_once("importance", compute)
+    return Importance.from_tensors(stored)

@@ -11,14 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 from typer.testing import CliRunner
 
 import llmcompress as lc
+from llmcompress.calibration.gradients import Importance
 from llmcompress.cli.app import app
+from llmcompress.compression import job
+from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import DiskError, InputError, LLMCompressError, RecipeError
 from llmcompress.evaluation.evaluate import evaluate
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.verify import verify
+from llmcompress.models.dense.families import Architecture
 from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import DenseModel
@@ -243,6 +248,27 @@ def test_a_stopped_sweep_says_what_it_keeps(place: Path, tmp_path: Path, monkeyp
 
 
 @pytest.mark.slow
+def test_text_and_gradients_are_read_once_for_all_budgets(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, sequences = [], []
+    read, measure = job.calibration_tokens, job.measure_importance
+
+    def count_texts(*arguments: Any, **options: Any) -> CalibrationTokens:
+        texts.append(arguments)
+        return read(*arguments, **options)
+
+    def count_gradients(source: DenseModel, arch: Architecture, tokens: Tensor, **options: Any) -> Importance:
+        sequences.append(tokens.numpy().tobytes())
+        return measure(source, arch, tokens, **options)
+
+    monkeypatch.setattr(job, "calibration_tokens", count_texts)
+    monkeypatch.setattr(job, "measure_importance", count_gradients)
+    swept(place, tmp_path / "curve", token_weights={"by": "gradient"})
+    assert len(texts) == 1
+    assert sequences and len(sequences) == len(set(sequences))  # those of the prices, and those of the checkpoints
+
+
 def test_a_distilled_point_is_kept_too(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = {"dataset": str(place / "text.txt"), "samples": 12, "length": 32, "held_out": 4}
     section = {"data": data, "rates": {"scales": 5e-3}, "batch": 4, "compute": "float32", "steps": 2}
