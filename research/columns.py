@@ -196,6 +196,16 @@ TABLES: dict[str, Columns] = {
         "PIQA": "{piqa:.2f}",
         "LAMBADA": "{lambada:.2f}",
     },
+    "three-models-sizes": {
+        "model and size": "{arm}",
+        "bytes": "{bytes:,}",
+        "bpw": "{bpw:.3f}",
+        "WikiText-2": "{perplexity:.2f}",
+        "KL": "{kl:.3f} ± {kl_stderr:.3f}",
+        "predicted": "{predicted_kl:.3f}",
+        "measured there": "{measured_kl:.3f}",
+        "measured over predicted": "{measured_over_predicted:.2f}",
+    },
     "regrets": {
         "model and setting": "{arm}",
         "seconds": "{seconds:.0f}",

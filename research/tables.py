@@ -107,6 +107,8 @@ def fields(record: Record, records: list[Record]) -> Record:
         row["peak_megabytes"] = row["peak_memory_bytes"] / 1e6
     if "planned_memory_bytes" in row:
         row["planned_megabytes"] = row["planned_memory_bytes"] / 1e6
+    if "measured_kl" in row and "predicted_kl" in row:
+        row["measured_over_predicted"] = row["measured_kl"] / row["predicted_kl"]
     row |= {key: ", ".join(map(str, value)) for key, value in row.items() if isinstance(value, list)}
     if "perplexity" in row:
         row["perplexity_short"] = short(row["perplexity"])
