@@ -30,7 +30,8 @@ ROLES = {  # of messages with `from` and `value`
     "function_call": "assistant",
     **dict.fromkeys(("tool", "function", "observation"), "tool"),
 }
-UNREAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # beside a message's content
+CALLS = ("tool_calls", "function_call")  # beside a message's content, or in its place
+UNREAD = (*CALLS, "reasoning_content", "reasoning", "thinking")  # beside a message's content
 
 
 def read_row(row: Any, column: str | tuple[str, str] | None, where: str) -> tuple[Document | None, tuple[str, ...]]:
@@ -122,9 +123,10 @@ def _put_system_first(
 
 
 def _is_plain(turn: dict[str, Any]) -> bool:
-    """True for a message with role and content, False for one with from and value."""
+    """True for a message with role and content, or a call in its place, False for one with from and value."""
     is_other = {"from", "value"} <= turn.keys()
-    return {"role", "content"} <= turn.keys() and (turn["role"] is not None or not is_other)
+    has_content = "content" in turn or any(turn.get(name) for name in CALLS)
+    return "role" in turn and has_content and (turn["role"] is not None or not is_other)
 
 
 def _is_chat(value: Any) -> bool:
@@ -176,7 +178,7 @@ def _read_chat(value: list[dict[str, Any]], where: str) -> list[Message]:
         chat.append(
             {
                 "role": known.get(role.lower(), role),
-                "content": _read_content(turn[content], f"{where}, message {number}"),
+                "content": _read_content(turn.get(content), f"{where}, message {number}"),
             }
         )
     return chat

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.errors import InputError, first_line, list_names
+from llmcompress.models.files.reading import check_whole
 from llmcompress.recipe.text_files import FILE_KINDS, PACKED_KINDS, file_kind
 from llmcompress.recipe.yaml import shorten
 
@@ -27,7 +28,7 @@ LONGEST_RECORD = 1 << 24  # bytes of a row of CSV: Python holds it as cells, whi
 DATASET_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError)  # and Arrow's
 CHUNK = 1 << 20  # characters of a list in JSON that are read at once
 DELIMITERS = ",;|\t"  # of tables
-SAVED_ROWS = 1000  # rows of a saved data set that are checked at once
+SAVED_ROWS = 1000  # rows of a saved data set, or of a Parquet file, that are read at once
 GAP = re.compile(r"\s*(,?)\s*")  # between entries of a list
 LINE_ENDS, SPACES = re.compile(rb".*\n", re.DOTALL), re.compile(rb".*[ \t]", re.DOTALL)
 NEAR = 1 << 20  # bytes before the end of a document in which a line, or a word, is to end
@@ -35,8 +36,10 @@ NEAR = 1 << 20  # bytes before the end of a document in which a line, or a word,
 
 def read_text(path: Path) -> str:
     """Return the text of a UTF-8 file, its lines ended by newlines. Raises InputError for any other file."""
+    path = Path(os.path.expanduser(path))
+    check_whole(path)
     try:
-        return _decode(Path(os.path.expanduser(path)).read_bytes(), path)
+        return _decode(path.read_bytes(), path)
     except (OSError, ValueError) as error:  # ValueError: no path can have this name
         raise _unreadable(path, error) from error
 
@@ -49,6 +52,7 @@ def file_rows(path: Path) -> Iterator[Any]:
     if not os.path.isfile(path) and not is_saved(path):
         kind = "this is a folder, a pipe or a device:" if os.path.exists(path) else "there is no file"
         raise InputError(f"{kind} {shorten(path, 300)}; calibration text is a file of {', '.join(FILE_KINDS)}")
+    check_whole(path)
     try:
         match file_kind(path.name):
             case ".txt":
@@ -255,7 +259,9 @@ def arrow_rows(path: Path, split: str = "train") -> Iterator[Any]:
     try:
         if not path.is_dir():
             builder = path.suffix[1:].lower()
-            yield from datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True)
+            # By default the first group of a Parquet file says how many rows are read at once: all, or none.
+            size = {"batch_size": SAVED_ROWS} if builder == "parquet" else {}
+            yield from datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True, **size)
             return
         saved = datasets.load_from_disk(str(path))
         splits = dict(saved) if isinstance(saved, datasets.DatasetDict) else {"train": saved}

@@ -180,6 +180,10 @@ def test_a_packed_text_is_the_text(tmp_path: Path, suffix: str, monkeypatch: pyt
         ({"messages": "[sic] words"}, "[sic] words"),
         ({"messages": [{"role": "Human", "content": "Hi, ü"}, {"role": "gpt", "content": "Hello.\nYes?"}]}, CHAT),
         ({"conversations": [{"from": "Human", "value": "Hi, ü"}, {"from": "GPT", "value": "Hello.\nYes?"}]}, CHAT),
+        (
+            {"messages": [ASKED, {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}, ANSWERED]},
+            [ASKED, {"role": "assistant", "content": ""}, ANSWERED],
+        ),
     ],
 )
 def test_rows_are_known_by_the_names_of_their_columns(tmp_path: Path, row: Any, chat: Any) -> None:
@@ -386,6 +390,19 @@ def test_evaluation_reads_documents_as_calibration_does(tmp_path: Path, caplog: 
         evaluation_windows(tokenizer, Protocol(rows, 1, 1))
 
 
+def test_parquet_files_and_groups_without_rows_are_read(tmp_path: Path) -> None:
+    full = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.parquet.ParquetWriter(tmp_path / "a.parquet", full.schema) as writer:
+        for table in (full[:0], full, full[:0]):
+            writer.write_table(table)
+    with pyarrow.parquet.ParquetWriter(tmp_path / "b.parquet", full.schema):
+        pass
+    pyarrow.parquet.write_table(full[:0], tmp_path / "c.parquet")
+    assert list(read_documents(f"{tmp_path}/*.parquet")) == [row["text"] for row in ROWS]
+    with pytest.raises(InputError, match="is empty"):
+        read(tmp_path / "c.parquet")
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -442,6 +459,15 @@ def test_evaluation_reads_documents_as_calibration_does(tmp_path: Path, caplog: 
 )
 def test_files_that_no_one_should_write(tmp_path: Path, name: str, data: bytes, sentence: str) -> None:
     assert sentence in refusal(tmp_path / name, data)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.tsv", "a.jsonl.gz", "a.parquet", "a.arrow"])
+def test_a_pointer_of_git_lfs_is_no_text(tmp_path: Path, name: str) -> None:
+    """A clone without Git LFS has one in the place of every large file; in a table it would be a row."""
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 12345\n"
+    assert "run `git lfs pull`" in refusal(tmp_path / name, pointer)
+    with pytest.raises(InputError, match="run `git lfs pull`"):
+        read_text(tmp_path / name)
 
 
 @pytest.mark.parametrize("damage", [2**31 - 1, -5])

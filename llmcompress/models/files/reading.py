@@ -33,15 +33,17 @@ def check_regular(path: Path) -> None:
         return
     if not path.is_file():
         raise InputError(f"{path} is no regular file; put the file of the model in its place")
-    if _is_pointer(path):
-        raise InputError(f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` in its folder")
+    check_whole(path)
 
 
-def _is_pointer(path: Path) -> bool:
+def check_whole(path: Path) -> None:
+    """Raise InputError for what Git leaves in the place of a large file. Whatever cannot be read passes."""
     try:
-        return path.stat().st_size <= LONGEST_POINTER and path.read_bytes().startswith(POINTER)
-    except OSError:  # whoever opens it says why
-        return False
+        is_pointer = path.is_file() and path.stat().st_size <= LONGEST_POINTER and path.read_bytes().startswith(POINTER)
+    except (OSError, ValueError):  # whoever opens it says why
+        return
+    if is_pointer:
+        raise InputError(f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` in its folder")
 
 
 def read_json(path: Path, way_out: str | None = None, most: int = MOST_JSON) -> dict[str, Any]:
