@@ -37,6 +37,7 @@ PAIRS = "llmcompress_pairs"
 PAIRS_FILE = Path(__file__).with_name("minimal_pairs.jsonl")
 Item = Mapping[str, Any]
 Config = dict[str, Any]  # of lm-eval
+BLANKS = " \t\r\n"  # between words
 SECONDS = 10  # of a program, on the clock and of the processor
 MEMORY = 1 << 30  # bytes of address space
 OUTPUT = 1 << 20  # bytes of any file that a program writes
@@ -112,7 +113,7 @@ def _checked_item(row: Mapping[str, Any], kind: Kind, where: str) -> dict[str, A
                 raise InputError(f"{where} has the label {value!r}; it has to be 0 for sol1 or 1 for sol2")
         elif not isinstance(value, str) or not value.strip():
             raise InputError(f"{where} has no text under {key}")
-    if kind is LAST_WORD and len(item["text"].split(" ")) < 2:
+    if kind is LAST_WORD and not _cut_last_word(item)[0]:
         raise InputError(f"{where} has a text of one word; the last word is asked for after the others")
     return item
 
@@ -150,8 +151,8 @@ def _two_solutions(protocol: Protocol) -> Config:
 def _last_word(protocol: Protocol) -> Config:
     return {
         "output_type": "loglikelihood",
-        "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
-        "doc_to_target": "{{' ' + text.split(' ')[-1]}}",
+        "doc_to_text": lambda item: _cut_last_word(item)[0],
+        "doc_to_target": lambda item: _cut_last_word(item)[1],
         "target_delimiter": "",
         "num_fewshot": 0,
         "metric_list": [
@@ -159,6 +160,14 @@ def _last_word(protocol: Protocol) -> Config:
             *_mean_of("acc"),
         ],
     }
+
+
+def _cut_last_word(item: Item) -> tuple[str, str]:
+    """Return what comes before the last word of a text, and that word with the white space before it."""
+    text = item["text"].rstrip(BLANKS)
+    start = 1 + max(text.rfind(blank) for blank in BLANKS)
+    before = text[:start].rstrip(BLANKS)
+    return before, text[len(before) :]
 
 
 def _worked_answers(protocol: Protocol) -> Config:

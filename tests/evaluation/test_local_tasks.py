@@ -88,6 +88,15 @@ def test_last_words_are_predicted_behind_the_others(model: PreTrainedModel, tmp_
     assert found["perplexity"] == pytest.approx(math.exp(-sum(logs) / 2), rel=1e-4)
 
 
+def test_white_space_is_no_last_word(model: PreTrainedModel, tmp_path: Path) -> None:
+    texts = ["the cat sat on the mat \n", "a goose flew over the\nlake\r\n"]
+    found = scores(model, write_lines(tmp_path / "lambada.jsonl", [{"text": text} for text in texts]))
+    cuts = ("the cat sat on the", " mat"), ("a goose flew over the", "\nlake")
+    assert found["perplexity"] == pytest.approx(
+        math.exp(-sum(log_probability(model, *cut) for cut in cuts) / 2), rel=1e-4
+    )
+
+
 @pytest.mark.parametrize("chat", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_answers_have_bits_a_byte(model: PreTrainedModel, tmp_path: Path, chat: bool) -> None:
     path, row = write_lines(tmp_path / "gsm8k.jsonl", GSM8K), GSM8K[0]

@@ -185,6 +185,24 @@ def test_the_way_out_of_a_tied_table_keeps_what_its_adapter_computes(tmp_path: P
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_an_adapter_of_a_grown_table_is_read_with_a_grown_base(base: Path, tmp_path: Path) -> None:
+    """PEFT writes the table and the head whole where tokens were added; it cannot load them into the base either."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(VOCABULARY + 8)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    folder, grown = tmp_path / "adapter", tmp_path / "grown"
+    model.save_pretrained(folder)
+    with pytest.raises(InputError, match=f"has {VOCABULARY + 8} rows, and its base has {VOCABULARY}; give the base as"):
+        resolve(folder)
+    larger = AutoModelForCausalLM.from_pretrained(base)
+    larger.resize_token_embeddings(VOCABULARY + 8)
+    larger.save_pretrained(grown)
+    change_json(folder / "adapter_config.json", base_model_name_or_path=str(grown))
+    with torch.no_grad():
+        wanted, found = model.eval()(IDS).logits, load_model(locate(folder))(IDS).logits
+    assert (wanted - found).abs().max() < 1e-5
+
+
 def test_peft_is_named_where_it_is_missing(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = adapted(base, tmp_path / "adapter")
     monkeypatch.setattr(adapter, "find_spec", lambda name: None)

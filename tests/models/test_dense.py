@@ -21,7 +21,7 @@ from llmcompress.models.dense.gguf_model import stage
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import resolve
 from tests.stand_in_hub import StandInHub
-from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny
+from tests.tiny import CHAT_TEMPLATE, FAMILY_CONFIGS, save_tiny, tiny
 from tests.zoo import save_zoo, zoo
 
 WEIGHTS = "model.safetensors"
@@ -145,6 +145,18 @@ def test_tokenizer(llama: Path, copied: Path) -> None:
     ) as caught:
         resolve(str(copied)).tokenizer()
     assert one_sentence(caught.value)
+
+
+def test_the_template_of_a_processor_is_the_tokenizers_where_that_has_none(copied: Path) -> None:
+    (copied / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }}!"}))
+    own = resolve(str(copied)).tokenizer()
+    (copied / "chat_template.jinja").unlink()
+    tokenizer = resolve(str(copied)).tokenizer()
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False) == "Hi!"
+    assert own.chat_template == CHAT_TEMPLATE
+    (copied / "chat_template.json").write_text('{"chat_template": 5}')
+    with pytest.raises(InputError, match="its chat template is no text"):
+        resolve(str(copied)).tokenizer()
 
 
 def remove(name: str) -> Callable[[Path], None]:

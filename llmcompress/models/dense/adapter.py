@@ -99,7 +99,7 @@ def merge_headers(
         elif header.shape == tensors[name].shape:  # trained whole
             merged[name] = replace(header, key=tensors[name].key, wrapped=key)
         else:
-            raise InputError(f"{key} of the adapter {folder} has another shape than in its base; {MERGE}")
+            raise InputError(_describe_misfit(f"{key} of the adapter {folder}", header.shape, tensors[name].shape))
     for path, parts in layers.items():
         base, module = merged[f"{path}.weight"], model.get_submodule(path)
         if not _fit(parts, module, base.shape):
@@ -108,6 +108,16 @@ def merge_headers(
         packing = Packing(f"the base of {folder.name}", base.shape, {"weight": base} | parts, unpack)
         merged[f"{path}.weight"] = Header(base.shape, base.dtype, base.file, base.key, packing=packing)
     return merged
+
+
+def _describe_misfit(part: str, shape: tuple[int, ...], base: tuple[int, ...]) -> str:
+    """Return the sentence on a tensor that was trained whole, in another shape than its base has."""
+    if len(shape) == 2 and shape[1:] == base[1:]:  # of a table for more tokens, which PEFT saves whole
+        return (
+            f"{part} has {shape[0]} rows, and its base has {base[0]}; give the base as many (resize_token_embeddings), "
+            f"save it, and name that folder as base_model_name_or_path in the adapter's config"
+        )
+    return f"{part} has another shape than in its base; {MERGE}"
 
 
 def _read_config(folder: Path) -> Any:

@@ -16,12 +16,13 @@ from llmcompress.errors import InputError
 from llmcompress.models.dense.config import MODEL, load_config, needs_code, tokenizer_code, valid_config
 from llmcompress.models.dense.locate import Place
 from llmcompress.models.files.identity import check_tokenizer, tokenizer_digest, tokenizer_files
-from llmcompress.models.files.reading import TokenizerReading
+from llmcompress.models.files.reading import TokenizerReading, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TRIAL = "A word.\n"
+PROCESSOR_TEMPLATE = "chat_template.json"  # models of images have their one template here, which tokenizers do not read
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -42,6 +43,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trusted, **options
         )
+        if not tokenizer.chat_template and (folder / PROCESSOR_TEMPLATE).is_file():
+            tokenizer.chat_template = read_json(folder / PROCESSOR_TEMPLATE).get("chat_template")
         _check(tokenizer)
         return tokenizer
 
