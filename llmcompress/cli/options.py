@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -94,6 +95,13 @@ class Group:
     gather: Callable[..., Any] | None = None
 
 
+def _expand_home(value: Any) -> Any:
+    """Return paths with the home folder in the place of `~`, which shells leave as it is in `--output-dir=~/out`."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_expand_home, value))
+    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
+
+
 def command(
     *shared: str | Group, output: Sequence[str] = ("as_json", "verbose", "quiet")
 ) -> Callable[[Command], Command]:
@@ -119,6 +127,7 @@ def command(
 
         @wraps(run)
         def in_terminal(**values: Any) -> None:
+            values = {name: _expand_home(value) for name, value in values.items()}
             with Terminal(**{name: values.pop(name) for name in output}) as terminal:
                 for group in groups:
                     if group.gather is not None:

@@ -113,6 +113,8 @@ def _checked_item(row: Mapping[str, Any], kind: Kind, where: str) -> dict[str, A
                 raise InputError(f"{where} has the label {value!r}; it has to be 0 for sol1 or 1 for sol2")
         elif not isinstance(value, str) or not value.strip():
             raise InputError(f"{where} has no text under {key}")
+    if kind is PAIR and len(set(item.values())) == 1:
+        raise InputError(f"{where} has one sentence twice, which counts as right whatever a model says; leave it out")
     if kind is LAST_WORD and not _cut_last_word(item)[0]:
         raise InputError(f"{where} has a text of one word; the last word is asked for after the others")
     return item
@@ -231,8 +233,9 @@ def _bits_of(answer: Callable[[Item], str]) -> Config:
 
 
 LAST_WORD = Kind("passages whose last word is asked for", ("text",), _last_word)
+PAIR = Kind("minimal pairs", ("sentence_good", "sentence_bad"), _pairs)
 KINDS = (
-    Kind("minimal pairs", ("sentence_good", "sentence_bad"), _pairs),
+    PAIR,
     Kind("goals with two solutions", ("goal", "sol1", "sol2", "label"), _two_solutions),
     Kind("questions with answers", ("question", "answer"), _worked_answers),
     Kind("problems for programs", ("prompt", "canonical_solution", "test", "entry_point"), _programs),

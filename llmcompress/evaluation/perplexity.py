@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 AT_ONCE = 1 << 24  # characters that are tokenized at once
 BINS = 15  # of equal width, for the calibration error
+EVALUATED = "the evaluation text"
 POSITIONS = 32  # with log-probabilities in memory at once: 32 * 49152 * 4 bytes = 6 MB, which caches hold
 
 
@@ -72,7 +73,8 @@ def evaluation_windows(tokenizer: PreTrainedTokenizerBase, protocol: Protocol, *
             text = read_text(protocol.text)
         case _:
             text = protocol.text
-    return text_windows(tokenizer, text, protocol.windows, protocol.length, *readers)
+    source = str(protocol.text) if isinstance(protocol.text, Path) else EVALUATED
+    return text_windows(tokenizer, text, protocol.windows, protocol.length, *readers, source=source)
 
 
 def describe_protocol(tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> dict[str, Any]:
@@ -91,11 +93,16 @@ def windows_by_text(
 
 
 def text_windows(
-    tokenizer: PreTrainedTokenizerBase, text: str, windows: int, length: int, *readers: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    windows: int,
+    length: int,
+    *readers: PreTrainedConfig,
+    source: str = EVALUATED,
 ) -> Tensor:
     """Return the first `windows` windows of `text`, int64 [at most windows, length], for models of configs `readers`.
 
-    Each begins with BOS if the tokenizer puts it there.
+    Each begins with BOS if the tokenizer puts it there. source: the name of the text in errors.
     Raises InputError when the text is too short for one window, RecipeError for a length that a model cannot read.
     """
     _check_windows(windows, length, readers)
@@ -109,8 +116,7 @@ def text_windows(
     count = min(windows, len(ids) // size)
     if count == 0:
         raise InputError(
-            f"the evaluation text has {len(ids)} tokens, less than one window of {length}; "
-            "give more text or a lower length"
+            f"{source} has {len(ids)} tokens, less than one window of {length}; give more text or a lower length"
         )
     rows = torch.tensor(ids[: count * size], dtype=torch.int64).reshape(count, size)
     return torch.cat([torch.tensor([begin], dtype=torch.int64).expand(count, -1), rows], 1)

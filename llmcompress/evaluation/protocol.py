@@ -66,7 +66,7 @@ class Protocol(JsonRecord):
         """
         if self.domains is None:
             return {}
-        files = sorted(self.domains.glob("*.txt"))
+        files = sorted(self.domains.glob("[!.]*.txt"))
         if not files:
             raise InputError(f"{self.domains} is no folder with .txt files; put one kind of text into each")
         return {file.stem: replace(self, text=file, domains=None, tasks=()) for file in files}

@@ -131,13 +131,13 @@ def _local_task(task: str, protocol: Protocol) -> dict[str, Any] | str | Path | 
         return str(path.resolve())
     if not os.path.isdir(path):
         return None
-    files = [] if any(path.rglob("*.yaml")) else sorted(path.glob("*.jsonl"))
+    files = [] if any(path.rglob("[!.]*.yaml")) else sorted(path.glob("[!.]*.jsonl"))
     return local_task(files, protocol, path.resolve().name) if files else path
 
 
 def _yaml_faults(folder: Path) -> Iterator[str]:
     """Yield a sentence for each .yaml file of a folder that is not YAML, which lm-eval would silently leave out."""
-    for path in sorted(folder.rglob("*.yaml")):
+    for path in sorted(folder.rglob("[!.]*.yaml")):
         if not IGNORED.intersection(path.parts):
             try:
                 with path.open("rb") as file:

@@ -91,7 +91,7 @@ def verify(
         stored_by(folder)  # which says why
     home = folder.parent if folder.is_file() else folder
     notes = () if check_manifest(home) else (UNCHECKED,)
-    gguf = [folder] if folder.is_file() else [] if (folder / MODEL).is_file() else sorted(folder.glob("*.gguf"))
+    gguf = [folder] if folder.is_file() else [] if (folder / MODEL).is_file() else sorted(folder.glob("[!.]*.gguf"))
     engine = _open_for_engine(folder, bool(gguf), trust_remote_code)
     place = Place(str(folder), folder, trust_remote_code=trust_remote_code) if engine is None else engine.place
     references = [] if against is None else [locate(against, trust_remote_code=trust_remote_code)]

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import llmcompress as lc
 from llmcompress import __version__
 from llmcompress.cli.app import app
+from llmcompress.errors import DiskError
 from tests.rules.source_tree import ROOT
 from tests.tiers import tiered
 from tests.tiny import save_tiny
@@ -147,6 +149,19 @@ def test_a_name_that_no_file_can_have_is_a_sentence(
     assert done.exit_code == code, done.stderr
     assert isinstance(done.exception, SystemExit) and lines[-1].startswith(f"[{code}] ")
     assert {path.name for path in dense.iterdir()} == {"dense", "latin-\udce9", "RECIPE"}
+
+
+def test_a_home_folder_that_no_shell_expanded_is_meant(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell leaves `~` in `--output-dir=~/out` and in quotes as it is."""
+    monkeypatch.chdir(dense)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = CliRunner().invoke(app, ["drop", "dense", "--blocks", "1", "--output-dir=~/out"])
+    assert done.exit_code == 0 and (tmp_path / "out" / "config.json").is_file() and not (dense / "~").exists()
+    with pytest.raises(DiskError, match="^~/more begins with ~"):
+        lc.drop_blocks("dense", [1], "~/more")
+    assert not (dense / "~").exists()
 
 
 def test_plan_warns_of_groups_that_do_not_divide_a_width(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:

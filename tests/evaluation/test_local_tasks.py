@@ -37,6 +37,7 @@ PROGRAM = {
     "canonical_solution": "    return a + b\n",
     "test": "def check(candidate):\n    assert candidate(2, 3) == 5\n",
 }
+APPLE_DOUBLE = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        "  # beside each file on disks of other systems
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -175,6 +176,8 @@ def test_a_folder_of_files_is_one_task(model: PreTrainedModel, tmp_path: Path) -
     write_lines(folder / "one.jsonl", pairs[:2])
     write_lines(folder / "two.jsonl", pairs[2:])
     together, parts = scores(model, str(folder)), [scores(model, str(path)) for path in sorted(folder.iterdir())]
+    (folder / "._one.jsonl").write_bytes(APPLE_DOUBLE)
+    assert scores(model, str(folder)) == together
     assert together["samples"] == 6
     assert together["acc"] == pytest.approx((2 * parts[0]["acc"] + 4 * parts[1]["acc"]) / 6)
     write_lines(folder / "other.jsonl", LAMBADA)
@@ -191,6 +194,8 @@ def test_a_folder_of_files_is_one_task(model: PreTrainedModel, tmp_path: Path) -
         ([{**PIQA[0], "label": True}], "has the label True"),
         ([{**PIQA[0], "goal": 3}], "has no text under goal"),
         ([{"text": "word"}], "a text of one word"),
+        ([{"text": " word\n"}], "a text of one word"),
+        ([{"sentence_good": "a", "sentence_bad": "b"}, {"sentence_good": "a", "sentence_bad": "a"}], "line 2 has one sent"),
         ([{"question": "a", "answer": " "}], "has no text under answer"),
         (["text"], "is no JSON object"),
         ([], "has no items"),

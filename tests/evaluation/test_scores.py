@@ -142,6 +142,7 @@ def test_each_kind_of_text_is_scored_as_alone(tmp_path: Path) -> None:
     dense, other, tokenizer = reader(0), reader(1), tiny_tokenizer()
     for name, text in (("letters", TEXT[::-1]), ("numbers", "0123456789 " * 40)):
         (tmp_path / f"{name}.txt").write_text(text)
+    (tmp_path / "._letters.txt").write_bytes(b"\x00\x05\x16\x07")  # beside each file on a Mac's disks
     protocol = Protocol(TEXT, windows=2, length=32, domains=tmp_path)
     assert protocol.to_json()["domains"] == ["letters", "numbers"]
     own, found = (one.to_json() for one in evaluate_all(dense, [lambda: other], tokenizer, protocol))
@@ -157,6 +158,9 @@ def test_each_kind_of_text_is_scored_as_alone(tmp_path: Path) -> None:
 
 def test_a_folder_without_texts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is no folder with .txt files; put one kind of text into each"):
+        evaluate(reader(), tiny_tokenizer(), Protocol(TEXT, windows=1, length=32, domains=tmp_path))
+    (tmp_path / "short.txt").write_text("abc")
+    with pytest.raises(InputError, match="short.txt has 3 tokens, less than one window of 32"):
         evaluate(reader(), tiny_tokenizer(), Protocol(TEXT, windows=1, length=32, domains=tmp_path))
 
 

@@ -267,11 +267,21 @@ def test_bad_names_are_refused(llama: Path) -> None:
         (str(llama), "main", "is a folder, which has no revisions"),
         ("a/b/c", None, "the model folder a/b/c does not exist"),
         ("./nowhere", None, r"the model folder \./nowhere does not exist"),
+        ("https://huggingface.co/org/name/tree/main", None, "does not exist; did you mean 'org/name'"),
+        ("hf://org/name", None, "did you mean 'org/name'"),
         ("org/name@one", "two", "names revision 'one' and revision 'two' was given too"),
     ):
         with pytest.raises(InputError, match=sentence) as caught:
             locate(name, revision)
         assert one_sentence(caught.value)
+
+
+@pytest.mark.parametrize("place", ["snapshots/4d7a", "checkpoint-20"])
+def test_a_model_one_level_deeper_is_named(llama: Path, tmp_path: Path, place: str) -> None:
+    shutil.copytree(llama, tmp_path / place)
+    with pytest.raises(InputError, match=f"has no config.json; did you mean its folder {place}. If not, give") as caught:
+        resolve(tmp_path)
+    assert one_sentence(caught.value)
 
 
 def test_a_folder_wins_over_other_models_of_its_name(

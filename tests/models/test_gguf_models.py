@@ -120,6 +120,7 @@ def edited(file: Path, target: Path, key: str, value: str) -> Path:
 def test_what_cannot_be_read_is_refused_in_a_sentence(file: Path, tmp_path: Path, cache: Path) -> None:
     whole = file.read_bytes()
     (tmp_path / "text.gguf").write_text("not a model")
+    (tmp_path / "._text.gguf").write_text("what a Mac leaves beside each file is not counted")
     (tmp_path / "pointer.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     (tmp_path / "short.gguf").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "model.bin").write_bytes(whole)

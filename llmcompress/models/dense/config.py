@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.errors import InputError, first_line
+from llmcompress.errors import InputError, first_line, list_names
 from llmcompress.models.files.reading import error_text, read_json
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ REFERENCE = re.compile(r"([A-Za-z_]\w*)\.([A-Za-z_]\w*)")  # a module beside the
 # Entries that no output has: code in the folder or in another repository, and paths that older releases of transformers
 # left there; it sets or looks up all of them anew.
 PRIVATE = {AUTO_MAP, "custom_pipelines", "_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file"}
+DEEPER = ("*/config.json", "snapshots/*/config.json", "*/adapter_config.json")
 MOST_LAYERS = 1024
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 SIZES = (
@@ -41,9 +42,15 @@ def read_entries(path: Path, folder: Path) -> dict[str, Any]:
         raise InputError(
             f"the folder {folder} is empty; give a model folder"
             if empty
-            else f"{folder} has no {path.name}; give a folder with a Hugging Face model"
+            else f"{folder} has no {path.name}; {_inside(folder)}give a folder with a Hugging Face model"
         )
     return read_json(path, "download it again")
+
+
+def _inside(folder: Path) -> str:
+    """Return a clause on models one level deeper, where the Hub's cache and trainers have them."""
+    names = sorted({str(path.parent.relative_to(folder)) for each in DEEPER for path in folder.glob(each)})
+    return f"did you mean its folder {list_names(names)}? If not, " if names else ""
 
 
 def public_entries(entries: Mapping[str, Any], code: bool = False) -> dict[str, Any]:

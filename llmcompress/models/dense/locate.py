@@ -49,6 +49,7 @@ DESCRIPTION = ["config.json", "*.index.json", "manifest.json"]
 COMMIT = re.compile(r"[0-9a-f]{40}")
 CLOSE = 0.8  # of two names, 1 if they are the same
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_PAGE = re.compile(r"(?:(?:https?://)?(?:huggingface\.co|hf\.co)/|hf://)([\w.-]+/[\w.-]+)")
 FileNames = Callable[[Path], list[str]]
 HUB_GGUF = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?/([\w./-]+\.gguf)")
 EMBEDDED = "smollm2"
@@ -102,7 +103,7 @@ def locate(
     if os.path.isdir(path):
         if revision is not None:
             raise InputError(f"{model} is a folder, which has no revisions; leave out revision {revision!r}")
-        files = [] if (path / "config.json").is_file() else list(path.glob("*.gguf"))
+        files = [] if (path / "config.json").is_file() else list(path.glob("[!.]*.gguf"))
         if len(files) == 1:
             return _place_of_file(files[0], model)
         check_folder(path)
@@ -231,9 +232,11 @@ def _hub_errors(name: str, revision: str | None, file: str = "") -> Iterator[Non
 
 
 def _near(model: str) -> str:
-    """Return a clause on a model with almost this name: the embedded one, one beside, or one cached."""
+    """Return a clause on a model with almost this name: the embedded one, one beside, one cached, or that of a page."""
     from huggingface_hub import constants
 
+    if page := HUB_PAGE.match(model):
+        return f"did you mean {page[1]!r}? If not, "
     parent = Path(os.path.expanduser(model)).parent
     beside = [str(parent / name) for name in _names(parent) if (parent / name / "config.json").is_file()]
     cached = [name.removeprefix("models--").replace("--", "/") for name in _names(Path(constants.HF_HUB_CACHE))]

@@ -180,6 +180,8 @@ def check_name(output: Path) -> None:
             f"{output} is too long a name: an output's has at most {LONGEST_NAME - BESIDE} bytes, that of a folder "
             f"{LONGEST_NAME}; choose a shorter one"
         )
+    if os.path.expanduser(output) != str(output):  # a folder of that name would be removed by `rm -r ~`
+        raise DiskError(f"{output} begins with ~, which stands for a home folder in a shell; write that folder in full")
     if len(os.fsencode(output)) > LONGEST_PATH or "\0" in str(output):
         raise DiskError(f"{str(output)[:LONGEST_NAME]!r} is no path that a file can have; choose another output")
 
