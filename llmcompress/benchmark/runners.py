@@ -116,7 +116,7 @@ def prepare_files(request: dict[str, Any]) -> None:
         case "transformers":
             folder = Path(request["path"])
             folder_skeleton(folder, trust_remote_code=request.get(TRUST, False))
-            files = sorted(folder.glob("*.safetensors"))
+            files = sorted(folder.glob("[!.]*.safetensors"))
         case "llama.cpp":
             import_module("xllamacpp")
             files = [Path(request["path"])]

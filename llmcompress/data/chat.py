@@ -33,14 +33,16 @@ ROLE = "assistant"
 
 
 def render_chat(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, prompt: bool = False, where: str = "a chat"
+    messages: list[Message], tokenizer: PreTrainedTokenizerBase, *, prompt: bool = False, where: str = ""
 ) -> str:
     """Return a chat as its template writes it; with `prompt`, up to where the next answer begins.
 
-    Raises InputError, naming `where`, for a template that refuses the chat, or needs too much time, memory or text.
+    Raises InputError, naming `where` or the beginning of the chat, for a template that refuses it, or needs too much
+    time, memory or text.
     """
     from transformers import PreTrainedTokenizerBase as Base
 
+    where = where or f"the chat that begins {shorten(messages[0]['content'])!r}"
     if type(tokenizer).apply_chat_template is not Base.apply_chat_template:  # its own code, not a template
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
     try:

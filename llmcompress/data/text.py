@@ -6,7 +6,7 @@ Nothing here tokenizes. A `Reading` counts what was understood of a source, for 
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ class Reading:
     """The understanding of a text so far.
 
     rows: number of rows read, `empty` of them without text; unread: number of messages by what was left out of them;
-    kinds: number of documents by the columns that they were read from; cuts: notes on documents that were cut; absence:
-    the sentence on the first row that lacks the columns.
+    kinds: number of documents by the columns that they were read from; cuts: notes on documents that were cut, and on
+    files that were not read; absence: the sentence on the first row that lacks the columns.
     """
 
     rows: int = 0
@@ -87,7 +87,7 @@ def read_documents(
     once, at INFO, as a record with a `note`. Raises InputError for text that cannot be read.
     """
     reading = Reading() if reading is None else reading
-    for place, rows in _sources(dataset, subset, revision, split, streaming):
+    for place, rows in _sources(dataset, subset, revision, split, streaming, reading.cuts):
         for number, row in enumerate(rows, start=1):
             reading.rows += 1
             where = f"{place}, row {number}"
@@ -119,9 +119,9 @@ def preview_text(config: Calibration) -> None:
 
 
 def _sources(
-    dataset: str, subset: str | None, revision: str | None, split: str | None, streaming: bool
+    dataset: str, subset: str | None, revision: str | None, split: str | None, streaming: bool, cuts: set[str]
 ) -> Iterator[tuple[str, Iterable[Any]]]:
-    """Yield the places that a text is read from, and their rows."""
+    """Yield the places that a text is read from, and their rows; `cuts` receives a note on files that are not read."""
     if dataset == "builtin":
         yield dataset, builtin_documents()
     elif dataset == "stdlib":
@@ -129,7 +129,7 @@ def _sources(
     elif is_file(dataset):
         yield from ((str(path), file_rows(path)) for path in list_files(dataset))
     else:
-        yield dataset, _hub_rows(dataset, subset, revision, split or "train", streaming)
+        yield dataset, _hub_rows(dataset, subset, revision, split or "train", streaming, cuts)
 
 
 def _describe(dataset: str, reading: Reading, row: Any, document: Document, columns: tuple[str, ...]) -> str:
@@ -168,8 +168,10 @@ def shuffle(documents: Iterable[Document], seed: int, buffer: int = SHUFFLE_BUFF
         yield held[place]
 
 
-def _hub_rows(name: str, subset: str | None, revision: str | None, split: str, streaming: bool) -> Iterator[Any]:
-    """Yield the rows of a data set of the Hub, or of a folder."""
+def _hub_rows(
+    name: str, subset: str | None, revision: str | None, split: str, streaming: bool, cuts: set[str]
+) -> Iterator[Any]:
+    """Yield the rows of a data set of the Hub, or of a folder; `cuts` receives a note on files that are not read."""
     import datasets
 
     where = f"data set {shorten(name, 200)!r}" + (f", subset {subset!r}" if subset else "") + f", split {split!r}"
@@ -179,9 +181,19 @@ def _hub_rows(name: str, subset: str | None, revision: str | None, split: str, s
             yield from arrow_rows(folder, split)
             return
         rows = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=streaming)
+        if folder.is_dir():
+            cuts |= _unread_files(folder, datasets.load_dataset_builder(name, subset).config.data_files)
         yield from rows
     except (datasets.exceptions.DatasetsError, *DATASET_ERRORS) as error:
         raise InputError(
             f"{where} cannot be read ({shorten(first_line(error), 300)}); check its name, subset, split and "
             f"revision, or give a local file of {', '.join(FILE_KINDS)}"
         ) from error
+
+
+def _unread_files(folder: Path, read: Mapping[str, Iterable[str]]) -> set[str]:
+    """Return a note on the files of text in a folder that `datasets` leaves out: it takes the kind that most are of."""
+    taken = {os.path.realpath(path) for paths in read.values() for path in paths}
+    texts = (path for path in sorted(folder.rglob("[!.]*")) if path.is_file() and file_kind(path.name) in FILE_KINDS)
+    left = [path.name for path in texts if os.path.realpath(path) not in taken]
+    return {f"{list_names(left)} in {folder.name} not read, as most files there are of another kind"} if left else set()

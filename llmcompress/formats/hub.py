@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import GateError, HubError, InputError, RecipeError, list_names
 from llmcompress.evaluation.verify import verify
 from llmcompress.formats.model_card import DistillationRecord, Evidence, card, gather_evidence
 from llmcompress.models.dense.companions import OURS, companions
+from llmcompress.models.dense.locate import client_errors
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import CARD, MANIFEST, PLOT, README, manifest, manifest_text
 from llmcompress.models.files.compressed import check_kind
@@ -202,16 +203,13 @@ def _hub_errors(repository: str) -> Iterator[None]:
     """Raise HubError for errors of the Hub or the network."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    # of the HTTP library that this release of the client uses
-    transport = cast("type[Exception]", HfHubHTTPError.__mro__[1])
-
     try:
         yield
     except HFValidationError as error:
         raise HubError(f"{repository!r} is not a possible Hub repository; give owner/name") from error
     except HfHubHTTPError as error:
         raise HubError(_sentence(repository, error.response.status_code)) from error
-    except (transport, OSError, RuntimeError) as error:  # the last for a large file that did not get through
+    except (*client_errors(), OSError, RuntimeError) as error:  # the last for a large file that did not get through
         reason = " ".join(str(error).split())[:200]
         raise HubError(f"{repository}: the Hub could not be reached or hung up ({reason}); push again") from error
 

@@ -182,6 +182,8 @@ def test_a_template_that_fails_is_a_sentence(template: str, reason: str) -> None
     with pytest.raises(InputError, match="the row: the chat template refuses it") as caught:
         render_chat(CHAT, tokenizer, where="the row")
     assert reason in str(caught.value)
+    with pytest.raises(InputError, match="^the chat that begins 'Hi': the chat template refuses it"):
+        render_chat(CHAT, tokenizer)
 
 
 def test_a_template_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -292,6 +292,18 @@ def test_splits_of_a_saved_data_set(tmp_path: Path) -> None:
     assert list(read_documents(str(tmp_path / "chosen"))) == [ROWS[3]["text"], ROWS[0]["text"]]
 
 
+def test_files_of_another_kind_in_a_folder_are_named(tmp_path: Path) -> None:
+    """`datasets` reads the kind that most files are of, and says nothing of the others."""
+    (tmp_path / "a.jsonl").write_bytes(lines(ROWS))
+    (tmp_path / "b.jsonl").write_bytes(lines(ROWS))
+    for name in ("more.txt", ".hidden.txt", "README.md", "._a.jsonl"):
+        (tmp_path / name).write_bytes(b"not \x00 read")
+    reading = Reading()
+    assert len(list(read_documents(str(tmp_path), reading=reading))) == 8
+    assert reading.cuts == {f"more.txt in {tmp_path.name} not read, as most files there are of another kind"}
+    assert read(tmp_path).report()["notes"] == sorted(reading.cuts)
+
+
 # --- what is said and counted -----------------------------------------------------------------------------------------
 
 

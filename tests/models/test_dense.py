@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from llmcompress.errors import DiskError, InputError
 from llmcompress.models.dense.gguf_model import stage
-from llmcompress.models.dense.locate import locate
+from llmcompress.models.dense.locate import client_errors, locate
 from llmcompress.models.dense.model import resolve
 from tests.stand_in_hub import StandInHub
 from tests.tiny import CHAT_TEMPLATE, FAMILY_CONFIGS, save_tiny, tiny
@@ -343,6 +343,19 @@ def test_embedded_model_becomes_an_ordinary_folder() -> None:
     assert (source.folder / "generation_config.json").is_file()
 
 
+def test_an_environment_that_the_hubs_client_cannot_use_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients raise errors of other libraries for a mirror without `https://`, and for a proxy of another kind."""
+    for error in (client_errors()[0]("no protocol"), ImportError("Using SOCKS proxy, but"), ValueError("Invalid URL")):
+
+        def fails(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+        with pytest.raises(InputError, match=rf"cannot be asked for org/name \({error}\); correct HF_END") as caught:
+            locate("org/name")
+        assert one_sentence(caught.value)
+
+
 RESOLVE = """
 import sys
 from llmcompress.errors import InputError
@@ -378,6 +391,7 @@ def test_hub_models(copied: Path, tmp_path: Path) -> None:
             "org/tiny", f"org/tiny@{commit}", "org/tiny@nowhere", "org/absent", "org/secret"
         )
         cached, missing = ask("org/tiny", "org/other", HF_HUB_OFFLINE="1")
+        [mirror] = ask("org/other", HF_ENDPOINT="mirror.example")
     assert good == pinned == found
     assert not any("pytorch_model.bin" in path for _, path in hub.asked)
     assert revision.startswith("the Hub model org/tiny has no revision 'nowhere'")
@@ -385,3 +399,4 @@ def test_hub_models(copied: Path, tmp_path: Path) -> None:
     assert gated.startswith("the Hub model org/secret is gated")
     assert cached == found
     assert missing.startswith("the Hub model org/other is not in the cache and the Hub cannot be reached")
+    assert mirror.startswith("the Hub cannot be asked for org/other (Request URL is missing"), mirror

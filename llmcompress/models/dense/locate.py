@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 from llmcompress.errors import InputError, first_line, list_names
 from llmcompress.models.dense.adapter import base_of, is_adapter
@@ -148,9 +149,9 @@ def _place_of_file(path: Path, model: str) -> Place:
 
 def _place_of_hub_file(name: str, file: str, revision: str | None) -> Place:
     """Return the place of a GGUF file in a Hub repository."""
-    from huggingface_hub import hf_hub_download
-
     with _hub_errors(name, revision, file):
+        from huggingface_hub import hf_hub_download
+
         path = Path(hf_hub_download(name, file, revision=revision))
     place = _place_of_file(path, f"{name}/{file}")
     return replace(place, revision=revision, hub_id=name)
@@ -163,10 +164,10 @@ def download(name: str, revision: str | None, trust_remote_code: bool = False, n
     instead. The revision is resolved once, to the commit in `Place.revision`. The cache and HF_HUB_OFFLINE are
     respected.
     """
-    from huggingface_hub import snapshot_download
-
     wanted, left = [*HUB_FILES, HUB_CODE] if trust_remote_code else HUB_FILES, NOT_HUB_FILES
     with _hub_errors(name, revision):
+        from huggingface_hub import snapshot_download
+
         if names is not None:
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=DESCRIPTION))
             wanted, left = names(folder), []
@@ -229,6 +230,19 @@ def _hub_errors(name: str, revision: str | None, file: str = "") -> Iterator[Non
         ) from error
     except (errors.HfHubHTTPError, ConnectionError) as error:
         raise InputError(f"the Hub answered {first_line(error)} for {what}; try again, or give a folder") from error
+    except client_errors() as error:
+        raise InputError(
+            f"the Hub cannot be asked for {what} ({first_line(error)}); correct HF_ENDPOINT, the proxy or what else the "
+            f"environment says of it, or give a folder"
+        ) from error
+
+
+def client_errors() -> tuple[type[Exception], ...]:
+    """Return what the Hub's client raises for addresses and proxies of the environment that it cannot use."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    transport = cast("type[Exception]", HfHubHTTPError.__mro__[1])  # of the library that this release of the client uses
+    return transport, ImportError, ValueError
 
 
 def _near(model: str) -> str:
