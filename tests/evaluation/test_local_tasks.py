@@ -195,7 +195,10 @@ def test_a_folder_of_files_is_one_task(model: PreTrainedModel, tmp_path: Path) -
         ([{**PIQA[0], "goal": 3}], "has no text under goal"),
         ([{"text": "word"}], "a text of one word"),
         ([{"text": " word\n"}], "a text of one word"),
-        ([{"sentence_good": "a", "sentence_bad": "b"}, {"sentence_good": "a", "sentence_bad": "a"}], "line 2 has one sent"),
+        (
+            [{"sentence_good": "a", "sentence_bad": "b"}, {"sentence_good": "a", "sentence_bad": "a"}],
+            "line 2 has one sent",
+        ),
         ([{"question": "a", "answer": " "}], "has no text under answer"),
         (["text"], "is no JSON object"),
         ([], "has no items"),

@@ -279,7 +279,9 @@ def test_bad_names_are_refused(llama: Path) -> None:
 @pytest.mark.parametrize("place", ["snapshots/4d7a", "checkpoint-20"])
 def test_a_model_one_level_deeper_is_named(llama: Path, tmp_path: Path, place: str) -> None:
     shutil.copytree(llama, tmp_path / place)
-    with pytest.raises(InputError, match=f"has no config.json; did you mean its folder {place}. If not, give") as caught:
+    with pytest.raises(
+        InputError, match=f"has no config.json; did you mean its folder {place}. If not, give"
+    ) as caught:
         resolve(tmp_path)
     assert one_sentence(caught.value)
 
