@@ -180,9 +180,10 @@ def _hub_rows(
         if is_saved(folder):
             yield from arrow_rows(folder, split)
             return
-        rows = datasets.load_dataset(name, subset, split=split, revision=revision, streaming=streaming)
+        source = str(folder) if folder.is_dir() else name
+        rows = datasets.load_dataset(source, subset, split=split, revision=revision, streaming=streaming)
         if folder.is_dir():
-            cuts |= _unread_files(folder, datasets.load_dataset_builder(name, subset).config.data_files)
+            cuts |= _unread_files(folder, datasets.load_dataset_builder(source, subset).config.data_files or {})
         yield from rows
     except (datasets.exceptions.DatasetsError, *DATASET_ERRORS) as error:
         raise InputError(
@@ -192,8 +193,10 @@ def _hub_rows(
 
 
 def _unread_files(folder: Path, read: Mapping[str, Iterable[str]]) -> set[str]:
-    """Return a note on the files of text in a folder that `datasets` leaves out: it takes the kind that most are of."""
+    """Return a note on the files of text in a folder that `datasets` leaves out."""
     taken = {os.path.realpath(path) for paths in read.values() for path in paths}
     texts = (path for path in sorted(folder.rglob("[!.]*")) if path.is_file() and file_kind(path.name) in FILE_KINDS)
     left = [path.name for path in texts if os.path.realpath(path) not in taken]
-    return {f"{list_names(left)} in {folder.name} not read, as most files there are of another kind"} if left else set()
+    if not left or not taken:
+        return set()
+    return {f"{list_names(left)} in {folder.name} not read, as datasets takes files of one kind"}

@@ -292,7 +292,7 @@ def test_splits_of_a_saved_data_set(tmp_path: Path) -> None:
     assert list(read_documents(str(tmp_path / "chosen"))) == [ROWS[3]["text"], ROWS[0]["text"]]
 
 
-def test_files_of_another_kind_in_a_folder_are_named(tmp_path: Path) -> None:
+def test_files_of_another_kind_in_a_folder_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`datasets` reads the kind that most files are of, and says nothing of the others."""
     (tmp_path / "a.jsonl").write_bytes(lines(ROWS))
     (tmp_path / "b.jsonl").write_bytes(lines(ROWS))
@@ -300,8 +300,10 @@ def test_files_of_another_kind_in_a_folder_are_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"not \x00 read")
     reading = Reading()
     assert len(list(read_documents(str(tmp_path), reading=reading))) == 8
-    assert reading.cuts == {f"more.txt in {tmp_path.name} not read, as most files there are of another kind"}
+    assert reading.cuts == {f"more.txt in {tmp_path.name} not read, as datasets takes files of one kind"}
     assert read(tmp_path).report()["notes"] == sorted(reading.cuts)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert len(list(read_documents(f"~/{tmp_path.name}"))) == 8
 
 
 # --- what is said and counted -----------------------------------------------------------------------------------------

@@ -241,14 +241,13 @@ def client_errors() -> tuple[type[Exception], ...]:
     """Return what the Hub's client raises for addresses and proxies of the environment that it cannot use."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    transport = cast(
-        "type[Exception]", HfHubHTTPError.__mro__[1]
-    )  # of the library that this release of the client uses
+    # of the HTTP library that this release of the client uses
+    transport = cast("type[Exception]", HfHubHTTPError.__mro__[1])
     return transport, ImportError, ValueError
 
 
 def _near(model: str) -> str:
-    """Return a clause on a model with almost this name: the embedded one, one beside or cached, or that of a page."""
+    """Return a clause on a model with almost this name: embedded, beside it, cached, or that of a page."""
     from huggingface_hub import constants
 
     if page := HUB_PAGE.match(model):
