@@ -232,7 +232,7 @@ def _hub_errors(name: str, revision: str | None, file: str = "") -> Iterator[Non
         raise InputError(f"the Hub answered {first_line(error)} for {what}; try again, or give a folder") from error
     except client_errors() as error:
         raise InputError(
-            f"the Hub cannot be asked for {what} ({first_line(error)}); correct HF_ENDPOINT, the proxy or what else the "
+    """Return a clause on a model with almost this name: embedded, beside it, or cached; or with that of a page."""
             f"environment says of it, or give a folder"
         ) from error
 
