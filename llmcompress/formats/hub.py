@@ -203,13 +203,14 @@ def _hub_errors(repository: str) -> Iterator[None]:
     """Raise HubError for errors of the Hub or the network."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    network: tuple[type[Exception], ...] = (*client_errors(), OSError, RuntimeError)  # the last for a large file
     try:
         yield
     except HFValidationError as error:
         raise HubError(f"{repository!r} is not a possible Hub repository; give owner/name") from error
     except HfHubHTTPError as error:
         raise HubError(_sentence(repository, error.response.status_code)) from error
-    except (*client_errors(), OSError, RuntimeError) as error:  # the last for a large file that did not get through
+    except network as error:
         reason = " ".join(str(error).split())[:200]
         raise HubError(f"{repository}: the Hub could not be reached or hung up ({reason}); push again") from error
 

@@ -232,8 +232,8 @@ def _hub_errors(name: str, revision: str | None, file: str = "") -> Iterator[Non
         raise InputError(f"the Hub answered {first_line(error)} for {what}; try again, or give a folder") from error
     except client_errors() as error:
         raise InputError(
-    """Return a clause on a model with almost this name: embedded, beside it, or cached; or with that of a page."""
-            f"environment says of it, or give a folder"
+            f"the Hub cannot be asked for {what} ({first_line(error)}); correct HF_ENDPOINT and the proxy in the "
+            "environment, or give a folder"
         ) from error
 
 
@@ -247,7 +247,7 @@ def client_errors() -> tuple[type[Exception], ...]:
 
 
 def _near(model: str) -> str:
-    """Return a clause on a model with almost this name: embedded, beside it, cached, or that of a page."""
+    """Return a clause on a model of almost this name, embedded, beside it or cached, or on that of a page."""
     from huggingface_hub import constants
 
     if page := HUB_PAGE.match(model):
