@@ -49,13 +49,11 @@ def read_as(
     changes: Sequence[Change] = (),
 ) -> S:
     """Do as `read_recipe`, for any schema that has a version and a name."""
-    if isinstance(source, schema):
-        if not settings and not changes:
-            return source
-        values = source.model_dump(mode="json") if settings else dict(source)
+    if isinstance(source, schema) and not settings and not changes:
+        return source
+    if isinstance(source, schema | Mapping):
+        values = source.model_dump(mode="json") if settings and isinstance(source, schema) else dict(source)
         return _build(schema, values, {}, settings, changes)
-    if isinstance(source, Mapping):
-        return _build(schema, dict(source), {}, settings, changes)
     if not isinstance(source, str | FilePath):
         raise RecipeError(
             f"the recipe is an object of type {type(source).__name__}; give the path of a YAML file, a name that "
@@ -96,15 +94,18 @@ def _build(
     if settings:
         values = apply_settings(schema, values, settings, places)
     values = apply_changes(values, changes, places)
+    for key, value in values.items():
+        try:
+            str((key, value))
+        except (ValueError, RecursionError) as error:  # no message could show it, nor a file hold it
+            name = shorten(key) if isinstance(key, str) else "a key"
+            raise RecipeError(f"{name}: a number has too many digits, or entries are nested too deeply") from error
     version = values.get("version")
     if version is None:
         raise RecipeError(f"{at((), places)}the recipe has no version; write version: {VERSION}")
-    if isinstance(version, bool):
-        raise RecipeError(f"{at(('version',), places)}version is {str(version).lower()}; write version: {VERSION}")
     if isinstance(version, int) and version > VERSION:
-        raise RecipeError(
-            f"{at(('version',), places)}version is {version}, and this llmcompress reads up to {VERSION}; upgrade it"
-        )
+        known = f"this llmcompress reads up to {VERSION}; upgrade it"
+        raise RecipeError(f"{at(('version',), places)}version is {version}, and {known}")
     recipe = validate(schema, values, places)
     if isinstance(recipe, Recipe):
         recipe._origin = Origin(places)
@@ -161,8 +162,7 @@ def json_schema(schema: type[BaseModel]) -> dict[str, Any]:
 
 def _union(base: type[BaseModel], key: str, configs: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
     """Return the definition of `base` as one of `configs`, by the name under `key`, and the definitions of these."""
-    definitions: dict[str, Any] = {}
-    mapping: dict[str, str] = {}
+    definitions, mapping = dict[str, Any](), dict[str, str]()
     for name, config in sorted(configs.items()):
         values = config.model_json_schema()
         definitions |= {inner: entry for inner, entry in values.pop("$defs", {}).items() if inner != base.__name__}

@@ -52,7 +52,7 @@ def complaint(text: str, *settings: str) -> str:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        (f"version: true\n{RULE}", "version is true; write version: 1"),
+        (f"version: true\n{RULE}", "version is true; it must be 1"),
         (f"{RECIPE}distill: {{steps: 1, version: true}}\n", "version is true; it must be 1"),
         (f"{RECIPE}calibration: {{held_out: .inf}}\n", "held_out is Infinity; it must be a number at least 0"),
         (f"version: 1\ncalibration: {{}}\ntarget: {{bytes: {'9' * 400}MB}}\n", "is no size"),
@@ -74,6 +74,18 @@ def test_a_mistake_is_one_sentence(text: str, sentence: str) -> None:
 @pytest.mark.parametrize("setting", ["version=true", "cap=.inf", "rules[0].match=re:(", "seed=&a [*a]", "x"])
 def test_settings_are_refused_alike(setting: str) -> None:
     assert complaint(RECIPE, setting).startswith(f"--set {setting}:")
+
+
+@pytest.mark.parametrize("key", ["version", "seed", "rules", "name", "no such key"])
+def test_plain_values_that_cannot_be_shown_are_refused(key: str) -> None:
+    huge, deep = 1 << 20_000, list[Any]()
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(RecipeError, match="^a key: a number has too many digits"):
+        read_recipe({"version": 1, huge: 1})
+    for value in (huge, -huge, {huge: 1}, (2, [{"bits": huge}]), deep):
+        with pytest.raises(RecipeError, match=f"^{key}: a number has too many digits, or entries are nested"):
+            read_recipe({"version": 1, key: value})
 
 
 def test_many_unmatched_patterns_are_listed_soon() -> None:
