@@ -15,9 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from compare import CONFIGS, HERE, windows
-from run import launch, run_once
-from safetensors.torch import save_file
+from compare import CONFIGS, HERE
+from run import launch, run_once, write_tokens
 
 sys.path.insert(0, str(HERE.parent))
 from records import Record, append, provenance
@@ -46,7 +45,7 @@ def main() -> None:
         config = shape(tied=True)
         config.num_hidden_layers = BLOCKS
         write(config, model)
-        save_file({"sequences": windows(model, text, SEQUENCES, LENGTH)}, given.out / "tokens.safetensors")
+        write_tokens(model, given.data, given.out, SEQUENCES)
     print("| arm | seconds | CPU s | peak MB |\n|---|---|---|---|")
     for arm in given.arms or [*OURS, *PEERS]:
         found = run(arm, model, text, given)

@@ -2,7 +2,8 @@
 
 NF4 in blocks of 64 along the flattened matrix, scales quantized again: what transformers' `load_in_4bit` does with
 double quantization. Codes of 4 bits, a scale of 8 a block, 32 bits for 256 scales, and a 32-bit offset for a matrix.
-The two tables of values are the tool's own, alike for every model, and are not counted.
+The two tables of values are the tool's own, alike for every model, and are not counted. With `--stored` the folder is
+what transformers writes of the whole model, for `llmcompress compare`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from handover import decoder_linears, hand_over, loaded, parser, timed
+from handover import copy_texts, decoder_linears, hand_over, loaded, parser, timed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +21,18 @@ ARMS = {"nf4-b64": 64}
 
 def main() -> None:
     """One arm."""
-    given = parser(__doc__, ARMS).parse_args()
+    command_line = parser(__doc__, ARMS)
+    command_line.add_argument("--stored", action="store_true", help="write what transformers stores")
+    given = command_line.parse_args()
+    if given.stored:
+        import torch
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        asked = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        model = AutoModelForCausalLM.from_pretrained(given.model, quantization_config=asked, dtype=torch.bfloat16)
+        copy_texts(given)
+        model.save_pretrained(given.out)
+        return
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     block = ARMS[given.arm]

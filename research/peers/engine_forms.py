@@ -18,9 +18,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from compare import HERE, windows
-from run import run_once
-from safetensors.torch import save_file
+from compare import HERE
+from run import run_once, write_tokens
 
 sys.path.insert(0, str(HERE.parent))
 from engine_doors import write_mlx
@@ -86,8 +85,7 @@ def measure_row(model: str, arm: str, others: dict[str, Record], given: argparse
         write_mlx(model, folder, BITS[arm])
     elif arm in PEERS:
         dense = locate(model).folder
-        tokens = windows(dense, given.data / "wikitext2-valid.txt", given.calibration, 1024)
-        save_file({"sequences": tokens}, given.out / "tokens.safetensors")
+        write_tokens(dense, given.data, given.out, given.calibration)
         run_once("out", "llm-compressor", "llm_compressor", PEERS[arm], dense, given)
     else:
         words = [re.sub(r"\{(.*,.*)\}", partial(bytes_of, others), word) for word in OURS[arm]]

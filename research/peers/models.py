@@ -18,9 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from compare import HERE, windows
-from run import ARMS, run_once
-from safetensors.torch import save_file
+from compare import HERE
+from run import ARMS, run_once, write_tokens
 
 sys.path.insert(0, str(HERE.parent))
 from records import RESULTS, Record, measure_missing
@@ -77,9 +76,7 @@ def measure_peer(name: str, model: str, arm: str, given: argparse.Namespace) -> 
     source, place = resolve(model), given.out / name
     folder, rest = locate(model).folder, source.bytes - sum(header.bytes for header in linear_headers(source))
     place.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {"sequences": windows(folder, given.data / "wikitext2-valid.txt", 16, 1024)}, place / "tokens.safetensors"
-    )
+    write_tokens(folder, given.data, place)
     run_once(arm, *PEERS[arm], folder, argparse.Namespace(**vars(given) | {"out": place}))
     report: dict[str, Any] = json.loads((place / arm / "peer.json").read_text())
     numbers = score_kinds(place / arm, model, given.data, given.out / "kinds", WINDOWS)

@@ -71,8 +71,7 @@ def main() -> None:
         parser.error(f"there is no arm {unknown[0]}; choose of {', '.join(known)}")
     given.out.mkdir(parents=True, exist_ok=True)
     folder = locate(given.model).folder
-    text = given.data / "wikitext2-valid.txt"
-    save_file({"sequences": windows(folder, text, 16, 1024)}, given.out / "tokens.safetensors")
+    write_tokens(folder, given.data, given.out)
     for name in chosen:
         if not (given.out / name / "peer.json").is_file():
             run_once(name, *known[name], folder, given)
@@ -80,6 +79,12 @@ def main() -> None:
     folders = [given.out / name for name in chosen]
     command = [sys.executable, HERE / "score.py", "--data", given.data, "--model", given.model, *scores, *folders]
     subprocess.run(list(map(str, command)), check=True)
+
+
+def write_tokens(model: Path, data: Path, out: Path, count: int = 16) -> None:
+    """Write the first windows of 1024 tokens of the text that arms read into the folder `out`."""
+    text = data / "wikitext2-valid.txt"
+    save_file({"sequences": windows(model, text, count, 1024)}, out / "tokens.safetensors")
 
 
 def run_once(name: str, tool: str, script: str, arm: str, model: Path, given: argparse.Namespace) -> None:
