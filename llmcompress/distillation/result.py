@@ -108,7 +108,7 @@ def write_result(
     """Write the student's folder with the learned weights in place of its own, and with the measurements."""
     with make_checkpoint(job.output) as writer:
         companions.copy(writer.folder)
-        student.store(learned.linears, learned.dense, writer, job.recipe.nested)
+        student.store(learned.linears, learned.dense, writer)
         compressed = bool(student.layouts)
         size = writer.close(binding(writer.folder) if compressed else None)
         if (student.folder / file_names.REPORT).is_file():  # not beside what save_pretrained wrote

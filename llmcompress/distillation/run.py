@@ -103,7 +103,8 @@ def _distill_locked(
     folder = student_place.folder
     with ranks.agree_on_errors():
         check_student(folder, recipe)
-        opened, beside = open_folder(student_place), companions(folder, student_place.trust_remote_code)
+        opened = open_folder(student_place, recipe.nested)
+        beside = companions(folder, student_place.trust_remote_code)
         recipe_text = dump(hide_folders(recipe))
         check_writable(target, opened.bytes)
         check_vocabularies((student_place, teacher_place))

@@ -59,7 +59,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for path in (place / "small").iterdir():
             if path.suffix != ".safetensors" and path.name not in ("manifest.json", "config.json"):
                 shutil.copyfile(path, writer.folder / path.name)
-        CompressedStudent(opened).store(linears, {}, writer, RANKS)
+        CompressedStudent(opened, RANKS).store(linears, {}, writer)
         writer.close(binding(writer.folder))
     return place
 

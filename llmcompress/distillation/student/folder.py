@@ -26,24 +26,18 @@ from llmcompress.weight.modules import Multiplying
 
 
 class CompressedStudent:
-    """A checkpoint that `compress` wrote: `store` writes the same expressions at the same bytes."""
+    """A checkpoint that `compress` wrote: `store` writes the same expressions at the same bytes.
 
-    def __init__(self, opened: CompressedCheckpoint) -> None:
-        self.opened, self.folder, self.bytes = opened, opened.folder, opened.bytes
+    `nested`: the components of smaller sizes, whose bytes come first (`weight.layout.pack_nested`).
+    """
+
+    def __init__(self, opened: CompressedCheckpoint, nested: Sequence[int] = ()) -> None:
+        self.opened, self.folder, self.bytes, self.ranks = opened, opened.folder, opened.bytes, sorted(nested)
         self.digests, self.layouts = opened.digests, opened.stored_layouts
 
-    def store(
-        self,
-        linears: Mapping[str, Multiplying],
-        dense: Mapping[str, Tensor],
-        writer: Writer,
-        nested: Sequence[int] = (),
-    ) -> None:
-        """Write weights and config.json, with the learned `linears`, which are compressed, and `dense` tensors.
-
-        `nested`: the components of smaller sizes, whose bytes come first (`weight.layout.pack_nested`).
-        """
-        opened, ranks = self.opened, sorted(nested)
+    def store(self, linears: Mapping[str, Multiplying], dense: Mapping[str, Tensor], writer: Writer) -> None:
+        """Write weights and config.json, with the learned `linears`, which are compressed, and `dense` tensors."""
+        opened, ranks = self.opened, self.ranks
         levels = {name: [layout] * (len(ranks) + 1) for name, layout in self.layouts.items()}
         in_common: list[tuple[list[str], list[str]]] = [(list(opened.tied), [])] if opened.tied else []
         for layers, others in (*opened.parts(), *in_common):
@@ -76,14 +70,8 @@ class DenseStudent:
         """The digests by tensor; reads all tensors."""
         return {name: digest(self.source.read(name)) for name in sorted(self.source.tensors)}
 
-    def store(
-        self,
-        linears: Mapping[str, Multiplying],
-        dense: Mapping[str, Tensor],
-        writer: Writer,
-        nested: Sequence[int] = (),
-    ) -> None:
-        """Write weights and config.json, with the learned `dense` tensors; a dense model has one size."""
+    def store(self, linears: Mapping[str, Multiplying], dense: Mapping[str, Tensor], writer: Writer) -> None:
+        """Write weights and config.json, with the learned `dense` tensors; no linear of it is compressed."""
         for names in shards({name: header.bytes for name, header in self.source.tensors.items()}, PART):
             stored = {name: self.source.read(name) for name in names}
             learned = {name: dense[name].to(stored[name].dtype) for name in names if name in dense}
@@ -97,8 +85,11 @@ class DenseStudent:
 StudentFolder = CompressedStudent | DenseStudent
 
 
-def open_folder(place: Place) -> StudentFolder:
-    """Open the folder of a compressed model of ours, or of a dense one. Raises InputError for any other."""
+def open_folder(place: Place, nested: Sequence[int] = ()) -> StudentFolder:
+    """Open the folder of a compressed model of ours, or of a dense one. Raises InputError for any other.
+
+    `nested`: as of `CompressedStudent`.
+    """
     try:
         entries = read_json(place.folder / "config.json")
         kind = (packing_entry(entries) or {}).get("quant_method")
@@ -110,4 +101,4 @@ def open_folder(place: Place) -> StudentFolder:
         )
     if kind != NAME or own_sizes(entries):
         return DenseStudent(open_source(place))
-    return CompressedStudent(CompressedCheckpoint(place.folder, place.trust_remote_code))
+    return CompressedStudent(CompressedCheckpoint(place.folder, place.trust_remote_code), nested)
