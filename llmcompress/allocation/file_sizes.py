@@ -230,18 +230,16 @@ class GGUFSizes:
 
     def form(self, name: str, size: Shape, steps: Steps) -> str:
         """See `FileSizes.form`: the tensor's type."""
-        return gguf_type(name, size, steps).name
+        return gguf_type(sketch(name, size, steps), steps).name
 
     def bits(self, name: str, size: Shape, steps: Steps) -> int:
         """See `FileSizes.bits`: those of the tensor."""
-        return 8 * size[0] * self._row_bytes(name, size, steps)
+        return 8 * size[0] * gguf_type(sketch(name, size, steps), steps).row_bytes(size[1])
 
     def bytes(self, name: str, size: Shape, steps: Steps) -> int:
         """See `FileSizes.bytes`: also those before the next tensor, and factors of a low-rank term."""
-        return pad(size[0] * self._row_bytes(name, size, steps)) + _factor_bytes(name, size, steps)
-
-    def _row_bytes(self, name: str, size: Shape, steps: Steps) -> int:
-        return gguf_type(name, size, steps).row_bytes(size[1])
+        stored = sketch(name, size, steps)
+        return pad(size[0] * gguf_type(stored, steps).row_bytes(size[1])) + _factor_bytes(stored, steps)
 
     def around(self, compressed: Collection[str]) -> int:
         """See `FileSizes.around`: the head, and dense tensors."""
@@ -263,26 +261,26 @@ class GGUFSizes:
         return self.head.file_bytes(planned) - sum(pad(_plain_bytes(header)) for header in dense)
 
 
-def gguf_type(name: str, size: Shape, steps: Steps) -> TensorType:
-    """Return the tensor type in which the outcome of steps goes into a GGUF file. Raises UnfitError where none does."""
-    stored = sketch(name, size, steps)
+def gguf_type(stored: Weight, steps: Steps) -> TensorType:
+    """Return the tensor type of the outcome of steps, sketched as `stored`, in GGUF. Raises UnfitError if none is."""
     if not steps or not isinstance(steps[0], GGUF):
         return presumed_type(stored)
-    kind, later = fitting(steps[0].type, size[1]), len(steps) > 1
+    width = shape(stored)[1]
+    kind, later = fitting(steps[0].type, width), len(steps) > 1
     form = FORMS.get(kind)
     if later and kind == "IQ4_XS":
         kind = "IQ4_NL"  # `refine` leaves small multiples as scales
     elif later and form is not None and form.multiples:
         return presumed_type(stored)
     found = type_called(kind)
-    if size[1] % found.block:
-        raise UnfitError(f"blocks of {found.block} columns do not fill the width {size[1]}")
+    if width % found.block:
+        raise UnfitError(f"blocks of {found.block} columns do not fill the width {width}")
     return found
 
 
-def _factor_bytes(name: str, size: Shape, steps: Steps) -> int:
+def _factor_bytes(stored: Weight, steps: Steps) -> int:
     """Return the bytes of a low-rank term in the file beside the model; offsets of a type are in the type."""
-    stored, first = sketch(name, size, steps), steps[0] if steps else None
+    first = steps[0] if steps else None
     form = FORMS.get(first.type) if isinstance(first, GGUF) else None
     if form is None or form.offsets is None:
         match stored:

@@ -169,9 +169,9 @@ def _expert_type(job: Job, engine: str, linear: Linear) -> str:
     steps, inputs = job.steps.get(linear.name), job.inputs.get(linear.name)
     if steps is None:
         return "no type"
-    if engine == "llama.cpp":
-        return gguf_type(linear.name, linear.shape, steps).name
     w = sketch(linear.name, linear.shape, steps)
+    if engine == "llama.cpp":
+        return gguf_type(w, steps).name
     why = vllm_expert_obstacle(w, inputs.format if inputs else None, inputs is not None and inputs.is_calibrated)
     if why is not None:
         raise RecipeError(f"rules: {linear.name} is a matrix of an expert: {why}")
@@ -189,10 +189,10 @@ def _obstacle(engine: str, linear: Linear, steps: Steps, inputs: InputRounding |
 
 
 def _obstacle_of_shape(engine: str, name: str, size: tuple[int, int], steps: Steps) -> str | None:
-    why = ENGINE_OBSTACLES[engine](sketch(name, size, steps))
+    why = ENGINE_OBSTACLES[engine](stored := sketch(name, size, steps))
     if why is None and engine == "llama.cpp":
         try:
-            gguf_type(name, size, steps)
+            gguf_type(stored, steps)
         except UnfitError as error:
             return str(error)
     return why

@@ -14,14 +14,14 @@ from typer.testing import CliRunner
 
 import llmcompress as lc
 from llmcompress.allocation.choices import Choices, find_choices
-from llmcompress.allocation.file_sizes import gguf_type
+from llmcompress.allocation.file_sizes import Shape, Steps, gguf_type
 from llmcompress.cli.app import app
 from llmcompress.compression.job import prepare
 from llmcompress.errors import RecipeError
 from llmcompress.formats.export import export
 from llmcompress.formats.gguf.head import FileOrigin, read_head
-from llmcompress.formats.gguf.tensor_types import exact_type
-from llmcompress.methods.layer import apply, step
+from llmcompress.formats.gguf.tensor_types import TensorType, exact_type
+from llmcompress.methods.layer import apply, sketch, step
 from llmcompress.methods.solvers.hessian import metric
 from llmcompress.models.dense.model import resolve
 from llmcompress.models.files.file_names import ALLOCATION, RECIPE
@@ -66,6 +66,10 @@ def choices(dense: Path, **more: Any) -> Choices:
     return find_choices(prepare(resolve(str(dense)), read_recipe(aimed(target, **more))))
 
 
+def expected_type(name: str, size: Shape, steps: Steps) -> TensorType:
+    return gguf_type(sketch(name, size, steps), steps)
+
+
 def types(file: Path) -> dict[str, tuple[str, int]]:
     """The type and the bytes of each tensor of a file."""
     return {tensor.name: (tensor.tensor_type.name, int(tensor.n_bytes)) for tensor in gguf.GGUFReader(file).tensors}
@@ -107,7 +111,7 @@ def test_types_are_chosen_up_to_the_size_and_written(target: dict[str, Any], den
     head = read_head(dense, job.source.config_entries(), FileOrigin("", None, None))
     written = types(file)
     for row in result.report.layers:
-        kind = gguf_type(row.name, row.shape, job.all_steps[row.name])
+        kind = expected_type(row.name, row.shape, job.all_steps[row.name])
         assert written[head.model.name(f"{row.name}.weight")] == (kind.name, row.bpw * prod(row.shape) / 8)
         assert row.stored == kind.name
     assert len({kind for kind, _ in written.values()} - {"F32", "BF16"}) > 1
@@ -140,7 +144,8 @@ def test_a_sweep_counts_the_file_of_the_engine(dense: Path, tmp_path: Path) -> N
 def test_every_matrix_has_the_types_that_its_width_bears(dense: Path) -> None:
     found = {matrix.name: matrix for matrix in choices(dense).matrices}
     offered = {
-        name: [gguf_type(name, matrix.shape, steps).name for steps in matrix.options] for name, matrix in found.items()
+        name: [expected_type(name, matrix.shape, steps).name for steps in matrix.options]
+        for name, matrix in found.items()
     }
     assert offered["model.layers.0.self_attn.q_proj"] == ["IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
     assert {"IQ2_XXS", "IQ3_XXS", "IQ4_XS", "Q6_K"} < set(offered["model.layers.0.mlp.down_proj"])
@@ -167,7 +172,7 @@ def test_refine_keeps_the_type_that_sizes_are_counted_by(kind: str, width: int, 
     refined = apply(filled, [step({"method": "refine"})])
     assert exact_type(refined.approx).name == expected
     steps = tuple(map(step, ({"method": "gguf", "type": kind}, {"method": "refine"})))
-    assert gguf_type("x", (6, width), steps).name == expected
+    assert expected_type("x", (6, width), steps).name == expected
     loss = metric(before.inputs, before.weight, 0.1)
     left = [before.weight - decoded(each.approx) for each in (filled, refined)]
     assert float(((left[1] @ loss) * left[1]).sum()) < float(((left[0] @ loss) * left[0]).sum())
