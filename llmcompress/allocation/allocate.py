@@ -47,7 +47,7 @@ RANGE = (0.55, 1.3)  # of the predicted KL: holds the measured one in 21 of 22 p
 
 @dataclass(frozen=True)
 class Allocation:
-    """The chosen options and their prices; another `chosen` makes another plan.
+    """The chosen options and their prices; another `chosen` makes another plan. `plain`: that with the least mean loss.
 
     `job`: the job with the target. `text`: the probing tokens, on which the finished model is compared with the dense
     one.
@@ -57,6 +57,7 @@ class Allocation:
     choices: Choices
     prices: tuple[MatrixPrices, ...]
     chosen: tuple[int, ...]
+    plain: tuple[int, ...]
     text: ProbeText
     seconds: float
 
@@ -80,14 +81,13 @@ class Allocation:
     def summary(self, measured_kl: Sequence[float], size: int) -> dict[str, Any]:
         """Return the target, predictions and measurements; `size`: bytes of the finished weight files."""
         target, predicted = target_of(self.job), damage(self.prices, self.chosen)
-        plain = self._plain_plan() if target.worst else None
-        beside = {} if plain is None else {"plain": damage(self.prices, plain)}
+        beside = {"plain": damage(self.prices, self.plain)} if target.worst else {}
         return {
             "target": target.model_dump(mode="json", exclude_none=True),
             "predicted_kl": predicted,
             "predicted_range": [share * predicted for share in RANGE],
             "measured_kl": measured_kl[0],
-            **({} if plain is None else {"kinds": self._kinds(plain, measured_kl[1:])}),
+            **({"kinds": self._kinds(measured_kl[1:])} if target.worst else {}),
             "baselines": beside | predicted_baselines(self.choices, self.prices, target, self.chosen),
             "predicted_bytes": self.choices.size(self.chosen),
             "measured_bytes": size,
@@ -98,13 +98,9 @@ class Allocation:
             "notes": list(self.choices.notes),
         }
 
-    def _plain_plan(self) -> tuple[int, ...]:
-        """Return the plan with the least mean loss at the target's size."""
-        return choose(self.choices, self.prices, target_of(self.job).model_copy(update={"worst": None}))
-
-    def _kinds(self, plain: Sequence[int], measured: Sequence[float]) -> dict[str, dict[str, float]]:
-        """Return the predicted and measured KL on each kind of text, and that predicted for another plan."""
-        predicted, others = (damage_by_kind(self.prices, plan) for plan in (self.chosen, plain))
+    def _kinds(self, measured: Sequence[float]) -> dict[str, dict[str, float]]:
+        """Return the predicted and measured KL on each kind of text, and that predicted for the plain plan."""
+        predicted, others = (damage_by_kind(self.prices, plan) for plan in (self.chosen, self.plain))
         rows = zip(self.text.kinds, predicted, others, measured, strict=True)
         return {
             name: {"predicted_kl": own, "plain_kl": other, "measured_kl": value} for name, own, other, value in rows
@@ -138,10 +134,11 @@ class PriceList:
         """
         started = time.monotonic()
         target = target.in_the_way_of(target_of(self.job))
-        chosen = choose(self.choices, self.prices, target)
+        plain = choose(self.choices, self.prices, target.model_copy(update={"worst": None}))
+        chosen = choose(self.choices, self.prices, target, plain) if target.worst else plain
         job = replace(self.job, recipe=self.job.recipe.model_copy(update={"target": target}))
         seconds = self.seconds + time.monotonic() - started
-        return Allocation(job, self.choices, self.prices, chosen, self.text, seconds)
+        return Allocation(job, self.choices, self.prices, chosen, plain, self.text, seconds)
 
 
 def allocate(job: Job, *, device: str = "cpu", progress: Progress | None = None) -> Allocation:
@@ -254,17 +251,21 @@ def _check_reachable(choices: Choices, target: Target) -> None:
         )
 
 
-def choose(choices: Choices, prices: Sequence[MatrixPrices], target: Target) -> tuple[int, ...]:
+def choose(
+    choices: Choices, prices: Sequence[MatrixPrices], target: Target, plain: tuple[int, ...] | None = None
+) -> tuple[int, ...]:
     """Return the options that meet a target.
 
     They have the least damage at a size or a number of zeros, or the least size at a damage. With `worst`, the damage
-    is the largest of a kind of text, and never above that of the plan with the least mean. Raises RecipeError for a
-    target that no choice reaches.
+    is the largest of a kind of text, and never above that of `plain`, the plan with the least mean (None: not made
+    yet). Raises RecipeError for a target that no choice reaches.
     """
     _check_reachable(choices, target)
     damages = [_monotone_damages(matrix, [offer.damage for offer in matrix.offers]) for matrix in prices]
     costs = [matrix.costs(target) for matrix in choices.matrices]
-    if target.kl is not None:
+    if plain is not None:
+        chosen: tuple[int, ...] | None = plain
+    elif target.kl is not None:
         chosen = solve([matrix.bytes for matrix in choices.matrices], damages, target.kl)
     else:
         chosen = solve(damages, costs, choices.room(target))
