@@ -9,15 +9,12 @@ Points above WORST are left out: nobody reads off a line what a ruined model is.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from records import RESULTS, Record
 from tables import all_records, current
 
 from llmcompress.reporting.plots import frontier_pictures, new_figure, png_bytes, write_name
-
-if TYPE_CHECKING:
-    from matplotlib.transforms import Bbox
 
 PICTURES = RESULTS.parent / "pictures"
 WORST = 10_000  # of perplexities
@@ -98,6 +95,7 @@ def draw_models(records: list[Record]) -> bytes:
     }
     figure = new_figure()
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.transforms import Bbox
 
     figure.set_size_inches(5 * len(names), 5)
     parts = figure.subplots(1, len(names), sharex=True, sharey=True, squeeze=False)[0]
@@ -114,7 +112,8 @@ def draw_models(records: list[Record]) -> bytes:
     parts[0].yaxis.set_minor_formatter(NullFormatter())
     figure.draw_without_rendering()  # names are placed by where the points are in the end
     for axes, points in zip(parts, rows.values(), strict=True):
-        covered: list[Bbox] = []
+        corners = axes.transData.transform([(numbers["bpw"], numbers["kl"]) for numbers in points])
+        covered = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in corners]
         for numbers in points:
             covered.append(write_name(axes, (numbers["bpw"], numbers["kl"]), _name_arm(numbers), covered))
     return png_bytes(figure)

@@ -187,17 +187,20 @@ def _draw_frontier(
 
 
 def write_name(axes: Axes, point: tuple[float, float], name: str, covered: list[Bbox]) -> Bbox:
-    """Write a name on the side of a point where it covers least and is not cut off; return its box."""
-    texts = [
-        axes.annotate(name, point, (right, up), textcoords="offset points", fontsize="x-small", ha=side)
-        for up in (4, -10)
-        for side, right in (("left", 4), ("right", -4))
-    ]
+    """Write a name nearest to a point where it covers least and is not cut off, with a line to it from afar.
+
+    Returns the box of the name.
+    """
+    places = [(right, up) for up in (4, -10, 14, -20, 24, -30) for right in (4, -4)]  # by nearness
+    written = partial(axes.annotate, xy=point, textcoords="offset points", fontsize="x-small")
+    texts = [written(name, xytext=place, ha="left" if place[0] > 0 else "right") for place in places]
     boxes = [text.get_window_extent() for text in texts]
-    inside = [axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0 for box in boxes]
+    inside = [all(axes.bbox.contains(*corner) for corner in box.corners()) for box in boxes]
     best = min(range(len(texts)), key=lambda number: (not inside[number], boxes[number].count_overlaps(covered)))
     for text in (*texts[:best], *texts[best + 1 :]):
         text.remove()
+    if abs(places[best][1]) > 10:
+        written("", xytext=places[best], arrowprops={"arrowstyle": "-", "color": "gray", "linewidth": 0.5})
     return boxes[best]
 
 
