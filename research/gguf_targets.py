@@ -16,16 +16,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
-from gguf_types import Matrices, calibration_tokens, energies, linears, quantize, scale_channels, spread
+from gguf_types import Matrices, calibration_tokens, energies, linears, quantize, read_matrices, scale_channels, spread
 from records import append, provenance, read_records
 from rows import calibration
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -147,19 +145,9 @@ class Bench:
         return found, around + sum(pad(size) for _, size, _ in found.values())
 
     def read(self, path: Path) -> Matrices:
-        """Return the matrices of a file, with the rows of heads in the order that transformers has them."""
-        from llmcompress.formats.gguf.model import gguf_model
-
-        form = gguf_model(self.place, json.loads((self.place / "dense" / "config.json").read_text()))
-        stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-        found: Matrices = {}
-        for name in (TABLE, *(f"layers.{name}" for name, _ in linears(self.dense))):
-            tensor = stored[form.name(f"model.{name}.weight")]
-            values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-            order = form.row_order(tensor.name)
-            values = values if order is None else values[order.argsort()]
-            found[name] = (tensor.tensor_type.name, int(tensor.n_bytes), values)
-        return found
+        """Return the matrices of a file."""
+        names = (TABLE, *(f"layers.{name}" for name, _ in linears(self.dense)))
+        return read_matrices(path, self.place / "dense", names)
 
     def distances(self, matrices: Matrices) -> list[Distance]:
         """Return the distance from the dense model in each window, with these matrices in place of its own."""

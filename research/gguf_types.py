@@ -23,7 +23,7 @@ import json
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -146,18 +146,9 @@ class Bench:
             return self.read(path, only)
 
     def read(self, path: Path, only: str) -> Matrices:
-        """Return the matrices of a file, with the rows of heads in the order that transformers has them."""
-        form = gguf_model(self.folder, json.loads((self.folder / "config.json").read_text()))
-        stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-        found: Matrices = {}
-        for linear, _ in linears(self.dense):
-            if linear.endswith(only):
-                tensor = stored[form.name(f"model.layers.{linear}.weight")]
-                values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
-                order = form.row_order(tensor.name)
-                values = values if order is None else values[order.argsort()]
-                found[linear] = (tensor.tensor_type.name, int(tensor.n_bytes), values)
-        return found
+        """Return the matrices of some linears in a file."""
+        names = [f"layers.{name}" for name, _ in linears(self.dense) if name.endswith(only)]
+        return {name.removeprefix("layers."): each for name, each in read_matrices(path, self.folder, names).items()}
 
     def distances(self, matrices: Matrices) -> list[Distance]:
         """Return the distance from the dense model in each window, with these matrices in place of its own."""
@@ -166,6 +157,21 @@ class Bench:
             if name in matrices:
                 child.weight.data.copy_(matrices[name][2])
         return [distance(self.dense, self.student, window[None]) for window in self.windows]
+
+
+def read_matrices(path: Path, folder: Path, names: Iterable[str]) -> Matrices:
+    """Return matrices of a file by their names below `model`, with the rows of heads in the order that transformers
+    has them; `folder`: of the model with its config.json."""
+    form = gguf_model(folder, json.loads((folder / "config.json").read_text()))
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    found: Matrices = {}
+    for name in names:
+        tensor = stored[form.name(f"model.{name}.weight")]
+        values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        order = form.row_order(tensor.name)
+        values = values if order is None else values[order.argsort()]
+        found[name] = (tensor.tensor_type.name, int(tensor.n_bytes), values)
+    return found
 
 
 def compared(found: dict[str, list[Distance]]) -> dict[str, float]:
