@@ -144,14 +144,8 @@ def to_compressed_tensors(opened: CompressedCheckpoint, output: Path, allow_dens
         writer.write("config.json", json.dumps(opened.config | entry, indent=1))
     schemes = files.packed.values()
     kinds = Counter("grids" if scheme.format in INTEGERS else "matrices of floats" for scheme in schemes)
-    return ExportReport(
-        to="compressed-tensors",
-        output=str(output),
-        bytes_before=opened.bytes,
-        bytes_after=size,
-        kept=tuple(f"{count} {kind}, value for value" for kind, count in (kinds or Counter(grids=0)).items()),
-        changed=files.changes(),
-    )
+    kept = tuple(f"{count} {kind}, value for value" for kind, count in (kinds or Counter(grids=0)).items())
+    return ExportReport("compressed-tensors", str(output), opened.bytes, size, kept, files.changes())
 
 
 def _linear_names(opened: CompressedCheckpoint) -> set[str]:

@@ -39,14 +39,9 @@ def to_exl3(opened: CompressedCheckpoint, output: Path, allow_dense: bool = Fals
         packing = {"quant_method": "exl3", "bits": round(bits, 2), "head_bits": 16, "codebook": "mul1"}
         entries = opened.config | read | {"dtype": "float16", "quantization_config": packing}
         writer.write("config.json", json.dumps(entries, indent=1))
-    return ExportReport(
-        to="exl3",
-        output=str(output),
-        bytes_before=opened.bytes,
-        bytes_after=size,
-        kept=(f"{len(files.packed)} matrices, value for value",),
-        changed=(*files.changes(), "what was not compressed became float16"),
-    )
+    kept = f"{len(files.packed)} matrices, value for value"
+    changed = (*files.changes(), "what was not compressed became float16")
+    return ExportReport("exl3", str(output), opened.bytes, size, (kept,), changed)
 
 
 def pack_tiles(layer: str, w: Weight) -> tuple[Tiles, dict[str, Tensor]]:

@@ -55,18 +55,9 @@ def to_mlx(opened: CompressedCheckpoint, output: Path, allow_dense: bool = False
         writer.write("config.json", json.dumps(opened.config | read | {"dtype": "float16"} | entry, indent=1))
     moved = max((form.moved for form in files.packed.values()), default=0.0)
     biases = f"biases of groups were rounded to float16, which moves a matrix by at most {moved:.1e} of its size"
-    return ExportReport(
-        to="mlx",
-        output=str(output),
-        bytes_before=opened.bytes,
-        bytes_after=size,
-        kept=(f"{len(files.packed)} matrices, codes and scales as they are",),
-        changed=(
-            *((biases,) if moved else ()),
-            *files.changes(),
-            "what was not compressed became float16, in which the model computes",
-        ),
-    )
+    changed = (*files.changes(), "what was not compressed became float16, in which the model computes")
+    kept = f"{len(files.packed)} matrices, codes and scales as they are"
+    return ExportReport("mlx", str(output), opened.bytes, size, (kept,), (biases, *changed) if moved else changed)
 
 
 def pack_matrix(layer: str, w: Weight) -> tuple[Quantization, dict[str, Tensor]]:

@@ -51,14 +51,9 @@ def to_peft(opened: CompressedCheckpoint, output: Path) -> ExportReport:
         writer.write("config.json", json.dumps(opened.config | entry, indent=1))
         seal(writer.folder)
         size += _write_adapter(whole.folder / "adapter", f"{output.name}/base", factors)
-    return ExportReport(
-        to="peft",
-        output=str(output),
-        bytes_before=opened.bytes,
-        bytes_after=size,
-        kept=(f"{len(layouts)} compressed matrices, bit for bit, in {output / 'base'}",),
-        changed=(f"{len(factors)} low-rank terms became float32 LoRA factors in {output / 'adapter'}",),
-    )
+    kept = f"{len(layouts)} compressed matrices, bit for bit, in {output / 'base'}"
+    changed = f"{len(factors)} low-rank terms became float32 LoRA factors in {output / 'adapter'}"
+    return ExportReport("peft", str(output), opened.bytes, size, (kept,), (changed,))
 
 
 def split_low_rank(w: Weight) -> tuple[Weight, tuple[Tensor, Tensor] | None]:

@@ -107,17 +107,9 @@ def to_gguf(
         size = _write_model(staged.folder / MODEL, plan.tensors, head)
         if plan.factors:
             size += _write_adapter(staged.folder / ADAPTER, plan.factors, model)
-    return ExportReport(
-        to="gguf",
-        output=str(output),
-        bytes_before=opened.bytes,
-        bytes_after=size,
-        kept=(
-            *_held_exactly(plan),
-            f"the vocabulary of {len(vocabulary.tokens)} tokens, as {vocabulary.model} ({vocabulary.pre})",
-        ),
-        changed=(*_changes(plan, output), *model.rotary.notes(), *vocabulary.notes),
-    )
+    held = f"the vocabulary of {len(vocabulary.tokens)} tokens, as {vocabulary.model} ({vocabulary.pre})"
+    changed = (*_changes(plan, output), *model.rotary.notes(), *vocabulary.notes)
+    return ExportReport("gguf", str(output), opened.bytes, size, (*_held_exactly(plan), held), changed)
 
 
 def _held_exactly(plan: FilePlan) -> Iterator[str]:
