@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llmcompress.methods.layer import MANY, SAMPLED, Layer, StepConfig, apply, relative_error, sampled_error
+from llmcompress.methods.layer import MANY, SAMPLED, Layer, StepConfig, relative_error, sampled_error
 from llmcompress.methods.moments import Moments
-from llmcompress.methods.row_chunks import apply_to_run, runs
+from llmcompress.methods.row_chunks import apply_in_runs, apply_to_runs, decode_in_runs
 from llmcompress.runtime.seeding import generator
-from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Dense
 
 Steps = tuple[StepConfig, ...]
@@ -83,13 +83,12 @@ def _spaced_rows(layer: Layer, most: int) -> Layer:
     rows = len(layer.weight)
     chosen = torch.linspace(0, rows - 1, most, device=layer.weight.device).long()
     weight, importance = layer.weight[chosen], None if layer.rows is None else layer.rows[chosen]
-    return Layer(layer.name, weight, Dense(weight.to(torch.bfloat16)), layer.inputs, layer.seed, rows=importance)
+    return replace(layer, weight=weight, approx=Dense(weight), rows=importance)
 
 
 def error(layer: Layer, steps: Steps, held_out: Moments | None) -> float:
     """Return the layer's relative output error after the steps, on held-out inputs; without inputs, of its weights."""
-    stored = apply(layer, steps).expression()
-    return max(relative_error(layer.weight, stored, held_out), LEAST)
+    return max(relative_error(layer.weight, apply_in_runs(layer, steps).weight, held_out), LEAST)
 
 
 class WeightChange(NamedTuple):
@@ -101,9 +100,10 @@ class WeightChange(NamedTuple):
 
 def compress_roughly(layer: Layer, steps: Steps, held_out: Moments | None) -> WeightChange:
     """Change the layer's weight by the steps."""
-    value = torch.empty_like(layer.weight)
-    for rows in runs(len(value), steps):  # decoded one by one: a table may be most of a model
-        value[rows] = dense(apply_to_run(layer, steps, rows).weight)
+    value, done = torch.empty_like(layer.weight), 0
+    for run in decode_in_runs(apply_to_runs(layer, steps)):  # one by one: a table may be most of a model
+        value[done : done + len(run)] = run
+        done += len(run)
     return WeightChange(value, max(sampled_error(layer.weight, value, held_out), LEAST))
 
 

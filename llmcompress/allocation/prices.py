@@ -305,8 +305,8 @@ def _layers(
         for group in block.groups:
             for name in (name for name in group.names if name in wanted):
                 weight, seed = block.weight(name), f"{recipe.seed}/{group.names[0]}"
-                start, rows = Dense(weight.to(torch.bfloat16)), group.rows.get(name)
-                yield block, Layer(name, weight, start, group.inputs, seed, rows=rows), group.held_out
+                layer = Layer(name, weight, Dense(weight), group.inputs, seed, rows=group.rows.get(name))
+                yield block, layer, group.held_out
             group.inputs.derived.clear()
         probe.leave(block)
 

@@ -25,7 +25,7 @@ from llmcompress.compression.ties import CommonMatrix
 from llmcompress.errors import NumericsError
 from llmcompress.methods.layer import MANY, Layer, apply, base_and_term, relative_error, sampled_rows
 from llmcompress.methods.moments import Moments
-from llmcompress.methods.row_chunks import Outcome, apply_in_runs, apply_to_run, join_runs, runs
+from llmcompress.methods.row_chunks import Outcome, apply_in_runs, apply_to_run, decode_in_runs, join_runs, runs
 from llmcompress.methods.solvers.hessian import inverse_factor, outer_of
 from llmcompress.reporting.report import LayerReport
 from llmcompress.runtime.devices import side_by_side
@@ -175,10 +175,7 @@ def layer_of(job: Job, block: Block, name: str, group: InputGroup) -> Layer:
         # of rounded inputs, the cross moments have the share already
         target = weight + (job.recipe.asymmetric if group.format is None else 1.0) * change
     seed = f"{job.recipe.seed}/{group.names[0]}"
-    # runs start from copies of their own
-    in_runs = name not in job.ties and len(runs(len(target), job.all_steps[name])) > 1
-    start = Dense(target if in_runs else target.to(torch.bfloat16))
-    return Layer(name, target, start, inputs, seed, rows=group.rows.get(name))
+    return Layer(name, target, Dense(target), inputs, seed, rows=group.rows.get(name))
 
 
 def to_dense_outputs(weight: Tensor, inputs: Moments, cross: Tensor, readers: int = 1) -> Tensor:
@@ -211,15 +208,10 @@ def _pack_layer(job: Job, layer: Layer, parts: Sequence[Outcome], group: InputGr
     with phase("pack"):
         packed = pack_weight(stored, group.format)
     header, chosen = packed.layout.header, _measured_rows(job, layer)
-
-    def decode_places(rows: Tensor) -> Tensor:
-        return dense(decode_rows(header, packed.views(), rows.to(packed.payload.device)))
-
     with phase("report"):
         if isinstance(chosen, Tensor) and has_rows(header):
-            places = torch.arange(len(layer.weight))
-            _check_finite(layer.name, (decode_places(places[rows]) for rows in runs(len(places), ())))
-            value = decode_places(chosen)
+            _check_finite(layer.name, decode_in_runs(parts))
+            value = dense(decode_rows(header, packed.views(), chosen.to(packed.payload.device)))
         else:
             value = dense(stored)
             _check_finite(layer.name, [value])
@@ -290,8 +282,7 @@ def compress_tied_layers(
             notes: tuple[str, ...] = ()
             if tie.is_first(name):
                 start = _mean_weight(job, tie).to(layer.weight.device)
-                fitted = replace(layer, name=tie.name, weight=start, approx=Dense(start.to(torch.bfloat16)))
-                base, notes = apply_in_runs(fitted, tie.steps)
+                base, notes = apply_in_runs(replace(layer, name=tie.name, weight=start), tie.steps)
                 weights[tie.name] = pack_weight(base)
             else:
                 base = decode(common[tie.name].layout.header, common[tie.name].views())

@@ -174,6 +174,6 @@ def _replace_and_judge(layout: BlockLayout, block: ExpertBlock, chosen: tuple[in
     for group in groups:
         for name in group.names:
             weight = loaded.weight(name)
-            layer = Layer(name, weight, Dense(weight.to(torch.bfloat16)), group.inputs)
+            layer = Layer(name, weight, Dense(weight), group.inputs)
             swap(loaded, {name: pack_weight(apply_in_runs(layer, (step,)).weight)})
     return visit.damage(before)
