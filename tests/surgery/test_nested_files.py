@@ -49,6 +49,20 @@ RULES = [
 ]
 
 
+LOAD = """
+import sys
+import torch
+import llmcompress
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+config = AutoConfig.from_pretrained("me/nested")
+config.quantization_config["rank"] = 3
+model = AutoModelForCausalLM.from_pretrained("me/nested", config=config)
+with torch.no_grad():
+    save_file({"logits": model(torch.arange(24)[None]).logits}, sys.argv[1])
+"""
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`small`, a checkpoint of one size, `nested`, the same weights in a file of several, and `dense`."""
@@ -119,6 +133,7 @@ def test_a_prefix_is_what_is_cut_from_the_whole(rank: int, folders: Path, tmp_pa
     assert done.terms == whole.terms and done.bpw_after == pytest.approx(whole.bpw_after, rel=0.05)
     torch.testing.assert_close(logits(tmp_path / "prefix"), logits(tmp_path / "cut"))
     assert torch.equal(logits(folders / "nested", rank), logits(tmp_path / "prefix"))
+    assert torch.equal(logits(partial, rank), logits(tmp_path / "prefix")), "transformers opens the other files"
     report = export(partial, tmp_path / "dense", "dense", rank=rank)
     export(tmp_path / "cut", tmp_path / "other", "dense")
     assert report.bytes_before == sum(path.stat().st_size for path in partial.glob("*.safetensors"))
@@ -216,8 +231,16 @@ def test_a_smaller_size_of_a_hub_model_is_downloaded_alone(folders: Path, tmp_pa
         subprocess.run(words, env=environment, check=True)
         loaded = {path.rpartition("/")[2] for method, path in hub.asked if method == "GET" and "/resolve/" in path}
         assert loaded == files.keys() - {"model-00003-of-00003.safetensors"}
+        hub.asked.clear()
+        shutil.rmtree(tmp_path / "home")
+        subprocess.run([sys.executable, "-c", LOAD, str(tmp_path / "logits")], env=environment, check=True)
+        loaded = {path.rpartition("/")[2] for method, path in hub.asked if method == "GET" and "/resolve/" in path}
+        assert {name for name in loaded if name.endswith(".safetensors")} == {
+            f"model-0000{number}-of-00003.safetensors" for number in (1, 2)
+        }
         words[4:] = ["me/dense", "--rank", "3", "-o", str(tmp_path / "no")]
         refused = subprocess.run(words, env=environment, capture_output=True, text=True)
         assert refused.returncode == InputError.exit_code and "holds no model compressed by" in refused.stderr
         assert not any("me/dense" in path and path.endswith(".safetensors") for _, path in hub.asked)
     assert torch.equal(logits(tmp_path / "small"), logits(folders / "nested", 3))
+    torch.testing.assert_close(load_file(tmp_path / "logits")["logits"], logits(folders / "nested", 3))

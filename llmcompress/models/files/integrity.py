@@ -10,6 +10,7 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ EXPONENTS = {
     torch.float32: (np.uint32, 0x7F800000),
     torch.float64: (np.uint64, 0x7FF0000000000000),
 }
+RANK: ContextVar[int | None] = ContextVar("rank", default=None)  # of the model that transformers is about to fetch
 DIGITS = 10  # more than any number of components has
 
 
@@ -102,7 +104,8 @@ def files_beyond(folder: Path, rank: int | None) -> set[str]:
 
     Raises InputError for a config.json or an index that cannot be read.
     """
-    nested = (read_json(folder / "config.json", MENDING).get("quantization_config") or {}).get("nested")
+    entries = read_json(config, MENDING) if (config := folder / "config.json").is_file() else {}
+    nested = (entries.get("quantization_config") or {}).get("nested")
     if rank is None or not isinstance(nested, dict) or not (folder / INDEX).is_file():
         return set()
     level, placed = size_level(nested, rank), weight_map(folder / INDEX)

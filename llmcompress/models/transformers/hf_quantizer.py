@@ -29,10 +29,10 @@ from llmcompress.models.files.checkpoint import FORMAT_VERSION, check_config
 from llmcompress.models.files.identity import check_binding, saved_binding
 from llmcompress.models.files.integrity import (
     MENDING,
+    RANK,
     TensorSpec,
     check_tensors,
     digests,
-    files_beyond,
     size_level,
 )
 from llmcompress.models.transformers.dequantize import dequantize, skeleton
@@ -188,9 +188,10 @@ class LLMCompressQuantizer(HfQuantizer):
     requires_calibration = True  # refuses from_pretrained(dense, quantization_config=...): compress first
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """Refuse sizes that no model has: transformers calls this before it builds one."""
+        """Refuse sizes that no model has, and say which is wanted: transformers calls this before it fetches one."""
         entries = config.to_dict()  # a config with a number for each layer refuses to be asked for one
         check_numbers(lambda key: entries.get(config.attribute_map.get(key, key)), "config.json")
+        RANK.set(self.quantization_config.rank)
         return config
 
     def update_weight_conversions(
@@ -207,11 +208,10 @@ class LLMCompressQuantizer(HfQuantizer):
             config = within(model, config)
             self.quantization_config = model.config.quantization_config = config
         prepare(model, config)
-        paths, beyond = [Path(name) for name in kwargs.get("checkpoint_files") or ()], set[str]()
-        if paths and config.nested:  # none where tensors were passed
-            beyond = files_beyond(paths[0].parent, config.rank)
+        files = [Path(name) for name in kwargs.get("checkpoint_files") or ()]  # none where tensors were passed
+        if files and config.nested:
             model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), PARTS}
-        if files := [path for path in paths if path.name not in beyond]:
+        if files:
             check_buffers(model, "config.json", sum(path.stat().st_size for path in files))
             check_tensors(files, tensor_specs(whole), whole.all_tied_weights_keys)
             check_config(files[0].parent)

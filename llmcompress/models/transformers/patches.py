@@ -6,16 +6,20 @@ questions. PEFT's merges, and adapters that compute with a dense weight, are ref
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from llmcompress.errors import InputError, first_line, is_out_of_memory
+from llmcompress.models.files.integrity import INDEX, RANK, files_beyond
 from llmcompress.weight.modules import (
     CompressedEmbedding,
     CompressedLinear,
@@ -39,6 +43,7 @@ def mend_models() -> None:
     _count_in_transformers()
     _save_what_loads()
     _resize_tables()
+    _fetch_one_size()
 
 
 def mend_trainer() -> None:
@@ -110,6 +115,25 @@ def _save_what_loads() -> None:
             return save(self, *args, **kwargs)
 
     PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
+def _fetch_one_size() -> None:
+    """Let a load at a RANK download and open those files alone that this size of the model is in."""
+    from transformers import modeling_utils
+
+    fetch = modeling_utils.get_checkpoint_shard_files
+
+    @wraps(fetch)
+    def get_checkpoint_shard_files(model: Any, index: Any, *args: Any, **kwargs: Any) -> Any:
+        if not (beyond := files_beyond(Path(index).parent, RANK.get())):
+            return fetch(model, index, *args, **kwargs)
+        entries = json.loads(Path(index).read_text(encoding="utf-8"))
+        entries["weight_map"] = {name: file for name, file in entries["weight_map"].items() if file not in beyond}
+        with TemporaryDirectory() as folder:
+            (smaller := Path(folder) / INDEX).write_text(json.dumps(entries), encoding="utf-8")
+            return fetch(model, smaller, *args, **kwargs)
+
+    modeling_utils.get_checkpoint_shard_files = get_checkpoint_shard_files  # type: ignore[assignment]
 
 
 def _resize_tables() -> None:
