@@ -70,6 +70,8 @@ def made(place: Path) -> Path:
     lc.compress(place / FOLDER / "dense", recipe(place), out / "plain")
     ranks = [{"match": "*", "steps": [*OPTIONS[1], {"method": "svd", "rank": 2}]}]
     lc.compress(place / FOLDER / "dense", recipe(place, rules=ranks), out / "ranks")
+    tables = dict.fromkeys(("embeddings", "table", "head"), OPTIONS[1])  # a warning names the model, whose head is tied
+    lc.compress(save_tiny("qwen3", place / FOLDER / "tied"), recipe(place, **tables), out / "tied")
     asked = recipe(place, rules=[], options=OPTIONS, target={"bpw": 5.0})
     lc.compress(place / FOLDER / "dense", asked, out / "target")
     data = {"dataset": str(place / WORDS / "text.txt"), "samples": 20, "length": 32, "held_out": 4}
@@ -79,12 +81,12 @@ def made(place: Path) -> Path:
 
 
 def test_checkpoints_and_cards_have_no_private_entries(made: Path, place: Path, tmp_path: Path) -> None:
-    for name in ("plain", "target", "distilled"):
+    for name in ("plain", "tied", "target", "distilled"):
         found = shutil.copytree(made / name, tmp_path / name)
         assert (found / "recipe.yaml").is_file() and "text.txt" in (found / "recipe.yaml").read_text()
         for file, content in _card(found, "me/small", _proof(found)).items():
             (found / file).write_bytes(content)
-    assert len(list(tmp_path.rglob("README.md"))) == 3
+    assert len(list(tmp_path.rglob("README.md"))) == 4
     assert not list(markers(tmp_path, place))
 
 
