@@ -152,8 +152,8 @@ def _warnings(job: Job, rows: Sequence[LayerPlan], dense_bytes: int, total: int)
     given = [f"{key}:" for key in ("head", "table") if getattr(job.recipe, key)]
     if given and job.arch.tied:
         yield (
-            f"{' and '.join(given)} left out: the output head of {job.source.public_name} is its token table, which has "
-            "the steps of embeddings:"
+            f"{' and '.join(given)} left out: the output head of {job.source.public_name} is its token table, which "
+            "has the steps of embeddings:"
         )
     yield from (f"pattern {pattern!r} matches only layers of earlier rules" for pattern in job.assignment.shadowed)
     inside = [name for name in job.assignment.steps if name not in job.steps]
