@@ -171,7 +171,10 @@ def _lay_options(job: Job, options: Sequence[Steps]) -> Choices:
         suited = {it.name: options_for(engine, it, suited.get(it.name, recipe.options)) for it in open_linears}
     matrices = [_matrix(sizes, it.name, it.shape, suited[it.name]) for it in open_linears]
     if recipe.target is not None and recipe.target.with_tables:
-        matrices += [_matrix(sizes, name, _shape(job, name), each, True) for name, each in _tables(job).items()]
+        for name, each in _tables(job).items():
+            own, more = _suitable_options({name: _shape(job, name)}, each)
+            matrices.append(_matrix(sizes, name, _shape(job, name), own[name], True))
+            notes += more
     if not matrices:
         raise RecipeError(
             f"the rules of recipe {recipe.name!r} cover every layer of {job.source.name}, so none is left to choose "

@@ -233,6 +233,18 @@ def test_default_options_suit_a_llama_and_stop_at_its_tables(tmp_path: Path) -> 
     assert len(find_choices(prepare(source, read_recipe(fixed))).matrices) == len(linears.matrices)
 
 
+def test_tables_of_an_odd_number_of_rows_have_options_of_whole_bits(tmp_path: Path) -> None:
+    """Half bits go two rows at a time; 50,257 and 32,001 tokens are common."""
+    source = resolve(str(save_tiny("llama", tmp_path / "dense", vocab_size=265)))
+    recipe = {"version": 1, "calibration": {"samples": 4, "length": 32}, "target": {"bytes": 100_000}}
+    found = find_choices(prepare(source, read_recipe(recipe)))
+    tables = {one.name: one for one in found.matrices if one.is_table}
+    assert list(tables) == ["model.embed_tokens", "lm_head"]
+    trellises = [steps[-1] for one in tables.values() for steps in one.options if steps[-1].method == "trellis"]
+    assert [one.model_dump()["bits"] for one in trellises] == [2, 3, 2, 3]
+    assert [note.split(":")[1].split(" cannot")[0].strip() for note in found.notes] == list(tables)
+
+
 # --- less than one bit ----------------------------------------------------------------------------------------------
 
 
