@@ -30,7 +30,7 @@ from llmcompress.weight.rows import check_rows
 RATES = (1, 1.5, 2, 2.5, 3, 4)  # of trellises, in bits a weight: the default options of linears
 LOW_RATES = (0.5, 0.65, 0.8)  # of binary factors, in bits a weight: more of them where a target is low
 LOW = 1.25  # bits a weight: a target is low below it
-TABLE_RATES = (2, 2.5, 3)  # of trellises, in bits a weight: options of tables, which may be most of a model
+TABLE_RATES = (2, 2.5, 3, 3.5, 4)  # of trellises, in bits a weight: options of tables, which may be most of a model
 WIDTHS = (4, 5, 6, 8)  # of grids, in bits: their other options
 AROUND = (-0.2, -0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2)  # a target's sparsity: that of the default options
 MOST_ZEROS = 0.98  # of a default option

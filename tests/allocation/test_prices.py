@@ -241,7 +241,7 @@ def test_tables_of_an_odd_number_of_rows_have_options_of_whole_bits(tmp_path: Pa
     tables = {one.name: one for one in found.matrices if one.is_table}
     assert list(tables) == ["model.embed_tokens", "lm_head"]
     trellises = [steps[-1] for one in tables.values() for steps in one.options if steps[-1].method == "trellis"]
-    assert [one.model_dump()["bits"] for one in trellises] == [2, 3, 2, 3]
+    assert [one.model_dump()["bits"] for one in trellises] == [2, 3, 4, 2, 3, 4]
     assert [note.split(":")[1].split(" cannot")[0].strip() for note in found.notes] == list(tables)
 
 
