@@ -75,7 +75,7 @@ def dense(w: Weight, where: torch.device | None = None) -> Tensor:
                 return (codes - centre) * steps
             return codes.float().sub_(centre).mul_(steps)
         case TrellisCodes(codes, scale, trellis, run):
-            return matrix(codes, len(scale), trellis, run) * scale.float()
+            return matrix(codes, len(scale), trellis, run).mul_(scale.float())
         case Tiles(codes, inputs, outputs, bits):
             return tiled_matrix(codes, bits, inputs, outputs)
         case Superblocks(codes, form):

@@ -131,11 +131,11 @@ def matrix(codes: Tensor, rows: int, trellis: Trellis, run: int) -> Tensor:
     """
     numbers, steps = table(trellis).to(codes.device), rows // trellis.values
     width = len(codes) // steps
-    runs = []
+    decoded = numbers.new_empty(rows, width)  # filled run by run: a token table may be most of the memory
     for first, last in pairwise(cuts(rows, run, trellis)):
         stream = numbers[states(codes[first * width : last * width], width, trellis)]
-        runs.append(stream.reshape(width, -1).T)
-    return torch.cat(runs) if len(runs) > 1 else runs[0]
+        decoded[first * trellis.values : last * trellis.values] = stream.reshape(width, -1).T
+    return decoded
 
 
 # --- linear codes ---------------------------------------------------------------------------------------------------
