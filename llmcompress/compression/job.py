@@ -305,11 +305,12 @@ def gradient_importance(
     def compute() -> dict[str, Tensor]:
         if key not in job.shared:
             measure = phase("gradients")(measure_importance)
-            job.shared[key] = measure(
+            importance = measure(
                 job.source, job.arch, sequences, seed=recipe.seed, device=device, dtype=dtype, ranks=ranks
             )
-        importance: Importance = job.shared[key]
-        return importance.tensors()
+            job.shared[key] = importance.tensors()
+        tensors: dict[str, Tensor] = job.shared[key]
+        return tensors
 
     stored = compute() if compute_once is None or ranks.count > 1 else compute_once("importance", compute)
     return Importance.from_tensors(stored)

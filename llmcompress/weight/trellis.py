@@ -131,11 +131,11 @@ def matrix(codes: Tensor, rows: int, trellis: Trellis, run: int) -> Tensor:
     """
     numbers, steps = table(trellis).to(codes.device), rows // trellis.values
     width = len(codes) // steps
-    decoded = numbers.new_empty(rows, width)  # filled run by run: a token table may be most of the memory
+    values = numbers.new_empty(rows, width)  # filled run by run: a token table may be most of the memory
     for first, last in pairwise(cuts(rows, run, trellis)):
         stream = numbers[states(codes[first * width : last * width], width, trellis)]
-        decoded[first * trellis.values : last * trellis.values] = stream.reshape(width, -1).T
-    return decoded
+        values[first * trellis.values : last * trellis.values] = stream.reshape(width, -1).T
+    return values
 
 
 # --- linear codes ---------------------------------------------------------------------------------------------------
