@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -220,16 +221,17 @@ def _pack_planes(codes: Bytes, form: IntegerPlanes) -> Bytes:
 def _pack_streams(w: TrellisCodes, form: Streams) -> KernelMatrix:
     (rows, width), trellis = shape(w), w.trellis
     padded_rows, columns = _round_up(rows, form.block_rows), _round_up(width, block_size(form))
-    blocks = []
+    block = columns // form.columns, form.plane_starts[-1]
+    packed = np.zeros(padded_rows // form.block_rows * prod(block) + SLACK, np.uint8)
+    blocks = iter(packed[:-SLACK].reshape(-1, *block))
     for first, last in pairwise(cuts(rows, w.run, trellis)):
         stream, steps = w.codes[first * width : last * width].numpy(), last - first
         pack = _units_of_rings if trellis.ring else _units_by_column
         units = pack(stream, steps, columns, form)
         for start in range(0, units.shape[1] - BEFORE, form.units):
-            blocks.append(_pack_block(units[:, start : start + BEFORE + form.units], form))
-    codes = np.concatenate([np.stack(blocks).reshape(-1), np.zeros(SLACK, np.uint8)])
+            next(blocks)[:] = _pack_block(units[:, start : start + BEFORE + form.units], form)
     scales = _by_tile(form, w.scale, padded_rows)
-    return KernelMatrix(form, (rows, width), padded_rows, columns, 1, torch.from_numpy(codes), scales, None)
+    return KernelMatrix(form, (rows, width), padded_rows, columns, 1, torch.from_numpy(packed), scales, None)
 
 
 def _units_by_column(stream: Bytes, steps: int, columns: int, form: Streams) -> Bytes:
