@@ -5,8 +5,9 @@
 
 A door is a command of ours, `compress --for ENGINE`, or the format that the engine's own tool makes without text. Its
 file is loaded by the engine, which reads windows of WikiText-2's test split and continues a prompt greedily, in one
-thread. The dense model runs in transformers, in float32. `--jsonl` collects a record of each row; what it has is not
-measured again, so rows whose seconds are to be compared belong in one run.
+thread. The dense model runs in transformers, in float32. vLLM's doors need its own environment, which
+`research/engines/setup` makes: `.engines/vllm/bin/python research/engine_doors.py`. `--jsonl` collects a record of each
+row; what it has is not measured again, so rows whose seconds are to be compared belong in one run.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -30,12 +32,13 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor, nn
 
-sys.path.append(str(Path(__file__).parent / "peers"))
+sys.path += [str(Path(__file__).parent / folder) for folder in ("peers", "engines")]
 
 from ggml import quantize
 from llama_perplexity import decode, load, rewrite_matrices
 from records import RESULTS, Record, append, provenance, read_records, require_engines
 from three_models import run_command
+from vllm_speed import ENVIRONMENT
 
 from llmcompress.evaluation.distance import kl_divergence
 from llmcompress.evaluation.perplexity import evaluation_windows
@@ -110,6 +113,51 @@ def open_mlx(folder: Path, _: int) -> Iterator[Opened]:
     yield Opened(logits, extend)
 
 
+@contextmanager
+def open_vllm(folder: Path, length: int) -> Iterator[Opened]:
+    """Open a folder in vLLM, in this process."""
+    os.environ.update(ENVIRONMENT)
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    models = [LLM(str(folder), enforce_eager=True, dtype="bfloat16", max_model_len=length + 1, max_num_seqs=1)]
+    computed: list[Tensor] = []
+
+    def keep_logits(module: Any) -> None:
+        compute = module.compute_logits
+
+        def compute_and_keep(states: Tensor) -> Tensor:
+            logits: Tensor = compute(states)
+            computed.append(logits)
+            return logits
+
+        module.compute_logits = compute_and_keep
+
+    def run(prompt: list[int], tokens: int) -> float:
+        wanted = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        began = time.perf_counter()
+        models[0].generate({"prompt_token_ids": prompt}, wanted, use_tqdm=False)
+        return time.perf_counter() - began
+
+    def logits(ids: Tensor) -> Tensor:
+        computed.clear()
+        wanted = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        models[0].generate({"prompt_token_ids": ids.tolist()}, wanted, use_tqdm=False)
+        behind, before = computed  # vLLM samples a token first, then scores the prompt
+        return torch.cat([before, behind])
+
+    def extend(prompt: list[int], tokens: int) -> float:
+        first = run(prompt, 1)
+        return (run(prompt, tokens + 1) - first) / tokens
+
+    try:
+        models[0].apply_model(keep_logits)
+        yield Opened(logits, extend)
+    finally:
+        models.pop().llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()  # collects the last of it, before another model needs its groups
+
+
 def write_q4_0(model: str, folder: Path) -> None:
     """Write a GGUF file again as llama.cpp's Q4_0 by its own quantizer; the head has Q6_K, else Q8_0."""
     names = {tensor.name for tensor in gguf.GGUFReader(model).tensors}
@@ -130,11 +178,20 @@ def write_mlx(model: str, folder: Path, bits: int = 4) -> None:
     convert(str(locate(model).folder), str(folder), quantize=True, q_bits=bits, q_group_size=64)
 
 
+ROUNDED = "rules[0].steps=[{method: rtn, bits: 4, group_size: 64, narrow_range: true}]"
+WITHOUT_TEXT = ["--set", "calibration=null", "--set", "asymmetric=0", "--set", "token_weights=null"]
 DOORS: dict[str, tuple[str, Callable[[Path, int], Any], list[str] | Callable[[str, Path], None]]] = {
     "llama.cpp, its own Q4_0": ("llama.cpp", open_llama, write_q4_0),
     "llama.cpp, --for llama.cpp": ("llama.cpp", open_llama, ["--for", "llama.cpp"]),
     "mlx, its own 4 bits": ("mlx", open_mlx, write_mlx),
     "mlx, --for mlx": ("mlx", open_mlx, ["--for", "mlx"]),
+    "vllm, 4 bits, rounded to the nearest": (
+        "vllm",
+        open_vllm,
+        ["vllm-4", "--for", "vllm", "--set", ROUNDED, *WITHOUT_TEXT],
+    ),
+    "vllm, --for vllm": ("vllm", open_vllm, ["--for", "vllm"]),
+    "vllm, default, by the plug-in": ("vllm", open_vllm, ["default"]),
 }
 
 
