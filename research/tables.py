@@ -1,8 +1,9 @@
-"""Write the tables of docs/results.md and docs/results/*.md from the records in docs/results/*.jsonl.
+"""Write the tables of docs/results.md, docs/results/*.md and the how-tos of engines from docs/results/*.jsonl.
 
     python research/tables.py [--check]
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; columns.py has its columns. A verdict on a paper, in
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; columns.py has its columns. `<!-- table: NAME of
+ENGINE -->` has the rows of one engine. A verdict on a paper, in
 claims.jsonl, names the rows that it rests on: `{trellis-2}` is that row's perplexity, `{trellis-2:bpw}` its bits,
 `{budgets/2.050}` is of another table than `methods`. `--check` writes nothing and ends with 1 where a page is not what
 the records say.
@@ -20,7 +21,8 @@ from columns import TABLES
 from records import RESULTS, Record, read_records
 
 PAGES = (RESULTS.parent / "results.md", *sorted(RESULTS.glob("*.md")))
-REGION = re.compile(r"<!-- table: ([\w-]+) -->\n(.*?)<!-- end -->", re.DOTALL)
+HOW_TOS = tuple(sorted((RESULTS.parent / "how-to").glob("for-*.md")))
+REGION = re.compile(r"<!-- table: ([\w-]+)(?: of ([\w.-]+))? -->\n.*?<!-- end -->", re.DOTALL)
 REFERENCE = re.compile(r"\{(?:([\w-]+)/)?([\w.-]+)(?::(\w+))?\}")
 UNMEASURED = "not measured yet"
 
@@ -31,7 +33,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a table is out of date")
     options = parser.parse_args()
     records, stale = all_records(), 0
-    for page in PAGES:
+    for page in (*PAGES, *HOW_TOS):
         before = page.read_text(encoding="utf-8")
         after = rewritten(before, records)
         stale += before != after
@@ -49,7 +51,9 @@ def rewritten(document: str, records: list[Record]) -> str:
     """Return the document with its marked tables as the records say."""
 
     def table(found: re.Match[str]) -> str:
-        return f"<!-- table: {found[1]} -->\n\n{written(found[1], records)}\n<!-- end -->"
+        name, engine = found.groups()
+        shown = [record for record in records if engine in (None, record.get("numbers", {}).get("engine"))]
+        return f"{found[0].partition(' -->')[0]} -->\n\n{written(name, shown)}\n<!-- end -->"
 
     return REGION.sub(table, document)
 
