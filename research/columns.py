@@ -277,6 +277,15 @@ TABLES: dict[str, Columns] = {
         "llama.cpp ": "{perplexity_llama:.2f}",
         "with importance ": "{perplexity_llama_importance:.2f}",
     },
+    "gguf_targets": {
+        "model and mixture": "{arm}",
+        "its bytes": "{bytes:,}",
+        "ours": "{bytes_ours:,}",
+        "KL, mixture": "{kl_theirs:.4f} ± {kl_theirs_stderr:.4f}",
+        "KL, ours": "{kl_ours:.4f} ± {kl_ours_stderr:.4f}",
+        "ours over it": "{ours_over_theirs:.2f}",
+        "seconds, ours": "{seconds:.0f}",
+    },
     "sparsity": ZEROS,
     "sparsity-wanda": ZEROS,
     "sparsity-ranks": {

@@ -113,6 +113,8 @@ def fields(record: Record, records: list[Record]) -> Record:
         row["planned_megabytes"] = row["planned_memory_bytes"] / 1e6
     if "measured_kl" in row and "predicted_kl" in row:
         row["measured_over_predicted"] = row["measured_kl"] / row["predicted_kl"]
+    if "kl_theirs" in row:
+        row["ours_over_theirs"] = row["kl_ours"] / row["kl_theirs"]
     row |= {key: ", ".join(map(str, value)) for key, value in row.items() if isinstance(value, list)}
     if "perplexity" in row:
         row["perplexity_short"] = short(row["perplexity"])
