@@ -32,7 +32,7 @@ from llmcompress.models.dense.model import resolve
 
 PEERS = {f"{tool}-{arm}": (tool, script, arm) for tool, (script, arms) in ARMS.items() for arm in arms}
 WINDOWS = 2  # of each kind: the logits of a large vocabulary take most of the time
-DENSE_TABLE = ["--set", "embeddings=[]"]
+DENSE_TABLE = ["--set", "embeddings=[]", "--set", "table=null"]
 OURS: dict[str, list[str]] = {
     "gptq-4-g64": ["gptq-4-g64"],
     "gptq-3-g64": ["gptq-3-g64"],
