@@ -266,7 +266,10 @@ def _check_tables(recipe: Recipe, arch: Architecture, source: DenseModel) -> Non
     """Raise RecipeError for steps that the token table or the output head of this model cannot have."""
     alone = {"head": recipe.head, "table": recipe.table} if not recipe.embeddings else {}
     for key in (key for key, steps in alone.items() if steps and arch.tied):
-        raise RecipeError(f"{key}: the output head of {source.name} is its token table; give its steps as embeddings:, or none by {key}: null")
+        raise RecipeError(
+            f"{key}: the output head of {source.name} is its token table; give its steps as embeddings:, or none by "
+            f"{key}: null"
+        )
     if alone.get("head") and (not arch.head or f"{arch.head}.weight" not in source.tensors):
         raise RecipeError(f"head: {source.name} has no output head of its own; leave head: out")
     if not recipe.embeddings and not recipe.table:
