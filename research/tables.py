@@ -3,10 +3,9 @@
     python research/tables.py [--check]
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; columns.py has its columns. `<!-- table: NAME of
-ENGINE -->` has the rows of one engine. A verdict on a paper, in
-claims.jsonl, names the rows that it rests on: `{trellis-2}` is that row's perplexity, `{trellis-2:bpw}` its bits,
-`{budgets/2.050}` is of another table than `methods`. `--check` writes nothing and ends with 1 where a page is not what
-the records say.
+ENGINE -->` has the rows of one engine. A verdict on a paper, in claims.jsonl, names the rows that it rests on:
+`{trellis-2}` is that row's perplexity, `{trellis-2:bpw}` its bits, `{budgets/2.050}` is of another table than
+`methods`. `--check` writes nothing and ends with 1 where a page is not what the records say.
 """
 
 from __future__ import annotations
