@@ -38,7 +38,7 @@ from ggml import quantize
 from llama_perplexity import decode, load, rewrite_matrices
 from records import RESULTS, Record, append, provenance, read_records, require_engines
 from three_models import run_command
-from vllm_speed import ENVIRONMENT
+from vllm_speed import ENVIRONMENT, VLLMEngine
 
 from llmcompress.evaluation.distance import kl_divergence
 from llmcompress.evaluation.perplexity import evaluation_windows
@@ -117,10 +117,10 @@ def open_mlx(folder: Path, _: int) -> Iterator[Opened]:
 def open_vllm(folder: Path, length: int) -> Iterator[Opened]:
     """Open a folder in vLLM, in this process."""
     os.environ.update(ENVIRONMENT)
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    models = [LLM(str(folder), enforce_eager=True, dtype="bfloat16", max_model_len=length + 1, max_num_seqs=1)]
+    engines = [VLLMEngine({"path": str(folder), "length": length + 1})]
     computed: list[Tensor] = []
 
     def keep_logits(module: Any) -> None:
@@ -133,28 +133,22 @@ def open_vllm(folder: Path, length: int) -> Iterator[Opened]:
 
         module.compute_logits = compute_and_keep
 
-    def run(prompt: list[int], tokens: int) -> float:
-        wanted = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-        began = time.perf_counter()
-        models[0].generate({"prompt_token_ids": prompt}, wanted, use_tqdm=False)
-        return time.perf_counter() - began
-
     def logits(ids: Tensor) -> Tensor:
         computed.clear()
         wanted = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-        models[0].generate({"prompt_token_ids": ids.tolist()}, wanted, use_tqdm=False)
+        engines[0].model.generate({"prompt_token_ids": ids.tolist()}, wanted, use_tqdm=False)
         behind, before = computed  # vLLM samples a token first, then scores the prompt
         return torch.cat([before, behind])
 
     def extend(prompt: list[int], tokens: int) -> float:
-        first = run(prompt, 1)
-        return (run(prompt, tokens + 1) - first) / tokens
+        seconds: float = engines[0].turn(1, prompt, tokens)["decode"]
+        return seconds / tokens
 
     try:
-        models[0].apply_model(keep_logits)
+        engines[0].model.apply_model(keep_logits)
         yield Opened(logits, extend)
     finally:
-        models.pop().llm_engine.engine_core.shutdown()
+        engines.pop().model.llm_engine.engine_core.shutdown()
         cleanup_dist_env_and_memory()  # collects the last of it, before another model needs its groups
 
 

@@ -38,12 +38,16 @@ ENVIRONMENT = {
 
 
 class VLLMEngine:
-    """A folder in vLLM's engine; it reads as many prompts at once as a request names as `threads`."""
+    """A folder in vLLM's engine; it reads as many prompts at once as a request names as `threads`.
+
+    A request may say the longest text it will ask for, in tokens, as `length`.
+    """
 
     def __init__(self, request: dict[str, Any]) -> None:
         from vllm import LLM
 
-        self.model = LLM(request["path"], enforce_eager=True, dtype="bfloat16", max_model_len=128, max_num_seqs=16)
+        length = request.get("length", 128)
+        self.model = LLM(request["path"], enforce_eager=True, dtype="bfloat16", max_model_len=length, max_num_seqs=16)
 
     def turn(self, threads: int, prompt: list[int], tokens: int) -> dict[str, Any]:
         """Return the seconds of a token of each sequence, without those of the prompt."""
