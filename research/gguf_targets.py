@@ -1,15 +1,14 @@
 """Is a file whose types are chosen by price nearer to the model than llama.cpp's own mixture of the same size?
 
-    python research/gguf_targets.py --data DATA [--model MODEL] [--jsonl FILE] [MIXTURE[/TABLE] ...]
+    python research/gguf_targets.py --data DATA [--model NAME=MODEL] [--jsonl FILE] [MIXTURE[/TABLE] ...]
 
-A mixture is what `llama-quantize` makes of a Llama-type model under that name, by its rules (`src/llama-quant.cpp`,
-commit 007dbbf), with an importance matrix; `/TABLE` is its option for the type of the token table. Its file is counted,
-and `compress --for llama.cpp --size` gets as many bytes. Both are filled on the first 16 windows of 1024 tokens of
-WikiText-2 validation, read by the `gguf` package, run as float32 in transformers, and scored on the first `--windows`
-of its test split. The last column is ours over llama.cpp's.
+A mixture is what `llama-quantize` makes of a dense model of a Llama's linears under that name, by its rules
+(`src/llama-quant.cpp`, commit 007dbbf), with an importance matrix of the linears; `/TABLE` is its option for the type
+of a tied token table. Its file is counted, and `compress --for llama.cpp --size` gets as many bytes. Both are filled on
+the first 16 windows of 1024 tokens of WikiText-2 validation, read by the `gguf` package, run as float32 in
+transformers, and scored on the first `--windows` of its test split. The last column is ours over llama.cpp's.
 
-SmolLM2's channels are scaled first, as in `gguf_types.py`; `--as-stored` leaves them. Models with an untied head are
-not known here.
+The models' channels are scaled first, as in `gguf_types.py`; `--as-stored` leaves them.
 """
 
 from __future__ import annotations
@@ -23,7 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf_types import Matrices, calibration_tokens, energies, linears, quantize, read_matrices, scale_channels, spread
+from gguf_types import (
+    Matrices,
+    calibration_sequences,
+    energies,
+    linears,
+    quantize,
+    read_matrices,
+    scale_channels,
+    spread,
+)
 from records import append, provenance, read_records
 from rows import calibration
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -42,7 +50,7 @@ from llmcompress.pipeline.engines import compress_for
 from llmcompress.recipe.read import read_recipe
 from llmcompress.runtime.precision import fast_float32
 
-TABLE = "embed_tokens"
+TABLE, HEAD = "model.embed_tokens", "lm_head"
 BASE = {"Q2_K": "Q2_K", "IQ2_M": "IQ2_S", "IQ3_M": "IQ3_S", "Q3_K_M": "Q3_K", "Q4_K_M": "Q4_K"}
 VALUES = {"Q2_K": ("Q3_K", "Q4_K"), "IQ2_M": ("IQ3_S", "Q4_K"), "IQ3_M": ("Q4_K", "Q4_K")}  # below 4 heads a key, above
 OUTPUTS = {"Q2_K": "Q3_K", "IQ2_M": "IQ3_S", "IQ3_M": "Q4_K", "Q3_K_M": "Q4_K"}
@@ -53,11 +61,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mixtures", nargs="*", help=f"of {', '.join(BASE)} (default: all)")
     parser.add_argument("--data", type=Path, required=True, help="folder with the two WikiText-2 files")
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--model", default="smollm2=smollm2", metavar="NAME=MODEL")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--as-stored", action="store_true", help="do not scale channels")
     parser.add_argument("--jsonl", type=Path, help="collects a record of each row, and skips those that it has")
     options = parser.parse_args()
+    model, _, options.source = options.model.partition("=")
     mixtures = options.mixtures or list(BASE)
     if unknown := {each.partition("/")[0] for each in mixtures} - BASE.keys():
         parser.error(f"{', '.join(sorted(unknown))} is not known; choose among {', '.join(BASE)}")
@@ -66,10 +75,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place, fast_float32():
         bench = Bench(options, Path(place))
         for mixture in mixtures:
-            name = f"{options.model.rstrip('/').rpartition('/')[2]} {mixture}{' as stored' * options.as_stored}"
+            name = f"{model} {mixture}{' as stored' * options.as_stored}"
             if name in done:
                 continue
-            record = bench.record(mixture) | {"arm": name}
+            record = bench.record(mixture) | {"arm": name, "model": model}
             if options.jsonl:
                 append(options.jsonl, record)
             n = record["numbers"]
@@ -85,7 +94,7 @@ class Bench:
     """The dense model, the text, and what llama.cpp's importance matrix holds."""
 
     def __init__(self, options: argparse.Namespace, place: Path) -> None:
-        source = locate(options.model).folder
+        source = locate(options.source).folder
         self.options, self.place = options, place
         self.dense: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -96,8 +105,11 @@ class Bench:
         copy.deepcopy(self.dense).to(torch.bfloat16).save_pretrained(place / "dense")
         tokenizer.save_pretrained(place / "dense")
         self.student = copy.deepcopy(self.dense)
-        self.text = calibration(options.data)
-        self.energy = energies(self.dense, calibration_tokens(options.data, tokenizer, self.text))
+        self.text = calibration(options.data) | {"bos": "auto"}
+        self.energy = energies(self.dense, calibration_sequences(tokenizer, self.text))
+        heads = () if self.dense.config.tie_word_embeddings else (HEAD,)
+        self.linears = [f"model.layers.{name}" for name, _ in linears(self.dense)]
+        self.names = (*self.linears, TABLE, *heads)
         protocol = lc.Protocol(text=options.data / "wikitext2-test.raw", windows=options.windows)
         self.windows = evaluation_windows(tokenizer, protocol, self.dense.config)
 
@@ -118,8 +130,7 @@ class Bench:
         return {
             "table": "gguf_targets",
             **{f"types{name}": ", ".join(f"{n} {kind}" for kind, n in each.items()) for name, each in types.items()},
-            "command": f"python research/gguf_targets.py --data DATA --model MODEL {mixture}",
-            "model": self.options.model.rstrip("/").rpartition("/")[2],
+            "command": f"python research/gguf_targets.py --data DATA --model NAME=MODEL {mixture}",
             "text": "wikitext2-test.raw",
             "windows": self.options.windows,
             "calibration": self.text | {"dataset": Path(self.text["dataset"]).name},
@@ -130,29 +141,29 @@ class Bench:
     def mixed(self, mixture: str, table: str) -> tuple[Matrices, int]:
         """Return what llama.cpp makes of the matrices, and the bytes of its file."""
         config, found = self.dense.config, Matrices()
-        for name, child in linears(self.dense):
-            block, leaf = int(name.partition(".")[0]), name.rpartition(".")[2]
-            heads = config.num_attention_heads // config.num_key_value_heads
-            kind = fitting(chosen(mixture, leaf, block, config.num_hidden_layers, heads), child.in_features)  # type: ignore[arg-type]
-            values, size = quantize(child.weight.data, kind, self.energy[name])
-            found[f"layers.{name}"] = kind, size, values
-        width = config.hidden_size
-        named = table or ("Q8_0" if width % 256 else "Q5_K" if mixture.startswith("IQ2") else "Q6_K")
-        values, size = quantize(self.dense.model.embed_tokens.weight.data, named)
-        found[TABLE] = named, size, values
+        heads, width = config.num_attention_heads // config.num_key_value_heads, config.hidden_size
+        for name in self.linears:
+            weight, short = self.dense.get_submodule(name).weight.data, name.removeprefix("model.layers.")
+            block, leaf = int(short.partition(".")[0]), name.rpartition(".")[2]
+            kind = fitting(chosen(mixture, leaf, block, config.num_hidden_layers, heads), weight.shape[1])  # type: ignore[arg-type]
+            found[name] = quantize(weight, kind, self.energy[short])
+        output = "Q8_0" if width % 256 else "Q5_K" if mixture.startswith("IQ2") else "Q6_K"
+        if HEAD in self.names:
+            found[HEAD] = quantize(self.dense.get_submodule(HEAD).weight.data, output)
+            output = fitting("IQ3_S" if mixture == "IQ2_M" else BASE[mixture], width)  # type: ignore[arg-type]
+        found[TABLE] = quantize(self.dense.get_submodule(TABLE).weight.data, table or output)
         job = prepare(resolve(str(self.place / "dense")), read_recipe(DEFAULT | {"target": {"bytes": 10**12}}))
-        around = GGUFSizes(job).around({f"model.{name}" for name in found})
+        around = GGUFSizes(job).around(found.keys())
         return found, around + sum(pad(size) for _, size, _ in found.values())
 
     def read(self, path: Path) -> Matrices:
         """Return the matrices of a file."""
-        names = (TABLE, *(f"layers.{name}" for name, _ in linears(self.dense)))
-        return read_matrices(path, self.place / "dense", names)
+        return read_matrices(path, self.place / "dense", self.names)
 
     def distances(self, matrices: Matrices) -> list[Distance]:
         """Return the distance from the dense model in each window, with these matrices in place of its own."""
         for name, (_, _, values) in matrices.items():
-            self.student.model.get_submodule(name).weight.data.copy_(values)
+            self.student.get_submodule(name).weight.data.copy_(values)
         return [distance(self.dense, self.student, window[None]) for window in self.windows]
 
 

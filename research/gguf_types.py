@@ -38,12 +38,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmcompress as lc
+from llmcompress.data.calibration import calibration_tokens
 from llmcompress.evaluation.distance import Distance, distance
 from llmcompress.evaluation.perplexity import evaluation_windows
 from llmcompress.formats.export import export
 from llmcompress.formats.gguf.model import gguf_model
 from llmcompress.methods.grids.gguf import FORMS, fitting
 from llmcompress.models.dense.locate import locate
+from llmcompress.recipe.calibration import Calibration
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.weight.superblocks import LAYOUTS
 
@@ -102,7 +104,7 @@ class Bench:
         tokenizer.save_pretrained(self.folder)
         self.student = copy.deepcopy(self.dense)
         self.text = calibration(options.data)
-        self.energy = energies(self.dense, calibration_tokens(options.data, tokenizer, self.text))
+        self.energy = energies(self.dense, calibration_sequences(tokenizer, self.text))
         protocol = lc.Protocol(text=options.data / "wikitext2-test.raw", windows=options.windows)
         self.windows = evaluation_windows(tokenizer, protocol, self.dense.config)
 
@@ -147,8 +149,9 @@ class Bench:
 
     def read(self, path: Path, only: str) -> Matrices:
         """Return the matrices of some linears in a file."""
-        names = [f"layers.{name}" for name, _ in linears(self.dense) if name.endswith(only)]
-        return {name.removeprefix("layers."): each for name, each in read_matrices(path, self.folder, names).items()}
+        names = [f"model.layers.{name}" for name, _ in linears(self.dense) if name.endswith(only)]
+        matrices = read_matrices(path, self.folder, names)
+        return {name.removeprefix("model.layers."): each for name, each in matrices.items()}
 
     def distances(self, matrices: Matrices) -> list[Distance]:
         """Return the distance from the dense model in each window, with these matrices in place of its own."""
@@ -160,13 +163,15 @@ class Bench:
 
 
 def read_matrices(path: Path, folder: Path, names: Iterable[str]) -> Matrices:
-    """Return matrices of a file by their names below `model`, with the rows of heads in the order that transformers
-    has them; `folder`: of the model with its config.json."""
+    """Return matrices of a file by their names, with the rows of heads in the order that transformers has them.
+
+    `folder`: of the model with its config.json.
+    """
     form = gguf_model(folder, json.loads((folder / "config.json").read_text()))
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     found: Matrices = {}
     for name in names:
-        tensor = stored[form.name(f"model.{name}.weight")]
+        tensor = stored[form.name(f"{name}.weight")]
         values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
         order = form.row_order(tensor.name)
         values = values if order is None else values[order.argsort()]
@@ -208,19 +213,21 @@ def scale_channels(model: nn.Module) -> None:
     blocks: Any = model.get_submodule("model.layers")
     for block in blocks:
         for names, before in INPUTS.items():
-            source = block.get_submodule(before).weight.data
+            if hasattr(block, "pre_feedforward_layernorm"):  # the other one is behind attention
+                before = before.replace("post_attention", "pre_feedforward")
+            module = block.get_submodule(before)
+            source = module.weight.data
             factors = (0.4 * torch.rand(len(source), generator=random) + 0.8).reshape(-1, *[1] * (source.dim() - 1))
-            source.div_(factors)
+            offset = 1.0 if type(module).__name__.startswith("Gemma") else 0.0  # what the norm adds to its weight
+            source.add_(offset).div_(factors).sub_(offset)
             for name in names:
                 block.get_submodule(name).weight.data.mul_(factors.flatten())
 
 
-def calibration_tokens(data: Path, tokenizer: Any, text: dict[str, Any]) -> Tensor:
-    """Return the windows of calibration, without those held out."""
-    words = (data / "wikitext2-valid.txt").read_text(encoding="utf-8")
-    ids = torch.tensor(tokenizer(words, add_special_tokens=False)["input_ids"])
-    count = text["samples"] - text["held_out"]
-    return ids[: count * text["length"]].reshape(count, text["length"])
+def calibration_sequences(tokenizer: Any, text: dict[str, Any]) -> Tensor:
+    """Return the sequences of calibration `[samples, length]`, without those held out."""
+    tokens = calibration_tokens(Calibration.model_validate(text), tokenizer)
+    return tokens.sequences[: tokens.obtained - tokens.held_out]
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -259,13 +266,12 @@ def quantized(weights: dict[str, Tensor], kind: str, importance: dict[str, Tenso
     found: Matrices = {}
     for name, weight in weights.items():
         fits = fitting(kind, weight.shape[1])  # type: ignore[arg-type]
-        values, size = quantize(weight, fits, None if importance is None else importance[name])
-        found[name] = fits, size, values
+        found[name] = quantize(weight, fits, None if importance is None else importance[name])
     return found
 
 
-def quantize(weight: Tensor, kind: str, importance: Tensor | None = None) -> tuple[Tensor, int]:
-    """Return `weight [out, in]` as llama.cpp's own quantizer rounds it, and its bytes.
+def quantize(weight: Tensor, kind: str, importance: Tensor | None = None) -> tuple[str, int, Tensor]:
+    """Return `kind`, its bytes, and `weight [out, in]` as llama.cpp's own quantizer rounds it.
 
     Types that it refuses to fill without an importance matrix get one of ones.
     """
@@ -288,7 +294,7 @@ def quantize(weight: Tensor, kind: str, importance: Tensor | None = None) -> tup
     )
     if count != written.size:
         raise RuntimeError(f"llama.cpp wrote {count} bytes of {kind}, not {written.size}")
-    return torch.from_numpy(gguf.quants.dequantize(written, number)), written.size
+    return kind, written.size, torch.from_numpy(gguf.quants.dequantize(written, number))
 
 
 @cache

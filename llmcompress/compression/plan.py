@@ -243,7 +243,7 @@ def _mostly_dense(job: Job, dense_bytes: int, total: int) -> str:
         return f"{said}; a rule that matches them compresses them"
     steps = "{method: rtn, bits: 4, group_size: 64}"
     if recipe.calibration is not None:
-        steps = "{method: rotate}, {method: gptq, bits: 4}"
+        steps = "{method: rotate}, {method: trellis, bits: 3, code: linear, ring: true}"
     key = "head" if arch.embedding in job.tables else "embeddings"
     return f"{said}{TABLE_HINT}{key}=[{steps}]' compresses them"
 
