@@ -31,8 +31,8 @@ def recipe(*steps: dict[str, Any], **more: Any) -> dict[str, Any]:
 def test_the_data_free_recipe_needs_a_model_and_nothing_else(name: str, place: int, tied: bool, tmp_path: Path) -> None:
     """Of tied and of untied models: a table that is only looked up has no inputs to learn from either."""
     source = save_tiny("llama", tmp_path / "dense", tie_word_embeddings=tied, hidden_size=64, intermediate_size=128)
-    fast = [f"rules[{rule}].steps[{place}].memory=8" for rule in range(3)]
-    quick = read_recipe(CONFIGS / f"{name}.yaml", [*fast, "embeddings[1].memory=8"])
+    fast = [f"rules[{rule}].steps[{place}].memory=10" for rule in range(3)]
+    quick = read_recipe(CONFIGS / f"{name}.yaml", [*fast, "embeddings[1].memory=10"])
     report = lc.compress(source, quick, tmp_path / "out").report
     assert all(0 < row.error < 0.05 and row.error_heldout is None for row in report.layers)
     assert any(row.name.endswith("embed_tokens") for row in report.layers)
