@@ -264,6 +264,6 @@ def test_no_type_is_filled_worse_than_by_llama_cpps_own_quantizer(kind: str) -> 
     unseen = moments(correlated(4096, 512, seed=2))
     ours = compressed(weight, seen, {"method": "gguf", "type": kind}).expression()
     for importance in (None, seen.square().mean(0)):
-        theirs, size = quantize(weight, kind, importance)
+        _, size, theirs = quantize(weight, kind, importance)
         assert size == 24 * exact_type(ours).row_bytes(512), "at equal bytes"
         assert relative_error(weight, ours, unseen) < 0.6 * relative_error(weight, theirs, unseen)
