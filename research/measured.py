@@ -2,7 +2,8 @@
 
     python research/measured.py
 
-They are those of the records in which all recipes were measured alike; of two of a recipe the later one counts.
+They are those of the records in which all recipes were measured alike; of two of a recipe the later one counts. Records
+of a recipe as it was before a change do not.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ def main() -> None:
 
 def content(records: Iterable[Record]) -> str:
     """Return what the file must hold: one line for each recipe, and one for `dense`."""
-    alike = [one for one in records if ALIKE.items() <= one.items()]
-    found = {one["recipe"]: numbers(one["numbers"]) for one in alike}
-    lines = [f"  {json.dumps(name)}: {json.dumps(found[name])}" for name in sorted(found)]
+    alike = [record for record in records if ALIKE.items() <= record.items() and not record.get("recipe_changed")]
+    measured = {record["recipe"]: numbers(record["numbers"]) for record in alike}
+    lines = [f"  {json.dumps(name)}: {json.dumps(measured[name])}" for name in sorted(measured)]
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 

@@ -196,15 +196,18 @@ def load(
     device: torch.device,
     skip: Sequence[nn.Module] = (),
     read: Read | None = None,
+    dtype: torch.dtype | None = torch.float32,
 ) -> None:
-    """Load the weights of `module`, at module path `path`, in float32, except the parts `skip`.
+    """Load the weights of `module`, at module path `path`, in `dtype`, except the parts `skip`.
 
-    `read` returns a tensor by name; None for the source's. Raises NumericsError for NaN or Inf.
+    `read` returns a tensor by name; None for the source's. `dtype`: None for that of the source. Raises NumericsError
+    for NaN or Inf.
     """
     read = read or source.read
     for owner, leaf, name, held in list(_tensors(module, path, skip)):
         if isinstance(held, nn.Parameter):
-            value = read(name).to(device, non_blocking=True).float()  # a host that converts takes 30 times as long
+            value = read(name).to(device, non_blocking=True)
+            value = value if dtype is None else value.to(dtype)  # a host that converts takes 30 times as long
             if not is_finite(value):
                 raise NumericsError(f"{name} holds NaN or Inf in {source.folder}; use an undamaged checkpoint")
             setattr(owner, leaf, nn.Parameter(value, requires_grad=False))

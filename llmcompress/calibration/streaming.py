@@ -15,7 +15,7 @@ the layers after the blocks and at most LOGITS logits.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, cast
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from llmcompress.calibration.block_calls import record_calls, skip_blocks, without_table
 from llmcompress.calibration.blocks import Calls, RowBatch, drop, hidden_of, in_batches, load
+from llmcompress.calibration.head_rows import is_large_head, multiply_by_rows
 from llmcompress.models.dense.blocks import body, depth
 from llmcompress.models.dense.families import block_stack, name_of
 from llmcompress.models.dense.model import DenseModel
@@ -51,7 +52,10 @@ class States:
 
 @dataclass(frozen=True, eq=False)
 class StreamedModel:
-    """A causal language model whose parts are held in float32 one at a time. `stack`: the path of its blocks."""
+    """A causal language model whose parts are held one at a time. `stack`: the path of its blocks.
+
+    They are float32 but for a large head, which stays as stored.
+    """
 
     model: PreTrainedModel
     stack: str
@@ -121,12 +125,12 @@ class StreamedModel:
         return cast(nn.ModuleList, self.model.get_submodule(self.stack))
 
     def _ends(self) -> list[tuple[nn.Module, Sequence[nn.Module]]]:
-        """Return the modules that compute logits after the blocks, each with its parts to leave out."""
-        aside = (self._blocks(), self.model.get_input_embeddings())
-        if self.model.config.get_text_config(decoder=True) is self.model.config:
-            return [(self.model, aside)]
-        head = self.model.get_output_embeddings()  # images and sounds are not read
-        return [(body(self.model), aside), *([(head, ())] if isinstance(head, nn.Module) else [])]
+        """Return the modules that compute logits after the blocks, the head last, with their parts to leave out."""
+        heads = [head for head in [self.model.get_output_embeddings()] if isinstance(head, nn.Module)]
+        aside = (self._blocks(), self.model.get_input_embeddings(), *heads)
+        only_text = self.model.config.get_text_config(decoder=True) is self.model.config
+        below = self.model if only_text else body(self.model)  # images and sounds are not read
+        return [(below, aside), *((head, ()) for head in heads)]
 
 
 def position_parts(config: PreTrainedConfig, windows: int, length: int) -> list[slice]:
@@ -158,9 +162,11 @@ def from_disk(source: DenseModel, device: torch.device) -> StreamedModel:
 
     @contextmanager
     def hold(module: nn.Module, skip: Sequence[nn.Module]) -> Iterator[None]:
-        load(module, name_of(model, module), source, device, skip)
+        large = is_large_head(module)
+        load(module, name_of(model, module), source, device, skip, dtype=None if large else torch.float32)
         try:
-            yield
+            with multiply_by_rows(cast(nn.Linear, module)) if large else nullcontext():
+                yield
         finally:
             drop(module, skip)
 

@@ -12,6 +12,7 @@ from math import prod
 
 from llmcompress.calibration.blocks import TOKENS_PER_BATCH
 from llmcompress.calibration.gradients import TOKENS
+from llmcompress.calibration.head_rows import LARGE
 from llmcompress.calibration.streaming import positions_at_once
 from llmcompress.compression.job import Job
 from llmcompress.data.generate import ROWS
@@ -21,6 +22,7 @@ from llmcompress.reporting.report import GATE_TOKENS, GATE_WINDOW
 from llmcompress.runtime.memory import total_memory
 
 FLOAT32 = 4  # bytes
+STORED = 2  # bytes of a number of most checkpoints
 LIBRARIES = 560_000_000  # bytes that torch and transformers take before any work
 FACTOR = 14.0  # bytes for each entry of H while it is factored
 TURNED = 20.0  # likewise where H is rotated first, or the layer aims at the dense model's outputs
@@ -89,7 +91,8 @@ def gate_bytes(job: Job) -> int:
     vocabulary, width = table.shape
     states = 2 * 4 * tokens * width_of(arch)
     predicted = min(GATE_WINDOW, tokens, positions_at_once(vocabulary))
-    ends = 2 * 4 * vocabulary * (width + predicted)  # of both models: the head, and logits
+    head = vocabulary * width
+    ends = _head_bytes(head) + FLOAT32 * (head + 2 * vocabulary * predicted)  # the other may be decoded, in float32
     linears = [[prod(linear.shape) for group in layout.groups for linear in group] for layout in arch.blocks]
     block = max(4 * sum(sizes) + LAYER_BYTES * max(sizes) for sizes in linears)
     return LIBRARIES + states + max(ends, ends // 2 + block)
@@ -111,8 +114,13 @@ def _importance_bytes(job: Job) -> int:
     graph = max(4 * TOKENS_PER_BATCH * sum(GRAPH * sum(linear.shape) for linear in block) for block in linears)
     block = max(4 * sum(prod(linear.shape) for linear in block) for block in linears)
     vocabulary, width = job.source.tensors[f"{arch.embedding}.weight"].shape
-    head = 4 * vocabulary * (width + 2 * min(text.length, positions_at_once(vocabulary)))  # logits and probabilities
-    return int(states + max(block + graph, head))
+    logits = FLOAT32 * vocabulary * min(text.length, positions_at_once(vocabulary))
+    return int(states + max(block + graph, _head_bytes(vocabulary * width) + 2 * logits))  # and probabilities
+
+
+def _head_bytes(weights: int) -> int:
+    """Return the memory of the dense model's head."""
+    return (STORED if weights >= LARGE else FLOAT32) * weights
 
 
 def width_of(arch: Architecture) -> int:

@@ -149,12 +149,6 @@ def _row(name: str, size: tuple[int, int], steps: tuple[StepConfig, ...], stored
 def _warnings(job: Job, rows: Sequence[LayerPlan], dense_bytes: int, total: int) -> Iterator[str]:
     """Yield warnings before a run, in a sentence each. `dense_bytes` of the `total` stay dense."""
     yield from (*job.source.notes, *job.assignment.complaints, *job.assignment.notes)
-    given = [f"{key}:" for key in ("head", "table") if getattr(job.recipe, key)]
-    if given and job.arch.tied:
-        yield (
-            f"{' and '.join(given)} left out: the output head of {job.source.public_name} is its token table, which "
-            "has the steps of embeddings:"
-        )
     yield from (f"pattern {pattern!r} matches only layers of earlier rules" for pattern in job.assignment.shadowed)
     inside = [name for name in job.assignment.steps if name not in job.steps]
     outside = [linear.name for linear in job.arch.outside if not _is_compressed(job, linear.name)]

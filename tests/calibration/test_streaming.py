@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import llmcompress as lc
+from llmcompress.calibration import head_rows
 from llmcompress.calibration.streaming import StreamedModel, from_disk, in_memory
 from llmcompress.errors import InputError
 from llmcompress.models.dense.load import load_model
@@ -51,6 +54,39 @@ def test_a_model_on_disk_predicts_what_it_does_in_memory(family: str, tmp_path: 
     else:
         assert torch.equal(found, wanted)
     assert all(parameter.is_meta for parameter in streamed.model.parameters())
+
+
+@pytest.mark.parametrize(
+    "family", tiered([name for name in EVERY if name not in REFUSED.union(ENCODERS)], FAST.__contains__)
+)
+def test_a_large_head_stays_as_stored(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_rows, "LARGE", 0)
+    monkeypatch.setattr(head_rows, "ROWS", 7)
+    place = save_any(family, tmp_path / "model")
+    load_model(locate(str(place)), dtype=torch.bfloat16).save_pretrained(tmp_path / "stored")
+    place, whole = tmp_path / "stored", load_model(locate(str(tmp_path / "stored")))
+    streamed = from_disk(resolve(place), CPU)
+    with torch.no_grad():
+        wanted = torch.cat([whole(input_ids=one[None], use_cache=False).logits for one in windows()])
+    torch.testing.assert_close(predicted(streamed), wanted, rtol=1e-5, atol=1e-5)
+    assert all(parameter.is_meta for parameter in streamed.model.parameters())
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_products_by_rows_and_their_gradients_are_those_of_the_whole(
+    has_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_rows, "ROWS", 7)
+    head = nn.Linear(12, 30, bias=has_bias).bfloat16().requires_grad_(False)
+    exact, inputs, toward = copy.deepcopy(head).double(), torch.randn(2, 5, 12), torch.randn(2, 5, 30)
+    results = []
+    for module, x in ((exact, inputs.double().requires_grad_()), (head, inputs.clone().requires_grad_())):
+        with nullcontext() if module is exact else head_rows.multiply_by_rows(module):
+            outputs = module(x)
+        results.append((outputs, *torch.autograd.grad(outputs, x, toward.to(outputs.dtype))))
+    for wanted, given in zip(*results, strict=True):
+        torch.testing.assert_close(given, wanted.float())
+    assert "forward" not in vars(head)
 
 
 @pytest.mark.parametrize("tables", [{}, {"embeddings": [{"method": "rtn", "bits": 8, "group_size": 16}]}])
