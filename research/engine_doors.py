@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 sys.path += [str(Path(__file__).parent / folder) for folder in ("peers", "engines")]
 
-from ggml import quantize
 from llama_perplexity import decode, load, rewrite_matrices
+from llama_quantizer import encode
 from records import RESULTS, Record, append, provenance, read_records, require_engines
 from three_models import run_command
 from vllm_speed import ENVIRONMENT, VLLMEngine
@@ -159,7 +159,7 @@ def write_q4_0(model: str, folder: Path) -> None:
 
     def convert(name: str, values: np.ndarray) -> tuple[np.ndarray, Type]:
         kind = (Type.Q8_0 if values.shape[1] % 256 else Type.Q6_K) if name == head else Type.Q4_0
-        return quantize(torch.from_numpy(values), torch.ones(values.shape[1]), kind), kind
+        return encode(torch.from_numpy(values), kind.name), kind
 
     rewrite_matrices(Path(model), folder / "model.gguf", convert)
 

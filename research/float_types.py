@@ -25,7 +25,8 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
-from gguf_types import linears, read_inputs, scale_channels
+from gguf_types import scale_channels
+from llama_quantizer import linears, read_inputs
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -86,14 +87,14 @@ class Bench:
     def row(self, name: str, arm: str) -> str:
         """One line of the table. Raises RuntimeError where an arm takes other bytes than the library."""
         fill = {"theirs": theirs, "rounded": self.rounded, "fed back": self.fed_back}[arm]
-        weights = {linear: child.weight.data for linear, child in linears(self.dense)}
+        weights = {linear: child.weight.data for linear, child in linears(self.dense).items()}
         started = time.monotonic()
         filled = {linear: fill(name, linear, weight) for linear, weight in weights.items()}
         seconds, size = time.monotonic() - started, sum(count for _, count in filled.values())
         if size != (wanted := sum(theirs(name, linear, weight)[1] for linear, weight in weights.items())):
             raise RuntimeError(f"{arm} takes {size} bytes of {name}, and the library {wanted}")
         errors = [relative_error(weights[linear], value, self.unseen[linear]) for linear, (value, _) in filled.items()]
-        for linear, child in linears(self.student):
+        for linear, child in linears(self.student).items():
             child.weight.data.copy_(filled[linear][0])
         found = distance(self.dense, self.student, self.windows)
         kl = f"{found.kl:.5f} ± {found.kl_stderr or 0.0:.5f}"

@@ -2,11 +2,11 @@
 
     python research/gguf_targets.py --data DATA [--model NAME=MODEL] [--jsonl FILE] [MIXTURE[/TABLE] ...]
 
-A mixture is what `llama-quantize` makes of a dense model of a Llama's linears under that name, by its rules
-(`src/llama-quant.cpp`, commit 007dbbf), with an importance matrix of the linears; `/TABLE` is its option for the type
-of a tied token table. Its file is counted, and `compress --for llama.cpp --size` gets as many bytes. Both are filled on
-the first 16 windows of 1024 tokens of WikiText-2 validation, read by the `gguf` package, run as float32 in
-transformers, and scored on the first `--windows` of its test split. The last column is ours over llama.cpp's.
+A mixture is what `llama-quantize` makes of a dense model of a Llama's linears under that name, with an importance
+matrix of the linears; `/TABLE` is its option for the type of a tied token table. Its file is counted, and
+`compress --for llama.cpp --size` gets as many bytes. Both are filled on the first 16 windows of 1024 tokens of
+WikiText-2 validation, read by the `gguf` package, run as float32 in transformers, and scored on the first `--windows`
+of its test split. The last column is ours over llama.cpp's.
 
 The models' channels are scaled first, as in `gguf_types.py`; `--as-stored` leaves them.
 """
@@ -22,16 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf_types import (
-    Matrices,
-    calibration_sequences,
-    energies,
-    linears,
-    quantize,
-    read_matrices,
-    scale_channels,
-    spread,
-)
+from gguf_types import Matrices, calibration_sequences, read_matrices, scale_channels, spread
+from llama_quantizer import BASE, choose_type, linears, measure_importance, quantize
 from records import append, provenance, read_records
 from rows import calibration
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -51,15 +43,13 @@ from llmcompress.recipe.read import read_recipe
 from llmcompress.runtime.precision import fast_float32
 
 TABLE, HEAD = "model.embed_tokens", "lm_head"
-BASE = {"Q2_K": "Q2_K", "IQ2_M": "IQ2_S", "IQ3_M": "IQ3_S", "Q3_K_M": "Q3_K", "Q4_K_M": "Q4_K"}
-VALUES = {"Q2_K": ("Q3_K", "Q4_K"), "IQ2_M": ("IQ3_S", "Q4_K"), "IQ3_M": ("Q4_K", "Q4_K")}  # below 4 heads a key, above
-OUTPUTS = {"Q2_K": "Q3_K", "IQ2_M": "IQ3_S", "IQ3_M": "Q4_K", "Q3_K_M": "Q4_K"}
+MIXTURES = ("Q2_K", "IQ2_M", "IQ3_M", "Q3_K_M", "Q4_K_M")
 
 
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mixtures", nargs="*", help=f"of {', '.join(BASE)} (default: all)")
+    parser.add_argument("mixtures", nargs="*", help=f"of {', '.join(MIXTURES)} (default: all)")
     parser.add_argument("--data", type=Path, required=True, help="folder with the two WikiText-2 files")
     parser.add_argument("--model", default="smollm2=smollm2", metavar="NAME=MODEL")
     parser.add_argument("--windows", type=int, default=8)
@@ -67,9 +57,9 @@ def main() -> None:
     parser.add_argument("--jsonl", type=Path, help="collects a record of each row, and skips those that it has")
     options = parser.parse_args()
     model, _, options.source = options.model.partition("=")
-    mixtures = options.mixtures or list(BASE)
-    if unknown := {each.partition("/")[0] for each in mixtures} - BASE.keys():
-        parser.error(f"{', '.join(sorted(unknown))} is not known; choose among {', '.join(BASE)}")
+    mixtures = options.mixtures or list(MIXTURES)
+    if unknown := {each.partition("/")[0] for each in mixtures} - set(MIXTURES):
+        parser.error(f"{', '.join(sorted(unknown))} is not known; choose among {', '.join(MIXTURES)}")
     done = {row["arm"] for row in read_records(options.jsonl)} if options.jsonl else set()
     print(f"| mixture | bytes | types | theirs | ours | seconds | over theirs |\n|{'---|' * 7}")
     with tempfile.TemporaryDirectory() as place, fast_float32():
@@ -106,10 +96,9 @@ class Bench:
         tokenizer.save_pretrained(place / "dense")
         self.student = copy.deepcopy(self.dense)
         self.text = calibration(options.data) | {"bos": "auto"}
-        self.energy = energies(self.dense, calibration_sequences(tokenizer, self.text))
+        self.importance = measure_importance(self.dense, calibration_sequences(tokenizer, self.text))
         heads = () if self.dense.config.tie_word_embeddings else (HEAD,)
-        self.linears = [f"model.layers.{name}" for name, _ in linears(self.dense)]
-        self.names = (*self.linears, TABLE, *heads)
+        self.names = (*linears(self.dense), TABLE, *heads)
         protocol = lc.Protocol(text=options.data / "wikitext2-test.raw", windows=options.windows)
         self.windows = evaluation_windows(tokenizer, protocol, self.dense.config)
 
@@ -142,15 +131,15 @@ class Bench:
         """Return what llama.cpp makes of the matrices, and the bytes of its file."""
         config, found = self.dense.config, Matrices()
         heads, width = config.num_attention_heads // config.num_key_value_heads, config.hidden_size
-        for name in self.linears:
-            weight, short = self.dense.get_submodule(name).weight.data, name.removeprefix("model.layers.")
-            block, leaf = int(short.partition(".")[0]), name.rpartition(".")[2]
-            kind = fitting(chosen(mixture, leaf, block, config.num_hidden_layers, heads), weight.shape[1])  # type: ignore[arg-type]
-            found[name] = quantize(weight, kind, self.energy[short])
+        for name, linear in linears(self.dense).items():
+            block, leaf = int(name.split(".")[2]), name.rpartition(".")[2]
+            wanted = choose_type(mixture, leaf, block, config.num_hidden_layers, heads)
+            kind = fitting(wanted, linear.in_features)  # type: ignore[arg-type]
+            found[name] = quantize(linear.weight.data, kind, self.importance[name])
         output = "Q8_0" if width % 256 else "Q5_K" if mixture.startswith("IQ2") else "Q6_K"
         if HEAD in self.names:
             found[HEAD] = quantize(self.dense.get_submodule(HEAD).weight.data, output)
-            output = fitting("IQ3_S" if mixture == "IQ2_M" else BASE[mixture], width)  # type: ignore[arg-type]
+            output = fitting("IQ3_S" if mixture == "IQ2_M" else BASE.get(mixture, mixture), width)  # type: ignore[arg-type]
         found[TABLE] = quantize(self.dense.get_submodule(TABLE).weight.data, table or output)
         job = prepare(resolve(str(self.place / "dense")), read_recipe(DEFAULT | {"target": {"bytes": 10**12}}))
         around = GGUFSizes(job).around(found.keys())
@@ -165,29 +154,6 @@ class Bench:
         for name, (_, _, values) in matrices.items():
             self.student.get_submodule(name).weight.data.copy_(values)
         return [distance(self.dense, self.student, window[None]) for window in self.windows]
-
-
-def chosen(mixture: str, leaf: str, block: int, blocks: int, heads: int) -> str:
-    """Return the type of a linear before widths are looked at. `heads`: of queries for one of keys."""
-    first = block < blocks // 8
-    more = first or block >= 7 * blocks // 8 or (block - blocks // 8) % 3 == 2
-    base = BASE[mixture]
-    match leaf, mixture:
-        case "v_proj", "Q3_K_M":
-            return "Q5_K" if block < 2 else "Q4_K"
-        case (("v_proj" | "down_proj"), "Q4_K_M"):
-            return "Q6_K" if more else base
-        case "v_proj", _:
-            return VALUES[mixture][heads >= 4]
-        case "down_proj", "Q2_K":
-            return "Q3_K"
-        case "down_proj", "Q3_K_M":
-            return "Q5_K" if block < blocks // 16 else "Q4_K"
-        case "down_proj", ("IQ2_M" | "IQ3_M") if first:
-            return "IQ3_S" if mixture == "IQ2_M" else "Q4_K"
-        case "o_proj", _:
-            return OUTPUTS.get(mixture, base)
-    return base
 
 
 if __name__ == "__main__":

@@ -18,13 +18,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import json
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from llama_quantizer import linears, measure_importance, quantize
 from records import Record, append, provenance, read_records
 from rows import calibration
 from torch import Tensor, nn
@@ -55,7 +54,6 @@ INPUTS = {  # linears of a block that read one input, and what is before it
     ("mlp.down_proj",): "mlp.up_proj",
 }
 TYPES = (*FORMS, *sorted(LAYOUTS.keys() - FORMS.keys()))
-NEEDS_IMPORTANCE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS")  # it ends the process otherwise
 ARMS = ("ours", "rounded", "llama", "llama_importance")
 Matrices = dict[str, tuple[str, int, Tensor]]  # linear -> its type, its bytes, what they say
 
@@ -104,19 +102,19 @@ class Bench:
         tokenizer.save_pretrained(self.folder)
         self.student = copy.deepcopy(self.dense)
         self.text = calibration(options.data)
-        self.energy = energies(self.dense, calibration_sequences(tokenizer, self.text))
+        self.importance = measure_importance(self.dense, calibration_sequences(tokenizer, self.text))
         protocol = lc.Protocol(text=options.data / "wikitext2-test.raw", windows=options.windows)
         self.windows = evaluation_windows(tokenizer, protocol, self.dense.config)
 
     def record(self, kind: str) -> Record:
         """Measure the arms of a row. Raises RuntimeError where they do not have the same types and bytes."""
         name, _, only = kind.partition(":")
-        chosen = {path: child.weight.data for path, child in linears(self.dense) if path.endswith(only)}
+        chosen = {path: child.weight.data for path, child in linears(self.dense).items() if path.endswith(only)}
         made = {
             "ours": self.exported(name, only, self.text),
             "rounded": self.exported(name, only, None),
             "llama": quantized(chosen, name, None),
-            "llama_importance": quantized(chosen, name, self.energy),
+            "llama_importance": quantized(chosen, name, self.importance),
         }
         layouts = [{path: found[:2] for path, found in matrices.items()} for matrices in made.values()]
         if any(layout != layouts[0] for layout in layouts):
@@ -149,14 +147,12 @@ class Bench:
 
     def read(self, path: Path, only: str) -> Matrices:
         """Return the matrices of some linears in a file."""
-        names = [f"model.layers.{name}" for name, _ in linears(self.dense) if name.endswith(only)]
-        matrices = read_matrices(path, self.folder, names)
-        return {name.removeprefix("model.layers."): each for name, each in matrices.items()}
+        return read_matrices(path, self.folder, [name for name in linears(self.dense) if name.endswith(only)])
 
     def distances(self, matrices: Matrices) -> list[Distance]:
         """Return the distance from the dense model in each window, with these matrices in place of its own."""
         self.student.load_state_dict(self.dense.state_dict())
-        for name, child in linears(self.student):
+        for name, child in linears(self.student).items():
             if name in matrices:
                 child.weight.data.copy_(matrices[name][2])
         return [distance(self.dense, self.student, window[None]) for window in self.windows]
@@ -230,81 +226,12 @@ def calibration_sequences(tokenizer: Any, text: dict[str, Any]) -> Tensor:
     return tokens.sequences[: tokens.obtained - tokens.held_out]
 
 
-def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The linears of the blocks."""
-    layers = model.get_submodule("model.layers")
-    return ((name, child) for name, child in layers.named_modules() if isinstance(child, nn.Linear))
-
-
-@torch.no_grad()
-def read_inputs(model: Any, windows: Tensor, read: Callable[[str, Tensor], None]) -> None:
-    """Let `read` have the inputs `[tokens, in]` of each linear, by name, one window after the other."""
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, inputs: read(name, inputs[0].flatten(0, 1))
-
-    handles = [child.register_forward_pre_hook(hook(name)) for name, child in linears(model)]
-    for window in windows:
-        model.model(window[None])
-    for handle in handles:
-        handle.remove()
-
-
-def energies(model: Any, windows: Tensor) -> dict[str, Tensor]:
-    """The mean square of each input channel of each linear: an importance matrix as llama.cpp computes it."""
-    found: dict[str, Tensor] = {}
-
-    def add(name: str, x: Tensor) -> None:
-        found[name] = found.get(name, torch.zeros(())) + x.square().sum(0)
-
-    read_inputs(model, windows, add)
-    return {name: total / windows.numel() for name, total in found.items()}
-
-
 def quantized(weights: dict[str, Tensor], kind: str, importance: dict[str, Tensor] | None) -> Matrices:
     """Return what llama.cpp's quantizer makes of matrices."""
     found: Matrices = {}
     for name, weight in weights.items():
         fits = fitting(kind, weight.shape[1])  # type: ignore[arg-type]
         found[name] = quantize(weight, fits, None if importance is None else importance[name])
-    return found
-
-
-def quantize(weight: Tensor, kind: str, importance: Tensor | None = None) -> tuple[str, int, Tensor]:
-    """Return `kind`, its bytes, and `weight [out, in]` as llama.cpp's own quantizer rounds it.
-
-    Types that it refuses to fill without an importance matrix get one of ones.
-    """
-    number = gguf.GGMLQuantizationType[kind]
-    block, block_bytes = gguf.GGML_QUANT_SIZES[number]
-    rows, width = weight.shape
-    if importance is None and kind in NEEDS_IMPORTANCE:
-        importance = torch.ones(width)
-    source = np.ascontiguousarray(weight.numpy(), np.float32)
-    written = np.zeros((rows, width // block * block_bytes), np.uint8)
-    matrix = None if importance is None else np.ascontiguousarray(importance.numpy(), np.float32)
-    count = engine().ggml_quantize_chunk(
-        ctypes.c_int(number),
-        source.ctypes.data_as(ctypes.c_void_p),
-        written.ctypes.data_as(ctypes.c_void_p),
-        ctypes.c_int64(0),
-        ctypes.c_int64(rows),
-        ctypes.c_int64(width),
-        None if matrix is None else matrix.ctypes.data_as(ctypes.c_void_p),
-    )
-    if count != written.size:
-        raise RuntimeError(f"llama.cpp wrote {count} bytes of {kind}, not {written.size}")
-    return kind, written.size, torch.from_numpy(gguf.quants.dequantize(written, number))
-
-
-@cache
-def engine() -> ctypes.CDLL:
-    """The library inside the package xllamacpp, which has llama.cpp's quantizer."""
-    import xllamacpp
-
-    [path] = Path(str(xllamacpp.__file__)).parent.glob("xllamacpp*.so")
-    found = ctypes.CDLL(str(path))
-    found.ggml_quantize_chunk.restype = ctypes.c_size_t
     return found
 
 

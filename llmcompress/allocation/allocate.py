@@ -21,16 +21,18 @@ from llmcompress.allocation.choices import Choices, Steps, find_choices
 from llmcompress.allocation.cost import pricing_bytes
 from llmcompress.allocation.distortion import families
 from llmcompress.allocation.prices import MatrixPrices, Progress, damage, damage_by_kind, measure_matrices, prices_of
-from llmcompress.allocation.sensitivity import WINDOW, Probe, ProbeText, dense_predictions, logits_in_parts, probe_text
+from llmcompress.allocation.sensitivity import WINDOW, Probe, ProbeText, probe_text
 from llmcompress.allocation.solve import monotone, predicted_baselines, solve
 from llmcompress.compression.job import Job
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import InputError, MemoryLimitError, RecipeError, format_bytes
+from llmcompress.evaluation.distance import distance
+from llmcompress.evaluation.logits import OnDisk
 from llmcompress.evaluation.perplexity import predicted_tokens
 from llmcompress.methods.solvers.sparsity import kept_count
-from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.files.checkpoint import add_file
+from llmcompress.models.files.compressed import decoded_source
 from llmcompress.models.files.file_names import ALLOCATION
 from llmcompress.recipe.calibration import Calibration
 from llmcompress.recipe.compression import Recipe
@@ -74,9 +76,8 @@ class Allocation:
     def measure_kl(self, folder: Path, device: str = "cpu") -> tuple[float, ...]:
         """Return KL(dense || the model in `folder`) in nats per token, on the text as it comes, then on each kind."""
         place = locate(str(folder), trust_remote_code=self.job.source.trust_remote_code)
-        windows = self.text.windows
-        dense = dense_predictions(self.job.source, windows, device)
-        return self.text.means(dense.divergences(logits_in_parts(load_model(place, device), windows)))
+        models = OnDisk(self.job.source, device), OnDisk(decoded_source(place), device)
+        return self.text.means(distance(*models, self.text.windows).kl_windows)
 
     def summary(self, measured_kl: Sequence[float], size: int) -> dict[str, Any]:
         """Return the target, predictions and measurements; `size`: bytes of the finished weight files."""

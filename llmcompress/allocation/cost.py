@@ -21,7 +21,7 @@ from llmcompress.allocation.prices import (
 )
 from llmcompress.allocation.sensitivity import WINDOW, WINDOWS
 from llmcompress.compression.job import Job
-from llmcompress.compression.memory_estimate import COMPILER, FLOAT32, LIBRARIES, peak_bytes, width_of
+from llmcompress.compression.memory_estimate import COMPILER, FLOAT32, LIBRARIES, head_bytes, peak_bytes, width_of
 from llmcompress.compression.step_timing import Trial
 from llmcompress.compression.time_estimate import (
     FORWARD_SHARE,
@@ -63,7 +63,7 @@ def pricing_bytes(job: Job, choices: Choices, tokens: int, processes: int = 1) -
     exchanged = max((prod(matrix.shape) for matrix in linears), default=0)
     changed = FLOAT32 * (exchanged + probed * tokens * width_of(job.arch) // processes)
     rows, width = job.source.tensors[f"{job.arch.embedding}.weight"].shape
-    ended = LIBRARIES + COMPILER + changed + FLOAT32 * rows * (tokens + width)  # log-probabilities, and the head
+    ended = LIBRARIES + COMPILER + changed + FLOAT32 * rows * tokens + head_bytes(rows * width)  # log-probabilities
     read = [table.shape[0] * (FLOAT32 * tokens + EXCHANGED_TABLE * table.shape[1]) for table in tables]
     return max([walked + changed, ended, *(LIBRARIES + COMPILER + each for each in read)])
 

@@ -22,7 +22,7 @@ from llmcompress.calibration.streaming import from_disk, run_block
 from llmcompress.calibration.walk import Block
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.evaluation.distance import kl_divergence
-from llmcompress.evaluation.logits import OnDisk, Readable, window_logits
+from llmcompress.evaluation.logits import OnDisk, window_logits
 from llmcompress.evaluation.perplexity import chunks_of_parts
 from llmcompress.models.dense.families import Architecture
 from llmcompress.models.dense.model import DenseModel
@@ -96,16 +96,6 @@ def _log_probabilities(logits: Logits) -> Iterator[tuple[int, Tensor]]:
         first += len(windows)
 
 
-def logits_in_parts(model: Readable, windows: Tensor) -> Logits:
-    """Return the model's logits on `windows [windows, length]`, of a few at a time."""
-    return window_logits(model, windows, AT_ONCE)
-
-
-def dense_predictions(source: DenseModel, windows: Tensor, device: str) -> DensePredictions:
-    """Compute the dense model's predictions on the probing tokens."""
-    return DensePredictions(windows, logits_in_parts(OnDisk(source, device), windows))
-
-
 @dataclass(frozen=True, eq=False)
 class ExchangedSource(DenseModel):
     """A dense model on disk with other tensors in place of some, by the names that they are stored under."""
@@ -149,7 +139,7 @@ class Probe:
         else:
             instead = {f"{name}.weight": weight}
             changed = OnDisk(ExchangedSource(**vars(self.source), instead=instead), str(self.device))
-            self.streams.append(self.dense.divergences(logits_in_parts(changed, self.windows)))
+            self.streams.append(self.dense.divergences(window_logits(changed, self.windows, AT_ONCE)))
         return number
 
     @torch.no_grad()

@@ -92,7 +92,7 @@ def gate_bytes(job: Job) -> int:
     states = 2 * 4 * tokens * width_of(arch)
     predicted = min(GATE_WINDOW, tokens, positions_at_once(vocabulary))
     head = vocabulary * width
-    ends = _head_bytes(head) + FLOAT32 * (head + 2 * vocabulary * predicted)  # the other may be decoded, in float32
+    ends = head_bytes(head) + FLOAT32 * (head + 2 * vocabulary * predicted)  # the other may be decoded, in float32
     linears = [[prod(linear.shape) for group in layout.groups for linear in group] for layout in arch.blocks]
     block = max(4 * sum(sizes) + LAYER_BYTES * max(sizes) for sizes in linears)
     return LIBRARIES + states + max(ends, ends // 2 + block)
@@ -115,10 +115,10 @@ def _importance_bytes(job: Job) -> int:
     block = max(4 * sum(prod(linear.shape) for linear in block) for block in linears)
     vocabulary, width = job.source.tensors[f"{arch.embedding}.weight"].shape
     logits = FLOAT32 * vocabulary * min(text.length, positions_at_once(vocabulary))
-    return int(states + max(block + graph, _head_bytes(vocabulary * width) + 2 * logits))  # and probabilities
+    return int(states + max(block + graph, head_bytes(vocabulary * width) + 2 * logits))  # and probabilities
 
 
-def _head_bytes(weights: int) -> int:
+def head_bytes(weights: int) -> int:
     """Return the memory of the dense model's head."""
     return (STORED if weights >= LARGE else FLOAT32) * weights
 

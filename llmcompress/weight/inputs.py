@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 InputName = Literal["fp8", "int8", "nvfp4", "mxfp8"]
 FP8, INT8, FP4 = 448.0, 127.5, 6.0  # the number that a group's largest magnitude is scaled to
@@ -44,6 +44,10 @@ class InputFormat:
     def round(self, x: Tensor) -> Tensor:
         """Return `x [..., in]` rounded, in its dtype."""
         return _Rounding.apply(x, self) if x.requires_grad else self.nearest(x)
+
+    def round_before(self, linear: nn.Module) -> None:
+        """Let `linear` round its inputs."""
+        linear.register_forward_pre_hook(lambda _, inputs: (self.round(inputs[0]), *inputs[1:]))
 
     def nearest(self, x: Tensor) -> Tensor:
         """Return `round(x)`, through which no gradient passes."""

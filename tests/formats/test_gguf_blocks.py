@@ -258,7 +258,7 @@ def test_widths_that_blocks_do_not_fill_are_refused_or_dense(tmp_path: Any) -> N
 @pytest.mark.parametrize("kind", tiered_nightly(TYPES, FAST.__contains__))
 def test_no_type_is_filled_worse_than_by_llama_cpps_own_quantizer(kind: str) -> None:
     """On tokens that neither has seen; also where it is given an importance matrix of the same calibration."""
-    from gguf_types import quantize
+    from llama_quantizer import quantize
 
     weight, seen = gaussian(24, 512), correlated(4096, 512, seed=1)
     unseen = moments(correlated(4096, 512, seed=2))

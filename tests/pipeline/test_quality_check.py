@@ -42,6 +42,7 @@ from tests.tiny import save_tiny, tiny_tokenizer
 TEXT = "Forty farms bring their corn to the mill by the river, and the miller counts every sack of it. "
 OFF = {"kl": None, "perplexity_ratio": None}
 ONE_BIT = [{"match": "*", "steps": [{"method": "rtn", "bits": 1}]}]
+FOUR_BIT_INPUTS = {"match": "*", "steps": [{"method": "rtn", "bits": 8}], "inputs": {"format": "nvfp4"}}
 EIGHT_BITS = [{"match": "*", "steps": [{"method": "rtn", "bits": 8}]}]
 
 
@@ -141,16 +142,17 @@ EDITED: dict[str, dict[str, Any]] = {
     "gemma2": {"embeddings": [{"method": "rtn", "bits": 6}]},
     "gpt_neox": {},
     "mistral": {"fuse": {"rotation": True, "untie": True}},
+    "phi3": {"rules": [FOUR_BIT_INPUTS]},
 }
 
 
-@pytest.mark.parametrize("family", tiered(EDITED, lambda name: name == "llama"))
+@pytest.mark.parametrize("family", tiered(EDITED, {"llama", "phi3"}.__contains__))
 def test_it_is_what_eval_measures_on_the_same_tokens(family: str, place: Path, tmp_path: Path) -> None:
-    """Whatever is tied, transposed, scaled, rotated or compressed of a model that is decoded as it is read."""
+    """Whatever is tied, transposed, scaled, rotated, compressed, or rounds inputs."""
     dense = save_tiny(family, tmp_path / "dense")
     steps = [{"method": "rotate"}, {"method": "gptq", "bits": 2}, {"method": "eora", "rank": 2}]
     rules = [{"match": "*", "steps": steps if family != "mistral" else steps[1:]}]
-    report = lc.compress(dense, recipe(place, rules=rules, **EDITED[family]), tmp_path / "out").report
+    report = lc.compress(dense, recipe(place, **{"rules": rules} | EDITED[family]), tmp_path / "out").report
     tokens = prepare(resolve(str(dense)), read_recipe(recipe(place))).tokens
     assert tokens is not None and report.gates is not None
     read_there = quality_check.gate_windows(tokens)

@@ -15,11 +15,13 @@ from handover import WEIGHTS, decoder_linears, grouped_bits, hand_over, loaded
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from llmcompress.methods.grids.gguf import fitting
 from llmcompress.pipeline.frontier_inputs import read_peers
 from tests.tiny import save_tiny
 
 pytest.importorskip("gguf", reason="needs the package gguf (extra `export`)")
-import ggml  # the benchmark's script, which imports gguf
+import gguf
+from llama_quantizer import choose_type, measure_importance  # imports gguf
 
 SHAPES = {  # of one block of SmolLM2-135M: rows, columns
     "q_proj": (576, 576),
@@ -54,16 +56,15 @@ def test_bits_of_nf4_are_those_that_bitsandbytes_holds(shape: tuple[int, int]) -
 
 
 @pytest.mark.parametrize(
-    ("arm", "kept", "early"), [("iq1_s", 1.5625, 2.625), ("iq2_xxs", 2.0625, 2.625), ("q2_k", 3.4375, 3.4375)]
+    ("arm", "kept", "early"), [("IQ1_S", 1.5625, 2.625), ("IQ2_XXS", 2.0625, 2.625), ("Q2_K", 3.4375, 3.4375)]
 )
 def test_llama_cpp_falls_back_where_blocks_do_not_divide(arm: str, kept: float, early: float) -> None:
     """All but down_proj, a quarter of the weights, is at 4.5 bits; of 30 blocks the first three are the early ones."""
     size = weights = 0.0
     for block in range(30):
         for linear, (rows, columns) in SHAPES.items():
-            values, size_of_block = ggml.gguf.GGML_QUANT_SIZES[
-                ggml.chosen(arm, f"layers.{block}.{linear}", 30, False, columns)
-            ]
+            kind = fitting(choose_type(arm, linear.rpartition(".")[2], block, 30, 3), columns)
+            values, size_of_block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
             size += rows * columns / values * size_of_block * 8
             weights += rows * columns
     assert weights == 106_168_320
@@ -75,7 +76,7 @@ def test_importance_is_the_mean_square_of_inputs(tmp_path: Path) -> None:
     given = given_for(tmp_path)
     model, ids = loaded(given, "float32"), torch.arange(48).reshape(3, 16)
     inputs = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids))
-    found = ggml.importance(model, ids)
+    found = measure_importance(model, ids)
     assert found.keys() == decoder_linears(model).keys()
     torch.testing.assert_close(found["model.layers.0.self_attn.q_proj"], inputs.square().mean((0, 1)).detach())
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from llmcompress.errors import InputError, MemoryLimitError, is_out_of_memory
 from llmcompress.models.dense.adapter import check_alone
@@ -36,7 +35,6 @@ from llmcompress.models.files.integrity import weight_files
 from llmcompress.models.files.reading import error_text
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.memory import total_memory
-from llmcompress.weight.inputs import InputFormat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,13 +130,8 @@ def _load_rounding(place: Place, device: str, dtype: torch.dtype) -> PreTrainedM
             raise InputError(
                 f"{place.name} rounds the inputs of {name} in a way that is not known; measure another model"
             )
-        linear = model.get_submodule(name.removesuffix(".weight"))
-        linear.register_forward_pre_hook(partial(_round_inputs, inputs))
+        inputs.round_before(model.get_submodule(name.removesuffix(".weight")))
     return model
-
-
-def _round_inputs(form: InputFormat, linear: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (form.round(given[0]), *given[1:])
 
 
 def check_outline(place: Place) -> PreTrainedModel | None:

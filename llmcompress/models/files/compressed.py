@@ -204,7 +204,7 @@ def locate_size(model: str | Path, rank: int, trust_remote_code: bool = False) -
 
 @dataclass(frozen=True, eq=False)
 class DecodedSource(DenseModel):
-    """A compressed model whose tensors are decoded, in float32, as they are read.
+    """A compressed model whose tensors are decoded, in float32, as they are read. Its linears round inputs as stored.
 
     transposed: the module paths of linears that the model stores as `[in, out]`.
     """
@@ -226,6 +226,9 @@ class DecodedSource(DenseModel):
         model = folder_skeleton(self.folder, trust_remote_code=self.trust_remote_code)
         sizes = {name: list(layout.size) for name, layout in self.checkpoint.layouts.items()}
         resize(model, self.checkpoint.sizes | sizes)
+        for name, layout in self.checkpoint.layouts.items():
+            if layout.inputs is not None:
+                layout.inputs.round_before(model.get_submodule(name))
         return model
 
 
