@@ -34,7 +34,7 @@ from scipy.stats import spearmanr
 from llmcompress.allocation.allocate import Allocation, allocate, target_of
 from llmcompress.allocation.price_file import allocate_by
 from llmcompress.allocation.prices import damage
-from llmcompress.allocation.sensitivity import DensePredictions, logits_in_parts
+from llmcompress.allocation.sensitivity import DensePredictions
 from llmcompress.allocation.solve import (
     Costs,
     cheapest_first,
@@ -47,6 +47,7 @@ from llmcompress.allocation.solve import (
 from llmcompress.compression import run
 from llmcompress.compression.job import prepare
 from llmcompress.errors import RecipeError
+from llmcompress.evaluation.logits import window_logits
 from llmcompress.evaluation.perplexity import text_windows
 from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import Place
@@ -82,7 +83,7 @@ def main() -> None:
     found = allocated(source, recipe(asked), asked.prices)
     text = (asked.data / "wikitext2-test.raw").read_text(encoding="utf-8")
     windows = text_windows(load_tokenizer(source.folder), text, asked.windows, LENGTH, source.config)
-    dense = DensePredictions(windows, logits_in_parts(source.load(), windows))
+    dense = DensePredictions(windows, window_logits(source.load(), windows))
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
     held = asked.jsonl.read_text(encoding="utf-8").splitlines() if asked.jsonl and asked.jsonl.exists() else []
     known = {row["steps"]: row for row in map(json.loads, held)}
@@ -185,7 +186,7 @@ def measured(found: Allocation, dense: DensePredictions) -> dict[str, Any]:
         probing = found.measure_kl(Path(folder) / "model")[0]
         model = load_model(Place("model", Path(folder) / "model"))
         with decoded(model):
-            text = fmean(dense.divergences(logits_in_parts(model, dense.windows)))
+            text = fmean(dense.divergences(window_logits(model, dense.windows)))
     return {"bpw": report.bpw, "bytes": report.bytes, "probing_kl": probing, "text_kl": text}
 
 

@@ -103,7 +103,7 @@ def measure_row(model: str, door: str, dense: Record | None, options: argparse.N
     return numbers | {
         **{key: sizes[key] for key in ("bytes", "bpw", "model_bpw")},
         **{key: scores[key] for key in ("perplexity", "kl", "kl_stderr", "top1_agreement")},
-        "dense_bytes": scores["bytes"] if dense is None else dense["dense_bytes"],
+        "dense_bytes": run_command(["plan", model, "quick"])["dense_bytes"] if dense is None else dense["dense_bytes"],
         "code_perplexity": code["perplexity"],
         "code_kl": code["kl"],
         "piqa": piqa["acc_norm"],

@@ -10,8 +10,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluation.evaluate import Evaluation, Scoring, evaluate, evaluate_all
 from llmcompress.evaluation.logits import open_model
@@ -19,6 +17,7 @@ from llmcompress.evaluation.perplexity import describe_protocol, windows_by_text
 from llmcompress.evaluation.processes import ALONE, Processes
 from llmcompress.evaluation.protocol import STANDARD, Protocol
 from llmcompress.evaluation.tasks import find_tasks
+from llmcompress.formats.gguf.model import gguf_model
 from llmcompress.models.dense.families import Linear, architecture
 from llmcompress.models.dense.headers import read_headers
 from llmcompress.models.dense.load import check_fits
@@ -29,6 +28,7 @@ from llmcompress.models.dense.skeleton import folder_skeleton
 from llmcompress.models.dense.tokenizer import check_vocabularies, load_tokenizer
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import add_file, write_checkpoint
+from llmcompress.models.files.gguf_header import read_gguf_header
 from llmcompress.models.files.output import check_new_file, check_writable, write_new_file
 from llmcompress.models.files.reading import read_json
 from llmcompress.reporting import report as reports
@@ -193,7 +193,10 @@ def compare(
 
 
 def size_of(place: Place) -> Size:
-    """Return the size of a model, from our report, another tool's headers, or dense headers, which are checked."""
+    """Return the size of a model, from our report, another tool's headers, or dense headers, which are checked.
+
+    A GGUF file counts as it is stored, though bfloat16 is scored.
+    """
     for folder in (place.folder, Path(place.name)):  # the second: of a GGUF file, which is unpacked elsewhere
         if (folder / file_names.REPORT).is_file():
             report = reports.read(folder)
@@ -201,7 +204,8 @@ def size_of(place: Place) -> Size:
     if not is_dense_folder(place.folder):
         return _quantized_size(place)
     source = open_source(place)
-    return Size(source.bytes, _dense_bpw(source), source.bytes * 8 / source.parameters)
+    total = source.bytes if place.file is None else place.file.stat().st_size
+    return Size(total, _linear_bpw(source, place.file), total * 8 / source.parameters)
 
 
 def is_dense_folder(folder: Path) -> bool:
@@ -230,11 +234,17 @@ def _owner(name: str, linears: Mapping[str, Linear]) -> str | None:
     return next((path for stop in range(len(parts)) if (path := ".".join(parts[:stop])) in linears), None)
 
 
-def _dense_bpw(source: DenseModel) -> float | None:
+def _linear_bpw(source: DenseModel, file: Path | None) -> float | None:
+    """Return the bits of a weight of the linears, in the GGUF `file` where there is one; None if they are unknown."""
     try:
         linears = architecture(source.config, source.skeleton()).linears()
-    except InputError:  # it can be scored all the same
+        names = [f"{name}.weight" for name in linears]
+        if file is None:
+            stored = sum(source.tensors[name].bytes for name in names)
+        else:
+            form = gguf_model(source.folder, read_json(source.folder / "config.json"))
+            sizes = read_gguf_header(file).sizes
+            stored = sum(sizes[form.name(name)] for name in names)
+    except (InputError, KeyError):  # it can be scored all the same
         return None
-    headers = [source.tensors[f"{name}.weight"] for name in linears]
-    values = sum(torch.Size(header.shape).numel() for header in headers)
-    return sum(header.bytes for header in headers) * 8 / values
+    return stored * 8 / sum(prod(linear.shape) for linear in linears.values())

@@ -80,6 +80,15 @@ def test_a_file_is_read_as_the_model_it_was_made_of(dense: Path, file: Path, cac
     assert GenerationConfig.from_pretrained(source.folder).eos_token_id == [601, 602]
 
 
+def test_a_file_counts_as_it_is_stored(file: Path) -> None:
+    scores = lc.score(str(file), lc.Protocol(windows=1, length=32))
+    tensors = [tensor for tensor in gguf.GGUFReader(file).tensors if tensor.name.startswith("blk.")]
+    matrices = [tensor for tensor in tensors if len(tensor.shape) == 2]
+    bits = 8 * sum(int(tensor.n_bytes) for tensor in matrices)
+    assert scores["bytes"] == file.stat().st_size
+    assert scores["bpw"] == bits / sum(int(tensor.n_elements) for tensor in matrices) < 16
+
+
 def test_a_file_is_unpacked_once(file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = locate(file)
     monkeypatch.setattr(gguf_model, "_write_model", lambda *_: pytest.fail("unpacked again"))

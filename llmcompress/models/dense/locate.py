@@ -62,7 +62,7 @@ class Place:
 
     revision: the Hub commit. notes: remarks for the user. license: if it is known without the model's card.
     trust_remote_code: True to run the Python code that the model needs, see `config.py`. adapter: a folder of PEFT that
-    is merged into the model.
+    is merged into the model. file: the GGUF file that was unpacked into the folder.
     """
 
     name: str
@@ -73,6 +73,7 @@ class Place:
     license: str | None = None
     trust_remote_code: bool = False
     adapter: Path | None = None
+    file: Path | None = None
 
     @property
     def public_name(self) -> str:
@@ -144,7 +145,7 @@ def _place_of_file(path: Path, model: str) -> Place:
             f"{model} is a file; give the folder that holds config.json and the safetensors files, or a .gguf file"
         )
     unpacked = unpack_gguf(path)
-    return Place(model, unpacked.folder, notes=(unpacked.note,) if unpacked.note else ())
+    return Place(model, unpacked.folder, notes=(unpacked.note,) if unpacked.note else (), file=path)
 
 
 def _place_of_hub_file(name: str, file: str, revision: str | None) -> Place:
