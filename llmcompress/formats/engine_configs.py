@@ -38,7 +38,7 @@ class EngineFamily:
     `read`: entries, beside `SIZES`. `fixed`: entries that it takes for granted, with a value or a tuple of several.
     `scaling`: types of rotary positions that it computes, beside the default. `every`: of so many layers the last has
     no window, if the engine does not read that. `window_theta`: base of rotary positions in layers
-    with a window, if the engine does not read it.
+    with a window, if the engine does not read it. `wide`: True if activations are beyond float16's range.
     """
 
     read: str
@@ -46,6 +46,7 @@ class EngineFamily:
     scaling: tuple[str, ...] = ("linear", "llama3", "yarn")
     every: int | None = None
     window_theta: float | None = None
+    wide: bool = False
 
     @property
     def entries(self) -> set[str]:
@@ -190,11 +191,12 @@ MLX_FAMILIES = {
     "seed_oss": EngineFamily(f"{LLAMA} attention_out_bias", SILU),
     "ernie4_5": EngineFamily(f"{RMS} use_bias rope_theta", SILU, ()),
     "exaone4": EngineFamily(f"{RMS} {ROPE}", SILU | {"sliding_window": None, "sliding_window_pattern": 0}),
-    "gemma": EngineFamily(f"{RMS} rope_theta", TIED | GEMMA | {"hidden_act": (GELU, "gelu")}, ()),
-    "gemma2": EngineFamily(f"{RMS} {GEMMA2} rope_theta", TIED | GEMMA | {"hidden_activation": GELU}, ()),
+    "gemma": EngineFamily(f"{RMS} rope_theta", TIED | GEMMA | {"hidden_act": (GELU, "gelu")}, (), wide=True),
+    "gemma2": EngineFamily(f"{RMS} {GEMMA2} rope_theta", TIED | GEMMA | {"hidden_activation": GELU}, (), wide=True),
     "gemma3_text": EngineFamily(
         f"{RMS} query_pre_attn_scalar sliding_window sliding_window_pattern rope_local_base_freq {ROPE}",
         GEMMA3 | {"final_logit_softcapping": None},
+        wide=True,
     ),
     "phi": EngineFamily(
         "layer_norm_eps partial_rotary_factor rope_theta",

@@ -3,7 +3,8 @@
 A group of MLX holds `code * scale + bias`, codes of 1 to 6 or 8 bits from the lowest bit of uint32 words up, groups of
 32, 64 or 128 columns. A grid's codes and scales go over as they are; longer groups are repeated. Its bias,
 `-zero * scale`, is rounded to float16 where that has too few digits (never for 1 bit and ternary), and the report says
-by how much that moves a matrix. All else becomes float16 too: MLX computes in float32 where dtypes are mixed.
+by how much that moves a matrix. All else becomes float16 too, but for a family whose activations are beyond its range:
+there the rest stays as it is, and MLX computes in float32, since dtypes are mixed.
 """
 
 from __future__ import annotations
@@ -48,14 +49,18 @@ class Quantization:
 def to_mlx(opened: CompressedCheckpoint, output: Path, allow_dense: bool = False) -> ExportReport:
     """Write grids and MX floats packed; other expressions raise InputError, or become float16 with `allow_dense`."""
     read = readable_entries(opened.folder, opened.config, MLX)
+    wide = MLX.families[opened.config["model_type"]].wide
+    dtype = torch.bfloat16 if wide else torch.float16
     with write_checkpoint(output, opened.dense_bytes) as writer:
-        files = write_layers(opened, writer, MLX.name, pack_matrix, torch.float16, allow_dense)
+        files = write_layers(opened, writer, MLX.name, pack_matrix, dtype, allow_dense)
         size = writer.close()
         entry = {"quantization": _quantization_entry(files.packed)} if files.packed else {}
-        writer.write("config.json", json.dumps(opened.config | read | {"dtype": "float16"} | entry, indent=1))
+        named = {"dtype": str(dtype).removeprefix("torch.")}
+        writer.write("config.json", json.dumps(opened.config | read | named | entry, indent=1))
     moved = max((form.moved for form in files.packed.values()), default=0.0)
     biases = f"biases of groups were rounded to float16, which moves a matrix by at most {moved:.1e} of its size"
-    changed = (*files.changes(), "what was not compressed became float16, in which the model computes")
+    rest = "stayed as it was, so that the model computes in float32" if wide else "became float16, in which it computes"
+    changed = (*files.changes(), f"what was not compressed {rest}")
     kept = f"{len(files.packed)} matrices, codes and scales as they are"
     return ExportReport("mlx", str(output), opened.bytes, size, (kept,), (biases, *changed) if moved else changed)
 

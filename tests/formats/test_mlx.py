@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as torch_file
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmcompress as lc
@@ -172,6 +174,25 @@ def test_mlx_computes_our_logits(family: str, tied: bool, tmp_path: Path) -> Non
         read = resolve(tmp_path / "mlx").load()(IDS).logits.numpy()
     assert np.linalg.norm(found - ours) < 5e-3 * np.linalg.norm(ours)
     assert np.linalg.norm(found - read) < 5e-3 * np.linalg.norm(read), "what eval scores"
+
+
+def test_gemma_computes_beyond_float16(tmp_path: Path) -> None:
+    """Its activations are beyond 65,504, as those of the real ones."""
+    mx = pytest.importorskip("mlx.core")
+    load_model = pytest.importorskip("mlx_lm.utils").load_model
+    path = save_tiny("gemma2", tmp_path / "dense", sliding_window=64, **SIZES) / "model.safetensors"
+    tensors = torch_file(path)
+    norms = [name for name in tensors if "post_feedforward_layernorm" in name]
+    save_file(tensors | {name: torch.full_like(tensors[name], 60000) for name in norms}, path, {"format": "pt"})
+    step = {"method": "rtn", "bits": 4, "group_size": 32}
+    recipe = {"version": 1, "rules": [{"match": "*", "steps": [step]}], "embeddings": [step]}
+    folder = lc.compress(path.parent, recipe, tmp_path / "out").folder
+    export(folder, tmp_path / "mlx", "mlx")
+    model, _ = load_model(tmp_path / "mlx")
+    found = np.array(model(mx.array(IDS.numpy())).astype(mx.float32))
+    with torch.no_grad():
+        ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(IDS).logits.numpy()
+    assert np.linalg.norm(found - ours) < 5e-3 * np.linalg.norm(ours)
 
 
 # --- configs --------------------------------------------------------------------------------------------------------
