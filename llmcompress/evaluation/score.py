@@ -17,8 +17,8 @@ from llmcompress.evaluation.perplexity import describe_protocol, windows_by_text
 from llmcompress.evaluation.processes import ALONE, Processes
 from llmcompress.evaluation.protocol import STANDARD, Protocol
 from llmcompress.evaluation.tasks import find_tasks
-from llmcompress.formats.gguf.model import gguf_model
 from llmcompress.models.dense.families import Linear, architecture
+from llmcompress.models.dense.gguf_model import stored_bytes
 from llmcompress.models.dense.headers import read_headers
 from llmcompress.models.dense.load import check_fits
 from llmcompress.models.dense.locate import Place, locate
@@ -28,7 +28,6 @@ from llmcompress.models.dense.skeleton import folder_skeleton
 from llmcompress.models.dense.tokenizer import check_vocabularies, load_tokenizer
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import add_file, write_checkpoint
-from llmcompress.models.files.gguf_header import read_gguf_header
 from llmcompress.models.files.output import check_new_file, check_writable, write_new_file
 from llmcompress.models.files.reading import read_json
 from llmcompress.reporting import report as reports
@@ -239,12 +238,7 @@ def _linear_bpw(source: DenseModel, file: Path | None) -> float | None:
     try:
         linears = architecture(source.config, source.skeleton()).linears()
         names = [f"{name}.weight" for name in linears]
-        if file is None:
-            stored = sum(source.tensors[name].bytes for name in names)
-        else:
-            form = gguf_model(source.folder, read_json(source.folder / "config.json"))
-            sizes = read_gguf_header(file).sizes
-            stored = sum(sizes[form.name(name)] for name in names)
+        stored = sum(source.tensors[name].bytes for name in names) if file is None else stored_bytes(file, names)
     except (InputError, KeyError):  # it can be scored all the same
         return None
     return stored * 8 / sum(prod(linear.shape) for linear in linears.values())

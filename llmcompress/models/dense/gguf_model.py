@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -122,6 +122,20 @@ def unpack_to(target: Path, file: Path, name: str) -> UnpackedModel:
 def unpacked_model(folder: Path) -> UnpackedModel:
     """Return the model that was unpacked into a folder."""
     return UnpackedModel(folder, json.loads((folder / GGUF_SOURCE).read_text())["types"])
+
+
+def stored_bytes(file: Path, names: Sequence[str]) -> int:
+    """Return the bytes that tensors of a GGUF file take there, by the names that transformers has for them.
+
+    Raises KeyError for one that the file does not have by itself.
+    """
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    header = read_gguf_header(file)
+    kind = header.entries["general.architecture"]
+    architecture = {name: number for number, name in MODEL_ARCH_NAMES.items()}[kind]
+    known = get_tensor_name_map(architecture, header.entries[f"{kind}.block_count"])
+    return sum(header.sizes[known.get_name(name, try_suffixes=(".weight",)) or ""] for name in names)
 
 
 def _write_model(file: Path, header: GGUFHeader, name: str, folder: Path) -> None:
