@@ -32,7 +32,7 @@ from llmcompress.errors import DiskError, RecipeError
 from llmcompress.models.dense.companions import companions
 from llmcompress.models.dense.model import resolve
 from llmcompress.models.files import file_names
-from llmcompress.models.files.checkpoint import MANIFEST, remove_unfinished
+from llmcompress.models.files.checkpoint import MANIFEST, has_file, remove_unfinished
 from llmcompress.models.files.compressed import check_kind
 from llmcompress.models.files.output import (
     check_output_name,
@@ -269,8 +269,12 @@ def _note(sentence: str, kind: type[BaseException] | None, error: BaseException 
 def record_allocation(plan: Allocation, folder: Path, device: str = "cpu") -> dict[str, Any]:
     """Measure the finished checkpoint in `folder`, and write its plan and the measurement there.
 
-    Raises DiskError if the folder cannot be written to.
+    Removes such files that its manifest lacks. Raises DiskError if the folder cannot be written to.
     """
+    for name in (file_names.ALLOCATION, file_names.SCORES):
+        if not has_file(folder, name):
+            with disk_errors(folder / name):
+                (folder / name).unlink(missing_ok=True)
     summary = plan.summary(plan.measure_kl(folder, device), reports.read(folder).bytes)
     plan.write(folder, summary)
     return summary
