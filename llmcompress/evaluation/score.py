@@ -239,6 +239,6 @@ def _linear_bpw(source: DenseModel, file: Path | None) -> float | None:
         linears = architecture(source.config, source.skeleton()).linears()
         names = [f"{name}.weight" for name in linears]
         stored = sum(source.tensors[name].bytes for name in names) if file is None else stored_bytes(file, names)
-    except (InputError, KeyError):  # it can be scored all the same
+    except (InputError, KeyError, ModuleNotFoundError):  # it can be scored all the same, without the package gguf too
         return None
     return stored * 8 / sum(prod(linear.shape) for linear in linears.values())

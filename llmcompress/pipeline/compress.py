@@ -269,7 +269,7 @@ def _note(sentence: str, kind: type[BaseException] | None, error: BaseException 
 def record_allocation(plan: Allocation, folder: Path, device: str = "cpu") -> dict[str, Any]:
     """Measure the finished checkpoint in `folder`, and write its plan and the measurement there.
 
-    Removes such files that its manifest lacks. Raises DiskError if the folder cannot be written to.
+    Removes an earlier plan or scores that the manifest lacks. Raises DiskError if the folder cannot be written to.
     """
     for name in (file_names.ALLOCATION, file_names.SCORES):
         if not has_file(folder, name):

@@ -89,6 +89,13 @@ def test_a_file_counts_as_it_is_stored(file: Path) -> None:
     assert scores["bpw"] == bits / sum(int(tensor.n_elements) for tensor in matrices) < 16
 
 
+def test_an_unpacked_file_is_scored_without_the_package(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locate(file)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    scores = lc.score(str(file), lc.Protocol(windows=1, length=32))
+    assert scores["bytes"] == file.stat().st_size and scores["bpw"] is None
+
+
 def test_a_file_is_unpacked_once(file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = locate(file)
     monkeypatch.setattr(gguf_model, "_write_model", lambda *_: pytest.fail("unpacked again"))
