@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
-import time
 from pathlib import Path
 
 import yaml
 from records import RESULTS, Record, measure_missing
-from three_models import TEXT, run_command, write_code
+from three_models import TEXT, make_model, run_command, write_code
 
 ARMS: dict[str, list[str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 ROWS = 400  # of each kind's file
@@ -62,17 +60,12 @@ def write_kinds(data: Path, folder: Path) -> None:
 
 def measure_row(model: str, words: list[str], data: Path, work: Path, windows: int = 8) -> Record:
     """Return the numbers of one row."""
-    out = work / "out"
-    shutil.rmtree(out, ignore_errors=True)
-    before = time.monotonic()
-    report = run_command(["compress", model, *words, "-o", str(out)])
-    seconds = time.monotonic() - before
-    kinds = score_kinds(out, model, data, work / "kinds", windows)
-    shutil.rmtree(out)
-    return {**{key: report[key] for key in ("bytes", "bpw", "peak_memory_bytes")}, "seconds": seconds, **kinds}
+    folder, report = make_model(["compress", model, *words], work)
+    kinds = score_kinds(folder, model, data, work / "kinds", windows)
+    return {**{key: report[key] for key in ("bytes", "bpw", "peak_memory_bytes", "seconds")}, **kinds}
 
 
-def score_kinds(folder: Path, model: str, data: Path, kinds: Path, windows: int = 8) -> dict[str, float]:
+def score_kinds(folder: Path | str, model: str, data: Path, kinds: Path, windows: int = 8) -> dict[str, float]:
     """Return the KL of a model's folder to the dense one on each kind, and their mean as `kl`."""
     text = ["--text", str(data / TEXT), "--windows", str(windows), "--length", "512", "--domains", str(kinds)]
     scores = run_command(["eval", str(folder), "--against", model, *text])

@@ -5,12 +5,13 @@
 MODEL is what the command line takes: smollm2, gemma3-270m, a folder, or a GGUF file. Each door of `DOORS` compresses it
 in a process of its own. Its result is scored on windows of WikiText-2's test split and of HumanEval's problems with
 their solutions, and on PIQA and LAMBADA, beside the dense model. `--jsonl` collects a record of each row; what it has
-is not measured again. Folders of results are removed once they are scored.
+is not measured again. Models stay below `--work`, where regrets.py takes those of the same commit from.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from records import RESULTS, Record, measure_missing, read_records
+from records import RESULTS, Record, measure_missing, provenance, read_records
 
 TABLE = "three-models"
 DOORS: dict[str, tuple[str, ...]] = {
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("models", nargs="+", metavar="NAME=MODEL")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    write_code(options.data / "tasks" / "humaneval.jsonl", options.work / "kinds")
+    write_code(options.data / "tasks" / "humaneval.jsonl", options.work / "code")
 
     def measure(name: str, model: str, door: str) -> Record:
         known = {record["arm"]: record["numbers"] for record in read_records(options.jsonl)}
@@ -81,23 +82,17 @@ def command_of(model: str, door: str, dense_bytes: int) -> list[str]:
 
 def measure_row(model: str, door: str, dense: Record | None, options: argparse.Namespace) -> Record:
     """Return the numbers of one row; `dense`: those of the dense model, None for itself."""
-    out = options.work / "out"
-    shutil.rmtree(out, ignore_errors=True)
-    numbers, report = {}, None
+    place, numbers, report = model, {}, None
     if dense is not None:
         words = command_of(model, door, dense["dense_bytes"])
         plan = run_command(["plan", *words[1:]])
-        before = time.monotonic()
-        report = run_command([*words, "-o", str(out)])
-        numbers = {"seconds": time.monotonic() - before, "peak_memory_bytes": report["peak_memory_bytes"]}
+        place, report = make_model(words, options.work)
+        numbers = {key: report[key] for key in ("seconds", "peak_memory_bytes")}
         numbers |= {"planned_seconds": plan["seconds"], "planned_memory_bytes": plan["peak_memory_bytes"]}
     text = ["--text", str(options.data / TEXT), "--windows", "8", "--length", "512"]
     tasks = ",".join(str(options.data / "tasks" / name) for name in TASKS)
-    text += ["--domains", str(options.work / "kinds"), "--tasks", tasks, "--limit", str(options.limit)]
-    scores = run_command(
-        ["eval", model if dense is None else str(out), *([] if dense is None else ["--against", model]), *text]
-    )
-    shutil.rmtree(out, ignore_errors=True)
+    text += ["--domains", str(options.work / "code"), "--tasks", tasks, "--limit", str(options.limit)]
+    scores = run_command(["eval", place, *([] if dense is None else ["--against", model]), *text])
     code, piqa, lambada = scores["domains"]["code"], scores["tasks"]["piqa_valid"], scores["tasks"]["lambada_test"]
     sizes = scores if report is None else report  # an engine's file is unpacked to be scored
     return numbers | {
@@ -110,6 +105,21 @@ def measure_row(model: str, door: str, dense: Record | None, options: argparse.N
         "lambada": lambada["acc"],
         "items": options.limit,
     }
+
+
+def make_model(words: list[str], work: Path) -> tuple[str, Record]:
+    """Return the folder below `work` of what a `compress` command wrote, and its report with `seconds`.
+
+    It stays there, so that another table does not make it again at the same commit.
+    """
+    out = work / hashlib.sha256(json.dumps([words, provenance()["commit"]]).encode()).hexdigest()[:16]
+    file = out.with_suffix(".json")
+    if not file.exists():
+        shutil.rmtree(out, ignore_errors=True)
+        before = time.monotonic()
+        report = run_command([*words, "-o", str(out)])
+        file.write_text(json.dumps(report | {"seconds": time.monotonic() - before}))
+    return str(out), json.loads(file.read_text())
 
 
 def run_command(words: list[str]) -> dict[str, Any]:
