@@ -72,11 +72,12 @@ def pricing_bytes(job: Job, choices: Choices, tokens: int, processes: int = 1) -
 def pricing_seconds(job: Job, choices: Choices, text: Calibration) -> float:
     """Return the time to measure prices, and later the finished model's divergence, by one process."""
     held_out = held_out_count(text.held_out, text.samples)
-    tokens = sum(sequence_counts(text.samples - held_out, held_out, text.length)) * text.length
+    sequences = sum(sequence_counts(text.samples - held_out, held_out, text.length))
+    tokens = sequences * text.length
     reads = 4 * READ * job.source.parameters  # for the walk, the probe, and both models at the end
     shares = token_shares(job)
     work = Work(_walk_operations(job, tokens, shares), other=START + text_seconds() + reads)
-    work += gradient_work(job, tokens, shares) + _trial_work(job, choices)
+    work += gradient_work(job, sequences, text.length, shares) + _trial_work(job, choices)
     return (work + _probing_work(job, choices, probing_tokens(text, job.recipe.target), shares)).seconds(job.recipe)
 
 

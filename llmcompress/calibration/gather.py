@@ -232,7 +232,7 @@ def _token_weigher(
     config, known = streams.statistics.weights, streams.statistics.importance
     if config is None:
         return lambda rows: {}
-    if known is None:
+    if known is None or config.by != "gradient":
 
         def weigh(rows: slice) -> Mapping[str, Tensor]:
             if unweighed:

@@ -26,12 +26,14 @@ from llmcompress.models.dense.experts import Experts, experts_of, holder
 from llmcompress.models.dense.families import Architecture
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.models.dense.skeleton import CAUSAL, MASKED, MULTIMODAL, auto_name
+from llmcompress.recipe.calibration import TokenWeights
 from llmcompress.runtime.precision import is_finite, products
 from llmcompress.runtime.progress import count_steps
 from llmcompress.runtime.ranks import ALONE, Ranks
 from llmcompress.runtime.seeding import generator
 
 TOKENS = 4096  # whose hidden states are in memory at a time; each time every block is read twice
+SAMPLE = (8, 512)  # sequences, and tokens of each, that tell what rows count where tokens count by something else
 DRAWN = 32  # labels that are drawn at once
 MOST = 30.0  # largest weight of a token, in means
 ROWS = (0.05, 20.0)  # smallest and largest weight of a row, in means
@@ -79,6 +81,13 @@ class Importance:
         return self.rows[name].clamp(*ROWS)
 
 
+def count_read(weights: TokenWeights | None, sequences: int, length: int) -> tuple[int, int]:
+    """Return how many sequences, and how many tokens of each, the backward pass reads; none without one."""
+    if weights is None or not (weights.rows or weights.by == "gradient"):
+        return 0, 0
+    return (sequences, length) if weights.by == "gradient" else (min(sequences, SAMPLE[0]), min(length, SAMPLE[1]))
+
+
 def measure_importance(
     source: DenseModel,
     arch: Architecture,
@@ -98,7 +107,8 @@ def measure_importance(
     """
     if auto_name(source.config) not in (CAUSAL, MULTIMODAL, MASKED):
         raise InputError(
-            f"{source.name} does not predict tokens, so there is no loss to weigh them by; set token_weights.by to norm"
+            f"{source.name} does not predict tokens, so there is no loss to weigh tokens or rows by; set "
+            f"token_weights.by to norm and token_weights.rows to false"
         )
     model = from_disk(source, torch.device(device))
     sums = _GradientSums(sequences.shape)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.calibration.dry_run import probe_architecture
-from llmcompress.calibration.gradients import Importance, measure_importance
+from llmcompress.calibration.gradients import Importance, count_read, measure_importance
 from llmcompress.compression.awq import check_awq
 from llmcompress.compression.rotation import rotated_source
 from llmcompress.compression.ties import CommonMatrix, common_matrices
@@ -296,12 +296,15 @@ def gradient_importance(
 ) -> Importance | None:
     """Return the importance of tokens and rows for `sequences [sequences, length]`; None unless the recipe asks for it.
 
-    It is computed once for all jobs made from one. `compute_once` stores it for a run that resumes, but not of several
-    processes, each of which computes that of its own sequences. Raises what `measure_importance` raises.
+    Reads as many of them as `count_read` says, once for all jobs made from one. `compute_once` stores the result for a
+    run that resumes, but not of several processes, each of which has sequences of its own. Raises what
+    `measure_importance` raises.
     """
     recipe = job.recipe
-    if recipe.token_weights is None or recipe.token_weights.by != "gradient":
+    count, length = count_read(recipe.token_weights, *sequences.shape)
+    if count == 0:
         return None
+    sequences = sequences[[index * len(sequences) // count for index in range(count)], :length]  # of all kinds of text
     dtype = product_dtype(recipe.compute, device)
     key = ("importance", sequences.numpy().tobytes(), recipe.seed, device, dtype)
 

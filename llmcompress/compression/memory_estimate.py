@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from math import prod
 
 from llmcompress.calibration.blocks import TOKENS_PER_BATCH
-from llmcompress.calibration.gradients import TOKENS
+from llmcompress.calibration.gradients import TOKENS, count_read
 from llmcompress.calibration.head_rows import LARGE
 from llmcompress.calibration.streaming import positions_at_once
 from llmcompress.compression.job import Job
@@ -98,23 +98,21 @@ def gate_bytes(job: Job) -> int:
     return LIBRARIES + states + max(ends, ends // 2 + block)
 
 
-def by_gradient(recipe: Recipe) -> bool:
-    """True if tokens count by a backward pass."""
-    return recipe.token_weights is not None and recipe.token_weights.by == "gradient"
-
-
 def _importance_bytes(job: Job) -> int:
     """Return the memory of the backward pass for the importance of tokens, beside the hidden states of the walk."""
     arch, text = job.arch, job.recipe.calibration
-    if text is None or not by_gradient(job.recipe):
+    if text is None:
         return 0
-    tokens = min(max(TOKENS, text.length), text.samples * text.length)
+    count, length = count_read(job.recipe.token_weights, text.samples, text.length)
+    if count == 0:
+        return 0
+    tokens = min(max(TOKENS, length), count * length)
     states = 4 * tokens * width_of(arch) * (len(arch.blocks) + 2)
     linears = [[linear for group in layout.groups for linear in group] for layout in arch.blocks]
     graph = max(4 * TOKENS_PER_BATCH * sum(GRAPH * sum(linear.shape) for linear in block) for block in linears)
     block = max(4 * sum(prod(linear.shape) for linear in block) for block in linears)
     vocabulary, width = job.source.tensors[f"{arch.embedding}.weight"].shape
-    logits = FLOAT32 * vocabulary * min(text.length, positions_at_once(vocabulary))
+    logits = FLOAT32 * vocabulary * min(length, positions_at_once(vocabulary))
     return int(states + max(block + graph, head_bytes(vocabulary * width) + 2 * logits))  # and probabilities
 
 

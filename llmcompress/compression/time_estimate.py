@@ -18,9 +18,10 @@ from math import prod
 
 import torch
 
+from llmcompress.calibration.gradients import count_read
 from llmcompress.compression.awq import EXPONENTS
 from llmcompress.compression.job import Job
-from llmcompress.compression.memory_estimate import by_gradient, gate_tokens, kept_bytes
+from llmcompress.compression.memory_estimate import gate_tokens, kept_bytes
 from llmcompress.compression.plan import TimeEstimate
 from llmcompress.compression.step_timing import Steps, Trial, busy_warning, paces, product_speed
 from llmcompress.data.generate import ROWS
@@ -91,7 +92,7 @@ def _run_work(job: Job) -> Work:
     work += _writing_work(job)
     blocks = [_block_work(layout, recipe, tokens, shares) for layout in job.arch.blocks]
     work += Work(other=relaxing + text_seconds())
-    return sum(blocks, work) + gradient_work(job, tokens, shares) + _gate_work(job, shares)
+    return sum(blocks, work) + gradient_work(job, text.samples, text.length, shares) + _gate_work(job, shares)
 
 
 def step_seconds(job: Job, trials: Mapping[str, Sequence[Trial]]) -> float:
@@ -120,10 +121,9 @@ def text_seconds() -> float:
     return MODULES * min(times)
 
 
-def gradient_work(job: Job, tokens: int, shares: Mapping[str, float]) -> Work:
-    """Return the work of the backward pass that weighs tokens by gradient; none without it."""
-    if not by_gradient(job.recipe):
-        return Work()
+def gradient_work(job: Job, sequences: int, length: int, shares: Mapping[str, float]) -> Work:
+    """Return the work of the backward pass that weighs tokens or rows; none without it."""
+    tokens = prod(count_read(job.recipe.token_weights, sequences, length))
     vocabulary, width = job.source.tensors[f"{job.arch.embedding}.weight"].shape
     head = 2 * 2 * tokens * vocabulary * width / FORWARD_SHARE
     blocks = 2 * BACKWARD * tokens * sum(weights_of(layout, shares) for layout in job.arch.blocks)

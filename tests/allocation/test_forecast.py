@@ -106,7 +106,8 @@ def test_prices_are_counted(place: Path) -> None:
     assert by_kl > plain and more > memory, "three changes of each matrix pass through the model, not one"
     with_table, _ = both(target={"bytes": 70_000})
     assert with_table > plain
-    assert both(target={"bpw": 3.3}, token_weights={"by": "gradient"})[0] > plain
+    rows = both(target={"bpw": 3.3}, token_weights={"by": "attention", "rows": True})[0]
+    assert both(target={"bpw": 3.3}, token_weights={"by": "gradient"})[0] > rows > plain
 
 
 @pytest.mark.usefixtures("of_known_speed")

@@ -17,7 +17,7 @@ from llmcompress.calibration.gradients import Importance, draw_labels, measure_i
 from llmcompress.calibration.walk import walk
 from llmcompress.cli import stages
 from llmcompress.cli.terminal import Terminal
-from llmcompress.compression.job import prepare
+from llmcompress.compression.job import gradient_importance, prepare
 from llmcompress.errors import InputError
 from llmcompress.methods.layer import Layer, apply, step
 from llmcompress.methods.moments import Moments
@@ -240,8 +240,30 @@ def test_a_recipe_compresses_by_it(tmp_path: Path) -> None:
     text = {"dataset": str(text_for_calibration(tmp_path)), "samples": 4, "length": 24, "held_out": 1}
     asked = {"version": 1, "calibration": text, "rules": TRELLIS}
     stored = {}
-    kinds = {"alike": None, "tokens": {"by": "gradient"}, "rows": {"by": "gradient", "rows": True}}
+    kinds = {
+        "alike": None,
+        "tokens": {"by": "gradient"},
+        "rows": {"by": "gradient", "rows": True},
+        "norm": {"by": "norm"},
+        "rows beside it": {"by": "norm", "rows": True},
+    }
     for name, weights in kinds.items():
         done = lc.compress(place, {**asked, "token_weights": weights}, tmp_path / name)
         stored[name] = (done.folder / "model.safetensors").read_bytes()
-    assert len(set(stored.values())) == 3
+    assert len(set(stored.values())) == len(kinds)
+
+
+def test_rows_alone_read_beginnings_of_sequences_of_all_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rows count is known from fewer tokens than what tokens count is."""
+    monkeypatch.setattr(gradients, "SAMPLE", (3, 16))
+    weights = {"by": "norm", "rows": True}
+    text = {"dataset": str(text_for_calibration(tmp_path)), "samples": 7, "length": 24, "held_out": 1}
+    job = prepare(
+        resolve(save_tiny("llama", tmp_path / "model")),
+        read_recipe({**RTN, "calibration": text, "token_weights": weights}),
+    )
+    tokens = sequences(7)
+    importance = gradient_importance(job, tokens, torch.device("cpu"))
+    assert importance is not None
+    expected = measure_importance(job.source, job.arch, tokens[[0, 2, 4], :16])
+    assert all(torch.equal(rows, expected.rows[name]) for name, rows in importance.rows.items())

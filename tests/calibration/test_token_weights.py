@@ -297,10 +297,6 @@ def test_what_a_recipe_weighs_up_loses_less(tmp_path: Path) -> None:
             "token_weights: {by: importance}",
             'by is "importance"; it must be "attention" or "norm" or "gradient"',
         ),
-        (
-            "token_weights: {by: norm, rows: true}",
-            "rows: they count by their gradient, and by is 'norm'",
-        ),
         ("token_weights: {by: norm, minimum: 0}", "token_weights: minimum is 0; it must be a number more than 0"),
         ("token_weights: {minimum: 0.1}", 'token_weights: the key "by" is missing'),
         ("token_weights: {by: norm}", "token_weights: there are no tokens to weigh; add calibration, or leave"),

@@ -48,6 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dense stream": {"asymmetric": 0.5},
     "dense prefix": {"prefix": "dense"},
     "attention": {"token_weights": {"by": "attention"}},
+    "rows": {"token_weights": {"by": "norm", "rows": True}, "rules": [{"match": "*", "steps": TRELLIS}]},
     "gradient": {"token_weights": {"by": "gradient", "rows": True}, "rules": [{"match": "*", "steps": TRELLIS}]},
     "tables": TABLES,
     "awq": {"fuse": {"awq": True}},
