@@ -254,7 +254,7 @@ def test_a_recipe_compresses_by_it(tmp_path: Path) -> None:
 
 
 def test_rows_alone_read_beginnings_of_sequences_of_all_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What rows count is known from fewer tokens than what tokens count is."""
+    """Fewer tokens tell the weights of rows than those of tokens."""
     monkeypatch.setattr(gradients, "SAMPLE", (3, 16))
     weights = {"by": "norm", "rows": True}
     text = {"dataset": str(text_for_calibration(tmp_path)), "samples": 7, "length": 24, "held_out": 1}
