@@ -65,7 +65,7 @@ def measure_row(model: str, words: list[str], data: Path, work: Path, windows: i
     return {**{key: report[key] for key in ("bytes", "bpw", "peak_memory_bytes", "seconds")}, **kinds}
 
 
-def score_kinds(folder: Path | str, model: str, data: Path, kinds: Path, windows: int = 8) -> dict[str, float]:
+def score_kinds(folder: Path, model: str, data: Path, kinds: Path, windows: int = 8) -> dict[str, float]:
     """Return the KL of a model's folder to the dense one on each kind, and their mean as `kl`."""
     text = ["--text", str(data / TEXT), "--windows", str(windows), "--length", "512", "--domains", str(kinds)]
     scores = run_command(["eval", str(folder), "--against", model, *text])

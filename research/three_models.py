@@ -86,7 +86,8 @@ def measure_row(model: str, door: str, dense: Record | None, options: argparse.N
     if dense is not None:
         words = command_of(model, door, dense["dense_bytes"])
         plan = run_command(["plan", *words[1:]])
-        place, report = make_model(words, options.work)
+        folder, report = make_model(words, options.work)
+        place = str(folder)
         numbers = {key: report[key] for key in ("seconds", "peak_memory_bytes")}
         numbers |= {"planned_seconds": plan["seconds"], "planned_memory_bytes": plan["peak_memory_bytes"]}
     text = ["--text", str(options.data / TEXT), "--windows", "8", "--length", "512"]
@@ -107,19 +108,20 @@ def measure_row(model: str, door: str, dense: Record | None, options: argparse.N
     }
 
 
-def make_model(words: list[str], work: Path) -> tuple[str, Record]:
+def make_model(words: list[str], work: Path) -> tuple[Path, Record]:
     """Return the folder below `work` of what a `compress` command wrote, and its report with `seconds`.
 
     It stays there, so that another table does not make it again at the same commit.
     """
-    out = work / hashlib.sha256(json.dumps([words, provenance()["commit"]]).encode()).hexdigest()[:16]
+    commit = str(provenance()["commit"])
+    out = work / hashlib.sha256(json.dumps([words, commit]).encode()).hexdigest()[:16]
     file = out.with_suffix(".json")
-    if not file.exists():
+    if not file.exists() or commit.endswith("+changes"):
         shutil.rmtree(out, ignore_errors=True)
         before = time.monotonic()
         report = run_command([*words, "-o", str(out)])
         file.write_text(json.dumps(report | {"seconds": time.monotonic() - before}))
-    return str(out), json.loads(file.read_text())
+    return out, json.loads(file.read_text())
 
 
 def run_command(words: list[str]) -> dict[str, Any]:
