@@ -260,7 +260,7 @@ def test_rows_alone_read_beginnings_of_sequences_of_all_kinds(tmp_path: Path, mo
     text = {"dataset": str(text_for_calibration(tmp_path)), "samples": 7, "length": 24, "held_out": 1}
     job = prepare(
         resolve(save_tiny("llama", tmp_path / "model")),
-        read_recipe({**RTN, "calibration": text, "token_weights": weights}),
+        read_recipe({**RTN, "calibration": text, "token_weights": weights, "compute": "float32"}),
     )
     tokens = sequences(7)
     importance = gradient_importance(job, tokens, torch.device("cpu"))
