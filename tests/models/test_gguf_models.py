@@ -11,6 +11,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -94,6 +95,21 @@ def test_an_unpacked_file_is_scored_without_the_package(file: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "gguf", None)
     scores = lc.score(str(file), lc.Protocol(windows=1, length=32))
     assert scores["bytes"] == file.stat().st_size and scores["bpw"] is None
+
+
+def test_entries_are_parsed_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tokenizer, config and weights; a large vocabulary takes a minute each time."""
+    parsed: list[gguf.GGUFReader] = []
+
+    class Counted(gguf.GGUFReader):
+        def __init__(self, path: Path) -> None:
+            parsed.append(self)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    locate(file)
+    assert len(parsed) == 1 and gguf.GGUFReader is Counted
+    assert all(type(part) is np.ndarray for entry in parsed[0].fields.values() for part in entry.parts)
 
 
 def test_a_file_is_unpacked_once(file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ def every(count: int) -> list[ParameterSet]:
 
 
 SLOW = pytest.mark.slow
+NIGHTLY = pytest.mark.nightly
 IDS = torch.tensor([[0, 2, 1, 0]])
 
 
@@ -49,12 +50,20 @@ def compiled(module: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
 TRACES = [exported, pytest.param(compiled, marks=SLOW)]
 
 
+def both_ways(cases: list[ParameterSet]) -> list[ParameterSet]:
+    """The cases exported, and compiled: one in eight, and the others at night, since a form is traced alike in both."""
+    ways = [pytest.param(*case.values, exported, id=f"{case.id}-exported", marks=case.marks) for case in cases]
+    for number, case in enumerate(cases):
+        marks = [*case.marks, SLOW if number % 8 == 0 else NIGHTLY]
+        ways.append(pytest.param(*case.values, compiled, id=f"{case.id}-compiled", marks=marks))
+    return ways
+
+
 def table_of(w: Weight) -> CompressedEmbedding:
     return CompressedEmbedding(*pack_weight(w), torch.float32)
 
 
-@pytest.mark.parametrize("trace", TRACES)
-@pytest.mark.parametrize("w", every(3))
+@pytest.mark.parametrize(("w", "trace"), both_ways(every(3)))
 def test_tables_are_looked_up(w: Weight, trace: Callable[..., Callable[[Tensor], Tensor]]) -> None:
     """By every form that has rows; in an exported program, for other numbers of tokens too."""
     try:
@@ -67,8 +76,7 @@ def test_tables_are_looked_up(w: Weight, trace: Callable[..., Callable[[Tensor],
     torch.testing.assert_close(found(ids), dense(w)[ids], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("trace", TRACES)
-@pytest.mark.parametrize("w", every(8)[::2])
+@pytest.mark.parametrize(("w", "trace"), both_ways(every(8)[::2]))
 def test_linears_multiply(w: Weight, trace: Callable[..., Callable[[Tensor], Tensor]]) -> None:
     """Without a kernel, as on other devices and with gradients."""
     x = torch.randn(1, 6, shape(w)[1], generator=torch.Generator().manual_seed(0))

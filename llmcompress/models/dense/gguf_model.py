@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,15 +149,16 @@ def _write_model(file: Path, header: GGUFHeader, name: str, folder: Path) -> Non
     if hasattr(transformers, "GgufConfig"):  # later releases keep the weights packed unless told otherwise
         dequantize = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     loaded: Any
-    tokenizer = _read_tokenizer(file, header)  # first: weights take longer
-    try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.bfloat16, output_loading_info=True, **dequantize
-        )
-    except (ValueError, KeyError, NotImplementedError, RuntimeError, OSError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"transformers {transformers.__version__} does not read {file} ({first_line(error)}); {ORIGINAL}"
-        ) from error
+    with _parse_once():
+        tokenizer = _read_tokenizer(file, header)  # first: weights take longer
+        try:
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=torch.bfloat16, output_loading_info=True, **dequantize
+            )
+        except (ValueError, KeyError, NotImplementedError, RuntimeError, OSError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"transformers {transformers.__version__} does not read {file} ({first_line(error)}); {ORIGINAL}"
+            ) from error
     model, loading = loaded
     if loading["missing_keys"]:
         raise InputError(f"{file} lacks weights, {sorted(loading['missing_keys'])[0]} for one; give another file")
@@ -171,6 +172,28 @@ def _write_model(file: Path, header: GGUFHeader, name: str, folder: Path) -> Non
     model.save_pretrained(folder)
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _parse_once() -> Iterator[None]:
+    """Let the entries of a GGUF file be parsed once within the block, and held in plain arrays.
+
+    transformers parses them for the tokenizer, the config and the weights. In a memory map as it comes, each of a
+    million strings is an object of several hundred bytes.
+    """
+    import gguf
+    import numpy as np
+
+    class PlainReader(gguf.GGUFReader):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+    package: Any = gguf
+    before, package.GGUFReader = gguf.GGUFReader, cache(PlainReader)
+    try:
+        yield
+    finally:
+        package.GGUFReader = before
 
 
 def _read_tokenizer(file: Path, header: GGUFHeader) -> PreTrainedTokenizerBase:
@@ -213,7 +236,7 @@ def _byte_level(file: Path, header: GGUFHeader, steps: tuple[str, ...], whole_wo
     from tokenizers import AddedToken, Tokenizer, decoders, models, processors
     from transformers import PreTrainedTokenizerFast
 
-    fields = gguf.GGUFReader(file).fields
+    fields = gguf.GGUFReader(str(file)).fields  # a string, as transformers has it: `_parse_once` knows it by that
     tokens, kinds, merges = (fields[f"{TOKENIZER}.{key}"].contents() for key in ("tokens", "token_type", "merges"))
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
     padding = {token for token, kind in zip(tokens, kinds) if kind == UNUSED and PADDING.fullmatch(token)}
