@@ -24,7 +24,6 @@ from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from random import Random
-from statistics import fmean
 from typing import Any
 
 import yaml
@@ -183,10 +182,10 @@ def measured(found: Allocation, dense: DensePredictions) -> dict[str, Any]:
     """Compresses by a plan; its sizes, and its KL on the probing tokens and on the text."""
     with tempfile.TemporaryDirectory() as folder:
         report = run.compress(found.settled, Path(folder) / "model").report
-        probing = found.measure_kl(Path(folder) / "model")[0]
+        probing = found.measure_kl(Path(folder) / "model")
         model = load_model(Place("model", Path(folder) / "model"))
         with decoded(model):
-            text = fmean(dense.divergences(window_logits(model, dense.windows)))
+            text = dense.divergence(window_logits(model, dense.windows))
     return {"bpw": report.bpw, "bytes": report.bytes, "probing_kl": probing, "text_kl": text}
 
 

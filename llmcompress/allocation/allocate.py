@@ -17,11 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from llmcompress.allocation.choices import Choices, Steps, find_choices
 from llmcompress.allocation.cost import pricing_bytes
 from llmcompress.allocation.distortion import families
-from llmcompress.allocation.prices import MatrixPrices, Progress, damage, damage_by_kind, measure_matrices, prices_of
-from llmcompress.allocation.sensitivity import WINDOW, Probe, ProbeText, probe_text
+from llmcompress.allocation.prices import MatrixPrices, Progress, damage, measure_matrices, prices_of
+from llmcompress.allocation.sensitivity import Probe, probe_windows
 from llmcompress.allocation.solve import monotone, predicted_baselines, solve
 from llmcompress.compression.job import Job
 from llmcompress.data.calibration import CalibrationTokens
@@ -49,18 +51,17 @@ RANGE = (0.55, 1.3)  # of the predicted KL: holds the measured one in 25 of 26 p
 
 @dataclass(frozen=True)
 class Allocation:
-    """The chosen options and their prices; another `chosen` makes another plan. `plain`: that with the least mean loss.
+    """The chosen options and their prices; another `chosen` makes another plan.
 
-    `job`: the job with the target. `text`: the probing tokens, on which the finished model is compared with the dense
-    one.
+    `job`: the job with the target. `windows`: the probing tokens `[windows, length]`, on which the finished model is
+    compared with the dense one.
     """
 
     job: Job
     choices: Choices
     prices: tuple[MatrixPrices, ...]
     chosen: tuple[int, ...]
-    plain: tuple[int, ...]
-    text: ProbeText
+    windows: Tensor
     seconds: float
 
     @property
@@ -73,38 +74,28 @@ class Allocation:
         """The job to run, with the chosen steps."""
         return self.job.with_recipe(self.recipe)
 
-    def measure_kl(self, folder: Path, device: str = "cpu") -> tuple[float, ...]:
-        """Return KL(dense || the model in `folder`) in nats per token, on the text as it comes, then on each kind."""
+    def measure_kl(self, folder: Path, device: str = "cpu") -> float:
+        """Return KL(dense || the model in `folder`) on the probing tokens, in nats per token."""
         place = locate(str(folder), trust_remote_code=self.job.source.trust_remote_code)
         models = OnDisk(self.job.source, device), OnDisk(decoded_source(place), device)
-        return self.text.means(distance(*models, self.text.windows).kl_windows)
+        return distance(*models, self.windows).kl
 
-    def summary(self, measured_kl: Sequence[float], size: int) -> dict[str, Any]:
+    def summary(self, measured_kl: float, size: int) -> dict[str, Any]:
         """Return the target, predictions and measurements; `size`: bytes of the finished weight files."""
         target, predicted = target_of(self.job), damage(self.prices, self.chosen)
-        beside = {"plain": damage(self.prices, self.plain)} if target.worst else {}
         return {
             "target": target.model_dump(mode="json", exclude_none=True),
             "predicted_kl": predicted,
             "predicted_range": [share * predicted for share in RANGE],
-            "measured_kl": measured_kl[0],
-            **({"kinds": self._kinds(measured_kl[1:])} if target.worst else {}),
-            "baselines": beside | predicted_baselines(self.choices, self.prices, target, self.chosen),
+            "measured_kl": measured_kl,
+            "baselines": predicted_baselines(self.choices, self.prices, target, self.chosen),
             "predicted_bytes": self.choices.size(self.chosen),
             "measured_bytes": size,
             "bpw": self.choices.bpw(self.chosen),
             "sparsity": self.choices.sparsity(self.chosen),
-            "probing_tokens": predicted_tokens(self.text.mixed),
+            "probing_tokens": predicted_tokens(self.windows),
             "seconds": self.seconds,
             "notes": list(self.choices.notes),
-        }
-
-    def _kinds(self, measured: Sequence[float]) -> dict[str, dict[str, float]]:
-        """Return the predicted and measured KL on each kind of text, and that predicted for the plain plan."""
-        predicted, others = (damage_by_kind(self.prices, plan) for plan in (self.chosen, self.plain))
-        rows = zip(self.text.kinds, predicted, others, measured, strict=True)
-        return {
-            name: {"predicted_kl": own, "plain_kl": other, "measured_kl": value} for name, own, other, value in rows
         }
 
     def write(self, folder: Path, summary: dict[str, Any]) -> None:
@@ -119,13 +110,13 @@ class Allocation:
 class PriceList:
     """The size and cost of every option of a job's matrices, for all targets of the kind that its recipe has.
 
-    `text`: as in an `Allocation`; `seconds`: the time of the measurements.
+    `windows`: as in an `Allocation`; `seconds`: the time of the measurements.
     """
 
     job: Job
     choices: Choices
     prices: tuple[MatrixPrices, ...]
-    text: ProbeText
+    windows: Tensor
     seconds: float
 
     def reaching(self, target: Target) -> Allocation:
@@ -134,12 +125,11 @@ class PriceList:
         Raises RecipeError for a target that no choice reaches.
         """
         started = time.monotonic()
-        target = target.in_the_way_of(target_of(self.job))
-        plain = choose(self.choices, self.prices, target.model_copy(update={"worst": None}))
-        chosen = choose(self.choices, self.prices, target, plain) if target.worst else plain
+        target = target.for_engine(target_of(self.job).engine)
+        chosen = choose(self.choices, self.prices, target)
         job = replace(self.job, recipe=self.job.recipe.model_copy(update={"target": target}))
         seconds = self.seconds + time.monotonic() - started
-        return Allocation(job, self.choices, self.prices, chosen, plain, self.text, seconds)
+        return Allocation(job, self.choices, self.prices, chosen, self.windows, seconds)
 
 
 def allocate(job: Job, *, device: str = "cpu", progress: Progress | None = None) -> Allocation:
@@ -201,12 +191,12 @@ def measure_prices(
     with time_phases("prices"), ranks.agree_on_errors():
         own = measure_matrices(job, choices, tokens, probe, device, progress, ranks)
     prices = prices_of(choices, ranks.gather(own))
-    return PriceList(job, choices, prices, probe_text(tokens), time.monotonic() - started)
+    return PriceList(job, choices, prices, probe.windows, time.monotonic() - started)
 
 
 def make_probe(job: Job, choices: Choices, tokens: CalibrationTokens, device: str, ranks: Ranks) -> Probe:
     """Return the probe that measures options. Raises MemoryLimitError if the share of a process does not fit."""
-    windows = probe_text(tokens).windows
+    windows = probe_windows(tokens)
     needed, total = ranks.here * pricing_bytes(job, choices, windows.numel(), ranks.count), total_memory()
     if device == "cpu" and needed > total:
         raise MemoryLimitError(
@@ -218,8 +208,7 @@ def make_probe(job: Job, choices: Choices, tokens: CalibrationTokens, device: st
 
 def priced_tokens(job: Job) -> CalibrationTokens:
     """Return the calibration tokens, the same as in the run. Raises InputError if none of them is held out."""
-    text = text_of(job)
-    tokens = job.read_tokens(text, kinds=min(WINDOW, text.length) if target_of(job).worst else 0)
+    tokens = job.read_tokens(text_of(job))
     if not tokens.held_out:
         raise InputError(
             f"the calibration text gives {tokens.obtained} sequences, none of which is held out to judge options on; "
@@ -252,31 +241,17 @@ def _check_reachable(choices: Choices, target: Target) -> None:
         )
 
 
-def choose(
-    choices: Choices, prices: Sequence[MatrixPrices], target: Target, plain: tuple[int, ...] | None = None
-) -> tuple[int, ...]:
-    """Return the options that meet a target.
+def choose(choices: Choices, prices: Sequence[MatrixPrices], target: Target) -> tuple[int, ...]:
+    """Return the options that meet a target: of the least damage at a size or a number of zeros, or of the least size.
 
-    They have the least damage at a size or a number of zeros, or the least size at a damage. With `worst`, the damage
-    is the largest of a kind of text, and never above that of `plain`, the plan with the least mean (None: not made
-    yet). Raises RecipeError for a target that no choice reaches.
+    Raises RecipeError for a target that no choice reaches.
     """
     _check_reachable(choices, target)
-    damages = [_monotone_damages(matrix, [offer.damage for offer in matrix.offers]) for matrix in prices]
-    costs = [matrix.costs(target) for matrix in choices.matrices]
-    if plain is not None:
-        chosen: tuple[int, ...] | None = plain
-    elif target.kl is not None:
+    damages = [_monotone_damages(matrix) for matrix in prices]
+    if target.kl is not None:
         chosen = solve([matrix.bytes for matrix in choices.matrices], damages, target.kl)
     else:
-        chosen = solve(damages, costs, choices.room(target))
-    if target.worst and chosen is not None:
-        kinds = [
-            [_monotone_damages(matrix, [offer.kinds[kind] for offer in matrix.offers]) for matrix in prices]
-            for kind in range(len(prices[0].offers[0].kinds))
-        ]
-        other = solve(damages, costs, choices.room(target), kinds)
-        chosen = min(chosen, other or chosen, key=lambda plan: max(damage_by_kind(prices, plan)))
+        chosen = solve(damages, [matrix.costs(target) for matrix in choices.matrices], choices.room(target))
     if chosen is None:
         raise RecipeError(
             f"target: a KL of {target.kl} cannot be reached, {sum(map(min, damages)):.2g} is the least that is "
@@ -285,12 +260,13 @@ def choose(
     return chosen
 
 
-def _monotone_damages(prices: MatrixPrices, measured: Sequence[float]) -> list[float]:
-    """Return damages of a matrix's options, made monotone in bits within each family.
+def _monotone_damages(prices: MatrixPrices) -> list[float]:
+    """Return the damages of a matrix's options, made monotone in bits within each family.
 
     Families stay apart: one that is bad at many bits says nothing about a better one at fewer.
     """
-    offers, damages = prices.offers, list(measured)
+    offers = prices.offers
+    damages = [offer.damage for offer in offers]
     for family in families([offer.steps for offer in offers]):
         rising = monotone([damages[number] for number in family], [offers[number].bits for number in family])
         for number, value in zip(family, rising, strict=True):

@@ -35,21 +35,18 @@ from llmcompress.compression.time_estimate import (
     weights_of,
 )
 from llmcompress.data.calibration import held_out_count
-from llmcompress.data.kinds import KIND_WINDOWS, count_kinds
 from llmcompress.methods.layer import MANY, SAMPLED
 from llmcompress.recipe.calibration import Calibration
-from llmcompress.recipe.target import Target
 from llmcompress.runtime.precision import fast_float32
 
 EXCHANGED_TABLE = 13  # bytes for each weight of a table while the model is read with another: itself, both, and work
 LOGIT = 1e-9  # seconds of a logit beside its product: for its log-probability, and in a divergence
 
 
-def probing_tokens(text: Calibration, target: Target | None) -> int:
+def probing_tokens(text: Calibration) -> int:
     """Return the number of tokens that changes are judged on, if there is as much text as the recipe asks for."""
     length = min(WINDOW, text.length)
-    kinds = KIND_WINDOWS * count_kinds(text) if target is not None and target.worst else 0
-    return length * (kinds + min(WINDOWS, held_out_count(text.held_out, text.samples) * (text.length // length)))
+    return length * min(WINDOWS, held_out_count(text.held_out, text.samples) * (text.length // length))
 
 
 def pricing_bytes(job: Job, choices: Choices, tokens: int, processes: int = 1) -> int:
@@ -78,7 +75,7 @@ def pricing_seconds(job: Job, choices: Choices, text: Calibration) -> float:
     shares = token_shares(job)
     work = Work(_walk_operations(job, tokens, shares), other=START + text_seconds() + reads)
     work += gradient_work(job, sequences, text.length, shares) + _trial_work(job, choices)
-    return (work + _probing_work(job, choices, probing_tokens(text, job.recipe.target), shares)).seconds(job.recipe)
+    return (work + _probing_work(job, choices, probing_tokens(text), shares)).seconds(job.recipe)
 
 
 def _walk_operations(job: Job, tokens: int, shares: dict[str, float]) -> float:

@@ -30,7 +30,7 @@ def forecast(job: Job) -> Plan:
     target, text = target_of(job), text_of(job)
     choices = reachable_choices(job, (target,))
     settled = job.with_recipe(with_steps(job, choices, spread_evenly(choices, target)))
-    planned, pricing = plan_of(settled), pricing_bytes(job, choices, probing_tokens(text, target))
+    planned, pricing = plan_of(settled), pricing_bytes(job, choices, probing_tokens(text))
     if not isinstance(sizes := file_sizes(job), OurSizes):
         planned = plan_in_files(planned, settled, sizes)
     return replace(

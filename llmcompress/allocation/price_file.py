@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmcompress.allocation.allocate import (
     Allocation,
     PriceList,
@@ -27,7 +29,7 @@ from llmcompress.allocation.allocate import (
 )
 from llmcompress.allocation.choices import Choices, goes_low
 from llmcompress.allocation.prices import MatrixPrices, Measurements, measure_matrices, prices_of
-from llmcompress.allocation.sensitivity import ProbeText, probe_text
+from llmcompress.allocation.sensitivity import probe_windows
 from llmcompress.calibration.walk import Progress
 from llmcompress.compression.job import Job
 from llmcompress.data.calibration import CalibrationTokens
@@ -89,7 +91,7 @@ def price_list(
             return _parse_entry(_store(path, job), entry, job, choices)
     ranks.compare(identity_of(job) | {TOKENS: tokens.hash})
     prices = measure_prices(job, choices, tokens, device=device, progress=progress, ranks=ranks)
-    ranks.first(lambda: _write_entry(path, job, prices.prices, prices.text, prices.seconds, tokens.hash))
+    ranks.first(lambda: _write_entry(path, job, prices.prices, prices.windows, prices.seconds, tokens.hash))
     return prices
 
 
@@ -128,8 +130,8 @@ def _join_parts(path: Path, job: Job, choices: Choices, tokens: CalibrationToken
         prices = prices_of(choices, map(Measurements.from_json, entries))
     except (ValueError, KeyError, TypeError) as error:
         raise store.damage(error) from error
-    seconds = sum(float(entry["seconds"]) for entry in entries)
-    entry = _write_entry(path, job, prices, probe_text(tokens), seconds, tokens.hash)
+    windows = probe_windows(tokens)
+    entry = _write_entry(path, job, prices, windows, sum(float(entry["seconds"]) for entry in entries), tokens.hash)
     _remove_parts(path)
     return entry
 
@@ -170,10 +172,10 @@ def _remove_parts(prices: Path) -> None:
 
 
 def _write_entry(
-    path: Path, job: Job, prices: Sequence[MatrixPrices], text: ProbeText, seconds: float, tokens: str
+    path: Path, job: Job, prices: Sequence[MatrixPrices], windows: torch.Tensor, seconds: float, tokens: str
 ) -> dict[str, Any]:
     """Write a price list, and return it as its file holds it."""
-    entry = {"seconds": seconds, **text.to_json(), "matrices": [matrix.to_json() for matrix in prices]}
+    entry = {"seconds": seconds, "windows": windows.tolist(), "matrices": [matrix.to_json() for matrix in prices]}
     _store(path, job).put(path.stem, entry | {TOKENS: tokens})
     return entry
 
@@ -190,7 +192,8 @@ def _read_entry(path: Path, job: Job, tokens: str) -> dict[str, Any] | None:
 def _parse_entry(store: Store, entry: Mapping[str, Any], job: Job, choices: Choices) -> PriceList:
     try:
         matrices = tuple(MatrixPrices.from_json(matrix) for matrix in entry["matrices"])
-        return PriceList(job, choices, matrices, ProbeText.from_json(entry), float(entry["seconds"]))
+        windows = torch.tensor(entry["windows"], dtype=torch.int64)
+        return PriceList(job, choices, matrices, windows, float(entry["seconds"]))
     except (ValueError, KeyError, TypeError) as error:
         raise store.damage(error) from error
 

@@ -5,8 +5,7 @@ sensitivity is the KL of the model's predictions per unit of that error, measure
 grow with the square of a small change). With `damage: distortion` in the recipe, the sensitivity of one option serves
 all options; with `kl`, it is measured for each option that is run; with `noise`, random noise stands for all options,
 as in ECoFLaP (arXiv 2310.02998). The sum of damages predicts a plan's damage as long as the errors of different layers
-do not add up. With `worst: true` in the target, the same changes are judged on windows of each kind of text too, so
-each option has a damage to each kind.
+do not add up.
 
 Cost for t probing tokens, c calibration tokens and L linears: c forwards of the linears and their Gram matrices, three
 rough encodings of all weights, and L (3 L for kl) half forwards and heads of t tokens. In memory: a block, its moments,
@@ -18,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from math import prod
 from typing import Any
 
@@ -38,7 +36,7 @@ from llmcompress.allocation.distortion import (
     sample_few_rows,
     sample_rows,
 )
-from llmcompress.allocation.sensitivity import Probe, probe_text
+from llmcompress.allocation.sensitivity import Probe
 from llmcompress.calibration.gather import Statistics
 from llmcompress.calibration.walk import Block, Execution, Progress, walk
 from llmcompress.compression.job import Job, gradient_importance
@@ -62,7 +60,7 @@ class OptionPrice:
     """The price of one option of a matrix.
 
     `bits` and `bytes`: as stored. `error`: relative, on held-out inputs. `measured`: True if the error was measured on
-    this matrix, False if interpolated. `damage`: predicted KL in nats per token; `kinds`: that on each kind of text.
+    this matrix, False if interpolated. `damage`: predicted KL in nats per token.
     """
 
     steps: Steps
@@ -71,18 +69,15 @@ class OptionPrice:
     error: float
     measured: bool
     damage: float
-    kinds: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, keys as in the fields."""
-        steps = [config.model_dump(mode="json") for config in self.steps]
-        return {**vars(self), "steps": steps, "kinds": list(self.kinds)}
+        return {**vars(self), "steps": [config.model_dump(mode="json") for config in self.steps]}
 
     @staticmethod
     def from_json(entries: dict[str, Any]) -> OptionPrice:
         """Return the inverse of `to_json`."""
-        lists = {"steps": tuple(step(config) for config in entries["steps"]), "kinds": tuple(entries["kinds"])}
-        return OptionPrice(**{**entries, **lists})
+        return OptionPrice(**{**entries, "steps": tuple(step(config) for config in entries["steps"])})
 
 
 @dataclass(frozen=True)
@@ -114,21 +109,12 @@ def damage(price_list: Sequence[MatrixPrices], chosen: Sequence[int]) -> float:
     return sum(matrix.offers[option].damage for matrix, option in zip(price_list, chosen, strict=True))
 
 
-def damage_by_kind(price_list: Sequence[MatrixPrices], chosen: Sequence[int]) -> tuple[float, ...]:
-    """Return the predicted KL of a plan on each kind of text."""
-    offers = [matrix.offers[option].kinds for matrix, option in zip(price_list, chosen, strict=True)]
-    return tuple(map(sum, zip(*offers, strict=True)))
-
-
 @dataclass(frozen=True)
 class MatrixMeasurement:
-    """The measurements of one matrix, by option: errors and sensitivities. `probed`: the middle option.
-
-    A sensitivity is that on the text as it comes, then those on each kind of text.
-    """
+    """The measurements of one matrix, by option: errors and sensitivities. `probed`: the middle option."""
 
     errors: dict[int, float]
-    sensitivities: dict[int, tuple[float, ...]]
+    sensitivities: dict[int, float]
     probed: int
 
 
@@ -158,11 +144,7 @@ class Measurements:
     def from_json(entries: dict[str, Any]) -> Measurements:
         """Return the inverse of `to_json`. Raises KeyError, TypeError or ValueError for entries of another form."""
         matrices = {
-            name: MatrixMeasurement(
-                dict(each["errors"]),
-                {number: tuple(values) for number, values in each["sensitivities"]},
-                int(each["probed"]),
-            )
+            name: MatrixMeasurement(dict(each["errors"]), dict(each["sensitivities"]), int(each["probed"]))
             for name, each in entries["matrices"].items()
         }
         references = {
@@ -202,14 +184,14 @@ def measure_matrices(
         results = _run_options(block, layer, matrix, held_out, probe, job.recipe.damage)
         errors[layer.name], changes[layer.name] = results
         step()
-    divergences = [*map(probe_text(tokens).means, probe.divergences())]
+    divergences = probe.divergences()
     measurements = {}
     for name, own in errors.items():
         sensitivities = {
-            number: tuple(max(value, 0.0) / made for value in divergences[change])  # rounding can make 0 negative
+            number: max(divergences[change], 0.0) / made  # rounding can make no change a negative one
             for number, (change, made) in changes[name].items()
         }
-        _check_finite(name, chain.from_iterable(sensitivities.values()))
+        _check_finite(name, sensitivities.values())
         measurements[name] = MatrixMeasurement(own, sensitivities, middle_option(wanted[name]))
     return Measurements(measurements, references)
 
@@ -376,25 +358,15 @@ def _price_options(matrix: Matrix, measurement: MatrixMeasurement, reference: Re
         run = {places[number]: measurement.errors[number] for number in fast}
         values = interpolate_errors(run, {places[number]: value for number, value in fast.items()}, own)
         errors |= {number: values[place] for number, place in places.items()}
-    mixed = measurement.sensitivities[measurement.probed][0]
-    damages = zip(*_damages(kin, errors, measurement.sensitivities), strict=True)
-    sizes = zip(matrix.options, matrix.bits, matrix.bytes, strict=True)
+    damages: dict[int, float] = {}
+    for family in kin:
+        probed = {number: value for number, value in measurement.sensitivities.items() if number in family}
+        curve = {errors[number]: value for number, value in (probed or measurement.sensitivities).items()}
+        damages |= {n: errors[n] * interpolate_logarithms(curve.items(), errors[n]) for n in family}
     offers = tuple(
-        OptionPrice(*size, errors[n], n in measurement.errors, mean, tuple(kinds))
-        for n, (size, (mean, *kinds)) in enumerate(zip(sizes, damages, strict=True))
+        OptionPrice(steps, matrix.bits[n], matrix.bytes[n], errors[n], n in measurement.errors, damages[n])
+        for n, steps in enumerate(matrix.options)
     )
-    return MatrixPrices(matrix.name, matrix.shape, matrix.is_table, mixed, offers)
-
-
-def _damages(
-    kin: Sequence[Sequence[int]], errors: Mapping[int, float], sensitivities: Mapping[int, tuple[float, ...]]
-) -> Iterator[list[float]]:
-    """Yield the damages of all options, on the text as it comes and on each kind of text."""
-    for values in zip(*sensitivities.values(), strict=True):
-        by_option = dict(zip(sensitivities, values, strict=True))
-        damages: dict[int, float] = {}
-        for family in kin:
-            measured = {number: by_option[number] for number in family if number in by_option}
-            curve = {errors[number]: value for number, value in (measured or by_option).items()}
-            damages |= {n: errors[n] * interpolate_logarithms(curve.items(), errors[n]) for n in family}
-        yield [damages[number] for number in sorted(damages)]
+    return MatrixPrices(
+        matrix.name, matrix.shape, matrix.is_table, measurement.sensitivities[measurement.probed], offers
+    )

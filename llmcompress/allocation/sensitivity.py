@@ -7,13 +7,11 @@ compressing it makes. Memory holds the hidden states of the probing tokens for e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
-from statistics import fmean
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,7 +21,7 @@ from llmcompress.calibration.walk import Block
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.evaluation.distance import kl_divergence
 from llmcompress.evaluation.logits import OnDisk, window_logits
-from llmcompress.evaluation.perplexity import chunks_of_parts
+from llmcompress.evaluation.perplexity import chunks_of_parts, predicted_tokens
 from llmcompress.models.dense.families import Architecture
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.runtime.devices import device_of
@@ -37,38 +35,6 @@ AT_ONCE = 2  # windows whose logits are in memory together
 Logits: TypeAlias = Iterator[tuple[Tensor, Iterator[Tensor]]]
 
 
-@dataclass(frozen=True, eq=False)
-class ProbeText:
-    """The windows to probe with, int64 `[windows, length]`.
-
-    `mixed`: of the text as it comes; `kinds`: of each kind of text by its name, if the target asks for them.
-    """
-
-    mixed: Tensor
-    kinds: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def windows(self) -> Tensor:
-        """All windows."""
-        return torch.cat([self.mixed, *self.kinds.values()])
-
-    def means(self, values: Sequence[float]) -> tuple[float, ...]:
-        """Return means of a value of each window: over the text as it comes, then over each kind."""
-        left = iter(values)
-        return tuple(fmean(islice(left, len(windows))) for windows in (self.mixed, *self.kinds.values()))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        kinds = {name: windows.tolist() for name, windows in self.kinds.items()}
-        return {"windows": self.mixed.tolist(), "kinds": kinds}
-
-    @staticmethod
-    def from_json(entries: Mapping[str, Any]) -> ProbeText:
-        """Return the inverse of `to_json`. Raises KeyError, TypeError or ValueError for entries of another form."""
-        kinds = {name: torch.tensor(rows, dtype=torch.int64) for name, rows in entries["kinds"].items()}
-        return ProbeText(torch.tensor(entries["windows"], dtype=torch.int64), kinds)
-
-
 class DensePredictions:
     """The dense model's predictions on `windows`, int64 `[windows, length]`, at every token but each window's last.
 
@@ -79,21 +45,18 @@ class DensePredictions:
         self.windows = windows
         self.expected = list(_log_probabilities(logits))
 
-    def divergences(self, logits: Logits) -> tuple[float, ...]:
-        """Return the KL(dense || other) of each window in nats per token; `logits`: the other model's."""
-        totals = [0.0] * len(self.windows)
-        for (window, p), (_, q) in zip(self.expected, _log_probabilities(logits), strict=True):
-            totals[window] += float(kl_divergence(p, q).double().sum())
-        return tuple(total / (self.windows.shape[1] - 1) for total in totals)
+    def divergence(self, logits: Logits) -> float:
+        """Return the mean KL(dense || other) in nats per token; `logits`: the other model's."""
+        pairs = zip(self.expected, _log_probabilities(logits), strict=True)
+        total = sum(float(kl_divergence(p, q).double().sum()) for p, q in pairs)
+        return total / predicted_tokens(self.windows)
 
 
-def _log_probabilities(logits: Logits) -> Iterator[tuple[int, Tensor]]:
-    """Yield numbers of windows with log-probabilities, float32 `[positions, vocabulary]`, a few positions at a time."""
-    first = 0
+def _log_probabilities(logits: Logits) -> Iterator[Tensor]:
+    """Yield log-probabilities, float32 `[positions, vocabulary]`, a few positions at a time."""
     for windows, parts in logits:
-        for row, chunk, _ in chunks_of_parts(parts, windows):
-            yield first + row, chunk
-        first += len(windows)
+        for _, chunk, _ in chunks_of_parts(parts, windows):
+            yield chunk
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +84,7 @@ class Probe:
         self.source, self.arch, self.windows, self.device = source, arch, windows, device_of(device)
         self.model = from_disk(source, self.device)
         self.states = self.model.embed(windows, len(windows))
-        self.streams: list[Tensor | tuple[float, ...]] = []  # hidden states; of an exchanged table, its divergences
+        self.streams: list[Tensor | float] = []  # hidden states; of an exchanged table, its divergence
         self.waiting: dict[int, Tensor] = {}  # outputs of the block that the walk is at
 
     @torch.no_grad()
@@ -139,7 +102,7 @@ class Probe:
         else:
             instead = {f"{name}.weight": weight}
             changed = OnDisk(ExchangedSource(**vars(self.source), instead=instead), str(self.device))
-            self.streams.append(self.dense.divergences(window_logits(changed, self.windows, AT_ONCE)))
+            self.streams.append(self.dense.divergence(window_logits(changed, self.windows, AT_ONCE)))
         return number
 
     @torch.no_grad()
@@ -155,13 +118,13 @@ class Probe:
         self.waiting.clear()
 
     @phase("predictions")
-    def divergences(self) -> list[tuple[float, ...]]:
-        """Return the KL of every change on each window, in nats per token, once the last block was left."""
+    def divergences(self) -> list[float]:
+        """Return the KL of every change, in nats per token, once the last block was left."""
         dense, count = self.dense, count_steps("prediction", len(self.streams))
         divergences = []
         with self.model.at_the_end():
             for stream in self.streams:
-                divergences.append(stream if isinstance(stream, tuple) else dense.divergences(self._logits(stream)))
+                divergences.append(stream if isinstance(stream, float) else dense.divergence(self._logits(stream)))
                 count()
         return divergences
 
@@ -188,11 +151,6 @@ class Probe:
             yield
         finally:
             parameter.data = before
-
-
-def probe_text(tokens: CalibrationTokens) -> ProbeText:
-    """Return the windows to probe with, those of kinds beside the `probe_windows`."""
-    return ProbeText(probe_windows(tokens), tokens.kinds)
 
 
 def probe_windows(tokens: CalibrationTokens) -> Tensor:

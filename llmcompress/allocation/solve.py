@@ -15,18 +15,16 @@ from llmcompress.recipe.target import Target
 LARGE = 1e4  # upper bound of objectives and limits after scaling: the solver treats 1e-6 as zero
 ROUNDING = 1e-12
 NODES = 300  # of the search: seconds, and within two thousandths of the bound (test_solve.py)
-TIE = 0.01  # weight of the mean beside the largest of several sums: kinds that are not the worst count too
 Table = Sequence[Sequence[float]]  # by matrix, then by option
 Costs = Sequence[Sequence[float]]  # by matrix, then by option
 RANDOM = 8  # plans, of which the mean is reported
 GOLDEN = (5**0.5 - 1) / 2  # its multiples lie evenly in 0..1, however many are taken
 
 
-def solve(value: Table, cost: Table, limit: float, kinds: Sequence[Table] = ()) -> tuple[int, ...] | None:
+def solve(value: Table, cost: Table, limit: float) -> tuple[int, ...] | None:
     """Return an option for each matrix: the least sum of `value` that NODES nodes find with `cost` of at most `limit`.
 
-    With values of `kinds`, what is least is the largest of their sums plus TIE times that of `value`. Returns None if
-    no choice keeps the limit. Raises NumericsError if the solver gives up.
+    Returns None if no choice keeps the limit. Raises NumericsError if the solver gives up.
     """
     cheapest = tuple(min(range(len(row)), key=row.__getitem__) for row in cost)
     least = _total(cost, cheapest)
@@ -34,7 +32,7 @@ def solve(value: Table, cost: Table, limit: float, kinds: Sequence[Table] = ()) 
         return None
     bound, step = float(limit), ROUNDING * limit
     while least < bound:
-        chosen = _milp(value, cost, bound, kinds)
+        chosen = _milp(value, cost, bound)
         excess = _total(cost, chosen) - limit
         if excess <= 0:
             return chosen
@@ -47,29 +45,26 @@ def _total(table: Table, chosen: Sequence[int]) -> float:
     return sum(row[option] for row, option in zip(table, chosen, strict=True))
 
 
-def _milp(value: Table, cost: Table, limit: float, kinds: Sequence[Table]) -> tuple[int, ...]:
+def _milp(value: Table, cost: Table, limit: float) -> tuple[int, ...]:
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_matrix
 
     counts = [len(row) for row in value]
     owner = np.repeat(np.arange(len(counts)), counts)
-    flat, used, *sums = (np.concatenate([np.asarray(row, float) for row in table]) for table in (value, cost, *kinds))
-    size, above = len(owner), 1 if kinds else 0  # the last variable is above the sum of each kind
-    each_once = csr_matrix((np.ones(size), (owner, np.arange(size))), shape=(len(counts), size + above))
-    scale = LARGE / max(*(float(np.abs(table).sum()) for table in (flat, *sums)), np.finfo(float).tiny)
-    within = np.append(used * (LARGE / limit), np.zeros(above))
-    constraints = [LinearConstraint(each_once, 1, 1), LinearConstraint(within[None], -np.inf, LARGE)]
-    constraints += [LinearConstraint(np.append(table * scale, -1.0)[None], -np.inf, 0) for table in sums]
+    flat = np.concatenate([np.asarray(row, float) for row in value])
+    used = np.concatenate([np.asarray(row, float) for row in cost])
+    each_once = csr_matrix((np.ones(len(owner)), (owner, np.arange(len(owner)))))
+    largest = max(float(np.abs(flat).sum()), np.finfo(float).tiny)
     solution = milp(
-        np.append(flat * scale * (TIE if kinds else 1), np.ones(above)),
-        integrality=np.append(np.ones(size), np.zeros(above)),
-        bounds=Bounds(0, np.append(np.ones(size), np.full(above, np.inf))),
-        constraints=constraints,
+        flat * (LARGE / largest),
+        integrality=np.ones(len(flat)),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(each_once, 1, 1), LinearConstraint(used[None] * (LARGE / limit), -np.inf, LARGE)],
         options={"mip_rel_gap": 0, "node_limit": NODES},
     )
     if solution.x is None:
         raise NumericsError(f"no option could be chosen for every layer ({solution.message}); ask for another size")
-    return tuple(int(shares.argmax()) for shares in np.split(solution.x[:size], np.cumsum(counts)[:-1]))
+    return tuple(int(shares.argmax()) for shares in np.split(solution.x, np.cumsum(counts)[:-1]))
 
 
 def monotone(damage: Sequence[float], cost: Sequence[float]) -> tuple[float, ...]:

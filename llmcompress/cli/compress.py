@@ -222,7 +222,7 @@ def frontier(
 
     wanted = budgets(bpw, sizes)
     first = wanted[0].target.model_dump(exclude_none=True)
-    target = Change("target", first, "--sizes" if bpw is None else "--bpw", stay=("engine", "worst"))
+    target = Change("target", first, "--sizes" if bpw is None else "--bpw", stay=("engine",))
     built = [build_recipe(recipe, settings, seed, target, tune) for recipe in recipes or (None,)]
     built = built if engine is None else [aim_at(engine, recipe) for recipe in built]
     results = () if peers is None else read_peers(peers, "bytes" if bpw is None else "bpw")
@@ -274,7 +274,7 @@ def target_change(bpw: float | None, size: str | None, kl: float | None, sparsit
         "--sparsity": ("sparsity", sparsity),
     }
     given = {option: aim for option, aim in options.items() if aim[1] is not None}
-    return Change("target", dict(given.values()), " and ".join(given), stay=("engine", "worst")) if given else None
+    return Change("target", dict(given.values()), " and ".join(given), stay=("engine",)) if given else None
 
 
 def plan_view(plan: Row, every: bool) -> Iterator[RenderableType]:
@@ -335,7 +335,6 @@ def report_view(report: Row, every: bool) -> Iterator[RenderableType]:
         yield f"phases  {phases}"
     if "allocation" in report:
         yield _target_line(report["allocation"])
-        yield from _kind_lines(report["allocation"].get("kinds", {}))
     if report["gates"] is not None:
         yield f"gates   {GateReport(**report['gates']).sentence()}"
     if "distillation" in report:
@@ -377,13 +376,6 @@ def _target_line(allocation: Row) -> str:
     kl += f" on {allocation['probing_tokens']} tokens"
     beside = f" · {' and '.join(others)} of that size, predicted" if others else ""
     return f"target  {target_text(allocation['target'])} · {kl}{beside} · {duration(allocation['seconds'])}"
-
-
-def _kind_lines(kinds: Row) -> Iterator[str]:
-    """Yield a line for each kind of text that a target compared, the one that is predicted to lose most first."""
-    for name, row in sorted(kinds.items(), key=lambda entry: -entry[1]["predicted_kl"]):
-        kl = f"KL predicted {row['predicted_kl']:.4f}, measured {row['measured_kl']:.4f}"
-        yield f"kind    {name} · {kl} · {row['plain_kl']:.4f} for a plain plan, predicted"
 
 
 def _sizes(values: Row) -> str:

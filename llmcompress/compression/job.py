@@ -114,12 +114,12 @@ class Job:
         return None if self.recipe.calibration is None else self.read_tokens(self.recipe.calibration)
 
     @phase("text")
-    def read_tokens(self, text: Calibration, kinds: int = 0) -> CalibrationTokens:
-        """Return the tokens of `text`, read once for all jobs made from one; `kinds`: as in `calibration_tokens`."""
-        source, key = self.source, ("text", text.model_dump_json(), kinds)
+    def read_tokens(self, text: Calibration) -> CalibrationTokens:
+        """Return the tokens of `text`, read once for all jobs made from one."""
+        source, key = self.source, ("text", text.model_dump_json())
         if key not in self.shared:
             tokenizer = source.tokenizer()
-            self.shared[key] = calibration_tokens(text, tokenizer, source.load, source.config, kinds=kinds)
+            self.shared[key] = calibration_tokens(text, tokenizer, source.load, source.config)
         tokens: CalibrationTokens = self.shared[key]
         return tokens
 

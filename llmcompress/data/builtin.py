@@ -23,52 +23,21 @@ TEST_EVERY = 6  # one document in six of the standard library is evaluation text
 TEXTS = Path(__file__).with_name("texts")
 DOCUMENTATION = 340_000  # characters of it in text of many kinds, a quarter
 BETWEEN = "\n%%%\n"  # documents in a file of these
-DOCUMENTED = "documentation"  # the kind of text that Python ships
-KINDS = {  # of text, by the first word of a file's name in `texts/`
-    "articles": "articles",
-    "chats": "chats",
-    "code": "code",
-    "dialogues": "chats",
-    "encyclopedia": "articles",
-    "fiction": "fiction",
-    "languages": "languages",
-    "news": "web",
-    "source": "code",
-    "textbooks": "articles",
-    "web": "web",
-}
-BUILTIN_KINDS = frozenset({DOCUMENTED, *KINDS.values()})
 
 
+@functools.cache
 def builtin_documents() -> tuple[str, ...]:
     """Return text of many kinds: that written for this package (`texts/`), and some of the "train" documentation.
 
     None of it is evaluation text of any benchmark. Statistics of one kind of text suit that kind alone (research/log).
     """
-    return tuple(text for _, text in _documents_of_kinds())
-
-
-def builtin_kinds() -> dict[str, tuple[str, ...]]:
-    """Return the `builtin_documents` by kind, in the order of the kinds' names."""
-    kinds: dict[str, list[str]] = {}
-    for kind, text in _documents_of_kinds():
-        kinds.setdefault(kind, []).append(text)
-    return {kind: tuple(kinds[kind]) for kind in sorted(kinds)}
-
-
-@functools.cache
-def _documents_of_kinds() -> tuple[tuple[str, str], ...]:
-    """Return (kind, text) of the `builtin_documents`, in their order."""
     own = tuple(
-        (KINDS[path.name.split("_")[0].removesuffix(".txt")], text)
-        for path in sorted(TEXTS.glob("*.txt"))
-        for text in path.read_text(encoding="utf-8").strip().split(BETWEEN)
+        text for path in sorted(TEXTS.glob("*.txt")) for text in path.read_text(encoding="utf-8").strip().split(BETWEEN)
     )
-    left = DOCUMENTATION
-    beside: list[tuple[str, str]] = []
+    left, beside = DOCUMENTATION, []
     for _, text in stdlib_documents("train"):
-        beside.append((DOCUMENTED, text[:left]))
-        left -= len(beside[-1][1])
+        beside.append(text[:left])
+        left -= len(beside[-1])
         if not left:
             break
     return (*own, *beside)

@@ -7,8 +7,8 @@ tokenizer, so that the report knows them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,6 @@ from llmcompress.data.builtin import stdlib_source
 from llmcompress.data.columns import Document
 from llmcompress.data.files import file_notes
 from llmcompress.data.generate import TextSampling, teacher_sequences
-from llmcompress.data.kinds import kind_windows, name_document
 from llmcompress.data.packing import PackedText, count_all, first_tokens, pack_documents
 from llmcompress.data.text import Reading, read_documents, shuffle
 from llmcompress.errors import InputError, RecipeError
@@ -42,8 +41,7 @@ class CalibrationTokens:
 
     sequences: int64 [n, length], the last `held_out` of them held out; requested: the number in the recipe; documents:
     the number read for them; dropped: those left out as too short; published: `source` without folders of this machine;
-    read_as: the columns that the text is in; kinds: windows int64 [windows, length] of each kind of text, of documents
-    that `sequences` do not have.
+    read_as: the columns that the text is in.
     """
 
     sequences: Tensor
@@ -58,7 +56,6 @@ class CalibrationTokens:
     notes: tuple[str, ...] = ()  # for the report
     published: str | None = None
     read_as: str | None = None
-    kinds: Mapping[str, Tensor] = field(default_factory=dict)
 
     def held_out_windows(self, length: int) -> Tensor:
         """Return the held-out sequences cut into windows, int64 [sequences, parts, at most `length`].
@@ -90,9 +87,8 @@ class CalibrationTokens:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the tokens as little-endian 64-bit integers, row by row, those of kinds behind the others."""
-        rows = (tokens.contiguous().numpy().astype("<i8") for tokens in (self.sequences, *self.kinds.values()))
-        return hashlib.sha256(b"".join(each.tobytes() for each in rows)).hexdigest()
+        """SHA-256 of the tokens as little-endian 64-bit integers, row by row."""
+        return hashlib.sha256(self.sequences.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
 
     def report(self) -> dict[str, Any]:
         """Return the report's entry on calibration: plain values only."""
@@ -118,12 +114,11 @@ def calibration_tokens(
     model: PreTrainedModel | Callable[[], PreTrainedModel] | None = None,
     model_config: PreTrainedConfig | None = None,
     progress: Progress | None = None,
-    kinds: int = 0,
 ) -> CalibrationTokens:
     """Return the token sequences of `config`; the same ones every time.
 
     Only dataset "self" needs `model`, or a function that loads it. Tokens are checked against the vocabulary and the
-    context of `model_config`. `kinds`: tokens in the windows of each kind of text; 0 for none.
+    context of `model_config`.
 
     Raises InputError for text that cannot be read, is too short, repeats one token or leaves the vocabulary, and
     RecipeError for an impossible request to the tokenizer.
@@ -138,10 +133,9 @@ def calibration_tokens(
     elif config.dataset == RANDOM:
         tokens = _random_tokens(config, tokenizer, model_config)
     else:
-        tokens = _read(config, tokenizer, kinds)
+        tokens = _read(config, tokenizer)
     check_amount(tokens, config)
-    for sequences in (tokens.sequences, *tokens.kinds.values()):
-        check_tokens(sequences, tokens.source, model_config)
+    check_tokens(tokens.sequences, tokens.source, model_config)
     return tokens
 
 
@@ -187,22 +181,18 @@ def check_amount(tokens: CalibrationTokens, config: Calibration) -> None:
         )
 
 
-def _read(config: Calibration, tokenizer: PreTrainedTokenizerBase, kinds: int) -> CalibrationTokens:
+def _read(config: Calibration, tokenizer: PreTrainedTokenizerBase) -> CalibrationTokens:
     bos, eos = special_tokens(tokenizer, config.bos, config.eos)
     reading = Reading()
-    names: set[str] = set()
-
-    def encode(document: Document) -> Iterator[list[int]]:
-        names.update([name_document(document)] if kinds else [])
-        return document_tokens(document, tokenizer, config.chat_template, eos, config.packing, reading.cuts)
-
-    documents = (count_all(encode(document)) for document in source_documents(config, reading))
+    documents = (
+        count_all(document_tokens(document, tokenizer, config.chat_template, eos, config.packing, reading.cuts))
+        for document in source_documents(config, reading)
+    )
     if config.packing:
         packed = pack_documents(documents, bos, config.length, config.samples)
     else:
         packed = first_tokens(documents, bos, config.length, config.samples)
-    tokens = tokens_of(packed, config, bos, eos, reading)
-    return replace(tokens, kinds=kind_windows(config, encode, bos, kinds, frozenset(names))) if kinds else tokens
+    return tokens_of(packed, config, bos, eos, reading)
 
 
 def source_documents(config: Calibration, reading: Reading) -> Iterable[Document]:

@@ -186,9 +186,8 @@ def _identity(judge: Judge, recipes: Sequence[Recipe], sizes: Sequence[Budget]) 
 def _line(dense: DenseModel, recipe: Recipe, sizes: Sequence[Budget], folder: Path) -> Line:
     """Lay a recipe over the model. Raises RecipeError for any fault in recipe or sizes."""
     try:
-        target = sizes[0].target
-        target = target if recipe.target is None else target.in_the_way_of(recipe.target)
-        job = prepare(dense, recipe.model_copy(update={"target": target}))
+        engine = None if recipe.target is None else recipe.target.engine
+        job = prepare(dense, recipe.model_copy(update={"target": sizes[0].target.for_engine(engine)}))
         choices = reachable_choices(job, [budget.target for budget in sizes])
     except RecipeError as error:
         raise RecipeError(f"{recipe.name}: {error}") from error

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
 
-from llmcompress.recipe.text_files import is_file, is_many, join_names
+from llmcompress.recipe.text_files import is_file, join_names
 
 RANDOM = "random"
 OFFLINE = ("builtin", "stdlib", "self", RANDOM)  # need neither a file nor the Hub
@@ -77,11 +77,6 @@ class Calibration(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     """Sampling temperature for the text of dataset self."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Mass of the likeliest tokens to sample from, for the text of dataset self."""
-
-    @property
-    def has_kinds(self) -> bool:
-        """True if the text can be of several kinds: builtin, and several files."""
-        return self.dataset == "builtin" or is_many(self.dataset)
 
     @model_validator(mode="after")
     def _check_source(self) -> Calibration:

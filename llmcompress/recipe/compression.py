@@ -178,11 +178,6 @@ class Recipe(BaseModel):
             )
         if self.target is not None and (self.calibration is None or not self.calibration.held_out):
             raise ValueError("target: options are judged on held-out text; add calibration with held_out more than 0")
-        if self.target is not None and self.target.worst and not (self.calibration and self.calibration.has_kinds):
-            raise ValueError(
-                "target: worst compares kinds of text, and the calibration text is of one; let calibration.dataset be "
-                "builtin or a list of files"
-            )
         if self.target is not None and self.fuse is not None:
             raise ValueError("fuse: a target measures the model as it is; leave one of them out")
         if any(rule.inputs for rule in self.rules):

@@ -4,7 +4,6 @@
     target: {bytes: 40MB}    # of all weight files; the token table and the output head are chosen for too
     target: {kl: 0.1}        # most predicted nats per token on held-out text; gives the smallest file
     target: {sparsity: 0.6}  # share of zeros; layers are pruned more where it costs less
-    target: {bpw: 2.05, worst: true}  # by the kind of text that is predicted to lose most, not by the mean
 
 The steps of every layer that no rule covers are then chosen. With `engine: vllm` beside a size, only forms that vLLM
 multiplies are chosen, as `export --to compressed-tensors` writes them. With `engine: llama.cpp` types of llama.cpp are
@@ -50,10 +49,6 @@ def _check_engine(name: Any) -> Any:
     raise ValueError(f"unknown engine {shorten(name)!r}; {hint}")
 
 
-def _none_for_false(value: Any) -> Any:
-    return None if value is False else value
-
-
 class Target(BaseModel):
     """The aim, exactly one of bpw, bytes, kl and sparsity, and the engine that the model is for."""
 
@@ -71,11 +66,6 @@ class Target(BaseModel):
     engine: Annotated[Engine | None, BeforeValidator(_check_engine, json_schema_input_type=Engine | None)] = Field(
         None, description="engine that will run the model; null: llmcompress itself"
     )
-    worst: Annotated[bool | None, BeforeValidator(_none_for_false, json_schema_input_type=bool | None)] = Field(
-        None,
-        description="true: make the largest predicted loss of a kind of text least, not the mean; kinds are those of "
-        "the calibration's builtin, or its files",
-    )
 
     @model_validator(mode="after")
     def _check_aim(self) -> Target:
@@ -83,8 +73,6 @@ class Target(BaseModel):
             raise ValueError("give exactly one of bpw, bytes, kl and sparsity")
         if self.sparsity is not None and self.engine is not None:
             raise ValueError("engine restricts the forms of a size; leave it out beside sparsity")
-        if self.worst and self.kl is not None:
-            raise ValueError("worst makes a loss least, and kl is a limit of one; give a size or a sparsity beside it")
         return self
 
     @property
@@ -97,10 +85,6 @@ class Target(BaseModel):
         """The engine, if it reads files of its own."""
         return None if self.engine in OUR_ENGINES else self.engine
 
-    def for_engine(self, engine: str) -> Target:
-        """Return the same aim for an engine."""
+    def for_engine(self, engine: str | None) -> Target:
+        """Return the same aim for an engine; None: for llmcompress itself."""
         return self.model_copy(update={"engine": engine})
-
-    def in_the_way_of(self, other: Target) -> Target:
-        """Return the same aim, for the engine and by the loss of another target."""
-        return self.model_copy(update={"engine": other.engine, "worst": other.worst})

@@ -32,14 +32,10 @@ def is_file(dataset: str) -> bool:
 
 def holds_documents(dataset: str) -> bool:
     """True for local files of rows, packed files, patterns, lists and folders; False for one file of plain text."""
+    path = os.path.expanduser(dataset)
+    is_many = not os.path.exists(path) and (len(split_names(dataset)) > 1 or glob.has_magic(dataset))
     ends = file_kind(dataset) in ROW_KINDS or dataset.lower().endswith(PACKED_KINDS)
-    return is_many(dataset) or ends or os.path.isdir(os.path.expanduser(dataset))
-
-
-def is_many(dataset: str) -> bool:
-    """True for a pattern and for a list of files."""
-    is_one = os.path.exists(os.path.expanduser(dataset))
-    return not is_one and (len(split_names(dataset)) > 1 or glob.has_magic(dataset))
+    return is_many or ends or os.path.isdir(path)
 
 
 def split_names(dataset: str) -> list[str]:

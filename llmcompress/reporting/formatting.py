@@ -30,11 +30,11 @@ def phases_text(phases: Mapping[str, Mapping[str, float]], most: int = 5) -> str
 
 def target_text(target: Mapping[str, Any]) -> str:
     """Return a target of an allocation, such as "40.0 MB for vllm"."""
-    [(kind, value)] = [(key, value) for key, value in target.items() if key not in ("engine", "worst")]
-    sizes = {"sparsity": f"{value:g} of the weights zero", "bytes": format_bytes(value)}
-    wanted = sizes.get(kind, f"{value:g} {kind}")
-    wanted += f" for {target['engine']}" if "engine" in target else ""
-    return f"{wanted} by the worst kind of text" if target.get("worst") else wanted
+    [(kind, value)] = [(key, value) for key, value in target.items() if key != "engine"]
+    if kind == "sparsity":
+        return f"{value:g} of the weights zero"
+    wanted = format_bytes(value) if kind == "bytes" else f"{value:g} {kind}"
+    return f"{wanted} for {target['engine']}" if "engine" in target else wanted
 
 
 def without_folders(name: str) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import isfinite
-from statistics import fmean
 
 from llmcompress.allocation.sensitivity import Probe, probe_windows
 from llmcompress.allocation.solve import monotone, solve
@@ -77,7 +76,7 @@ def measure_widths(
             for width in widths[cut.part][1:]:
                 probe.exchange(block, name, choose_units(weight, hessian, width, cut.size, score).weight)
         probe.leave(block)
-    damages = [*map(fmean, probe.divergences())]
+    damages = probe.divergences()
     if not all(map(isfinite, damages)):
         raise NumericsError(f"{source.name}: predictions hold NaN or Inf; use an undamaged checkpoint")
     measured = (max(value, 0.0) for value in damages)

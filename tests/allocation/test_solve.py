@@ -114,10 +114,10 @@ def test_a_limit_just_below_a_whole_cost_is_kept_within_few_searches(monkeypatch
     searches: list[float] = []
     search = room._milp
 
-    def counted(value: Rows, costs: Rows, limit: float, kinds: Sequence[Rows]) -> tuple[int, ...]:
+    def counted(value: Rows, costs: Rows, limit: float) -> tuple[int, ...]:
         searches.append(limit)
         assert len(searches) < 60
-        return search(value, costs, limit, kinds)
+        return search(value, costs, limit)
 
     monkeypatch.setattr(room, "_milp", counted)
     below = total(cost, best) * (1 - 1e-15)
@@ -157,39 +157,3 @@ def test_plans_of_no_thought_fill_the_same_size(share: float) -> None:
     for plan in (one, two):
         assert total(cost, plan) > 0.97 * limit
     assert uniform_plan(cost, 1) is None and random_plan(cost, 1, Random(0)) is None
-
-
-# --- several kinds of text --------------------------------------------------------------------------------------------
-
-
-def kinds_of(seed: int, damage: Rows, count: int) -> list[Rows]:
-    """Damages to some kinds of text, each monotone; their mean is not `damage`."""
-    random = Random(seed)
-    shares = [[random.random() * 4 ** random.randint(-2, 2) for _ in damage] for _ in range(count)]
-    return [[[share * value for value in row] for share, row in zip(own, damage, strict=True)] for own in shares]
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_the_largest_loss_of_a_kind_is_least_as_by_trying_everything(seed: int) -> None:
-    damage, cost = problem(seed, 5, 4)
-    kinds = kinds_of(seed, damage, 1 + seed % 4)
-    least, most = sum(map(min, cost)), sum(map(max, cost))
-    limit = least + (0.2 + 0.2 * (seed % 3)) * (most - least)
-
-    def loss(plan: Sequence[int]) -> float:
-        return max(total(own, plan) for own in kinds) + room.TIE * total(damage, plan)
-
-    found = solve(damage, cost, limit, kinds)
-    assert found is not None and total(cost, found) <= limit
-    allowed = (plan for plan in product(range(4), repeat=5) if total(cost, plan) <= limit)
-    assert loss(found) == pytest.approx(min(map(loss, allowed)), rel=1e-9)
-    plain = solve(damage, cost, limit)
-    assert plain is not None and max(total(own, found) for own in kinds) <= max(total(own, plain) for own in kinds)
-    assert solve(damage, cost, least - 1, kinds) is None
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_kinds_that_lose_alike_change_nothing(count: int) -> None:
-    damage, cost = problem(21, 30, 5)
-    limit = 0.5 * sum(map(max, cost))
-    assert solve(damage, cost, limit, [damage] * count) == solve(damage, cost, limit)

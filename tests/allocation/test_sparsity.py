@@ -83,7 +83,7 @@ def test_chosen_shares_lose_less_than_equal_ones(by: str, place: Path, tmp_path:
     assert uniform is not None and damage(plan.prices, plan.chosen) < damage(plan.prices, uniform)
     other = dataclasses.replace(plan, chosen=uniform)
     mine, theirs = (
-        one.measure_kl(run.compress(one.settled, tmp_path / name).folder)[0]
+        one.measure_kl(run.compress(one.settled, tmp_path / name).folder)
         for name, one in (("mine", plan), ("theirs", other))
     )
     assert mine < theirs

@@ -130,7 +130,7 @@ def test_by_kl_an_option_costs_what_a_model_with_it_alone_loses(place: Path, pla
         del alone["target"], alone["options"]
         folder = lc.compress(place / "dense", alone, tmp_path / name).folder
         [priced] = [one for one in probed.prices if one.name == name]
-        assert priced.offers[option].damage == pytest.approx(probed.measure_kl(folder)[0], rel=0.05)
+        assert priced.offers[option].damage == pytest.approx(probed.measure_kl(folder), rel=0.05)
     with pytest.raises(RecipeError, match="damage: it says how options are judged, and there is no target"):
         read_recipe({"version": 1, "damage": "kl", "rules": [{"match": "*", "steps": [{"method": "rtn"}]}]})
 
@@ -141,7 +141,7 @@ def test_plans_of_no_thought_stand_beside_the_chosen_one(place: Path, plan: Allo
     aimed = Target.model_validate(target)
     job = plan.job.with_recipe(plan.job.recipe.model_copy(update={"target": aimed}))
     found = dataclasses.replace(plan, job=job, chosen=choose(plan.choices, plan.prices, aimed))
-    summary = found.summary((0.0,), 0)
+    summary = found.summary(0.0, 0)
     costs = [one.costs(aimed) for one in plan.choices.matrices]
     limit = sum(row[option] for row, option in zip(costs, found.chosen, strict=True))
     uniform = uniform_plan(costs, limit)
@@ -166,7 +166,7 @@ def test_a_chosen_plan_beats_plans_of_no_thought_and_damages_are_ranked(plan: Al
         one = dataclasses.replace(plan, chosen=chosen)
         folder = run.compress(one.settled, tmp_path / str(number)).folder
         predicted.append(damage(one.prices, chosen))
-        measured.append(one.measure_kl(folder)[0])
+        measured.append(one.measure_kl(folder))
     of_its_size = slice(1, 1 + len(equal))
     assert measured[0] < 0.9 * min(measured[of_its_size]) and predicted[0] < min(predicted[of_its_size])
     assert spearmanr(predicted, measured).statistic > 0.9
@@ -194,7 +194,7 @@ def test_every_matrix_of_other_families_has_its_price(family: str, tied: bool, p
         assert one.offers[-1].error < one.offers[0].error / 10
     assert all(one.sensitivity > 0 for one in plan.prices if one.is_table)
     folder = run.compress(plan.settled, tmp_path / "out").folder
-    assert 0 <= plan.measure_kl(folder)[0] < 10 * damage(plan.prices, plan.chosen) + 1e-6
+    assert 0 <= plan.measure_kl(folder) < 10 * damage(plan.prices, plan.chosen) + 1e-6
 
 
 # --- what is left beside the model ----------------------------------------------------------------------------------

@@ -14,14 +14,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from llmcompress.data.builtin import (
-    BUILTIN_KINDS,
-    _docstring_nodes,
-    builtin_documents,
-    builtin_kinds,
-    stdlib_documents,
-    stdlib_text,
-)
+from llmcompress.data.builtin import _docstring_nodes, builtin_documents, stdlib_documents, stdlib_text
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, check_tokens, held_out_count
 from llmcompress.data.text import read_documents, shuffle
 from llmcompress.errors import InputError, NumericsError, RecipeError
@@ -183,13 +176,6 @@ def test_builtin_text_is_of_many_kinds_a_quarter_of_it_documentation_and_none_of
     report = read(dataset="builtin", samples=64, length=128).report()
     assert "texts of llmcompress" in report["source"] and "read_as" not in report
     assert report["documents"] > 1
-
-
-def test_kinds_of_builtin_text_are_all_of_it() -> None:
-    kinds = builtin_kinds()
-    assert set(kinds) == BUILTIN_KINDS and 5 <= len(kinds) <= 8
-    assert sorted(text for texts in kinds.values() for text in texts) == sorted(builtin_documents())
-    assert all(sum(map(len, texts)) > 40_000 for texts in kinds.values())
 
 
 @pytest.mark.parametrize(

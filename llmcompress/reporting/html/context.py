@@ -171,10 +171,6 @@ def _target(allocation: Facts) -> list[tuple[str, str]]:
         ("size", f"predicted {allocation['predicted_bytes']:,}, got {allocation['measured_bytes']:,} bytes"),
         ("KL", f"predicted {allocation['predicted_kl']:.4f}, measured {allocation['measured_kl']:.4f} nats per token"),
         *((f"KL of a {name} plan of that size", f"predicted {kl:.4f}") for name, kl in baselines.items()),
-        *(
-            (f"KL on {kind}", f"predicted {row['predicted_kl']:.4f}, measured {row['measured_kl']:.4f}")
-            for kind, row in allocation.get("kinds", {}).items()
-        ),
         ("measured on", f"{allocation['probing_tokens']:,} tokens"),
         ("time to choose", duration(allocation["seconds"])),
     ]
