@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -31,6 +31,11 @@ def tiered_nightly(cases: Iterable[Any], slow: Callable[[Any], bool]) -> list[Pa
 def tier_of(is_slow: bool) -> pytest.MarkDecorator:
     """Return the mark of a case that is slow, or else nightly."""
     return pytest.mark.slow if is_slow else pytest.mark.nightly
+
+
+def one_in(count: int, cases: Sequence[Any]) -> Callable[[Any], bool]:
+    """A question for `tiered`: True of every case of so many, from the first on."""
+    return cases[::count].__contains__
 
 
 def first_of_each(cases: Iterable[Any], kind: Callable[[Any], Any]) -> Callable[[Any], bool]:

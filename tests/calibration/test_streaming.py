@@ -18,13 +18,14 @@ from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import resolve
 from llmcompress.weight.modules import compressed_linears, decoded
-from tests.tiers import tiered
+from tests.tiers import one_in, tiered
 from tests.tiny import save_tiny
 from tests.zoo import ENCODERS, EVERY, save_any, text_for_calibration
 
 CPU = torch.device("cpu")
 REFUSED = {"jetmoe", "rwkv", "gemma3n_text"}
 FAST = {"llama", "mixtral", "gpt2"}
+STREAMED = [family for family in EVERY if family not in REFUSED.union(ENCODERS)]
 RTN = {"version": 1, "rules": [{"match": "*", "steps": [{"method": "rtn", "bits": 4, "group_size": 16}]}]}
 
 
@@ -39,9 +40,7 @@ def predicted(model: StreamedModel, size: int = 1) -> Tensor:
     return torch.cat([torch.cat(list(parts), 1) for parts in model.logits(states)])
 
 
-@pytest.mark.parametrize(
-    "family", tiered([one for one in EVERY if one not in REFUSED.union(ENCODERS)], FAST.__contains__)
-)
+@pytest.mark.parametrize("family", tiered(STREAMED, FAST.__contains__, slow=one_in(3, STREAMED)))
 def test_a_model_on_disk_predicts_what_it_does_in_memory(family: str, tmp_path: Path) -> None:
     place = save_any(family, tmp_path / "model")
     source, whole = resolve(place), load_model(locate(str(place)))
@@ -56,9 +55,7 @@ def test_a_model_on_disk_predicts_what_it_does_in_memory(family: str, tmp_path: 
     assert all(parameter.is_meta for parameter in streamed.model.parameters())
 
 
-@pytest.mark.parametrize(
-    "family", tiered([name for name in EVERY if name not in REFUSED.union(ENCODERS)], FAST.__contains__)
-)
+@pytest.mark.parametrize("family", tiered(STREAMED, FAST.__contains__, slow=one_in(3, STREAMED[1:])))
 def test_a_large_head_stays_as_stored(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_rows, "LARGE", 0)
     monkeypatch.setattr(head_rows, "ROWS", 7)

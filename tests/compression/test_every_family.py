@@ -28,7 +28,7 @@ SIXTEEN = (
 )
 UNLIKE = ("gpt2", "mixtral")  # transposed, experts
 LONG = ("balanced", "budget-2-tuned", "partial-binarization")
-EACH = 8  # a slow test has every recipe on this share of families, in turn, and a nightly one on the others
+EACH = 16  # a slow test has every recipe on this share of families, in turn, and a nightly one on the others
 
 
 def tier(recipe: str, family: str) -> Any:

@@ -25,6 +25,7 @@ from llmcompress.pipeline.engines import compress_for, plan_for
 from llmcompress.recipe.read import read_recipe
 from llmcompress.weight.expression import dense
 from tests.formats.test_gguf_families import CASES, GEMMA, LINEAR, PLAIN, YARN, every
+from tests.tiers import tier_of
 from tests.tiny import save_tiny
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2, "dtype": torch.bfloat16}
@@ -235,8 +236,10 @@ def changed_config(family: str, kind: str) -> dict[str, Any]:
 READ = [(family, kind) for family, row in MLX.families.items() for kind in ("default", *row.scaling)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family, kind", READ, ids=[f"{family} {kind}" for family, kind in READ])
+@pytest.mark.parametrize(
+    "family, kind",
+    [pytest.param(*case, id=" ".join(case), marks=tier_of(number % 2 == 0)) for number, case in enumerate(READ)],
+)
 def test_mlx_reads_every_listed_entry(family: str, kind: str, tmp_path: Path) -> None:
     """Each has another value than its default."""
     mx = pytest.importorskip("mlx.core")

@@ -32,7 +32,7 @@ from llmcompress.weight.expression import dense as decoded
 from tests.builders import gaussian, layer
 from tests.formats.gguf_files import byte_level, engine, gguf, largest_difference, run, tiny_llama
 from tests.formats.test_gguf_families import CASES
-from tests.tiers import tiered
+from tests.tiers import one_in, tiered
 from tests.tiny import tiny
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -75,7 +75,7 @@ def types(file: Path) -> dict[str, tuple[str, int]]:
     return {tensor.name: (tensor.tensor_type.name, int(tensor.n_bytes)) for tensor in gguf.GGUFReader(file).tensors}
 
 
-@pytest.mark.parametrize("case", tiered(PAIRS, FAST.__contains__))
+@pytest.mark.parametrize("case", tiered(PAIRS, FAST.__contains__, slow=one_in(3, PAIRS)))
 def test_the_plan_has_the_size_of_the_file(case: tuple[str, int], tmp_path: Path) -> None:
     """To the byte, in every family: head, vocabulary, dense tensors, stacks of experts."""
     family, number = case

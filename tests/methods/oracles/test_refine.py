@@ -18,7 +18,7 @@ from llmcompress.weight.nodes import Dense, Grid, Weight, Where
 from tests.builders import compressed, correlated, gaussian, layer, moments
 from tests.methods.conformance.cases import ROTATE, STEPS, assert_sound, refusal, spelled
 from tests.methods.oracles.slow import damped_moment
-from tests.tiers import first_of_each, tiered
+from tests.tiers import first_of_each, one_in, tiered
 
 SIZE = (24, 48)
 REFINE: dict[str, Any] = {"method": "refine", "passes": 2}
@@ -26,7 +26,7 @@ BASES = [
     arguments for arguments in STEPS if refusal(SIZE, arguments) is None and refusal(SIZE, arguments, REFINE) is None
 ]
 is_first = first_of_each(BASES, lambda base: base["method"])
-every_base = pytest.mark.parametrize("base", tiered(BASES, is_first, spelled))
+every_base = pytest.mark.parametrize("base", tiered(BASES, is_first, spelled, slow=one_in(3, BASES)))
 
 
 def loss(weight: Tensor, w: Weight, hessian: Tensor) -> float:
