@@ -35,7 +35,7 @@ from llmcompress.allocation.price_file import allocate_by
 from llmcompress.allocation.prices import damage
 from llmcompress.allocation.sensitivity import DensePredictions
 from llmcompress.allocation.solve import (
-    Costs,
+    Table,
     cheapest_first,
     fill_up,
     random_plan,
@@ -155,7 +155,7 @@ def plans(found: Allocation, count: int, spread: float) -> Iterator[tuple[str, t
         yield name, plan
 
 
-def er_plan(costs: Costs, shapes: Sequence[tuple[int, int]], limit: float) -> tuple[int, ...] | None:
+def er_plan(costs: Table, shapes: Sequence[tuple[int, int]], limit: float) -> tuple[int, ...] | None:
     """Return for every matrix the dearest option within its share of nonzero weights, as of an Erdos-Renyi graph.
 
     The share is proportional to the sum of its sides by their product; the proportion is the largest within the limit.

@@ -34,7 +34,7 @@ def tier_of(is_slow: bool) -> pytest.MarkDecorator:
 
 
 def one_in(count: int, cases: Sequence[Any]) -> Callable[[Any], bool]:
-    """A question for `tiered`: True of every case of so many, from the first on."""
+    """A question for `tiered`: True for one case in `count`, from the first on."""
     return cases[::count].__contains__
 
 

@@ -16,7 +16,6 @@ LARGE = 1e4  # upper bound of objectives and limits after scaling: the solver tr
 ROUNDING = 1e-12
 NODES = 300  # of the search: seconds, and within two thousandths of the bound (test_solve.py)
 Table = Sequence[Sequence[float]]  # by matrix, then by option
-Costs = Sequence[Sequence[float]]  # by matrix, then by option
 RANDOM = 8  # plans, of which the mean is reported
 GOLDEN = (5**0.5 - 1) / 2  # its multiples lie evenly in 0..1, however many are taken
 
@@ -98,7 +97,7 @@ def predicted_baselines(
     }
 
 
-def uniform_plan(costs: Costs, limit: float) -> tuple[int, ...] | None:
+def uniform_plan(costs: Table, limit: float) -> tuple[int, ...] | None:
     """Return the same option for every matrix, counted from its cheapest one: the last that fits all of them.
 
     Then as many matrices as fit, spread evenly over the depth, get one step more. None if nothing fits.
@@ -110,7 +109,7 @@ def uniform_plan(costs: Costs, limit: float) -> tuple[int, ...] | None:
     return None if level < 0 else fill_up(costs, _at(ladders, level), limit, spread_over_depth(len(costs)), steps=1)
 
 
-def random_plan(costs: Costs, limit: float, random: Random) -> tuple[int, ...] | None:
+def random_plan(costs: Table, limit: float, random: Random) -> tuple[int, ...] | None:
     """Return a random option for every matrix, then random ones made cheaper or dearer until no more fits.
 
     None if nothing fits.
@@ -127,7 +126,7 @@ def random_plan(costs: Costs, limit: float, random: Random) -> tuple[int, ...] |
     return fill_up(costs, plan, limit, order, steps=max(map(len, ladders)))
 
 
-def fill_up(costs: Costs, plan: Sequence[int], limit: float, order: Sequence[int], steps: int) -> tuple[int, ...]:
+def fill_up(costs: Table, plan: Sequence[int], limit: float, order: Sequence[int], steps: int) -> tuple[int, ...]:
     """Return the plan with matrices in `order` given dearer options, a step at a time, wherever that fits."""
     ladders = [cheapest_first(row) for row in costs]
     plan, used = list(plan), total_cost(costs, plan)
@@ -153,7 +152,7 @@ def spread_over_depth(count: int) -> list[int]:
     return sorted(range(count), key=lambda number: (number * GOLDEN) % 1)
 
 
-def total_cost(costs: Costs, plan: Sequence[int]) -> float:
+def total_cost(costs: Table, plan: Sequence[int]) -> float:
     """Return the cost of a plan: the sum over its options."""
     return sum(row[option] for row, option in zip(costs, plan, strict=True))
 

@@ -51,7 +51,7 @@ TRACES = [exported, pytest.param(compiled, marks=SLOW)]
 
 
 def both_ways(cases: list[ParameterSet]) -> list[ParameterSet]:
-    """The cases exported, and compiled: one in eight, and the others at night, since a form is traced alike in both."""
+    """Return every case exported, and compiled. A form is traced alike by both, so most compiled ones are nightly."""
     ways = [pytest.param(*case.values, exported, id=f"{case.id}-exported", marks=case.marks) for case in cases]
     for number, case in enumerate(cases):
         marks = [*case.marks, SLOW if number % 8 == 0 else NIGHTLY]
