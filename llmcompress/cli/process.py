@@ -26,6 +26,7 @@ from llmcompress.errors import DiskError, Termination, first_line
 QUIET = {"-q", "--quiet"}
 STOPS: dict[int, type[BaseException]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Termination}
 EARLY = b"[130] stopped from the keyboard; nothing was left behind\n"
+RETRY = 0.1  # seconds until a request that came during an import comes again
 LOG, DEEPSPEED = logging.getLogger("llmcompress"), logging.getLogger("DeepSpeed")
 FOR_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
@@ -133,10 +134,13 @@ class StopRequests:
     def __init__(self) -> None:
         self._request: type[BaseException] | None = None
         self._previous: dict[int, Any] = {}
+        self._imports = 0
+        self._again: threading.Timer | None = None
 
     def install(self) -> None:
         """Handle the signals, in the main thread; no other thread receives them."""
         if threading.current_thread() is threading.main_thread():
+            self._imports = _count_imports(sys._getframe())
             self._previous = {number: signal.signal(number, self._stop) for number in STOPS}
 
     def restore(self) -> None:
@@ -144,9 +148,16 @@ class StopRequests:
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_IGN if handler is stop_early else handler)
         self._previous = {}
+        if self._again is not None:
+            self._again.cancel()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self._request = STOPS[number]
+        if _count_imports(frame) > self._imports:  # C++ that an import starts may abort the process at an exception
+            self._again = threading.Timer(RETRY, os.kill, (os.getpid(), number))
+            self._again.daemon = True
+            self._again.start()
+            return
         raise self._request
 
     def check(self) -> None:
@@ -162,6 +173,15 @@ class StopRequests:
         for note in getattr(error, "__notes__", ()):
             stop.add_note(note)
         return stop
+
+
+def _count_imports(frame: FrameType | None) -> int:
+    """Count the frames of Python's import system that are being executed."""
+    count = 0
+    while frame is not None:
+        count += frame.f_code.co_filename.startswith("<frozen importlib")
+        frame = frame.f_back
+    return count
 
 
 def stop_early(number: int, frame: FrameType | None) -> None:

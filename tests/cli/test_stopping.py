@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -62,6 +63,19 @@ def test_a_request_ends_the_command(
     said = capfd.readouterr().err.strip().splitlines()[-1]
     assert said.startswith(f"[{code}] stopped ") and "Traceback" not in said
     assert {one: signal.getsignal(one) for one in before} == before
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_import_ends_first(number: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception in the middle of torch's import may abort the process in C++."""
+    name = f"stopped_by_{int(number)}"
+    (tmp_path / f"{name}.py").write_text(f"import os\nos.kill(os.getpid(), {int(number)})\nWHOLE = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    whole = False
+    with pytest.raises(typer.Exit) as ended, Terminal(quiet=True):
+        whole = importlib.import_module(name).WHOLE
+        time.sleep(10)
+    assert whole and ended.value.exit_code == code
 
 
 def test_notes_of_an_error_that_came_of_it_stay(capfd: pytest.CaptureFixture[str]) -> None:
