@@ -1,6 +1,6 @@
 """Compress a real mixture whose experts have learned to differ: by method, by use, pruned, merged, replaced.
 
-    python research/learned_mixture.py --data DATA [--work FOLDER] [--steps 80] [--jsonl FILE] [--arms NAME ...]
+    python research/learned_mixture.py --data DATA [--work FOLDER] [--steps 45] [--jsonl FILE] [--arms NAME ...]
 
 The mixture is that of upcycled.py: SmolLM2 with four copies of every MLP, two of them a token by a random router. Its
 routers and experts learn to predict three kinds of text in turn: WikiText-2 validation, GSM8K's training set and
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the WikiText-2 files and tasks/")
     parser.add_argument("--work", type=Path, default=Path("learned-mixture"))
-    parser.add_argument("--steps", type=int, default=80, help=f"of {BATCH}x{LENGTH} tokens")
+    parser.add_argument("--steps", type=int, default=45, help=f"of {BATCH}x{LENGTH} tokens")
     parser.add_argument("--jsonl", type=Path, default=RESULTS / "learned_mixture.jsonl")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     given = parser.parse_args()
@@ -102,7 +102,7 @@ def make_mixtures(given: argparse.Namespace) -> tuple[Path, Path]:
     if not before.is_dir():
         upcycle(locate("smollm2").folder, before, EXPERTS)
     if not learned.is_dir():
-        model = MixtralForCausalLM.from_pretrained(before, dtype=torch.float32)
+        model = MixtralForCausalLM.from_pretrained(before, dtype=torch.float32, experts_implementation="eager")
         model.requires_grad_(False)
         for block in model.model.layers:
             block.mlp.requires_grad_(True)
