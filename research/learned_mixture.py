@@ -75,7 +75,8 @@ def main() -> None:
             report = run_command([*words_of(arm, learned, given), "-o", str(folder)])
             numbers = score(folder, given, learned) | {"seconds": report.get("seconds")}
         command = f"python research/learned_mixture.py --data DATA --steps {given.steps} --arms '{arm}'"
-        return {"table": "learned-mixture", "command": command, "calibration": None, "text": TEXT, "numbers": numbers}
+        table = "learned-mixture-state" if arm in ("before", "learned") else "learned-mixture"
+        return {"table": table, "command": command, "calibration": None, "text": TEXT, "numbers": numbers}
 
     measure_missing(given.jsonl, [f"smollm2 as {EXPERTS} experts=smollm2"], given.arms, measure)
 
