@@ -70,7 +70,7 @@ def main() -> None:
         numbers = {} if arm == "before" else teach(student, name, texts[arm], given)
         scores = score_model(student if arm == "before" else given.work / "taught", given)
         shutil.rmtree(given.work / "taught", ignore_errors=True)
-        command = f"python research/chats.py --students '{name}' --arms {arm}"
+        command = f"python research/chats.py --data DATA --students '{name}' --arms {arm}"
         text = {"calibration": None if arm == "before" else f"{arm}, {STEPS}x{BATCH}x256", "text": "wikitext2-test.raw"}
         return {"table": "chats", "command": command, **text, "numbers": numbers | scores}
 
@@ -149,7 +149,8 @@ def teach(student: Path, name: str, text: Path, given: argparse.Namespace) -> Re
     recipe |= {"batch": BATCH, "micro_batch": BATCH, "controls": [], "evaluate_every": STEPS}
     file = given.work / "lesson.yaml"
     file.write_text(yaml.safe_dump(recipe))
-    report = run_command(["distill", str(student), given.model, str(file), "-o", str(given.work / "taught")])
+    words = ["distill", str(student), str(file), "--teacher", given.model, "-o", str(given.work / "taught")]
+    report = run_command(words)
     return {"seconds": report["distillation"]["seconds"]}
 
 
