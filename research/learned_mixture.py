@@ -5,7 +5,7 @@
 The mixture is that of upcycled.py: SmolLM2 with four copies of every MLP, two of them a token by a random router. Its
 routers and experts learn to predict three kinds of text in turn: WikiText-2 validation, GSM8K's training set and
 Python's library. `before` and `learned` say how uneven the routing is, how it differs between kinds, and how far
-experts are from each other. The other arms change the experts alone, by 12x1024 tokens of all three kinds, and have
+experts are from each other. The other arms change the experts alone, by 12 sequences of all three kinds, and have
 the KL to the mixture that learned, on text of each kind that nothing has read. FOLDER keeps the models; what FILE has
 is not measured again.
 """
@@ -32,7 +32,7 @@ from upcycled import upcycle
 from llmcompress.models.dense.locate import locate
 
 EXPERTS, BATCH, LENGTH = 4, 16, 256
-SAMPLES, HELD = 12, 2  # sequences of 1,024 tokens that the arms read, and of these to judge on
+SAMPLES, HELD = 12, 2  # sequences that the arms read, and of these to judge on
 PART = 4_000  # letters of a kind in turn
 TEXT = "wikitext2-test.raw"
 GRID: dict[str, Any] = {"method": "gptq", "group_size": 64}
@@ -76,7 +76,10 @@ def main() -> None:
             numbers = score(folder, given, learned) | {"seconds": report.get("seconds")}
         command = f"python research/learned_mixture.py --data DATA --steps {given.steps} --arms '{arm}'"
         table = "learned-mixture-state" if arm in ("before", "learned") else "learned-mixture"
-        return {"table": table, "command": command, "calibration": None, "text": TEXT, "numbers": numbers}
+        length = 1024 if " bits" in arm else 512  # what `experts` reads
+        read = {"dataset": "mixed.txt", "samples": SAMPLES, "length": length, "held_out": HELD}
+        changed = None if table.endswith("state") else read
+        return {"table": table, "command": command, "calibration": changed, "text": TEXT, "numbers": numbers}
 
     measure_missing(given.jsonl, [f"smollm2 as {EXPERTS} experts=smollm2"], given.arms, measure)
 
