@@ -151,7 +151,7 @@ def teach(student: Path, name: str, text: Path, given: argparse.Namespace) -> Re
     file.write_text(yaml.safe_dump(recipe))
     words = ["distill", str(student), str(file), "--teacher", given.model, "-o", str(given.work / "taught")]
     report = run_command(words)
-    return {"seconds": report["distillation"]["seconds"]}
+    return {"seconds": report["seconds"]}
 
 
 def score_model(folder: Path, given: argparse.Namespace) -> Record:
