@@ -276,7 +276,6 @@ TABLES: dict[str, Columns] = {
         "KL, articles": "{articles_kl:.4f} ± {kl_stderr:.4f}",
         "code": "{code_kl:.4f}",
         "sums": "{sums_kl:.4f}",
-        "seconds": "{seconds:.0f}",
     },
     "chats": {
         "student, what it learned by": "{arm}",
