@@ -149,6 +149,7 @@ def teach(student: Path, name: str, text: Path, given: argparse.Namespace) -> Re
     recipe |= {"batch": BATCH, "micro_batch": BATCH, "controls": [], "evaluate_every": STEPS}
     file = given.work / "lesson.yaml"
     file.write_text(yaml.safe_dump(recipe))
+    shutil.rmtree(given.work / "taught", ignore_errors=True)  # of a run that was cut
     words = ["distill", str(student), str(file), "--teacher", given.model, "-o", str(given.work / "taught")]
     report = run_command(words)
     return {"seconds": report["seconds"]}
