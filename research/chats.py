@@ -35,6 +35,7 @@ STUDENTS: dict[str, tuple[list[str], str]] = {  # what makes each, and the recip
 ARMS = ("before", "answers", "references", "text")
 QUESTIONS, FUNCTIONS = 120, 40
 STEPS, BATCH, HELD = 12, 3, 4
+SEQUENCES = {"answers": STEPS * BATCH, "references": 21, "text": STEPS * BATCH}  # references are short, and read again
 MODULES = (
     "textwrap",
     "statistics",
@@ -67,7 +68,7 @@ def main() -> None:
 
     def measure(name: str, model: str, arm: str) -> Record:
         student = make_student(name, given)
-        numbers = {} if arm == "before" else teach(student, name, texts[arm], given)
+        numbers = {} if arm == "before" else teach(student, name, arm, texts[arm], given)
         scores = score_model(student if arm == "before" else given.work / "taught", given)
         shutil.rmtree(given.work / "taught", ignore_errors=True)
         command = f"python research/chats.py --data DATA --students '{name}' --arms {arm}"
@@ -142,11 +143,11 @@ def make_student(name: str, given: argparse.Namespace) -> Path:
     return folder
 
 
-def teach(student: Path, name: str, text: Path, given: argparse.Namespace) -> Record:
+def teach(student: Path, name: str, arm: str, text: Path, given: argparse.Namespace) -> Record:
     """Let a student learn from a text into the folder `taught`; return what it took."""
     recipe: dict[str, Any] = yaml.safe_load(recipe_path(STUDENTS[name][1]).read_text())
-    recipe["data"] = {"dataset": str(text), "samples": STEPS * BATCH + HELD, "length": 256, "held_out": HELD}
-    recipe |= {"batch": BATCH, "micro_batch": BATCH, "controls": [], "evaluate_every": STEPS}
+    recipe["data"] = {"dataset": str(text), "samples": SEQUENCES[arm] + HELD, "length": 256, "held_out": HELD}
+    recipe |= {"steps": STEPS, "batch": BATCH, "micro_batch": BATCH, "controls": [], "evaluate_every": STEPS}
     file = given.work / "lesson.yaml"
     file.write_text(yaml.safe_dump(recipe))
     shutil.rmtree(given.work / "taught", ignore_errors=True)  # of a run that was cut
