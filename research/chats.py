@@ -6,8 +6,9 @@ Self-data distillation (2410.09982) asks it of pruned models. Prompts are questi
 functions of Python's library by signature and docstring. The dense model answers them (`llmcompress answer`, the
 likeliest tokens); answers stay whose last number is the reference's, or whose program is Python. `answers`: chats with
 these; `references`: the same prompts with the data's own; `text`: WikiText-2 validation. Each student learns by each
-from as many packed tokens, references a second time, then is scored on GSM8K as chats, on HumanEval, PIQA and LAMBADA, and by the KL to the dense
-model on WikiText-2 test. FOLDER keeps answers and students; what FILE has is not measured again.
+from as many packed tokens, references a second time, then is scored on GSM8K as chats, on HumanEval, PIQA and LAMBADA,
+and by the KL to the dense model on WikiText-2 test. FOLDER keeps answers and students; what FILE has is not measured
+again.
 """
 
 from __future__ import annotations
