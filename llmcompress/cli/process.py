@@ -135,7 +135,7 @@ class StopRequests:
         self._request: type[BaseException] | None = None
         self._previous: dict[int, Any] = {}
         self._imports = 0
-        self._again: threading.Timer | None = None
+        self._retry: threading.Timer | None = None
 
     def install(self) -> None:
         """Handle the signals, in the main thread; no other thread receives them."""
@@ -145,18 +145,22 @@ class StopRequests:
 
     def restore(self) -> None:
         """Give the signals back to their handlers; `stop_early` stays off, so the command keeps its exit code."""
+        self._cancel_retry()
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_IGN if handler is stop_early else handler)
         self._previous = {}
-        if self._again is not None:
-            self._again.cancel()
+
+    def _cancel_retry(self) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self._request = STOPS[number]
         if _count_imports(frame) > self._imports:  # C++ that an import starts may abort the process at an exception
-            self._again = threading.Timer(RETRY, os.kill, (os.getpid(), number))
-            self._again.daemon = True
-            self._again.start()
+            self._cancel_retry()
+            self._retry = threading.Timer(RETRY, os.kill, (os.getpid(), number))
+            self._retry.daemon = True
+            self._retry.start()
             return
         raise self._request
 
