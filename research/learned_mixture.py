@@ -1,4 +1,4 @@
-"""Compress a real mixture whose experts have learned to differ: by method, by use, pruned, merged, replaced.
+"""Compress a mixture whose experts have learned: by method, by price, by use, pruned, merged, replaced.
 
     python research/learned_mixture.py --data DATA [--work FOLDER] [--steps 45] [--jsonl FILE] [--arms NAME ...]
 
@@ -66,14 +66,14 @@ def main() -> None:
     write_kinds(given)
 
     def measure(name: str, model: str, arm: str) -> Record:
-        before, learned = make_mixtures(given)
+        learned = make_mixture(given)
         if arm in ("before", "learned"):
-            numbers = score(before if arm == "before" else learned, given) | describe(arm, given)
+            numbers = score(given.work / arm, given) | describe(given.work / arm, given)
         else:
             folder = given.work / "changed"
             shutil.rmtree(folder, ignore_errors=True)
-            report = run_command([*words_of(arm, learned, given), "-o", str(folder)])
-            numbers = score(folder, given, learned) | {"seconds": report.get("seconds")}
+            run_command([*words_of(arm, learned, given), "-o", str(folder)])
+            numbers = score(folder, given, learned)
         command = f"python research/learned_mixture.py --data DATA --steps {given.steps} --arms '{arm}'"
         table = "learned-mixture-state" if arm in ("before", "learned") else "learned-mixture"
         length = 1024 if " bits" in arm else 512  # what `experts` reads
@@ -100,8 +100,8 @@ def write_kinds(given: argparse.Namespace) -> None:
     (given.work / "mixed.txt").write_text("\n\n".join(parts))
 
 
-def make_mixtures(given: argparse.Namespace) -> tuple[Path, Path]:
-    """Return the folders of the mixture before and after it learned, which are made if they are missing."""
+def make_mixture(given: argparse.Namespace) -> Path:
+    """Return the folder of the mixture that learned; it and the one `before` are made if they are missing."""
     before, learned = given.work / "before", given.work / "learned"
     if not before.is_dir():
         upcycle(locate("smollm2").folder, before, EXPERTS)
@@ -127,7 +127,7 @@ def make_mixtures(given: argparse.Namespace) -> tuple[Path, Path]:
         Trainer(model=model, args=settings, train_dataset=rows).train()
         model.bfloat16().save_pretrained(learned)
         AutoTokenizer.from_pretrained(before).save_pretrained(learned)
-    return before, learned
+    return learned
 
 
 def lessons(folder: Path, given: argparse.Namespace) -> list[Tensor]:
@@ -145,14 +145,13 @@ def cut(folder: Path, file: Path, length: int) -> Tensor:
 
 
 @torch.no_grad()
-def describe(arm: str, given: argparse.Namespace) -> Record:
+def describe(folder: Path, given: argparse.Namespace) -> Record:
     """Return what the routers of a mixture do, and how far its experts are from each other.
 
     `least_used` and `most_used`: shares of the choices, means over blocks (a quarter each if routing were even);
     `routing_difference`: the share of choices that another kind of text makes otherwise, mean over pairs of kinds;
     `expert_distance`: of the matrices of two experts, relative to their norm, mean over pairs.
     """
-    folder = given.work / arm
     model = MixtralForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     uses = {}
     for file in [given.data / TEXT, *sorted((given.work / "kinds").glob("*.txt"))]:
