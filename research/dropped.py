@@ -33,7 +33,7 @@ from llmcompress.surgery.drop import blocks_of
 
 COLUMNS = ("arm", "blocks", "perplexity", "KL", "top-1 agreement", "KL, taught")
 HINTS = {"KL": "kl_before", "CKA": "cka", "error of states": "error"}  # CKA: the more, the nearer
-LESSON = {"losses": [{"of": {"loss": "forward_kl"}}], "rates": {"weights": 1.0e-3, "norms": 1.0e-3}}
+LESSON = {"version": 1, "losses": [{"of": {"loss": "forward_kl"}}], "rates": {"weights": 1.0e-3, "norms": 1.0e-3}}
 
 
 def main() -> None:
