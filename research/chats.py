@@ -7,8 +7,8 @@ functions of Python's library by signature and docstring. The dense model answer
 likeliest tokens); answers stay whose last number is the reference's, or whose program is Python. `answers`: chats with
 these; `references`: the same prompts with the data's own; `text`: WikiText-2 validation. Each student learns by each
 from as many packed tokens, references a second time, then is scored on GSM8K as chats, on HumanEval, PIQA and LAMBADA,
-and by the KL to the dense model on WikiText-2 test. FOLDER keeps answers and students; what FILE has is not measured
-again.
+and by the KL to the dense model on WikiText-2 test. `averaged`: the mean weights of those that learned by references
+and by text. FOLDER keeps answers and students; what FILE has is not measured again.
 """
 
 from __future__ import annotations
@@ -27,13 +27,17 @@ from typing import Any
 
 import yaml
 from records import RESULTS, Record, measure_missing, recipe_path
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from three_models import run_command
 
 STUDENTS: dict[str, tuple[list[str], str]] = {  # what makes each, and the recipe that it learns by
     "quick": (["compress", "{model}", "quick"], "quick-lesson"),
     "six blocks dropped": (["drop", "{model}", "--count", "6"], "shortened"),
 }
-ARMS = ("before", "answers", "references", "text")
+ARMS = ("before", "answers", "references", "text", "averaged")
+AVERAGED = ("references", "text")
+WEIGHTS = "model.safetensors"
 QUESTIONS, FUNCTIONS = 120, 40
 STEPS, BATCH, HELD = 12, 3, 4
 SEQUENCES = {"answers": STEPS * BATCH, "references": 21, "text": STEPS * BATCH}  # references are short, and read again
@@ -69,11 +73,17 @@ def main() -> None:
 
     def measure(name: str, model: str, arm: str) -> Record:
         student = make_student(name, given)
-        numbers = {} if arm == "before" else teach(student, name, arm, texts[arm], given)
+        numbers: Record = {}
+        if arm == "averaged":
+            numbers = teach_average(student, name, texts, given)
+        elif arm != "before":
+            numbers = teach(student, name, arm, texts[arm], given)
         scores = score_model(student if arm == "before" else given.work / "taught", given)
         shutil.rmtree(given.work / "taught", ignore_errors=True)
         command = f"python research/chats.py --data DATA --students '{name}' --arms {arm}"
-        text = {"calibration": None if arm == "before" else f"{arm}, {STEPS}x{BATCH}x256", "text": "wikitext2-test.raw"}
+        read = " and ".join(AVERAGED) if arm == "averaged" else arm
+        lesson = None if arm == "before" else f"{read}, {STEPS}x{BATCH}x256"
+        text = {"calibration": lesson, "text": "wikitext2-test.raw"}
         return {"table": "chats", "command": command, **text, "numbers": numbers | scores}
 
     measure_missing(given.jsonl, [f"{name}={given.model}" for name in given.students], given.arms, measure)
@@ -155,6 +165,29 @@ def teach(student: Path, name: str, arm: str, text: Path, given: argparse.Namesp
     words = ["distill", str(student), str(file), "--teacher", given.model, "-o", str(given.work / "taught")]
     report = run_command(words)
     return {"seconds": report["seconds"]}
+
+
+def teach_average(student: Path, name: str, texts: dict[str, Path], given: argparse.Namespace) -> Record:
+    """Write the mean weights of the students that learn by each of `AVERAGED` to `taught`; return what it took."""
+    taught, folders = given.work / "taught", [given.work / f"taught-{arm}" for arm in AVERAGED]
+    seconds = 0.0
+    for arm, folder in zip(AVERAGED, folders, strict=True):
+        seconds += teach(student, name, arm, texts[arm], given)["seconds"]
+        shutil.rmtree(folder, ignore_errors=True)
+        taught.rename(folder)
+    first, second = (load_file(folder / WEIGHTS) for folder in folders)
+    with safe_open(folders[0] / WEIGHTS, "pt") as file:
+        metadata = file.metadata()
+    for key, tensor in first.items():
+        if tensor.is_floating_point():
+            first[key] = ((tensor.float() + second[key].float()) / 2).to(tensor.dtype)
+        elif not tensor.equal(second[key]):
+            raise SystemExit(f"{key} of {name} differs between lessons and has no mean")
+    shutil.copytree(folders[0], taught, ignore=shutil.ignore_patterns(WEIGHTS, "manifest.json"))
+    save_file(first, taught / WEIGHTS, metadata)
+    for folder in folders:
+        shutil.rmtree(folder)
+    return {"seconds": seconds}
 
 
 def score_model(folder: Path, given: argparse.Namespace) -> Record:
