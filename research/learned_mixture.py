@@ -1,13 +1,14 @@
 """Compress a mixture whose experts have learned: by method, by price, by use, pruned, merged, replaced.
 
-    python research/learned_mixture.py --data DATA [--work FOLDER] [--steps 45] [--jsonl FILE] [--arms NAME ...]
+    python research/learned_mixture.py --data DATA [--work FOLDER] [--steps 45] [--anew 0.25] [--jsonl FILE]
+        [--arms NAME ...]
 
-The mixture is that of upcycled.py: SmolLM2 with four copies of every MLP, two of them a token by a random router. Its
-routers and experts learn to predict three kinds of text in turn: WikiText-2 validation, GSM8K's training set and
-Python's library. `before` and `learned` say how uneven the routing is, how it differs between kinds, and how far
-experts are from each other. The other arms change the experts alone, by 12 sequences of all three kinds, and have
-the KL to the mixture that learned, on text of each kind that nothing has read. FOLDER keeps the models; what FILE has
-is not measured again.
+The mixture is that of upcycled.py: SmolLM2 with four copies of every MLP, two of them a token by a random router; with
+`--anew` that share of the neurons of each copy is drawn again, so that experts differ from the start. Its routers and
+experts learn to predict three kinds of text in turn: WikiText-2 validation, GSM8K's training set and Python's library.
+`before` and `learned` say how uneven the routing is, how it differs between kinds, and how far experts are from each
+other. The other arms change the experts alone, by 12 sequences of all three kinds, and have the KL to the mixture that
+learned, on text of each kind that nothing has read. FOLDER keeps the models; what FILE has is not measured again.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with the WikiText-2 files and tasks/")
     parser.add_argument("--work", type=Path, default=Path("learned-mixture"))
     parser.add_argument("--steps", type=int, default=45, help=f"of {BATCH}x{LENGTH} tokens")
+    parser.add_argument("--anew", type=float, default=0.0, help="share of the neurons of each expert to draw again")
     parser.add_argument("--jsonl", type=Path, default=RESULTS / "learned_mixture.jsonl")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     given = parser.parse_args()
@@ -74,14 +76,16 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
             run_command([*words_of(arm, learned, given), "-o", str(folder)])
             numbers = score(folder, given, learned)
-        command = f"python research/learned_mixture.py --data DATA --steps {given.steps} --arms '{arm}'"
+        options = f"--steps {given.steps}" + (f" --anew {given.anew}" if given.anew else "")
+        command = f"python research/learned_mixture.py --data DATA {options} --arms '{arm}'"
         table = "learned-mixture-state" if arm in ("before", "learned") else "learned-mixture"
         length = 1024 if " bits" in arm else 512  # what `experts` reads
         read = {"dataset": "mixed.txt", "samples": SAMPLES, "length": length, "held_out": HELD}
         changed = None if table.endswith("state") else read
         return {"table": table, "command": command, "calibration": changed, "text": TEXT, "numbers": numbers}
 
-    measure_missing(given.jsonl, [f"smollm2 as {EXPERTS} experts=smollm2"], given.arms, measure)
+    name = f"smollm2 as {EXPERTS} experts" + (f", {100 * given.anew:.0f} % anew" if given.anew else "")
+    measure_missing(given.jsonl, [f"{name}=smollm2"], given.arms, measure)
 
 
 def write_kinds(given: argparse.Namespace) -> None:
@@ -104,7 +108,7 @@ def make_mixture(given: argparse.Namespace) -> Path:
     """Return the folder of the mixture that learned; it and the one `before` are made if they are missing."""
     before, learned = given.work / "before", given.work / "learned"
     if not before.is_dir():
-        upcycle(locate("smollm2").folder, before, EXPERTS)
+        upcycle(locate("smollm2").folder, before, EXPERTS, given.anew)
     if not learned.is_dir():
         model = MixtralForCausalLM.from_pretrained(before, dtype=torch.float32, experts_implementation="eager")
         model.requires_grad_(False)

@@ -66,8 +66,12 @@ def main() -> None:
                     append(options.jsonl, record(arm, found, calibration, options))
 
 
-def upcycle(dense: Path, folder: Path, experts: int) -> None:
-    """Write a mixture that predicts what a dense Llama predicts; weights of the two chosen experts add up to one."""
+def upcycle(dense: Path, folder: Path, experts: int, anew: float = 0.0) -> None:
+    """Write a mixture that predicts what a dense Llama predicts; weights of the two chosen experts add up to one.
+
+    `anew`: share of the neurons of each expert, other ones in each, that are drawn again with the mean and the spread
+    of their matrices (2502.19261), so that experts differ before they learn.
+    """
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16)
     shared = {name: getattr(model.config, name) for name in SHARED}
     config = MixtralConfig(**shared, num_local_experts=experts, num_experts_per_tok=2, sliding_window=None)
@@ -80,6 +84,10 @@ def upcycle(dense: Path, folder: Path, experts: int) -> None:
             new.mlp.experts.gate_up_proj.copy_(joined.expand_as(new.mlp.experts.gate_up_proj))
             new.mlp.experts.down_proj.copy_(old.mlp.down_proj.weight.expand_as(new.mlp.experts.down_proj))
             new.mlp.gate.weight.normal_(std=ROUTER)
+            for gate_up, down in zip(new.mlp.experts.gate_up_proj, new.mlp.experts.down_proj, strict=True):
+                neurons = torch.randperm(down.shape[1])[: round(anew * down.shape[1])]
+                for matrix in (*gate_up.chunk(2), down.T):
+                    matrix[neurons] = torch.empty_like(matrix[neurons]).normal_(matrix.mean(), matrix.std())
     mixture.save_pretrained(folder)
     AutoTokenizer.from_pretrained(dense).save_pretrained(folder)
 

@@ -20,6 +20,7 @@ from llmcompress.distillation.teacher.cache import cache_teacher
 from llmcompress.distillation.teacher.predictions import HeldOutTeacher, OnlineTeacher, TeacherSource, TruncatedTeacher
 from llmcompress.distillation.teacher.quantized import load_quantized, measure_quantization
 from llmcompress.losses.loss import reads_states
+from llmcompress.models.dense.experts import unfuse
 from llmcompress.models.dense.headers import stored_dtype
 from llmcompress.models.dense.load import check_fits, load_model
 from llmcompress.models.dense.locate import Place
@@ -49,6 +50,7 @@ def load_pair(
     )
     for model in pair:
         check_causal(model.config, "distilling")
+    unfuse(pair[0])  # matrices of experts train like others
     return pair
 
 

@@ -10,10 +10,13 @@ from torch import Tensor
 
 from llmcompress.errors import InputError
 from llmcompress.models.dense.config import MODEL, needs_code, packing_entry, public_entries
+from llmcompress.models.dense.experts import experts_of, holder
 from llmcompress.models.dense.locate import Place
 from llmcompress.models.dense.model import DenseModel, open_source
 from llmcompress.models.dense.packed import packing_method
 from llmcompress.models.dense.sizes import own_sizes
+from llmcompress.models.dense.skeleton import dense_skeleton
+from llmcompress.models.dense.stored_names import hub_names
 from llmcompress.models.files.checkpoint import PART, Writer
 from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.models.files.integrity import digest
@@ -59,7 +62,7 @@ class CompressedStudent:
 
 
 class DenseStudent:
-    """A dense checkpoint: `store` writes the same tensors in their dtypes, under the names in the files."""
+    """A dense checkpoint: `store` writes the same tensors in their dtypes, by the names that they have on the Hub."""
 
     def __init__(self, source: DenseModel) -> None:
         self.source, self.folder, self.bytes = source, source.folder, source.bytes
@@ -72,10 +75,16 @@ class DenseStudent:
 
     def store(self, linears: Mapping[str, Multiplying], dense: Mapping[str, Tensor], writer: Writer) -> None:
         """Write weights and config.json, with the learned `dense` tensors; no linear of it is compressed."""
-        for names in shards({name: header.bytes for name, header in self.source.tensors.items()}, PART):
-            stored = {name: self.source.read(name) for name in names}
-            learned = {name: dense[name].to(stored[name].dtype) for name in names if name in dense}
-            writer.add({self.source.tensors[name].key: tensor for name, tensor in (stored | learned).items()})
+        source, experts = self.source, experts_of(self.source.skeleton())
+        plain = dense_skeleton(source.config, source.folder, False, source.trust_remote_code)
+        together: dict[str, list[str]] = {}  # several names may have one tensor in the files
+        for name, header in source.tensors.items():
+            together.setdefault(holder(name.rpartition(".")[0], experts) or header.key, []).append(name)
+        sizes = {key: sum(source.tensors[name].bytes for name in names) for key, names in together.items()}
+        for keys in shards(sizes, PART):
+            tensors = {name: source.read(name) for key in keys for name in together[key]}
+            tensors |= {name: dense[name].to(value.dtype) for name, value in tensors.items() if name in dense}
+            writer.add(hub_names(plain, experts, tensors))
         text = (self.folder / "config.json").read_text(encoding="utf-8")
         entries = json.loads(text)
         published = public_entries(entries, needs_code(self.folder, MODEL))

@@ -10,6 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
+from llmcompress.models.dense.model import resolve
 from tests.zoo import save_zoo, text_for_calibration
 
 WAYS: dict[str, Any] = {
@@ -20,7 +21,7 @@ WAYS: dict[str, Any] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "granitemoe", "gpt_oss"])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_dense_student_learns(way: str, family: str, tmp_path: Path) -> None:
     save_zoo(family, tmp_path / "dense")
@@ -32,3 +33,10 @@ def test_a_dense_student_learns(way: str, family: str, tmp_path: Path) -> None:
     assert done.history[-1]["kl"] < 0.95 * done.history[0]["kl"]
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "mended", output_loading_info=True)
     assert not loaded[1]["missing_keys"] and not loaded[1]["unexpected_keys"]
+    before, after = (resolve(tmp_path / name) for name in ("out", "mended"))
+    stayed = [name for name in after.tensors if after.read(name).equal(before.read(name))]
+    assert not any(".experts." in name and name.endswith("_proj.weight") for name in stayed)
+    protocol = lc.Protocol(text=Path(text), windows=2, length=48)
+    dense = str(tmp_path / "dense")
+    mended, damaged = (lc.score(str(tmp_path / name), protocol, against=dense)["kl"] for name in ("mended", "out"))
+    assert mended < damaged
