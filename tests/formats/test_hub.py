@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from llmcompress.errors import HubError, InputError, RecipeError
 from llmcompress.evaluation.score import score
 from llmcompress.formats.hub import push
 from llmcompress.formats.model_card import card
+from llmcompress.models.files.checkpoint import check_manifest, files_of
 from llmcompress.reporting.plots import layers_png
 from llmcompress.reporting.report import group_by_kind, read
 from tests.rules.source_tree import ROOT
@@ -154,6 +156,35 @@ def here(hub: StandInHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> St
     monkeypatch.setattr("llmcompress.formats.hub.verify", lambda folder, **_: None)  # tested elsewhere, and slow
     monkeypatch.setattr("llmcompress.formats.hub.layers_png", lambda report: b"a plot")
     return hub
+
+
+LOCATE = """
+import json, sys
+from llmcompress.models.dense.locate import locate
+print(json.dumps([str(locate(name).folder) for name in sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_whole_by_its_hub_id(hub: StandInHub, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Of a model of ours every file that its manifest lists is downloaded, of a dense one no report."""
+    hub.commit("me/small", {path.name: path.read_bytes() for path in folders["out"].iterdir()} | {"notes.md": b"more"})
+    hub.commit("me/dense", {path.name: path.read_bytes() for path in folders["dense"].iterdir()} | {"recipe.yaml": b""})
+    whole, dense = map(Path, json.loads(python(hub, tmp_path / "cache", LOCATE, "me/small", "me/dense")))
+    assert check_manifest(whole) and files_of(whole) == files_of(folders["out"])
+    assert not (dense / "recipe.yaml").exists()
+
+
+def test_files_that_tools_put_beside_a_copy_are_no_damage(folders: dict[str, Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folders["out"], tmp_path / "copy"))
+    for name in (".gitattributes", ".git/HEAD", ".cache/huggingface/download/config.json.lock"):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_text("")
+    (copy / ".empty").mkdir()
+    assert check_manifest(copy)
+    (copy / "notes.txt").write_text("")
+    with pytest.raises(InputError, match=r"notes\.txt is not part of the checkpoint"):
+        check_manifest(copy)
 
 
 @pytest.mark.parametrize("failure", tiered([500, "drop"], lambda failure: failure == "drop"))

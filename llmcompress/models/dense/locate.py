@@ -20,6 +20,7 @@ from typing import cast
 
 from llmcompress.errors import InputError, first_line, list_names
 from llmcompress.models.dense.adapter import base_of, is_adapter
+from llmcompress.models.dense.config import packing_entry
 from llmcompress.models.dense.gguf_model import (
     UNPACKING,
     UnpackedModel,
@@ -29,7 +30,8 @@ from llmcompress.models.dense.gguf_model import (
     unpack_to,
     unpacked_model,
 )
-from llmcompress.models.files.reading import check_folder
+from llmcompress.models.files.checkpoint import MANIFEST, manifest
+from llmcompress.models.files.reading import check_folder, read_json
 
 HUB_FILES = [
     "*.safetensors",
@@ -174,12 +176,25 @@ def download(name: str, revision: str | None, trust_remote_code: bool = False, n
             wanted, left = names(folder), []
             revision = folder.name if COMMIT.fullmatch(folder.name) else revision
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=left))
+        commit = folder.name if COMMIT.fullmatch(folder.name) else revision
         if not any(folder.glob("*.safetensors")):
-            pinned = folder.name if COMMIT.fullmatch(folder.name) else revision
-            folder = Path(snapshot_download(name, revision=pinned, allow_patterns=HUB_PICKLES))
-    commit = folder.name if COMMIT.fullmatch(folder.name) else revision
+            snapshot_download(name, revision=commit, allow_patterns=HUB_PICKLES)
+        if names is None and (more := _left_out(folder)):
+            snapshot_download(name, revision=commit, allow_patterns=more)
     place = Place(name, folder, revision=commit, hub_id=name, trust_remote_code=trust_remote_code)
     return _place_of_adapter(place) if is_adapter(folder) else place
+
+
+def _left_out(folder: Path) -> list[str]:
+    """Return what the manifest of a compressed model lists beyond HUB_FILES, since it is checked whole."""
+    if not (folder / MANIFEST).is_file():
+        return []
+    from llmcompress.models.transformers.hf_quantizer import NAME
+
+    packing = packing_entry(read_json(folder / "config.json"))
+    if not isinstance(packing, dict) or packing.get("quant_method") != NAME:
+        return []
+    return sorted(name for name in manifest(folder) or {} if not (folder / name).exists())
 
 
 def _place_of_adapter(place: Place) -> Place:

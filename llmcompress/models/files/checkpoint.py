@@ -158,10 +158,12 @@ def manifest_text(hashes: Mapping[str, str]) -> str:
 
 
 def files_of(folder: Path) -> list[str]:
-    """Return the names of the files in a folder and in the folders inside it, in order, but for unfinished ones."""
-    unfinished = {folder / NEXT_MANIFEST, *folder.glob(UNFINISHED)}
-    files = (path for path in folder.rglob("*") if path.is_file() and path not in unfinished)
-    return sorted(path.relative_to(folder).as_posix() for path in files)
+    """Return the names of the files in a folder and in the folders inside it, in order.
+
+    Names with a dot in front are left out: what is unfinished, and what Git and the Hub's client put beside a copy.
+    """
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def add_file(folder: Path, name: str, text: str) -> None:
@@ -219,7 +221,8 @@ def check_manifest(folder: Path, unread: Set[str] = frozenset()) -> bool:
     if written is None:
         return False
     written = {name: value for name, value in written.items() if name not in unread}
-    empty = {path.name for path in folder.iterdir() if path.is_dir() and not any(path.iterdir())}
+    folders = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    empty = {path.name for path in folders if not any(path.iterdir())}
     present = {*files_of(folder), *empty} - {MANIFEST} - CARD - unread
     for name in sorted(written.keys() - CARD | present):
         if name not in written:
