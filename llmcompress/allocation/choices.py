@@ -234,7 +234,7 @@ def _tables(job: Job) -> dict[str, Sequence[Steps]]:
     arch, recipe = job.arch, job.recipe
     engine = None if recipe.target is None else recipe.target.other_engine
     options: dict[str, Sequence[Steps]] = {}
-    if not recipe.embeddings and job.has_plain_table:
+    if not recipe.embeddings and (arch.tied or recipe.table is None) and job.has_plain_table:
         options[arch.embedding] = table_options(engine, _shape(job, arch.embedding), only_looked_up=not arch.tied)
     if recipe.head is None and not arch.tied and f"{arch.head}.weight" in job.source.tensors:
         options[arch.head] = table_options(engine, _shape(job, arch.head), only_looked_up=False)

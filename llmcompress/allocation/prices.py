@@ -15,7 +15,7 @@ and L (3 L) times t hidden states.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -182,7 +182,8 @@ def measure_matrices(
                 _reference_errors(layer, matrix, family, held_out) for family in families(matrix.options)
             ]
         results = _run_options(block, layer, matrix, held_out, probe, job.recipe.damage)
-        errors[layer.name], changes[layer.name] = results
+        errors[matrix.name], changes[matrix.name] = results
+        del layer, held_out  # else the moments of a block stay beside the next one's
         step()
     divergences = probe.divergences()
     measurements = {}
@@ -284,25 +285,32 @@ def _layers(
     statistics = Statistics(needs, recipe.cap, recipe.token_weights, importance, prefix="dense")
     execution = Execution(device, product_dtype(recipe.compute, place), progress=progress)
     for block in walk(job.source, job.arch, sequences, statistics, execution, held_out=held_out):
-        for group in block.groups:
-            for name in (name for name in group.names if name in wanted):
-                weight, seed = block.weight(name), f"{recipe.seed}/{group.names[0]}"
-                layer = Layer(name, weight, Dense(weight), group.inputs, seed, rows=group.rows.get(name))
-                yield block, layer, group.held_out
-            group.inputs.derived.clear()
+        yield from _layers_of(block, wanted, recipe.seed)
         probe.leave(block)
 
 
+def _layers_of(block: Block, wanted: Container[str], seed: int) -> Iterator[tuple[Block, Layer, Moments | None]]:
+    """Yield as `_layers` does; at its end it holds no moments, which the next block's would lie beside."""
+    for group in block.groups:
+        for name in (name for name in group.names if name in wanted):
+            weight, drawn = block.weight(name), f"{seed}/{group.names[0]}"
+            layer = Layer(name, weight, Dense(weight), group.inputs, drawn, rows=group.rows.get(name))
+            yield block, layer, group.held_out
+        group.inputs.derived.clear()
+
+
 def statistics_needs(job: Job, wanted: Mapping[str, Matrix]) -> dict[str, frozenset[str]]:
-    """Return the statistics that the options of each matrix read and that its errors need, by name."""
+    """Return the statistics that the options of each matrix read and that its errors need, by name.
+
+    A table that is only looked up has no inputs, as in the run itself.
+    """
     known = methods()
-    only_looked_up = None if job.arch.tied else job.arch.embedding
-    return {
-        name: frozenset(() if name == only_looked_up else {"outer"}).union(
-            *(known[config.method].needs for steps in matrix.options for config in steps)
-        )
+    needs = {
+        name: frozenset({"outer"}).union(*(known[config.method].needs for steps in matrix.options for config in steps))
         for name, matrix in wanted.items()
     }
+    only_looked_up = {job.arch.embedding} & needs.keys() if not job.arch.tied else set()
+    return needs | dict.fromkeys(only_looked_up, frozenset())
 
 
 def _reference_errors(

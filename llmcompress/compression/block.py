@@ -167,7 +167,7 @@ def _batch_groups(run: CompressionState, groups: Sequence[InputGroup]) -> tuple[
     alone, between = run.ranks.count == 1, run.tune is not None and run.tune.recipe.between
     workers = workers_on(run.device) if alone else 1
     if not alone and not between:
-        return [tuple(groups)], workers
+        return [tuple(groups)] if groups else [], workers
     if workers == 1 or between:
         return [(group,) for group in groups], workers
     batches: list[tuple[InputGroup, ...]] = []

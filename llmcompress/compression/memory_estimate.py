@@ -43,7 +43,7 @@ def peak_bytes(job: Job, tables: list[str], needs: Mapping[str, frozenset[str]],
     name; `used`: all these methods.
     """
     arch, recipe, calibration = job.arch, job.recipe, job.recipe.calibration
-    tokens = 0 if calibration is None else (calibration.samples + calibration.held_out) * calibration.length
+    tokens = 0 if calibration is None else calibration.samples * calibration.length
     learning = 0 if recipe.reconstruct is None else recipe.reconstruct.window
     streams = 1 + max(learning, 1 if recipe.asymmetric else 0)
     factor = TURNED if recipe.asymmetric or job.inputs or "rotate" in used else FACTOR

@@ -13,9 +13,7 @@ layer norms, and not done here.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +21,7 @@ from torch import Tensor
 from llmcompress.compression.producers import feeds
 from llmcompress.errors import RecipeError
 from llmcompress.models.dense.families import Architecture, architecture
-from llmcompress.models.dense.model import DenseModel
+from llmcompress.models.dense.model import DenseModel, untied
 from llmcompress.runtime.seeding import generator
 from llmcompress.weight.hadamard import ROWS, rotate
 
@@ -84,10 +82,6 @@ class RotatedSource(DenseModel):
         """The largest power of two that divides the width of the stream."""
         return len(self.signs) & -len(self.signs)
 
-    def config_entries(self) -> dict[str, Any]:
-        """Return the entries of config.json, which says that the head is not tied."""
-        return super().config_entries() | {"tie_word_embeddings": False}
-
 
 def rotated_source(source: DenseModel, seed: int, untie: bool) -> DenseModel:
     """Return the model with its residual stream rotated; nothing is read yet.
@@ -107,18 +101,19 @@ def rotated_source(source: DenseModel, seed: int, untie: bool) -> DenseModel:
     notes = ["the residual stream is in a random basis, so hidden states and adapters of the dense model do not fit"]
     if tied:
         notes.append(f"the output head is a matrix of its own since the rotation, {size} more before it is compressed")
-    config = copy.deepcopy(source.config)
-    config.tie_word_embeddings = False
     return RotatedSource(
         source.name,
         source.folder,
         source.revision,
-        config,
+        untied(source.config),
         {**source.tensors, head: table} if tied else source.tensors,
         {alias: origin for alias, origin in source.tied.items() if alias != head},
         (*source.notes, *notes),
         source.hub_id,
         source.license,
+        source.trust_remote_code,
+        source.sizes,
+        source.adapter,
         dense=source,
         turns=turns,
         signs=torch.rand(table.shape[1], generator=generator("fused rotation", seed)) < 0.5,

@@ -30,6 +30,7 @@ from llmcompress.compression.time_estimate import estimate_time
 from llmcompress.data.text import preview_text
 from llmcompress.errors import DiskError, RecipeError
 from llmcompress.models.dense.companions import companions
+from llmcompress.models.dense.locate import pinned_name
 from llmcompress.models.dense.model import resolve
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import MANIFEST, has_file, remove_unfinished
@@ -319,7 +320,7 @@ def compress_job(
         if all(text.dataset != "self" for text in wanted.texts()):  # the model would have to write that text first
             read_data(wanted.data, source.tokenizer(), source.load, source.config)  # raises any fault in the data
         run.compress(first, staged, device=device, progress=progress, resume=resume)
-    teacher = source.name if source.revision is None else f"{source.name}@{source.revision}"
+    teacher = pinned_name(source.name, source.hub_id, source.revision)
     trust = source.trust_remote_code
     done = distill(staged, teacher, wanted, target, device=device, progress=training, trust_remote_code=trust)
     _discard(staged, target.with_name(target.name + TRAINING))

@@ -175,7 +175,9 @@ def _finished_result(folder: Path, job: Job, device: str) -> Result | None:
         return None
     if target is None or not (folder / file_names.ALLOCATION).is_file():
         return None if target else completed_result(folder, job, device)
-    chosen = job.with_recipe(read_recipe(folder / file_names.RECIPE))  # the steps that met its target
+    written = read_recipe(folder / file_names.RECIPE)  # the steps that met its target, and texts without their folders
+    texts = {"calibration": job.recipe.calibration, "distill": job.recipe.distill}
+    chosen = job.with_recipe(written.model_copy(update=texts))
     made_for = read_json(folder / file_names.ALLOCATION)["target"]
     if made_for != target.model_dump(mode="json", exclude_none=True):
         raise DiskError(f"{folder} was made for another target; remove it, or choose another output folder")

@@ -21,6 +21,7 @@ from llmcompress.allocation.distortion import (
     sample_rows,
 )
 from llmcompress.allocation.file_sizes import payload_bytes
+from llmcompress.allocation.prices import statistics_needs
 from llmcompress.allocation.sensitivity import AT_ONCE, WINDOW, WINDOWS, Probe, probe_windows
 from llmcompress.calibration.gather import Statistics
 from llmcompress.calibration.walk import walk
@@ -228,6 +229,12 @@ def test_default_options_suit_a_llama_and_stop_at_its_tables(tmp_path: Path) -> 
     assert {steps[-2].method for one in linears.matrices for steps in one.options} == {"trellis"}
     everything = find_choices(prepare(source, read_recipe(base | {"target": {"kl": 0.1}})))
     assert [one.options[0][0].method for one in everything.matrices if one.is_table] == ["rotate", "rotate"]
+    job = prepare(source, read_recipe(base | {"target": {"kl": 0.1}}))
+    needs = statistics_needs(job, {one.name: one for one in everything.matrices})
+    assert needs["model.embed_tokens"] == frozenset(), "a table that is only looked up has no inputs, in the run either"
+    assert "outer" in needs["lm_head"] and "outer" in needs[linears.matrices[0].name]
+    no_table = find_choices(prepare(source, read_recipe(base | {"target": {"kl": 0.1}, "table": []})))
+    assert [one.name for one in no_table.matrices if one.is_table] == ["lm_head"]
     fixed = base | {"target": {"kl": 0.1}, "embeddings": [{"method": "rtn"}]}
     fixed["rules"] = [{"match": "lm_head", "steps": []}]
     assert len(find_choices(prepare(source, read_recipe(fixed))).matrices) == len(linears.matrices)

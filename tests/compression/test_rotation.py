@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,12 @@ def test_outlying_channels_of_the_stream_are_gone(tmp_path: Path) -> None:
 
     name = "model.embed_tokens.weight"
     assert crest(rotated_source(source, 0, untie=False).read(name)) < 0.5 * crest(source.read(name))
+
+
+def test_what_opens_the_model_again_stays(tmp_path: Path) -> None:
+    """The gates compare with the dense model at this place, which an adapter may be merged into."""
+    source = replace(resolve(save_tiny("llama", tmp_path / "dense")), trust_remote_code=True, adapter=tmp_path)
+    assert rotated_source(source, 0, untie=True).place == source.place
 
 
 def test_a_tied_head_is_untied_only_when_asked(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -293,3 +294,18 @@ def test_a_table_of_an_unknown_kind_is_refused(tmp_path: Path, text: Path, monke
     source = save_tiny("llama", tmp_path / "dense")
     with pytest.raises(RecipeError, match="a Hashed does more than look up rows and scale them; leave embeddings: out"):
         lc.plan(source, recipe(text, embeddings=RTN))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_head_that_differs_from_its_table_stays_apart(family: str, tmp_path: Path) -> None:
+    """The config ties them, the file holds two: transformers keeps both, and so do the plan and the checkpoint."""
+    source = save_tiny(family, tmp_path / "dense", tie_word_embeddings=True)
+    stored = load_file(source / "model.safetensors")
+    table = next(name for name in stored if name.endswith("embed_tokens.weight"))
+    head = stored[table].flip(0) * 1.5
+    save_file({**stored, "lm_head.weight": head}, source / "model.safetensors", {"format": "pt"})
+    result = lc.compress(source, recipe(None, embeddings=RTN, head=RTN), tmp_path / "out")
+    assert any("they stay apart" in note for note in result.report.warnings)
+    kept = dense(result.model.get_submodule("lm_head").expression())
+    assert (kept - head.float()).norm() < 0.2 * head.float().norm()
+    torch.testing.assert_close(logits(result.model), logits(with_matrices(source, result.model)), rtol=1e-4, atol=1e-4)

@@ -22,7 +22,7 @@ from llmcompress.cli.app import app
 from llmcompress.errors import InputError
 from llmcompress.models.dense import gguf_model
 from llmcompress.models.dense.companions import companions
-from llmcompress.models.dense.locate import PACKAGED, PackagedModel, _weight_files, locate
+from llmcompress.models.dense.locate import HUB_GGUF, PACKAGED, PackagedModel, _weight_files, locate, pinned_name
 from llmcompress.models.dense.model import resolve
 from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.models.files.gguf_header import read_gguf_header
@@ -268,3 +268,11 @@ def test_llama_cpp_cuts_text_as_the_unpacked_model(name: str, tmp_path: Path) ->
     tokenizer = load_tokenizer(ours.folder)
     for text in TEXTS[:-2]:
         assert tokenizer(text).input_ids == theirs.tokens(text), text
+
+
+@pytest.mark.parametrize("name", ["org/name", "org/name/file.gguf", "org/name/below/file.gguf"])
+def test_a_pinned_name_says_where_the_model_came_from(name: str) -> None:
+    pinned = pinned_name(name, "org/name", "rev")
+    assert (found := HUB_GGUF.fullmatch(pinned)) is None or found.groups() == ("org/name", "rev", name[9:])
+    assert pinned == "org/name@rev" if found is None else name.endswith(".gguf")
+    assert pinned_name("folder", None, "rev") == "folder" and pinned_name(name, "org/name", None) == name

@@ -61,6 +61,10 @@ def test_a_run_that_ends_in_the_export_goes_on_from_there(
 ) -> None:
     text = "default" if settings else "vllm-4"
     rules = ["rules=[]", "embeddings=[]", "head=null", "table=null"] if settings else []
+    if settings:  # a text of the user's own, whose folder no recipe names that is written
+        (tmp_path / "texts").mkdir()
+        (tmp_path / "texts" / "own.txt").write_text("Seven grey geese fly over the mill. " * 60)
+        rules.append(f"calibration.dataset={tmp_path / 'texts' / 'own.txt'}")
     asked = read_recipe(text, [*SHORT, *rules, *settings])
 
     def full(*_: Any, **__: Any) -> None:

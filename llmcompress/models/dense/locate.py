@@ -91,6 +91,11 @@ def public_name(name: str, hub_id: str | None) -> str:
     return Path(name).resolve().name or "root"
 
 
+def pinned_name(name: str, hub_id: str | None, revision: str | None) -> str:
+    """Return the name of a model, or of a file in its repository, by which `locate` finds its Hub commit again."""
+    return name if hub_id is None or revision is None else f"{hub_id}@{revision}{name.removeprefix(hub_id)}"
+
+
 def locate(
     model: str | Path, revision: str | None = None, trust_remote_code: bool = False, names: FileNames | None = None
 ) -> Place:

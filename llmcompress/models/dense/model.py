@@ -6,6 +6,7 @@ be compressed before any work is done; `DenseModel.read` opens one file, copies 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PACKINGS = ("quantization_config", "quantization")  # entries on weights in few bits
+TIES = "tie_word_embeddings"
 RENAMED = {"lm_head.weight": "embed_out.weight"}  # model's name -> name on disk; GPT-NeoX
 
 
@@ -114,7 +116,8 @@ class DenseModel:
         entries = public_entries(read_entries(self.folder / MODEL, self.folder), needs_code(self.folder, MODEL))
         if packing_method(entries) is not None:  # outputs hold numbers
             entries = {key: value for key, value in entries.items() if key not in PACKINGS}
-        return entries
+        ties = valid_config(self.folder, self.trust_remote_code).tie_word_embeddings
+        return _without_ties(entries) if ties and not self.config.tie_word_embeddings else entries
 
     def skeleton(self) -> PreTrainedModel:
         """Return a new model in eval mode, with parameters on meta and real buffers."""
@@ -163,6 +166,9 @@ def open_source(place: Place) -> DenseModel:
     if place.adapter is not None:
         tensors = merge_headers(model, tensors, tied, place.adapter, place.folder)
     notes = [*place.notes, *([describe_few_bits(forms)] if forms else [])]
+    if model.all_tied_weights_keys and not tied:
+        config = untied(config)
+        notes.append("config.json ties the output head to the token table, but the files hold two: they stay apart")
     if wrapped := [name for name, header in named.items() if header.wrapped]:
         notes.append(f"names of a wrapper are taken off: {named[wrapped[0]].wrapped} is read as {wrapped[0]}")
     if unused:
@@ -184,6 +190,20 @@ def open_source(place: Place) -> DenseModel:
         sizes=sizes,
         adapter=place.adapter,
     )
+
+
+def untied(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return a config whose output head is a matrix of its own."""
+    config = copy.deepcopy(config)
+    for part in (config, config.get_text_config(decoder=True)):
+        part.tie_word_embeddings = False
+    return config
+
+
+def _without_ties(entries: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of a config.json by which no loader ties the head to the token table."""
+    inside = {key: value | {TIES: False} for key, value in entries.items() if isinstance(value, dict) and TIES in value}
+    return entries | inside | {TIES: False}
 
 
 def _license(folder: Path) -> str | None:
