@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from llmcompress.data.distillation import Data
 from llmcompress.distillation.metrics import Metrics
@@ -72,10 +71,7 @@ class TrainContext(DistillationJob):
         """Return the teacher with its weights, loaded again if it is gone."""
         if not isinstance(self.teacher, HeldOutTeacher):
             return self.teacher
-        model = load_model(self.teacher_place, str(self.accelerator.device)).requires_grad_(False)
-        module: nn.Module = model
-        module.to(self.dtype)
-        return model
+        return load_model(self.teacher_place, str(self.accelerator.device), self.dtype).requires_grad_(False)
 
     @property
     def reading_teacher(self) -> PreTrainedModel:

@@ -102,9 +102,9 @@ def _write_sequences(
 
 def prompt_lengths(batch: Batch, least: int) -> Tensor:
     """Return how many tokens of each sequence stay, int64 [sequences]: `least`, or up to its first target if that is
-    more, and never all of them."""
-    first = batch.counted.int().argmax(1)
-    return first.clamp(min=least).clamp(max=batch.ids.shape[1] - 1)
+    more, and never its last, behind which there may be padding."""
+    first, last = batch.counted.int().argmax(1), batch.read.sum(1) - 1
+    return first.clamp(min=least).minimum(last).clamp(min=1)
 
 
 def replace_text(batch: Batch, rows: Sequence[int], texts: Sequence[Sequence[int]], lengths: Tensor) -> Batch:

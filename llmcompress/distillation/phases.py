@@ -106,8 +106,8 @@ def _check_processes(run: TrainContext) -> None:
 
 def _run_phase(run: TrainContext, kind: str, result: PhasesResult, report: Report | None) -> None:
     recipe, model = run.recipe, run.student.model
-    adapted = () if recipe.adapt is None else add_terms(model, recipe.adapt, run.dense_teacher(), recipe.seed)
-    masks = {} if recipe.regrow is None else grow(model, recipe.regrow, run.dense_teacher())
+    adapted = () if recipe.adapt is None else add_terms(model, recipe.adapt, run.dense_teacher, recipe.seed)
+    masks = {} if recipe.regrow is None else grow(model, recipe.regrow, run.dense_teacher)
     if kind == "blockwise":
         _run_blocks(run, result, report)
     else:

@@ -49,8 +49,8 @@ REFUSED = (KeyError, OSError, RuntimeError, TypeError, ValueError)  # by PEFT, o
 class AdapterTransfer(JsonRecord):
     """The worth of an adapter. `gain_dense`, `gain`: nats per token on the dense model and on the compressed one;
     `kept`: the share of the gain, with its standard error, None if the dense model gains nothing beyond noise; `kl`:
-    between both models with the adapter; `alike`: the correlation of gains over tokens; `distinct`: shares of distinct
-    pairs of tokens in {dense, compressed, handed_over} texts."""
+    between both models with the adapter; `alike`: the correlation of gains over tokens, None without any; `distinct`:
+    shares of distinct pairs of tokens in {dense, compressed, handed_over} texts."""
 
     adapter: str
     gain_dense: float
@@ -58,7 +58,7 @@ class AdapterTransfer(JsonRecord):
     kept: float | None
     kept_stderr: float | None
     kl: float
-    alike: float
+    alike: float | None
     distinct: dict[str, float]
 
 
@@ -157,7 +157,7 @@ def _measure_adapter(
         share,
         error,
         mean(kls),
-        float(torch.corrcoef(torch.stack(tokens))[0, 1]),
+        float(torch.corrcoef(torch.stack(tokens))[0, 1]) if all(len(each.unique()) > 1 for each in tokens) else None,
         {name: distinct_share(rows, 2) for name, rows in texts.items()},
     )
 

@@ -93,16 +93,16 @@ def drift(
         RecipeError: for models whose blocks have no known counterparts.
         NumericsError: for hidden states that are NaN or infinite.
     """
-    if protocol.length < FEWEST:
-        raise InputError(f"windows of {protocol.length} tokens tell nothing; set length to {FEWEST} or more")
     places = [locate(model, revision, trust_remote_code), locate(against, trust_remote_code=trust_remote_code)]
     check_vocabularies(places, predictions=False)
     tokenizer = load_tokenizer(places[0].folder, trust_remote_code)
+    behind = int(bos_token(tokenizer) is not None)  # states of BOS are those of no text
+    if protocol.length < FEWEST + behind:
+        raise InputError(f"windows of {protocol.length} tokens tell nothing; set length to {FEWEST + behind} or more")
     evaluation_windows(tokenizer, protocol)  # a text is missed before models are loaded
     check_fits(device, "reading it", [], places)
     small, dense = (open_model(place, device) for place in places)
     ids = evaluation_windows(tokenizer, protocol, small.config, dense.config)
-    behind = int(bos_token(tokenizer) is not None)  # states of BOS are those of no text
     blocks = tuple(_block_drifts(by_blocks(small), by_blocks(dense), ids, behind, progress))
     names = [place.public_name for place in places]
     return Drift(names[0], names[1], describe_protocol(tokenizer, protocol), len(ids) * (ids.shape[1] - behind), blocks)

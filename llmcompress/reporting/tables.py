@@ -108,7 +108,8 @@ def adapter_table(results: Row) -> Table:
         kept = "no gain to keep" if row["kept"] is None else f"{row['kept']:.0%} ± {row['kept_stderr']:.0%}"
         pairs = ", ".join(f"{row['distinct'][name]:.2f}" for name in ("dense", "compressed", "handed_over"))
         gains = (f"{row[key]:.4f}" for key in ("gain_dense", "gain"))
-        rows.append([row["adapter"], *gains, kept, f"{row['kl']:.4f}", f"{row['alike']:.3f}", pairs])
+        alike = "" if row["alike"] is None else f"{row['alike']:.3f}"
+        rows.append([row["adapter"], *gains, kept, f"{row['kl']:.4f}", alike, pairs])
     headings = ("adapter", "gain, dense", "gain here", "kept", "KL between both", "alike", "distinct pairs")
     return Table(headings, rows, range(1, 7))
 

@@ -100,6 +100,9 @@ def test_prompt_lengths_reach_the_first_target() -> None:
     batch.counted[2, :9] = False
     assert prompt_lengths(batch, 4).tolist() == [4, 7, 9]
     assert prompt_lengths(batch, 50).tolist() == [9, 9, 9]  # one token is left to write
+    batch.counted[0, 6:] = False  # a short document, and padding
+    assert prompt_lengths(batch, 4).tolist() == [4, 7, 9]
+    assert prompt_lengths(batch, 8).tolist() == [5, 8, 9]
 
 
 @pytest.mark.parametrize(("share", "rows"), [(0.5, [1, 3]), (0.25, [3]), (1.0, [0, 1, 2, 3]), (0.75, [1, 2, 3])])

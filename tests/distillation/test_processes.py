@@ -33,6 +33,7 @@ from tests.distillation.miniature import TEXT
 from tests.rules.source_tree import ROOT
 from tests.tiers import tiered_nightly
 from tests.tiny import save_tiny
+from tests.zoo import save_zoo
 
 RULES = [
     {"match": "*.q_proj", "steps": [{"method": "magnitude", "pattern": "2:4"}]},
@@ -369,6 +370,25 @@ def test_latents_can_start_at_a_compressed_teacher(place: Path, tmp_path: Path) 
     asked = jobs(place, tmp_path)["second-hand"]
     asked["recipe"] |= {"rates": {"codes": 1e-3}, "latents": "teacher", "steps": 1, "checkpointing": False}
     assert set(run(asked)["trained"]) == {"codes"}
+
+
+@launches
+def test_experts_that_no_token_of_a_step_reaches(place: Path, tmp_path: Path) -> None:
+    """Each process reads one sequence, whose last tokens choose one of sixteen experts."""
+    save_zoo("qwen3_moe", tmp_path / "moe", num_experts=16, num_experts_per_tok=1)
+    data = {"dataset": str(place / "text.txt"), "samples": 8, "length": 32, "held_out": 2}
+    lc.compress(tmp_path / "moe", {"version": 1, "rules": RULES[-1:], "calibration": data}, tmp_path / "moe-small")
+    asked = jobs(place, tmp_path)["whole"] | {"student": str(tmp_path / "moe-small"), "teacher": str(tmp_path / "moe")}
+    short = asked["recipe"]["data"] | {"length": 4}
+    asked["recipe"] |= {
+        "losses": [{"of": {"loss": "forward_kl"}}],
+        "data": short,
+        "rates": {"codes": 1e-2, "scales": 5e-3},
+    }
+    wanted = run(asked | {"output": str(tmp_path / "alone")})["history"]
+    for found in answers("ddp", [asked], tmp_path):
+        for one, other in zip(wanted, found[0]["history"], strict=True):
+            assert math.isclose(one["kl"], other["kl"], rel_tol=1e-5)
 
 
 @launches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,7 +50,7 @@ def masks_of(folder: Path) -> dict[str, Tensor]:
 def test_growing_at_zero_without_training_keeps_the_bytes(by: Any, folders: Path) -> None:
     student, teacher = loaded(folders)
     before = {name: layer.get_parameter("weight").clone() for name, layer in compressed_linears(student).items()}
-    masks = grow(student, Regrowth(by=by), teacher)
+    masks = grow(student, Regrowth(by=by), lambda: teacher)
     assert len(masks) == 2 * 6 and not any("q_proj" in name or "lm_head" in name for name in masks)
     grown = compressed_linears(student)
     assert all(isinstance(grown[name].expression(), Dense) for name in masks)
@@ -59,9 +60,21 @@ def test_growing_at_zero_without_training_keeps_the_bytes(by: Any, folders: Path
     assert regrown_share(after, masks) == 0.0
 
 
+def test_an_expert_that_no_token_reaches_goes_by_size_alone(folders: Path) -> None:
+    student, teacher = loaded(folders)
+    masks = grow(student, Regrowth(match=("*.o_proj",)), partial(pytest.fail, "the teacher was loaded"))
+    mlp = student.get_submodule("model.layers.0.mlp.down_proj")
+    idle = {**masks, "model.layers.0.mlp.down_proj": next(iter(masks.values()))}
+    student.get_submodule("model.layers.0.mlp").forward = torch.zeros_like
+    norms = input_norms(student, idle, tokens(), torch.no_grad)
+    assert norms.keys() == idle.keys()
+    assert torch.equal(norms["model.layers.0.mlp.down_proj"], torch.ones(mlp.in_features))
+    assert all(bool((norms[name] > 0).all()) for name in masks)
+
+
 def test_weights_that_come_back_may_start_at_the_teachers(folders: Path) -> None:
     student, teacher = loaded(folders)
-    masks = grow(student, Regrowth(match=("*.o_proj",), start="teacher"), teacher)
+    masks = grow(student, Regrowth(match=("*.o_proj",), start="teacher"), lambda: teacher)
     for name, mask in masks.items():
         wanted, given = teacher.get_submodule(name).get_parameter("weight"), student.get_submodule(name)
         assert isinstance(given, CompressedLinear)
@@ -70,7 +83,7 @@ def test_weights_that_come_back_may_start_at_the_teachers(folders: Path) -> None
 
 def test_where_masks_learn_all_weights_start_at_the_teachers(folders: Path) -> None:
     student, teacher = loaded(folders)
-    for name in grow(student, Regrowth(match=("*.o_proj",), start="teacher", by="learned"), teacher):
+    for name in grow(student, Regrowth(match=("*.o_proj",), start="teacher", by="learned"), lambda: teacher):
         wanted, given = teacher.get_submodule(name).get_parameter("weight"), student.get_submodule(name)
         assert isinstance(given, CompressedLinear) and torch.equal(
             given.dequantize(), wanted.to(torch.bfloat16).float()

@@ -124,5 +124,7 @@ def test_what_cannot_be_compared_is_refused(folders: Path, tmp_path: Path) -> No
     protocol = lc.Protocol(text=folders / "text.txt", windows=2, length=24)
     with pytest.raises(RecipeError, match="does not say which blocks were kept"):
         lc.drift(folders / "dense", deep, protocol)
-    with pytest.raises(InputError, match="windows of 3 tokens tell nothing"):
-        lc.drift(folders / "dense", deep, lc.Protocol(text=folders / "text.txt", windows=2, length=3))
+    with pytest.raises(InputError, match="windows of 4 tokens tell nothing; set length to 5"):  # of which one is BOS
+        lc.drift(folders / "dense", folders / "dense", lc.Protocol(text=folders / "text.txt", windows=2, length=4))
+    shortest = lc.Protocol(text=folders / "text.txt", windows=2, length=5)
+    assert all(row.cka is not None for row in lc.drift(folders / "dense", folders / "dense", shortest).blocks)

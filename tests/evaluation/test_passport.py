@@ -83,7 +83,7 @@ def test_gains_are_those_of_perplexities(place: Path) -> None:
 def test_an_adapter_without_gain_has_nothing_to_keep(place: Path) -> None:
     both = [place / "nothing", place / "adapter"]
     nothing, something = passport(place / "small", both, place / "dense", PROTOCOL).adapters
-    assert nothing.gain_dense == 0 and nothing.kept is None and nothing.kept_stderr is None
+    assert nothing.gain_dense == 0 and nothing.kept is None and nothing.kept_stderr is None and nothing.alike is None
     assert something.kept is not None, "the one before is taken off again"
 
 

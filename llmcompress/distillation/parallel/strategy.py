@@ -27,6 +27,8 @@ from llmcompress.distillation.resume import Progress, last_state, save_state
 from llmcompress.distillation.student.model import Student
 from llmcompress.distillation.student.oscillation import Freezer
 from llmcompress.errors import InputError
+from llmcompress.models.dense.experts import experts_of
+from llmcompress.models.dense.skeleton import MULTIMODAL, auto_name
 from llmcompress.models.files.store import Store
 from llmcompress.recipe.sections import Freezing
 from llmcompress.weight.modules import decoded
@@ -82,6 +84,10 @@ class Strategy:
     def wrap(self, teacher: PreTrainedModel) -> None:
         """Wrap the objective, or distribute the models, over the processes."""
         if self.accelerator.num_processes > 1:
+            if self.accelerator.ddp_handler is not None:  # a step of text may leave experts out, and what sees images
+                model = self.student.model
+                partial = bool(experts_of(model)) or auto_name(model.config) == MULTIMODAL
+                self.accelerator.ddp_handler.find_unused_parameters = partial
             self.objective = self.accelerator.prepare(self.objective)
 
     def evaluate(self, run: Callable[[], T]) -> T:

@@ -38,11 +38,13 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def add_terms(model: PreTrainedModel, options: Adaptation, teacher: PreTrainedModel, seed: int) -> tuple[str, ...]:
+def add_terms(
+    model: PreTrainedModel, options: Adaptation, teacher: Callable[[], PreTrainedModel], seed: int
+) -> tuple[str, ...]:
     """Add a term to each compressed linear of `model` that `options` match, except the head; return their names.
 
-    `teacher`: the dense model, for terms that start at the residual. Raises RecipeError for a pattern that matches
-    nothing, and for a rank that is larger than a matrix.
+    `teacher`: gives the dense model, for terms that start at the residual. Raises RecipeError for a pattern that
+    matches nothing, and for a rank that is larger than a matrix.
     """
     head = model.get_output_embeddings()
     layers = {name: layer for name, layer in compressed_linears(model).items() if layer is not head}
@@ -52,7 +54,7 @@ def add_terms(model: PreTrainedModel, options: Adaptation, teacher: PreTrainedMo
                 f'adapt matches no compressed linear of the student ("{pattern}"); it has {list_names(layers)}'
             )
     chosen = [name for name in layers if any(matches(pattern, name) for pattern in options.match)]
-    targets = teacher_weights(model, teacher) if options.start == "residual" else None
+    targets = teacher_weights(model, teacher()) if options.start == "residual" else None
     for name in chosen:
         layer, target = layers[name], None if targets is None else targets(name)
         term = _starting_term(name, layer.dequantize(), options.rank, target, seed)

@@ -9,7 +9,7 @@ recipe asks for the paper's way. `learned_masks` has masks that change in every 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +35,12 @@ Masks = Mapping[str, Bitmap | Pattern]
 
 
 @torch.no_grad()
-def grow(model: PreTrainedModel, options: Regrowth, teacher: PreTrainedModel) -> dict[str, Bitmap | Pattern]:
+def grow(
+    model: PreTrainedModel, options: Regrowth, teacher: Callable[[], PreTrainedModel]
+) -> dict[str, Bitmap | Pattern]:
     """Make each pruned linear of `model` that `options` match dense, in place; return the masks by name.
 
-    `teacher`: the dense model, at whose weights the new ones may start; if masks learn, all weights do.
+    `teacher`: gives the dense model, at whose weights the new ones may start; if masks learn, all weights do.
     Raises RecipeError for a pattern that matches no matrix of values and zeros.
     """
     layers, pruned = compressed_linears(model), pruned_linears(model)
@@ -47,7 +49,7 @@ def grow(model: PreTrainedModel, options: Regrowth, teacher: PreTrainedModel) ->
             choice = f"it has {list_names(pruned)}" if pruned else "it has none"
             raise RecipeError(f'regrow matches no matrix of values and zeros of the student ("{each}"); {choice}')
     chosen = [name for name in pruned if any(matches(each, name) for each in options.match)]
-    targets = teacher_weights(model, teacher) if options.start == "teacher" else None
+    targets = teacher_weights(model, teacher()) if options.start == "teacher" else None
     for name in chosen:
         index, values = pruned[name]
         back = torch.zeros_like(values) if targets is None else targets(name).to(values)
@@ -93,16 +95,17 @@ def regrown_share(layers: Mapping[str, Multiplying], masks: Masks) -> float:
 
 @torch.no_grad()
 def input_norms(
-    model: PreTrainedModel, names: Iterable[str], text: Batch, autocast: Callable[[], AbstractContextManager[None]]
+    model: PreTrainedModel, names: Collection[str], text: Batch, autocast: Callable[[], AbstractContextManager[None]]
 ) -> dict[str, Tensor]:
     """Return the squared norms `[in]` of the inputs of the linears `names`, float32, over the first sequences of
-    `text`."""
+    `text`; ones for an expert that none of their tokens reaches."""
     norms: dict[str, Tensor] = {}
     with decoded(model), autocast(), _add_squares(model, names, norms):
         for part in text[:SEQUENCES].chunks(1):
             batch = part.trim().to(next(model.parameters()).device)
             hidden_states(model, batch)
-    return norms
+    layers = compressed_linears(model)
+    return {name: norms[name] if name in norms else torch.ones(layers[name].in_features) for name in names}
 
 
 @contextmanager
