@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ from llmcompress.runtime.precision import product_dtype
 from llmcompress.runtime.ranks import ALONE, Ranks
 from llmcompress.weight.inputs import GROUPS
 from llmcompress.weight.rows import is_plain_table, row_scale
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ComputeOnce = Callable[[str, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]  # see `RunFiles.compute_once`
 
@@ -91,7 +94,8 @@ class Job:
     @cached_property
     def has_plain_table(self) -> bool:
         """True if the token table only looks up and scales rows, so a compressed one can take its place."""
-        return is_plain_table(self.source.skeleton().get_input_embeddings())
+        model = self.source.skeleton()
+        return is_plain_table(model.get_input_embeddings()) and not _is_biased(model, self.arch)
 
     @property
     def _head_steps(self) -> tuple[StepConfig, ...]:
@@ -262,6 +266,11 @@ def _hungry_methods(steps: Sequence[StepConfig]) -> Iterator[str]:
             yield step.method
 
 
+def _is_biased(model: PreTrainedModel, arch: Architecture) -> bool:
+    """True if the output head is the token table, but for a bias."""
+    return arch.tied and getattr(model.get_output_embeddings(), "bias", None) is not None
+
+
 def _check_tables(recipe: Recipe, arch: Architecture, source: DenseModel) -> None:
     """Raise RecipeError for steps that the token table or the output head of this model cannot have."""
     alone = {"head": recipe.head, "table": recipe.table} if not recipe.embeddings else {}
@@ -274,8 +283,14 @@ def _check_tables(recipe: Recipe, arch: Architecture, source: DenseModel) -> Non
         raise RecipeError(f"head: {source.name} has no output head of its own; leave head: out")
     if not recipe.embeddings and not recipe.table:
         return
+    model = source.skeleton()
+    if _is_biased(model, arch):
+        raise RecipeError(
+            f"embeddings: the output head of {source.name} is its token table and has a bias, which no compressed one "
+            f"can have; leave embeddings: out"
+        )
     try:
-        row_scale(source.skeleton().get_input_embeddings())
+        row_scale(model.get_input_embeddings())
     except TypeError as error:
         raise RecipeError(f"embeddings: {error}; leave embeddings: out") from error
     if arch.tied:

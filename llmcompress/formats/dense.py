@@ -11,6 +11,7 @@ from torch import Tensor
 from llmcompress.formats.engine_files import ExportReport
 from llmcompress.models.dense.companions import copy_companions
 from llmcompress.models.dense.experts import experts_of
+from llmcompress.models.dense.families import block_paths
 from llmcompress.models.dense.skeleton import folder_skeleton, transposed_linears
 from llmcompress.models.dense.stored_names import hub_names
 from llmcompress.models.files.checkpoint import write_checkpoint
@@ -31,7 +32,7 @@ def to_dense(opened: CompressedCheckpoint, output: Path) -> ExportReport:
     rounding = 0.0
     with write_checkpoint(output, opened.dense_bytes) as writer:
         copy_companions(folder, writer.folder, trusted)
-        for layers, others in opened.parts(apart=experts):
+        for layers, others in opened.parts(apart=block_paths(model)):  # some families join matrices of a block
             tensors = opened.read_plain(others)
             for layer in count_each(layers, "matrix decoded"):
                 stored, moved = round_to_bfloat16(dense(opened.expression(layer)))

@@ -22,6 +22,7 @@ from llmcompress.runtime.progress import count_each
 from llmcompress.weight.expression import dense
 from llmcompress.weight.hadamard import unrotate
 from llmcompress.weight.layout import Layout, pack_weight, payload_texts
+from llmcompress.weight.modules import LIKE
 from llmcompress.weight.nodes import LowRank, RotatedInputs, Sum, Weight
 
 
@@ -36,7 +37,9 @@ def to_peft(opened: CompressedCheckpoint, output: Path) -> ExportReport:
         for layers, others in opened.parts():
             tensors = {name: opened.read(name) for name in others}
             for layer in count_each(layers, "matrix taken apart"):
-                base, term = split_low_rank(opened.expression(layer))
+                base, term = opened.expression(layer), None
+                if f"{layer}.{LIKE}" not in opened.files:  # PEFT names and turns factors of token tables otherwise
+                    base, term = split_low_rank(base)
                 if term is not None:
                     factors[layer] = term
                 layouts[layer], tensors[f"{layer}.weight"] = pack_weight(base)

@@ -340,9 +340,9 @@ def decoded(model: nn.Module, dtype: torch.dtype | None = None, skip: Sequence[n
     layers: list[Multiplying] = [*linears, *bases]
     floats = (value.dtype for value in model.parameters() if value.is_floating_point())
     dtype = next(floats, torch.float32) if dtype is None else dtype
-    for layer in layers:
-        layer.ready = expression.decoded(layer.expression(), dtype)
     try:
+        for layer in layers:
+            layer.ready = expression.decoded(layer.expression(), dtype)
         yield
     finally:
         for layer in layers:

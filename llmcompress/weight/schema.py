@@ -313,6 +313,7 @@ class _Checker:
         inside, outside = _Selection(0, all_shown.high), _Selection(0, all_shown.high)
         if isinstance(index, _Pattern):
             _demand(index.keep < index.group, path, f"no pattern keeps {index.keep} of {index.group}")
+            _demand(math.comb(index.group, index.keep) <= 256, path, "its patterns are more than a byte tells apart")
             _demand(width % index.group == 0, path, f"groups of {index.group} do not divide the width {width}")
             self._numbers(f"{path}index", math.comb(index.group, index.keep), rows * width // index.group)
             if shown is None:

@@ -58,7 +58,9 @@ def test_the_walk_reproduces_the_hidden_states(family: str, tmp_path: Path) -> N
 
 
 @HALF
-def test_a_compressed_one_loads_with_its_own_class(family: str, tmp_path: Path) -> None:
+def test_a_compressed_one_loads_with_its_own_class(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, asked = save_zoo(family, tmp_path / "dense"), recipe(tmp_path)
     planned = lc.plan(source, asked)
     result = lc.compress(source, asked, tmp_path / "small")
@@ -74,7 +76,9 @@ def test_a_compressed_one_loads_with_its_own_class(family: str, tmp_path: Path) 
     torch.testing.assert_close(outputs(small), outputs(original), rtol=1e-4, atol=1e-5)
     verified = lc.verify(result.folder, text=text_for_calibration(tmp_path), windows=2, length=32)
     assert verified.perplexity is None and verified.tokens == 64 and verified.layers == len(planned.layers)
-    lc.export(result.folder, tmp_path / "plain", "dense")
+    with monkeypatch.context() as patch:  # as large models are cut, between matrices that some families join
+        patch.setattr("llmcompress.models.files.compressed.PART", 1000)
+        lc.export(result.folder, tmp_path / "plain", "dense")
     plain, found = loader.from_pretrained(tmp_path / "plain", dtype=torch.float32, output_loading_info=True)
     assert not found["missing_keys"] and not found["unexpected_keys"]
     torch.testing.assert_close(outputs(plain), outputs(original), rtol=5e-2, atol=5e-2)  # bfloat16

@@ -120,12 +120,13 @@ def test_checkpoint_of_save_pretrained_is_exported(tmp_path: Path) -> None:
 def test_peft_reads_base_and_adapter(rotate: bool, tmp_path: Path) -> None:
     from peft import PeftModel
 
-    source = save_tiny("llama", tmp_path / "dense")
+    source = save_tiny("llama", tmp_path / "dense", tie_word_embeddings=True)
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{i}. The miller counts every sack of corn. " for i in range(80)))
     data = {"dataset": str(text), "samples": 8, "length": 32, "held_out": 2}
+    table = [{"method": "rtn", "bits": 2, "group_size": 16}, SVD]  # whose term stays in the base
     steps = [*([{"method": "rotate"}] if rotate else []), {"method": "gptq", "bits": 2}, SVD]
-    folder = compressed(source, tmp_path / "out", steps, calibration=data)
+    folder = compressed(source, tmp_path / "out", steps, calibration=data, embeddings=table)
     done = export(folder, tmp_path / "parts", "peft")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "parts" / "base", dtype=torch.float32)
     with torch.no_grad():

@@ -139,6 +139,19 @@ def test_text_is_cut_as_the_file_says(name: str, dense: Path, tmp_path: Path) ->
         assert ours(text).input_ids == theirs(text).input_ids, text
 
 
+@engine
+@pytest.mark.parametrize("name", tiered(gguf_model.BY_NAME, ("llama-bpe", "qwen2").__contains__))
+def test_a_file_that_says_nothing_of_bos_is_read_as_llama_cpp_reads_it(name: str, dense: Path, tmp_path: Path) -> None:
+    place = shutil.copytree(dense, tmp_path / "dense")
+    unbound(place)
+    byte_level(*gguf_model.BY_NAME[name]).save_pretrained(place)
+    lc.export(compressed(place, tmp_path / "small", ("*.down_proj", HALVES)), tmp_path / "gguf", "gguf")
+    file = tmp_path / "gguf" / "model.gguf"
+    file.write_bytes(file.read_bytes().replace(b"ggml.add_bos_token", b"ggml.xxx_bos_token"))
+    text = "a mill"
+    assert resolve(str(file)).tokenizer()(text).input_ids == run(tmp_path / "gguf", 64).tokens(text)
+
+
 def edited(file: Path, target: Path, key: str, value: str) -> Path:
     """A copy of a file with another text, as long as the one before, in an entry."""
     before = str(read_gguf_header(file).entries[key]).encode()

@@ -168,6 +168,12 @@ def block_stack(config: PreTrainedConfig, model: PreTrainedModel) -> str:
     return family.blocks if model.base_model is not model else family.blocks.partition(".")[2]
 
 
+def block_paths(model: PreTrainedModel) -> list[str]:
+    """Return the module paths of the decoder blocks. Raises as `block_stack`."""
+    stack = block_stack(model.config, model)
+    return [f"{stack}.{number}" for number, _ in enumerate(model.get_submodule(stack).children())]
+
+
 def name_of(model: nn.Module, module: nn.Module | None) -> str:
     """Return the module path of `module`; empty if there is none."""
     return next((name for name, child in model.named_modules() if child is module), "")

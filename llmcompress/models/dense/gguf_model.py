@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerBase
 
-UNPACKING = 5  # counts the ways in which files were unpacked: part of a folder's name in the cache
+UNPACKING = 6  # counts the ways in which files were unpacked: part of a folder's name in the cache
 TOKENIZER, CHAT_TEMPLATE = "tokenizer.ggml", "tokenizer.chat_template"
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # types of tokens
 PADDING = re.compile(r"\[+PAD\d+\]+")  # names of the rows of a token table that no token has
@@ -61,6 +61,7 @@ PRE_TOKENIZERS: dict[tuple[Steps, bool], str] = {  # with: whole words that are 
     ((f"{_LOWER}{_SUFFIX}|{_UPPER}{_SUFFIX}|" + r"\p{N}{1,3}" + _LATER_SPACES,), False): "gpt-4o",
     ((f"{_LOWER}|{_UPPER}|" + r"\p{N}" + _LATER_SPACES,), True): "tekken",
 }
+BEGIN_WITH_BOS = ("llama-bpe", "tekken")  # unless a file says otherwise
 BY_NAME: dict[str, tuple[Steps, bool]] = {name: steps for steps, name in PRE_TOKENIZERS.items()}
 
 
@@ -216,7 +217,7 @@ def _read_tokenizer(file: Path, header: GGUFHeader) -> PreTrainedTokenizerBase:
         raise InputError(
             f"{file} has {len(tokenizer)} tokens and a token table of {header.vocabulary} rows; give another file"
         )
-    adds = bool(header.entries.get(f"{TOKENIZER}.add_bos_token", False))
+    adds = _adds_bos(header)
     first = tokenizer("a").input_ids[:1]
     if adds != (first == [tokenizer.bos_token_id]):
         raise InputError(f"{file} puts BOS {'first' if adds else 'nowhere'}, and transformers reads it otherwise")
@@ -225,6 +226,13 @@ def _read_tokenizer(file: Path, header: GGUFHeader) -> PreTrainedTokenizerBase:
         if again != text:
             raise InputError(f"transformers misreads the tokenizer of {file}: {text!r} becomes {again!r}")
     return tokenizer
+
+
+def _adds_bos(header: GGUFHeader) -> bool:
+    """True if text begins with BOS: as the file says, else as llama.cpp takes it for its kind of tokenizer."""
+    entries = header.entries
+    usual = entries.get(f"{TOKENIZER}.model") == "llama" or entries.get(f"{TOKENIZER}.pre") in BEGIN_WITH_BOS
+    return bool(entries.get(f"{TOKENIZER}.add_bos_token", usual))
 
 
 def _byte_level(file: Path, header: GGUFHeader, steps: tuple[str, ...], whole_words: bool) -> PreTrainedTokenizerBase:
@@ -248,9 +256,8 @@ def _byte_level(file: Path, header: GGUFHeader, steps: tuple[str, ...], whole_wo
     inner.add_special_tokens([tokens[number] for number, kind in enumerate(kinds) if kind == CONTROL])
     ids = {name: header.entries.get(f"{TOKENIZER}.{key}_token_id") for name, key in SPECIAL.items()}
     special = {name: tokens[number] for name, number in ids.items() if number is not None}
-    before, behind = (
-        special[f"{key}_token"] if header.entries.get(f"{TOKENIZER}.add_{key}_token") else "" for key in ("bos", "eos")
-    )
+    before = special["bos_token"] if _adds_bos(header) else ""
+    behind = special["eos_token"] if header.entries.get(f"{TOKENIZER}.add_eos_token") else ""
     inner.post_processor = processors.Sequence(
         [
             processors.ByteLevel(trim_offsets=False),

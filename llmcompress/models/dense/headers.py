@@ -31,6 +31,7 @@ FILES = {(SINGLE, INDEX): "safetensors", (pickled.SINGLE, pickled.INDEX): "bin"}
 INSIDE = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 BEFORE = ("module.", "base_model.model.")
 OF_TEXT = re.compile(r"(model\.)?language_model\.")
+WIDEST = 8  # bytes of a value of a dtype that no model has, which is refused where it is read
 BUFFERS = {"I64": 8, "I32": 4, "U8": 1, "BOOL": 1}  # further dtypes of persistent buffers
 
 
@@ -140,7 +141,7 @@ class Header:
     @property
     def bytes_of_numbers(self) -> int:
         """Size of the values in files that have nothing in few bits."""
-        return prod(self.shape) * {**FLOATS, **BUFFERS, **PACKED}[self.dtype]
+        return prod(self.shape) * {**FLOATS, **BUFFERS, **PACKED}.get(self.dtype, WIDEST)
 
 
 Stored = Mapping[str, Header]

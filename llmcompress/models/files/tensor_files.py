@@ -82,6 +82,8 @@ def _make_shards(folder: Path, binding: Mapping[str, Any] | None) -> None:
     for head in heads:
         digests |= json.loads(head.metadata[DIGESTS])
     tensors = {name: entry for head in heads for name, entry in head.tensors.items()}
+    if len(tensors) < sum(len(head.tensors) for head in heads):
+        raise ValueError("two parts hold a tensor of the same name, of which one would be lost")
     levels = sorted({piece_level(name) for name in tensors})  # what smaller sizes lack is in files of its own
     sizes = [{name: _size(tensors[name]) for name in tensors if piece_level(name) == level} for level in levels]
     groups = [names for of_level in sizes for names in shards(of_level)]
