@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from llmcompress.benchmark.protocol import SpeedProtocol
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluation.score import is_dense_folder, size_of
 from llmcompress.models.dense.config import MODEL, context_length, read_entries
+from llmcompress.models.dense.experts import expert_share, experts_of
 from llmcompress.models.dense.headers import FLOATS, Header, read_headers
 from llmcompress.models.dense.locate import Place, locate
 from llmcompress.models.dense.model import open_source
@@ -83,7 +84,8 @@ def find_candidates(
     if against is not None:
         reference = places[names.index(against)]
         check_vocabularies([reference, *(place for place in places if place is not reference)], predictions=False)
-    candidates = [describe_folder(place, protocol.dtype) for place in places] + [_describe_gguf(path) for path in ggufs]
+    folders = [replace(describe_folder(place, protocol.dtype), name=name) for name, place in zip(names, places)]
+    candidates = [*folders, *map(_describe_gguf, ggufs)]
     for model in candidates:
         if model.context is not None and protocol.context > model.context:
             raise RecipeError(
@@ -140,7 +142,8 @@ def _describe_gguf(path: Path) -> Candidate:
 
 
 def token_bytes(skeleton: PreTrainedModel, stored: Mapping[str, Header], dtype: torch.dtype | None) -> int:
-    """Return the bytes of weights that are read for each token: everything, but one row only of a table without ties.
+    """Return the bytes of weights that are read for each token: everything, but one row only of a table without ties,
+    and of experts as many as a token is given.
 
     `stored`: headers by the skeleton's names. `dtype`: of floats in memory, None for that on disk.
     """
@@ -151,6 +154,9 @@ def token_bytes(skeleton: PreTrainedModel, stored: Mapping[str, Header], dtype: 
         table = f"{name}.weight"
         if isinstance(module, nn.Embedding) and table in sizes and table not in tied:
             sizes[table] = -(-sizes[table] // module.num_embeddings)
+    for path, experts in experts_of(skeleton).items():
+        share = expert_share(skeleton.config, experts.num_experts)
+        sizes |= {name: round(share * size) for name, size in sizes.items() if name.startswith(f"{path}.")}
     return sum(sizes.values())
 
 

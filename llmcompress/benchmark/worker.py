@@ -24,7 +24,7 @@ from llmcompress.benchmark.runners import load_engine, prepare_files
 from llmcompress.errors import LLMCompressError, MemoryLimitError, is_out_of_memory
 from llmcompress.runtime.memory import peak_memory
 
-ROOT = Path(__file__).resolve().parents[3]  # from where llmcompress is imported, installed or not
+ROOT = Path(__file__).resolve().parents[2]  # from where llmcompress is imported, installed or not
 PROGRAM = "import sys; sys.path.append({root!r}); from llmcompress.benchmark.worker import main; main()"
 PATIENCE = 5.0  # seconds that an idle worker has to end by itself
 CLEAR = Path("/proc/self/clear_refs")

@@ -26,6 +26,7 @@ from llmcompress.compression.plan import TimeEstimate
 from llmcompress.compression.step_timing import Steps, Trial, busy_warning, paces, product_speed
 from llmcompress.data.generate import ROWS
 from llmcompress.methods.layer import MANY, SAMPLED
+from llmcompress.models.dense.experts import expert_share
 from llmcompress.models.dense.families import BlockLayout
 from llmcompress.recipe.compression import Recipe
 from llmcompress.runtime.precision import fast_float32, product_dtype
@@ -41,7 +42,6 @@ WRITING, KEPT = 4.0, 3e-10  # time of a written token over that of its products;
 ROUNDING = 1.0  # sequences whose forward takes as long as the update of every weight of a block in a step
 RELAXING = 2e-8  # seconds to make a weight of a block learn, and to store it again
 EXPERT = re.compile(r"(.+)\.(\d+)\.(?:gate|up|down)_proj")
-EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 
 
 @dataclass(frozen=True)
@@ -204,11 +204,9 @@ def _size(job: Job, name: str) -> tuple[int, int]:
 
 def token_shares(job: Job) -> dict[str, float]:
     """Return the share of tokens that reach each linear of an expert, by module path."""
-    config = job.source.config.get_text_config(decoder=True)
-    chosen = next((value for key in EXPERTS if isinstance(value := getattr(config, key, None), int)), None)
     experts = [match for name in job.arch.linears() if (match := EXPERT.fullmatch(name))]
     numbers: dict[str, set[str]] = {}
     for match in experts:
         numbers.setdefault(match[1], set()).add(match[2])
-    shares = {path: 1.0 if chosen is None else min(1.0, chosen / len(each)) for path, each in numbers.items()}
+    shares = {path: expert_share(job.source.config, len(each)) for path, each in numbers.items()}
     return {match[0]: shares[match[1]] for match in experts}

@@ -95,17 +95,19 @@ def _layout(text: str) -> Layout:
     return Layout.from_json(json.loads(text))
 
 
-_FORMS: dict[str, str | None] = {}  # by `Layout.text`
+_FORMS: dict[tuple[str, str], str | None] = {}  # by the type of the device, and `Layout.text`
 
 
 def unsupported_form(layer: Multiplying) -> str | None:
-    """Return the form, in words, of a matrix without a kernel; None if it has one."""
+    """Return the form, in words, of a matrix without a kernel on its device; None if it has one."""
     if layer.weight.is_meta:
         return "not in memory"
-    if layer.layout.text not in _FORMS:
+    key = layer.get_parameter("weight").device.type, layer.layout.text
+    if key not in _FORMS:
         w = layer.expression()
-        _FORMS[layer.layout.text] = None if is_supported(w) else describe(w)
-    return _FORMS[layer.layout.text]
+        known = is_supported(w) if key[0] == "cpu" else gpu.is_supported(w)
+        _FORMS[key] = None if known else describe(w)
+    return _FORMS[key]
 
 
 def prepare_payload(payload: Tensor, layout: Layout, dtype: torch.dtype) -> KeptWeight:

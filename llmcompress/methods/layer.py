@@ -278,6 +278,12 @@ def base_target(layer: Layer) -> Tensor:
     return layer.weight if term is None else layer.weight - dense(term)
 
 
+def stored_target(layer: Layer) -> Tensor:
+    """Return the target of a base that is rounded without feedback: `base_target`, or the values that pruning left,
+    which feedback may have moved."""
+    return base_target(layer) if support(layer.approx) is None else dense(base_and_term(layer.approx)[0])
+
+
 def with_base(layer: Layer, base: Weight, notes: tuple[str, ...] = ()) -> Layer:
     """Return the layer with another base beside its low-rank term, if it has one."""
     return replace(layer, approx=join(base, base_and_term(layer.approx)[1]), notes=layer.notes + notes)

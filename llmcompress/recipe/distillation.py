@@ -254,8 +254,14 @@ class Distillation(BaseModel):
         """Shorten the texts and the phases of a trial."""
         if not isinstance(values, dict) or values.get("trial") is not True:
             return values
-        phases = [each | FEWEST if isinstance(each, dict) else each for each in values.get("phases", ())]
-        return values | {"data": shorten_text(values.get("data", {})), "phases": phases} | FEWEST
+        phases = [each | FEWEST if isinstance(each, dict) else each for each in values.get("phases") or ()]
+        fewer: dict[str, Any] = {"data": shorten_text(values.get("data", {})), "phases": phases} | FEWEST
+        own, sizes = values.get("on_policy"), values.get("nested")  # of which a small batch has room for fewer
+        if isinstance(own, dict) and isinstance(own.get("share"), float):
+            fewer["on_policy"] = own | {"share": max(own["share"], 1 / FEWEST["batch"])}
+        if isinstance(sizes, list | tuple):
+            fewer["nested"] = sizes[: FEWEST["batch"] - 1]
+        return values | fewer
 
     def texts(self) -> tuple[TextSource, ...]:
         """Return the texts to read: one, or those of the domains."""

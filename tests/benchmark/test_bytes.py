@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from safetensors.torch import load_file
 import llmcompress as lc
 from llmcompress.benchmark.candidate import Candidate, draw_prompt, find_candidates
 from llmcompress.benchmark.protocol import LEAST, BandwidthMeter, SpeedProtocol, buffer_bytes, last_level_cache
-from llmcompress.benchmark.worker import resident_memory, restart_peak
+from llmcompress.benchmark.worker import ROOT, resident_memory, restart_peak
 from llmcompress.errors import InputError
 from llmcompress.models.files.gguf_header import read_gguf_header
 from llmcompress.runtime.memory import peak_memory
 from tests.tiny import VOCABULARY, save_tiny
+from tests.zoo import COUNT, save_zoo
 
 SHORT = SpeedProtocol(threads=(1,), prompt=8, tokens=2)
 BLOCK = 32 * 32 + 2 * 16 * 32 + 32 * 32 + 3 * 48 * 32 + 2 * 32  # of the tiny Llama: attention, MLP, two norms
@@ -45,6 +47,14 @@ def test_positions_are_looked_up_too(tmp_path: Path) -> None:
     stored = load_file(tmp_path / "gpt2" / "model.safetensors")
     everything = 2 * sum(value.numel() for value in stored.values())
     assert model.token_bytes == everything - 2 * 63 * 32
+
+
+def test_of_experts_those_that_a_token_is_given_count(tmp_path: Path) -> None:
+    model = find_candidate(save_zoo("qwen3_moe", tmp_path / "moe", tie_word_embeddings=True))
+    stored = load_file(tmp_path / "moe" / "model.safetensors")
+    experts = sum(value.numel() for name, value in stored.items() if ".experts." in name)
+    everything = sum(value.numel() for value in stored.values())
+    assert experts and model.token_bytes == 2 * (everything - experts + experts * 2 // COUNT)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -86,6 +96,9 @@ def test_headers_of_gguf_files_are_read_as_the_package_reads_them(head: bool, tm
     assert all(0 <= found.sizes[name] - size < 32 for name, size in sizes.items()), "up to the padding"
     assert (found.vocabulary, found.context, found.bytes) == (48, 128, path.stat().st_size)
     assert found.token_bytes == sum(found.sizes.values()) - (47 * 64 * 2 if head else 0)
+    few = {"general.architecture": "llama", "llama.expert_count": 8, "llama.expert_used_count": 2}
+    mixture = replace(found, entries=few, sizes={"token_embd.weight": 10, "blk.0.ffn_up_exps.weight": 400})
+    assert mixture.token_bytes == 10 + 100
     whole = path.read_bytes()
     (tmp_path / "cut.gguf").write_bytes(whole[:150])
     (tmp_path / "short.gguf").write_bytes(whole[: -48 * 64 * 2] if head else whole[: -32 * 34])
@@ -178,3 +191,7 @@ def test_a_peak_begins_anew() -> None:
     del block
     assert peak_memory() >= held + 0.9 * 2**28
     assert restart_peak() and peak_memory() < held + 2**27
+
+
+def test_a_worker_finds_the_package_beside_which_it_lies() -> None:
+    assert (ROOT / "llmcompress" / "__init__.py").is_file()

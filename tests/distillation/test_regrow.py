@@ -21,7 +21,7 @@ from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import read_as
 from llmcompress.recipe.sections import Regrowth
 from llmcompress.weight.modules import CompressedLinear, compressed_linears
-from llmcompress.weight.nodes import Bitmap, Dense, Pattern, Where
+from llmcompress.weight.nodes import Bitmap, Dense, Pattern, Where, shape
 from tests.distillation.miniature import cut_short, loaded, make, recipe, weights_bytes
 
 RULES = [
@@ -63,12 +63,12 @@ def test_growing_at_zero_without_training_keeps_the_bytes(by: Any, folders: Path
 def test_an_expert_that_no_token_reaches_goes_by_size_alone(folders: Path) -> None:
     student, teacher = loaded(folders)
     masks = grow(student, Regrowth(match=("*.o_proj",)), partial(pytest.fail, "the teacher was loaded"))
-    mlp = student.get_submodule("model.layers.0.mlp.down_proj")
+    mlp = compressed_linears(student)["model.layers.0.mlp.down_proj"]
     idle = {**masks, "model.layers.0.mlp.down_proj": next(iter(masks.values()))}
     student.get_submodule("model.layers.0.mlp").forward = torch.zeros_like
     norms = input_norms(student, idle, tokens(), torch.no_grad)
     assert norms.keys() == idle.keys()
-    assert torch.equal(norms["model.layers.0.mlp.down_proj"], torch.ones(mlp.in_features))
+    assert torch.equal(norms["model.layers.0.mlp.down_proj"], torch.ones(shape(mlp.expression())[1]))
     assert all(bool((norms[name] > 0).all()) for name in masks)
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,10 +22,11 @@ from llmcompress.errors import RecipeError
 from llmcompress.kernels import ops
 from llmcompress.kernels.accelerate import SWITCH, Fast, accelerate, plain
 from llmcompress.models.transformers.hf_quantizer import LLMCompressConfig, table_entry
+from llmcompress.weight.layout import pack_weight
 from llmcompress.weight.modules import CompressedLinear, compressed_linears, compressed_modules, put
-from llmcompress.weight.nodes import RotatedInputs
+from llmcompress.weight.nodes import Bitmap, Dense, RotatedInputs, Where, Zero
 from llmcompress.weight.trellis import Trellis
-from tests.builders import seeded, streams
+from tests.builders import grid, seeded, streams
 from tests.tiny import save_tiny
 
 RULES = [
@@ -346,6 +348,18 @@ def test_torch_export_keeps_the_operator(load: Load, products: list[tuple[int, .
                 wanted = layer(x)
             close(program.module()(x), wanted)
     assert products
+
+
+def test_a_form_has_a_kernel_by_its_device() -> None:
+    """Groups of 16 columns are multiplied on GPUs alone, pruned matrices on CPUs alone."""
+    pruned = Where(Bitmap(torch.eye(32, 64) > 0), Dense(torch.ones(32, 64)), Zero((32, 64)))
+    for form, on_cpu, on_gpu in ((grid((32, 64), 16, 16, 1, symmetric=True), False, True), (pruned, True, False)):
+        layout, _ = pack_weight(form)
+        for device, known in (("cpu", on_cpu), ("cuda", on_gpu)):
+            weight = SimpleNamespace(is_meta=False, device=torch.device(device))
+            layer: Any = SimpleNamespace(weight=weight, layout=layout, expression=lambda form=form: form)
+            layer.get_parameter = lambda name, weight=weight: weight
+            assert (ops.unsupported_form(layer) is None) == known, (layout.text, device)
 
 
 # --- how it is asked for --------------------------------------------------------------------------------------------

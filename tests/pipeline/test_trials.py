@@ -51,6 +51,21 @@ def test_every_distillation_takes_the_fewest_steps(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "asked",
+    [{"on_policy": {"share": 0.2}}, {"nested": [64, 32, 16, 8, 0]}, {"phases": None}],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_a_recipe_that_shares_out_its_batch_has_a_trial(asked: dict[str, Any]) -> None:
+    recipe = {
+        "version": 1,
+        "data": {"dataset": "stdlib"},
+        "rates": {"scales": 1e-3},
+        "losses": [{"of": {"loss": "reverse_kl"}}],
+    }
+    assert isinstance(read_as(Distillation, recipe | asked, (), [SHORT]), Distillation)
+
+
+@pytest.mark.parametrize(
     ("given", "samples", "length"),
     [({}, 5, 256), ({"samples": 3, "length": 64}, 3, 64), ({"samples": 900, "length": 4096, "dataset": "x"}, 5, 256)],
 )

@@ -22,6 +22,7 @@ from llmcompress.kernels.cpu.instruction_sets import join
 BLOCK = 64  # columns of a block of inputs, unless a kernel wants others
 ROUNDING = 12582912.0  # 1.5 * 2^23: numbers added to it are rounded to whole ones, to even
 LARGEST = 127.0
+SMALLEST = 1e-30  # a block of smaller numbers becomes zeros: LARGEST divided by them would overflow
 TOGETHER = 8  # values of a transform that are read once for several stages
 FINER = 254.0  # units of the low number in one of the high
 
@@ -114,7 +115,7 @@ class Inputs:
             f.store(fold(reduce(Value.__add__, values), Value.__add__), f.pointer(Argument.X_SUM), at)
             return
         top = fold(reduce(Value.larger, map(Value.magnitude, values)), Value.larger)
-        some = f.builder.fcmp_ordered(">", top.raw, f.constant(F32, 0.0).raw)
+        some = f.builder.fcmp_ordered(">", top.raw, f.constant(F32, SMALLEST).raw)
         inverse = f.constant(F32, LARGEST).over(top).raw
         inverse = Value(f, f.builder.select(some, inverse, f.constant(F32, 0.0).raw)).splat(LANES)
         scaled = [value * inverse for value in values]

@@ -179,7 +179,7 @@ def multiply_few(w: GpuWeight, x: Tensor) -> Tensor:
             y = launch_grid(branch_inputs, branch.rows, branch.salient, own, y, dtype)
         else:
             y = launch_streams(branch_inputs, branch.rows, own, y, dtype)
-    return flat if y is None else y.reshape(*x.shape[:-1], -1)
+    return flat if y is None else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def multiply_many(w: GpuWeight, x: Tensor) -> Tensor:
@@ -189,7 +189,8 @@ def multiply_many(w: GpuWeight, x: Tensor) -> Tensor:
     if (term := w.low_rank) is not None:
         low = linear(inputs[term.inputs], term.right.to(x.dtype))
         parts.append(linear(low, term.left.to(x.dtype)))
-    return reduce(Tensor.add_, parts).reshape(*x.shape[:-1], -1)
+    y = reduce(Tensor.add_, parts)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _change_inputs(w: GpuWeight, x: Tensor) -> list[Tensor]:

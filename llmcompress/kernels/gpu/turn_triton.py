@@ -43,7 +43,7 @@ def turn(x, factors, y, width, BLOCK: tl.constexpr, LEVELS: tl.constexpr):
     """
     rest = width // BLOCK
     column = tl.program_id(1) + tl.arange(0, BLOCK) * rest
-    place = tl.program_id(0) * width + column
+    place = tl.program_id(0).to(tl.int64) * width + column
     values = tl.load(x + place).to(tl.float32) * tl.load(factors + column)
     for level in tl.static_range(LEVELS):
         values = butterfly(values, 1 << level, BLOCK)
@@ -55,6 +55,6 @@ def multiply(x, factors, y, width, COLUMNS: tl.constexpr):
     """Write `y` `[tokens, in]`, `x * factors`."""
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     known = column < width
-    place = tl.program_id(0) * width + column
+    place = tl.program_id(0).to(tl.int64) * width + column
     values = tl.load(x + place, mask=known).to(tl.float32) * tl.load(factors + column, mask=known)
     tl.store(y + place, values.to(y.dtype.element_ty), mask=known)

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from llmcompress.methods.grids.rtn import RTN, within_support
-from llmcompress.methods.layer import Layer, StepConfig, base_target, method, with_base
+from llmcompress.methods.layer import Layer, StepConfig, method, stored_target, with_base
 from llmcompress.methods.solvers.feedback import feedback
 from llmcompress.methods.solvers.grid import GridFormat, fit_grid, reciprocal
 from llmcompress.methods.solvers.projection import GridPoints
@@ -68,7 +68,7 @@ class Proximal(GridPoints):
 @method("hqq", HQQ, rowwise=True)
 def hqq(layer: Layer, config: HQQ) -> Layer:
     """Round to nearest on grids fitted to the norm; a pruned base stays pruned."""
-    target = base_target(layer)
+    target = stored_target(layer)
     kept = Proximal(config.start().grid_format(), target.shape[1], config.norm)
     return with_base(layer, feedback(target, None, within_support(layer.approx, kept)))
 

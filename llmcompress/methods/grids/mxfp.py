@@ -19,7 +19,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmcompress.methods.layer import Layer, StepConfig, base_and_term, base_target, join, method, support, with_base
+from llmcompress.methods.layer import Layer, StepConfig, base_and_term, join, method, stored_target, with_base
 from llmcompress.methods.solvers.floats import LAYOUTS, FloatName, float_sketch, nearest_floats
 from llmcompress.weight.nodes import Minifloat, Weight, Where, Zero, shape
 
@@ -52,8 +52,7 @@ class MXFP(StepConfig):
 @method("mxfp", MXFP)
 def mxfp(layer: Layer, config: MXFP) -> Layer:
     """Round the base to floats of few bits."""
-    target, kept = base_target(layer), support(layer.approx)
-    floats = nearest_floats(target if kept is None else target * kept, LAYOUTS[config.format])
+    floats = nearest_floats(stored_target(layer), LAYOUTS[config.format])
     return with_base(layer, in_place_of_kept(base_and_term(layer.approx)[0], floats))
 
 

@@ -6,7 +6,7 @@ quantization method. A base that was pruned before stays pruned: only what is ke
 
 from typing import Literal
 
-from llmcompress.methods.layer import Layer, base_and_term, base_target, join, method, support, with_base
+from llmcompress.methods.layer import Layer, base_and_term, join, method, stored_target, support, with_base
 from llmcompress.methods.solvers.feedback import Projection, feedback
 from llmcompress.methods.solvers.floats import FloatLayout
 from llmcompress.methods.solvers.grid import GridConfig, GridFormat
@@ -35,7 +35,7 @@ class RTN(GridConfig):
 @method("rtn", RTN, rowwise=True)
 def rtn(layer: Layer, config: RTN) -> Layer:
     """Round to nearest, without feedback."""
-    target = base_target(layer)
+    target = stored_target(layer)
     kept = GridPoints(config.grid_format(), target.shape[1])
     return with_base(layer, feedback(target, None, within_support(layer.approx, kept)))
 

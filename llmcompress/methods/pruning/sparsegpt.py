@@ -51,6 +51,9 @@ class SparseGPT(PruneConfig):
 
     @model_validator(mode="after")
     def _grid(self) -> Self:
+        plain = (self.group_size, self.symmetric, self.clip) == (None, True, True)
+        if self.bits is None and not plain:
+            raise ValueError("group_size, symmetric and clip are of a grid; give its bits, or leave them out")
         if self.bits == 1 and not self.symmetric:
             raise ValueError("bits: 1 needs symmetric: true")
         if self.bits is not None and self.format is not None:

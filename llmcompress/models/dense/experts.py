@@ -11,14 +11,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 MOST = 2**16  # experts of a whole model
+PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 FUSED_PAIR = "gate_up_proj"  # transformers' name of the parameter that holds gates and ups
 
@@ -257,6 +261,13 @@ class _Gate:
 def experts_of(model: nn.Module) -> dict[str, Experts]:
     """Return the experts of a model, or of a block, by module path."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+
+
+def expert_share(config: PreTrainedConfig, experts: int) -> float:
+    """Return the share of a block's experts that a token is given; 1 where the config does not say."""
+    settings = config.get_text_config(decoder=True)
+    chosen = next((value for key in PER_TOKEN if isinstance(value := getattr(settings, key, None), int)), experts)
+    return min(1.0, chosen / experts)
 
 
 def holder(name: str, experts: Mapping[str, Experts]) -> str | None:

@@ -79,8 +79,12 @@ class GGUFHeader:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of weights that are read for a token: everything, but one row only of a token table beside a head."""
-        everything = sum(self.sizes.values())
+        """Bytes of weights that are read for a token: everything, but one row only of a token table beside a head, and
+        of experts as many as a token is given."""
+        counted = f"{self.entries.get('general.architecture')}.expert"
+        used, experts = (_positive(self.entries, f"{counted}_{key}count") or 1 for key in ("used_", ""))
+        share = min(1.0, used / experts)
+        everything = sum(round(size * share) if "_exps." in name else size for name, size in self.sizes.items())
         if HEAD not in self.sizes:
             return everything
         table = self.sizes[TABLE]

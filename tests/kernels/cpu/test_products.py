@@ -231,6 +231,17 @@ def test_every_tier_rounds_and_adds_the_same_integers(on_tier: Tier) -> None:
         torch.testing.assert_close(found.double(), whole.double() @ dense(ones).double().T, rtol=1e-6, atol=1e-3)
 
 
+@pytest.mark.parametrize("mode", ["auto", "int8"])
+def test_blocks_of_tiny_inputs_are_zeros_beside_others(mode: str) -> None:
+    """127 divided by their largest number would be infinite."""
+    w = GRIDS[1]  # [rows, 192]
+    x = torch.randn(2, shape(w)[1], generator=seeded(5))
+    x[0, :64] = 1e-37
+    x[1, 64:128] = torch.finfo(torch.float32).tiny
+    found = matmul.multiply(prepare(w), x, mode)
+    assert distance(found, x.double() @ dense(w).double().T) <= 1.3e-2
+
+
 @pytest.mark.parametrize("w", expressions(5, 30))
 def test_is_supported_agrees_with_prepare(w: Weight) -> None:
     prepared = prepare(w)

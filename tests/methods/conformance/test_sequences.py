@@ -34,6 +34,18 @@ def test_in_a_rotated_basis(arguments: Step) -> None:
     assert real <= 1
 
 
+@pytest.mark.parametrize(
+    "arguments", [{"method": "rtn", "bits": 8}, {"method": "hqq"}, {"method": "mxfp", "format": "fp8"}]
+)
+def test_what_feedback_moved_stays_when_it_is_rounded(arguments: Step) -> None:
+    first: Step = {"method": "sparsegpt", "sparsity": 0.6}
+    before = compressed(gaussian(*SIZE), correlated(1024, SIZE[1], seed=1), first)
+    after = apply(before, [step(arguments)])
+    original = before.weight * support(before.approx)
+    given, rounded = dense(before.approx), dense(after.approx)
+    assert (rounded - given).norm() < 0.8 * (rounded - original).norm(), "not the original weights again"
+
+
 @pytest.mark.parametrize("before", PREDECESSORS)
 @every_step
 def test_after_another_step(arguments: Step, before: str) -> None:

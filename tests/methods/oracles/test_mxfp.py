@@ -208,3 +208,7 @@ def test_a_format_leaves_nothing_to_say_of_a_grid() -> None:
         refusal((8, 64), {"method": "gptq", "format": "mxfp4", "bits": 4, "group_size": 32})
     with pytest.raises(ValueError, match="bits are of a grid, and format is of floats; give one of them"):
         refusal((8, 64), {"method": "sparsegpt", "sparsity": 0.5, "format": "mxfp4", "bits": 4})
+    for grid in ({"group_size": 16}, {"symmetric": False}, {"clip": False}):
+        for form in ({}, {"format": "mxfp4"}):
+            with pytest.raises(ValueError, match="are of a grid; give its bits, or leave them out"):
+                refusal((8, 64), {"method": "sparsegpt", "sparsity": 0.5, **form, **grid})
