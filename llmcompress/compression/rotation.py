@@ -21,7 +21,7 @@ from torch import Tensor
 from llmcompress.compression.producers import feeds
 from llmcompress.errors import RecipeError
 from llmcompress.models.dense.families import Architecture, architecture
-from llmcompress.models.dense.model import DenseModel, untied
+from llmcompress.models.dense.model import DenseModel, untie_config
 from llmcompress.runtime.seeding import generator
 from llmcompress.weight.hadamard import ROWS, rotate
 
@@ -105,7 +105,7 @@ def rotated_source(source: DenseModel, seed: int, untie: bool) -> DenseModel:
         source.name,
         source.folder,
         source.revision,
-        untied(source.config),
+        untie_config(source.config),
         {**source.tensors, head: table} if tied else source.tensors,
         {alias: origin for alias, origin in source.tied.items() if alias != head},
         (*source.notes, *notes),

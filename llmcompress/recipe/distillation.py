@@ -255,13 +255,13 @@ class Distillation(BaseModel):
         if not isinstance(values, dict) or values.get("trial") is not True:
             return values
         phases = [each | FEWEST if isinstance(each, dict) else each for each in values.get("phases") or ()]
-        fewer: dict[str, Any] = {"data": shorten_text(values.get("data", {})), "phases": phases} | FEWEST
-        own, sizes = values.get("on_policy"), values.get("nested")  # of which a small batch has room for fewer
-        if isinstance(own, dict) and isinstance(own.get("share"), float):
-            fewer["on_policy"] = own | {"share": max(own["share"], 1 / FEWEST["batch"])}
-        if isinstance(sizes, list | tuple):
-            fewer["nested"] = sizes[: FEWEST["batch"] - 1]
-        return values | fewer
+        few: dict[str, Any] = {"data": shorten_text(values.get("data", {})), "phases": phases} | FEWEST
+        match values.get("on_policy"):
+            case {"share": float(share), **others}:  # at least one sequence of a batch
+                few["on_policy"] = others | {"share": max(share, 1 / FEWEST["batch"])}
+        if isinstance(sizes := values.get("nested"), list | tuple):
+            few["nested"] = sizes[: FEWEST["batch"] - 1]
+        return values | few
 
     def texts(self) -> tuple[TextSource, ...]:
         """Return the texts to read: one, or those of the domains."""
@@ -347,9 +347,7 @@ class Distillation(BaseModel):
                 f"use losses between predictions, such as forward_kl"
             )
         if self.teacher.kind == "cached":
-            raise ValueError(
-                "on_policy: text that the student will write cannot be cached; use `teacher: {kind: online}`"
-            )
+            raise ValueError("on_policy: text that the student writes cannot be cached; use `teacher: {kind: online}`")
         if self.checkpointing:
             raise ValueError(
                 "on_policy needs generation, which checkpointing does not support; set checkpointing: false"
@@ -389,14 +387,12 @@ class Distillation(BaseModel):
 
     def _check_cached(self) -> None:
         """Raise ValueError for losses that need more of a teacher than is cached."""
-        states = sorted({term.of.loss for term in self.losses if reads_states(term.of)})
-        if states:
+        if states := sorted({term.of.loss for term in self.losses if reads_states(term.of)}):
             raise ValueError(
                 f"losses: {' and '.join(states)} cannot be computed from a cached teacher, which has no hidden states; "
                 f"use `teacher: {{kind: online}}`"
             )
-        whole = sorted({term.of.loss for term in self.losses if term.of.reads() == "whole"})
-        if whole:
+        if whole := sorted({term.of.loss for term in self.losses if term.of.reads() == "whole"}):
             raise ValueError(
                 f"losses: {' and '.join(whole)}, with these arguments, cannot be computed from a cached teacher, which "
                 f"lacks the unlikely tokens; use `teacher: {{kind: online}}`, or forward_kl at temperature 1"

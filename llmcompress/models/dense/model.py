@@ -167,7 +167,7 @@ def open_source(place: Place) -> DenseModel:
         tensors = merge_headers(model, tensors, tied, place.adapter, place.folder)
     notes = [*place.notes, *([describe_few_bits(forms)] if forms else [])]
     if model.all_tied_weights_keys and not tied:
-        config = untied(config)
+        config = untie_config(config)
         notes.append("config.json ties the output head to the token table, but the files hold two: they stay apart")
     if wrapped := [name for name, header in named.items() if header.wrapped]:
         notes.append(f"names of a wrapper are taken off: {named[wrapped[0]].wrapped} is read as {wrapped[0]}")
@@ -192,7 +192,7 @@ def open_source(place: Place) -> DenseModel:
     )
 
 
-def untied(config: PreTrainedConfig) -> PreTrainedConfig:
+def untie_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return a config whose output head is a matrix of its own."""
     config = copy.deepcopy(config)
     for part in (config, config.get_text_config(decoder=True)):
