@@ -9,7 +9,9 @@ import signal
 import sys
 from typing import Any
 
-MEMORY = 4 << 30  # bytes of addresses
+import psutil
+
+MEMORY = 4 << 30  # bytes of addresses, beside those of libraries, which torch for a GPU has several GB of
 ALONE = 60  # seconds for one chat, after which the system ends this process if its parent is gone
 
 
@@ -53,7 +55,8 @@ def _limit_memory() -> None:
     except ImportError:  # Windows
         return
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
+    most = psutil.Process().memory_info().vms + MEMORY
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))
 
 
