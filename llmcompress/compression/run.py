@@ -36,7 +36,7 @@ from llmcompress.errors import NumericsError, RecipeError, list_names
 from llmcompress.methods.solvers.block_search import can_search
 from llmcompress.models.dense.skeleton import auto_name
 from llmcompress.reporting.report import TRIAL, Report, pending_gates
-from llmcompress.runtime.devices import device_of
+from llmcompress.runtime.devices import as_current, device_of
 from llmcompress.runtime.facts import versions
 from llmcompress.runtime.load import SlowBlocks
 from llmcompress.runtime.memory import peak_memory
@@ -75,7 +75,8 @@ def compress(
         output = Path(temporary.name) / "model"
     output = Path(output)
     kind = device if ranks.count == 1 else ranks.requested_device
-    with time_phases() as phases, RunFiles(job, planned, output, kind, resume, temporary is None) as files:
+    files = RunFiles(job, planned, output, kind, resume, temporary is None)
+    with as_current(place), time_phases() as phases, files:
         if (report := ranks.first(files.begin)) is not None:  # an earlier run ended just before this one
             return Result(output, report)
         tokens = ranks.first(lambda: job.tokens)
@@ -112,11 +113,11 @@ def _compress_blocks(
 ) -> None:
     """Compress every block into the checkpoint; blocks that an earlier run has finished are restored and run."""
     finished = len(run.entries)
+    if finished == len(run.job.arch.blocks) + len(run.job.tables):
+        return  # their files may be merged already
     if run.job.ties:
         for index in range(min(finished, len(run.job.arch.blocks))):
             run.common |= stored_common_matrices(run, files.tensors(index))
-    if finished == len(run.job.arch.blocks) + len(run.job.tables):
-        return  # their files may be merged already
     slow = SlowBlocks()
     for block in _walk_blocks(run, tokens, files, finished, progress):
         if block.index < finished:

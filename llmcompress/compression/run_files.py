@@ -138,6 +138,7 @@ class RunFiles:
         self._store = Store(self._staging / FINISHED, identity, place=self._staging, advice=ADVICE, error=DiskError)
         self.finished, self._digests = self._read_finished() if self.resume else ((), {})
         if not self.finished:
+            self._store.remove(_block(0))  # first, since without it nothing is taken up from the rest
             clear_folder(self._staging)
         self.count = len(self.finished)
         self._stack.push(self._leave)
@@ -230,6 +231,7 @@ class RunFiles:
             blocks = "one finished block is" if self.count == 1 else f"{self.count} finished blocks are"
             error.add_note(f"{blocks} kept in {self._staging}, from where the same command resumes")
         else:
+            self._store.remove(_block(0))
             remove_folder(self._staging)
 
     def _count_closed(self, count: int | None = None) -> int:

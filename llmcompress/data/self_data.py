@@ -121,8 +121,7 @@ def answer(
     Raises an LLMCompressError for any fault.
     """
     check_name(output)
-    if output.exists():
-        raise DiskError(f"{output} exists already; remove it or choose another file")
+    _check_new(output)
     if not os.access(output.absolute().parent, os.W_OK):
         raise DiskError(f"{output.absolute().parent} is no folder that can be written to; choose another output file")
     place = locate(model, revision, trust_remote_code)
@@ -136,6 +135,7 @@ def answer(
     made = {"model": place.name, "revision": place.revision, "dtype": str(dtype).removeprefix("torch.")}
     generation = made | asdict(settings.sampling) | {"versions": versions()}
     with lock_output(output, "file"):
+        _check_new(output)  # once more, since another process may have ended
         try:
             store = _store(settings, place, output, generation)
             counts = _write(answerer, settings, output, generation, store, progress)
@@ -153,6 +153,11 @@ def answer(
         faults=faults,
         generation=generation,
     )
+
+
+def _check_new(output: Path) -> None:
+    if output.exists():
+        raise DiskError(f"{output} exists already; remove it or choose another file")
 
 
 def prompts(settings: Answering) -> Iterator[Prompt]:
@@ -206,6 +211,8 @@ def _write(
     """Write all lines, and then give the file its name; return the counts."""
     staged, record = output.with_name(f"{output.name}.partial"), f"{output.name}.partial"
     source, read = prompts(settings), sha256()
+    if not staged.is_file():
+        store.remove(record)  # of a run that was cut behind its end
     counts, size = _resume(store, record, source, read)
     with stop_requests() as stopping, staged.open("r+b" if size else "wb") as file:
         file.seek(size)
@@ -222,6 +229,7 @@ def _write(
             if stopping:
                 kept = f"the answers to {counts['prompts']} prompts are kept in {staged}, from where the same command"
                 raise (KeyboardInterrupt if signal.SIGINT in stopping else Termination)(f"{kept} resumes")
+    _check_new(output)
     staged.rename(output)
     sync(output.parent)
     store.remove(record)

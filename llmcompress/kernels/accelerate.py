@@ -57,7 +57,7 @@ class Fast:
             return None
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return ops.call_operator(x, payload, layer.layout, self.mode)
         if not ops.has_kernels(x.device):
             return None

@@ -30,14 +30,13 @@ KNOWN = READ | {"use_cache", "position_ids", "cache_position"}  # and those that
 class TokenFacts:
     """Facts of a token that blocks of a model share.
 
-    `mask`: the last one seen, `has_all`: True if it hides nothing. `signed`: the `sines` of its rotary embedding with
-    the sign of each half.
+    `mask`: the last one seen, `has_all`: True if it hides nothing. `signed`: the sines of its rotary embedding, and the
+    same with the sign of each half.
     """
 
     mask: object = None
     has_all: bool = False
-    sines: Tensor | None = None
-    signed: Tensor | None = None
+    signed: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 
     def lets_all(self, mask: object) -> bool:
         """True if a mask of torch's attention, which nobody changes, hides nothing."""
@@ -48,22 +47,26 @@ class TokenFacts:
     def turn(self, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         """Return rotated heads `[heads, dimension]`; `cosines`, `sines`: `[1, 1, dimension]`."""
         half = heads.shape[-1] // 2
-        if self.sines is not sines or self.signed is None:
-            self.sines, self.signed = sines, torch.cat((-sines[..., :half], sines[..., half:]), -1)[0]
-        return heads * cosines[0] + heads.roll(half, -1) * self.signed
+        known, signed = self.signed  # read once: another thread may be at another token
+        if known is not sines:
+            signed = torch.cat((-sines[..., :half], sines[..., half:]), -1)[0]
+            self.signed = sines, signed
+        return heads * cosines[0] + heads.roll(half, -1) * signed
 
 
 @dataclass(eq=False)
 class OneTokenBlock:
     """The forward of a decoder block, which is short for one token.
 
-    `direct`: the modules of its attention and MLP when it last looked; of all below the block, `parts` are the
-    attributes and `hooks` those of calls. `compiled`: the block of each thread; None where it cannot be compiled.
+    `direct`: its modules and those of its attention and MLP when it last looked; `known`: True if it computes with
+    them; of all below the block, `parts` are the attributes and `hooks` those of calls. `compiled`: the block of each
+    thread; None where it cannot be compiled.
     """
 
     block: Any
     shared: TokenFacts
-    direct: tuple[nn.Module, ...] = ()
+    direct: tuple[nn.Module | None, ...] = ()
+    known: bool = False
     parts: tuple[dict[str, Any], ...] = ()
     hooks: tuple[dict[int, Any], ...] = ()
     compiled: dict[int, CompiledBlock | None] = field(default_factory=dict)
@@ -99,16 +102,17 @@ class OneTokenBlock:
                 return False
         modules = self.block._modules
         attention, mlp = modules["self_attn"], modules["mlp"]
-        if attention.config._attn_implementation != "sdpa":
-            return False
-        if named["position_embeddings"][0].shape[-1] != attention.head_dim:
-            return False
-        direct = (*attention._modules.values(), *mlp._modules.values())
-        if direct != self.direct:  # adapters take the places of linears
+        direct = (*modules.values(), *attention._modules.values(), *mlp._modules.values())
+        if direct != self.direct:  # adapters take the places of linears, of norms or of the attention
             below = tuple(self.block.modules())[1:]
             self.direct, self.parts = direct, tuple(map(vars, below))
             self.hooks = tuple(hooks for part in below for hooks in (part._forward_hooks, part._forward_pre_hooks))
+            self.known = _has_known_parts(self.block)
             self.compiled.clear()
+        if not self.known or attention.config._attn_implementation != "sdpa":
+            return False
+        if named["position_embeddings"][0].shape[-1] != attention.head_dim:
+            return False
         for part in self.parts:
             if "forward" in part:
                 return False
@@ -199,6 +203,13 @@ def _is_known(block: Any) -> bool:
         return False
     linears = [getattr(block.self_attn, name) for name in ATTENTION] + [getattr(block.mlp, name) for name in MLP]
     if not any(isinstance(linear, CompressedLinear) for linear in linears):
+        return False
+    return _has_known_parts(block)
+
+
+def _has_known_parts(block: Any) -> bool:
+    """True if a block has the attention, the MLP and the norms of its family, which `OneTokenBlock` computes."""
+    if not all(type(part).__module__.startswith("transformers.models.") for part in block._modules.values()):
         return False
     if type(block).__name__ not in BLOCKS:
         return True

@@ -81,7 +81,7 @@ def _operator(x: Tensor, payload: Tensor, layout: str, mode: str) -> Tensor:
         weight = _KEPT.get(payload)
         if weight is None or not weight.holds(payload, x.dtype):
             weight = _KEPT[payload] = prepare_payload(payload, _layout(layout), x.dtype)
-        y = multiply(weight, x, MODES[mode])
+        y = multiply(weight, x.detach(), MODES[mode])  # compilers write another tensor's numbers into the same object
     return multiply_decoded(x, _decode(payload, _layout(layout))) if y is None else y
 
 

@@ -48,7 +48,7 @@ from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.read import hide_folders, read_as, read_recipe
 from llmcompress.reporting import report as reports
-from llmcompress.runtime.devices import device_of
+from llmcompress.runtime.devices import as_current, device_of
 from llmcompress.runtime.phases import time_phases
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.progress import progress_line
@@ -137,7 +137,7 @@ def compress(
     pricing = pricing or progress_line("priced block", "tokens/s")
     training = training or progress_line("step", "loss", "tokens/s", "held-out KL")
     judging = judging or progress_line("block read for the gates")
-    with join_ranks(device) as ranks, time_phases():
+    with join_ranks(device) as ranks, as_current(device_of(ranks.device)), time_phases():
         with ranks.agree_on_errors():
             if output is not None:
                 check_output_name(Path(output))
@@ -315,7 +315,8 @@ def compress_job(
         return result
     check_writable(target, 2 * plan_of(first).bytes)
     if not resume or not (staged / file_names.REPORT).is_file():  # or its removal was interrupted
-        _discard(staged, target.with_name(target.name + TRAINING))
+        with lock_output(target, "output folder"), lock_output(staged, "output folder"):  # no other process trains it
+            _discard(staged, target.with_name(target.name + TRAINING))
     if completed_result(staged, first, device) is None:
         if all(text.dataset != "self" for text in wanted.texts()):  # the model would have to write that text first
             read_data(wanted.data, source.tokenizer(), source.load, source.config)  # raises any fault in the data
@@ -348,9 +349,14 @@ def completed_result(output: Path, job: Job, device: str) -> Result | None:
 def _discard(staged: Path, training: Path) -> None:
     """Remove what an earlier run left. Raises DiskError for folders that are not ours."""
     if staged.is_dir():
-        if any(staged.iterdir()):
-            check_kind(staged)
-        (staged / file_names.REPORT).unlink(missing_ok=True)  # first, since without it nothing resumes from the rest
-        remove_folder(staged, "config.json")
+        remove_checkpoint(staged)
     if is_ours(training):
         remove_folder(training)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint of ours, so that what a kill leaves is known as the rest of one."""
+    if any(folder.iterdir()):
+        check_kind(folder)
+    (folder / file_names.REPORT).unlink(missing_ok=True)  # first, since without it nothing resumes from the rest
+    remove_folder(folder, "config.json")

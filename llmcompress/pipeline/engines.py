@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -28,10 +27,16 @@ from llmcompress.formats.export import check_model, export
 from llmcompress.models.dense.model import resolve
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import MANIFEST, files_of, write_checkpoint
-from llmcompress.models.files.compressed import check_kind
-from llmcompress.models.files.output import check_writable, claim_folder, clear_folder, is_ours, remove_folder
+from llmcompress.models.files.output import (
+    check_writable,
+    claim_folder,
+    clear_folder,
+    is_ours,
+    lock_output,
+    remove_folder,
+)
 from llmcompress.models.files.reading import read_json
-from llmcompress.pipeline.compress import completed_result, compress, plan
+from llmcompress.pipeline.compress import completed_result, compress, plan, remove_checkpoint
 from llmcompress.pipeline.quality_check import is_unsettled
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.read import read_recipe
@@ -125,11 +130,20 @@ def compress_for(
     if form is None:
         return compress(model, aimed, output, resume=resume, **options)
     check_writable(output, 0)
-    is_ours(output.with_name(output.name + EXPORT))  # raises now what would be in the way later
+    staging = output.with_name(output.name + EXPORT)
+    is_ours(staging)  # raises now what would be in the way later
+    with lock_output(staging, "output folder"):
+        return _compress_and_export(engine, job, model, aimed, output, resume, options)
+
+
+def _compress_and_export(
+    engine: str, job: Job, model: str | Path, aimed: Recipe, output: Path, resume: bool, options: dict[str, Any]
+) -> Result:
+    """Do as `compress_for` for an engine with files of its own, whose job is checked and whose output is locked."""
+    form, trust = ENGINES[engine].form or "", options.get("trust_remote_code", False)
     ours, failure = output.with_name(output.name + CHECKPOINT), None
-    if not resume and ours.is_dir():
-        check_kind(ours)
-        shutil.rmtree(ours)
+    if ours.is_dir() and not (resume and (ours / file_names.REPORT).is_file()):  # or its removal was interrupted
+        remove_checkpoint(ours)
     try:
         result = _finished_result(ours, job, options.get("device", "cpu")) or compress(
             model, aimed, ours, resume=resume, **options
@@ -150,7 +164,7 @@ def compress_for(
         writer.write(file_names.REPORT, json.dumps(report.to_json(), indent=2))
         writer.write(file_names.RECIPE, (ours / file_names.RECIPE).read_text(encoding="utf-8"))
     remove_folder(staging)
-    shutil.rmtree(ours)
+    remove_checkpoint(ours)
     if failure is not None:
         raise failure
     allocation = result.allocation and result.allocation | {"measured_bytes": report.bytes}

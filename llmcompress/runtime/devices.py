@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -45,6 +45,11 @@ def device_of(name: str) -> torch.device:
     if device.index is not None and device.index >= count:
         raise RecipeError(f"device {name} is not there: torch finds {count}, from {device.type}:0 on; use one of them")
     return device
+
+
+def as_current(device: torch.device) -> AbstractContextManager[None]:
+    """Return the context in which `device` is torch's current one, on which CUDA's events are recorded."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def is_at(place: torch.device, wanted: torch.device) -> bool:
@@ -121,4 +126,6 @@ def side_by_side(tasks: Sequence[Callable[[], T]], workers: int, device: torch.d
 @lru_cache
 def _streams(device: torch.device, workers: int) -> list[Any]:
     """Return a stream for each worker, the same ones every time, since torch keeps freed memory by stream."""
+    if device.type == "cuda":
+        torch.linalg.inv(torch.eye(1, device=device))  # torch loads its solvers at the first call, in one thread alone
     return [torch.cuda.Stream(device) if device.type == "cuda" else None for _ in range(workers)]

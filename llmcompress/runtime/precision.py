@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.runtime.attention import FasterAttention
-from llmcompress.runtime.devices import alone
+from llmcompress.runtime.devices import alone, as_current
 
 ONE_THREAD = RLock()  # held while a thread compresses, distils or scores
 PRECISE = 1e-6  # largest relative error of a float32 product; rounding to bfloat16 gives 2e-3
@@ -23,7 +23,8 @@ def product_dtype(compute: str, device: torch.device) -> torch.dtype:
     if compute != "auto":
         return torch.bfloat16 if compute == "bfloat16" else torch.float32
     if device.type == "cuda":
-        faster = torch.cuda.is_bf16_supported(including_emulation=False)
+        with as_current(device):
+            faster = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         faster = device.type == "cpu" and (_matrix_units() or pairs_are_fast())
     return torch.bfloat16 if faster else torch.float32

@@ -68,12 +68,8 @@ def dense(w: Weight, where: torch.device | None = None) -> Tensor:
             return torch.zeros(size, device=where)
         case Dense(values):
             return values.float()
-        case Grid(codes, scale, zero, levels, group_size):
-            centre = (levels - 1) / 2 if zero is None else repeat_groups(zero.float(), group_size, codes.shape[1])
-            steps = repeat_groups(scale.float(), group_size, codes.shape[1])
-            if codes.is_floating_point():
-                return (codes - centre) * steps
-            return codes.float().sub_(centre).mul_(steps)
+        case Grid():
+            return _grid_values(w)
         case TrellisCodes(codes, scale, trellis, run):
             return matrix(codes, len(scale), trellis, run).mul_(scale.float())
         case Tiles(codes, inputs, outputs, bits):
@@ -98,6 +94,19 @@ def dense(w: Weight, where: torch.device | None = None) -> Tensor:
         case Sum(parts):
             return reduce(torch.add, [dense(part, where) for part in parts])
     raise unknown("dense", w)
+
+
+def _grid_values(w: Grid) -> Tensor:
+    """Return the numbers of a grid, float32 `[out, in]`; those of whole groups in no more memory than they take."""
+    width, size = w.codes.shape[1], min(w.group_size, w.codes.shape[1])
+    if width % size == 0 and not w.codes.is_floating_point():
+        values = w.codes.float()
+        groups = values.unflatten(1, (-1, size))
+        centre = (w.levels - 1) / 2 if w.zero is None else w.zero.float()[..., None]
+        groups.sub_(centre).mul_(w.scale.float()[..., None])
+        return values
+    centre = (w.levels - 1) / 2 if w.zero is None else repeat_groups(w.zero.float(), w.group_size, width)
+    return (w.codes.float() - centre) * repeat_groups(w.scale.float(), w.group_size, width)
 
 
 def float_steps(w: Minifloat) -> Tensor:

@@ -18,7 +18,7 @@ from llmcompress.compression import run as compression_run
 from llmcompress.compression.job import prepare
 from llmcompress.compression.plan import plan_of
 from llmcompress.compression.ties import common_matrices, groups_of
-from llmcompress.errors import InputError, RecipeError
+from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.models.dense.model import resolve
 from llmcompress.recipe.read import read_recipe
 from llmcompress.recipe.sections import Tie
@@ -277,6 +277,23 @@ def test_a_cut_run_resumes(place: Path, tmp_path: Path, monkeypatch: pytest.Monk
     for path in (tmp_path / "whole").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
     assert whole.report.layers == again.report.layers
+
+
+def test_a_run_that_ends_while_it_is_merged_goes_on(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recipe(place, True, RULES, term=TERM, pattern="loop")
+    lc.compress(place / "dense", asked, tmp_path / "whole")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(DiskError):
+        patch.setattr("llmcompress.models.files.checkpoint.seal", full)
+        lc.compress(place / "dense", asked, tmp_path / "cut")
+    lc.compress(place / "dense", asked, tmp_path / "cut")
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
 
 
 def test_a_rule_without_steps_leaves_its_layers_alone(place: Path, tmp_path: Path) -> None:

@@ -260,6 +260,24 @@ def test_a_cut_run_goes_on_and_ends_with_the_same_bytes(place: Path) -> None:
     assert not list(place.glob("part.jsonl.*"))
 
 
+def test_what_a_cut_behind_the_end_leaves_is_in_nobodys_way(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, out = str(place / "model"), place / "out.jsonl"
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr("llmcompress.models.files.store.Store.remove", lambda *_: cut() if out.exists() else None)
+        answer(model, request(place), out)
+    written = out.read_bytes()
+    out.rename(place / "kept.jsonl")
+    answer(model, request(place), out)
+    assert out.read_bytes() == written and not list(place.glob("out.jsonl.*"))
+
+
+def test_a_file_that_appears_meanwhile_stays(place: Path) -> None:
+    out = place / "out.jsonl"
+    with pytest.raises(DiskError, match="exists already"):
+        answer(str(place / "model"), request(place), out, progress=lambda _: None if out.exists() else out.touch())
+    assert out.read_bytes() == b""
+
+
 def test_a_signal_keeps_the_batches_that_are_done(place: Path) -> None:
     def terminate() -> None:
         os.kill(os.getpid(), signal.SIGTERM)

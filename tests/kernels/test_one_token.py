@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LNTuningConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
 
@@ -17,7 +17,7 @@ import llmcompress as lc
 from llmcompress.kernels import one_token
 from llmcompress.kernels.accelerate import accelerate, plain
 from llmcompress.kernels.compiled_block import CompiledBlock
-from llmcompress.kernels.one_token import OneTokenBlock, restore_blocks
+from llmcompress.kernels.one_token import OneTokenBlock, TokenFacts, restore_blocks
 from tests.tiers import tiered
 from tests.tiny import save_tiny
 
@@ -261,6 +261,35 @@ def test_adapters_take_the_places_of_linears(tmp_path: Path, steps: list[OneToke
     assert len(steps) == before + 2 * len(MORE)
     restore_blocks(adapted)
     torch.testing.assert_close(short, logits(adapted), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_that_are_tuned_are_computed_with(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = compressed("llama", tmp_path, dtype)
+    logits(model)  # which remembers the blocks as they are
+    tuned = get_peft_model(model, LNTuningConfig(task_type="CAUSAL_LM")).eval()
+    with torch.no_grad():
+        for name, value in tuned.named_parameters():
+            if "ln_tuning_layers" in name:
+                value.mul_(1.5)
+    found = logits(tuned)
+    restore_blocks(tuned)
+    torch.testing.assert_close(found, logits(tuned), rtol=1e-5, atol=1e-5)
+
+
+def test_threads_at_other_tokens_turn_by_their_own() -> None:
+    """Angles that another thread puts there in between are not taken for this one's."""
+    shared, heads = TokenFacts(), torch.randn(3, 8)
+    first, second = (torch.randn(1, 1, 8) for _ in range(2))
+
+    class Interrupted(torch.Tensor):
+        def __mul__(self, other: Any) -> Tensor:
+            shared.turn(heads, second, second)  # between the question and the answer
+            return self.as_subclass(torch.Tensor) * other
+
+    wanted = TokenFacts().turn(heads, first, first)
+    found = shared.turn(heads.as_subclass(Interrupted), first, first)
+    assert torch.equal(found.as_subclass(torch.Tensor), wanted)
 
 
 def test_generation_takes_the_short_way(tmp_path: Path, steps: list[OneTokenBlock]) -> None:

@@ -17,9 +17,10 @@ from trl import SFTConfig, SFTTrainer
 
 import llmcompress as lc
 from llmcompress.errors import InputError
+from llmcompress.kernels.accelerate import accelerate
 from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.weight.expression import dense
-from llmcompress.weight.modules import compressed_modules
+from llmcompress.weight.modules import compressed_linears, compressed_modules
 from tests.tiny import save_tiny
 
 RULES = [
@@ -189,6 +190,12 @@ def drawn(model: Any) -> Any:
         if "lora_" in name:
             value.data = 0.1 * torch.randn(value.shape, generator=random)
     return model
+
+
+def test_what_is_folded_has_kernels(folder: Path) -> None:
+    folded = lc.fold(get_peft_model(compressed(folder), LoraConfig(r=2, target_modules=TARGETS, task_type="CAUSAL_LM")))
+    fast = {name for name, layer in compressed_linears(folded).items() if layer.fast is not None}
+    assert fast == set(accelerate(folded).kernels) and any("v_proj" in name for name in fast)
 
 
 def test_several_active_adapters_are_folded(folder: Path) -> None:

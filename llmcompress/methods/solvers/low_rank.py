@@ -17,6 +17,8 @@ from llmcompress.methods.solvers.grid import GridFormat, fit_grid, grid_of, grid
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.nodes import Dense, Grid, LowRank, Weight, shape
 
+LEAST_SCALE = 2.0**-24  # the smallest number of float16
+
 
 class LowRankConfig(StepConfig):
     """Arguments of every low-rank method."""
@@ -100,7 +102,8 @@ def factors(lost: Tensor, directions: Tensor, metric: Tensor, factor_bits: int) 
     scale, _ = fit_grid(right, form)
     middle = grid_of(right, scale, None, form.levels, right.shape[1])
     size = _solve_left(lost, dense(middle).double(), metric).abs().amax(0).float()[:, None].clamp_min(1e-12)
-    scaled = Grid(middle.codes, (scale.float() * size).to(torch.float16), None, form.levels, right.shape[1])
+    scales = (scale.float() * size).clamp_min(LEAST_SCALE).to(torch.float16)  # a component without one would be lost
+    scaled = Grid(middle.codes, scales, None, form.levels, right.shape[1])
     left = _solve_left(lost, dense(scaled).double(), metric).float()
     one, _ = fit_grid(left.reshape(1, -1), form)
     codes = grid_of(left.reshape(1, -1), one, None, form.levels, left.numel()).codes.reshape(left.shape)

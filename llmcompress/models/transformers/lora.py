@@ -113,6 +113,9 @@ def fold(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
     base._hf_peft_config_loaded = False
     _untie(base)
     base.config.quantization_config = base.hf_quantizer.quantization_config = describe_modules(base)
+    from llmcompress.kernels.accelerate import accelerate_loaded  # a compiler is for those who run a model
+
+    accelerate_loaded(base)  # the layers are new
     found: PreTrainedModel = base
     return found
 
