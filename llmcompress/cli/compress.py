@@ -112,7 +112,7 @@ def compress(
 
     With a target (--bpw, --size, --kl or --sparsity), the steps of every layer that no rule covers are chosen for you.
     If the recipe has a `distill:` section, the compressed model is then distilled. With --for, OUT is what that engine
-    loads, beside the report. OUT appears only on success.
+    loads, beside the report. OUT appears only when it is complete, with exit code 3 too.
 
     Example: llmcompress compress smollm2 --size 40MB -o small
     """

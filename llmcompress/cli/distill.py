@@ -31,7 +31,7 @@ def distill(
 ) -> None:
     """Train STUDENT to predict as DENSE does, by RECIPE.
 
-    The format and the size of STUDENT stay. An interrupted run resumes.
+    The format of STUDENT stays, and its size unless the recipe adds terms. An interrupted run resumes.
 
     Example: llmcompress distill small distil.yaml --teacher smollm2 -o recovered
     """

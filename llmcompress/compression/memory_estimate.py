@@ -27,7 +27,7 @@ LIBRARIES = 560_000_000  # bytes that torch and transformers take before any wor
 FACTOR = 14.0  # bytes for each entry of H while it is factored
 TURNED = 20.0  # likewise where H is rotated first, or the layer aims at the dense model's outputs
 LAYER_BYTES = 8  # for each weight of the largest layer: its target and its approximation
-COMPILER = 130_000_000  # bytes that the compiler of searches takes, and what these work in
+COMPILER = 130_000_000  # bytes that the compiler of searches and of sums over tokens takes, and what these work in
 SEARCHED = frozenset({"trellis", "exl3"})
 LEARNING_BYTES = 16  # for each weight of a block that learns: gradient, two moments, and the best state
 TABLE_BYTES = 10  # for each weight of a table while it is compressed: float32, its file, codes twice, and a run
@@ -50,12 +50,12 @@ def peak_bytes(job: Job, tables: list[str], needs: Mapping[str, frozenset[str]],
     blocks = max(_block_bytes(layout, recipe, needs, learning, factor) for layout in arch.blocks)
     tensors = job.source.tensors
     stored = [prod(header.shape) for header in tensors.values()]
-    searched = any(method in SEARCHED for method in used)
+    compiled = calibration is not None or any(method in SEARCHED for method in used)
     outside = max((prod(tensors[f"{name}.weight"].shape) for name in tables), default=0) * TABLE_BYTES
     outside = max(outside, _importance_bytes(job))
     walked = 4 * tokens * width_of(arch) * streams + max(blocks, 8 * max(stored), outside)
     gate = gate_bytes(job)
-    walked += LIBRARIES + COMPILER * searched
+    walked += LIBRARIES + COMPILER * compiled
     return int(max(walked, LIBRARIES + _writing_bytes(job), gate if gate <= total_memory() else 0))
 
 

@@ -230,7 +230,7 @@ def _limits(report: Report, scores: Facts | None) -> Iterator[str]:
         yield "- Nobody has scored this checkpoint yet: neither perplexity nor tasks."
     else:
         yield "- Not measured: safety, bias, instruction following, long context, and every task that is not listed."
-    yield "- The file is small; a layer is decoded when it is used, so running it is not faster than the dense model."
+    yield "- A layer without a kernel for the device is decoded when it is used, and no faster than a dense one there."
 
 
 # --- evidence ---------------------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def _compress_and_export(
     remove_folder(staging)
     remove_checkpoint(ours)
     if failure is not None:
-        raise failure
+        raise GateError(str(failure).replace(str(ours), str(output))) from failure
     allocation = result.allocation and result.allocation | {"measured_bytes": report.bytes}
     return replace(result, folder=output, report=report, allocation=allocation)
 

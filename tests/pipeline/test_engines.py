@@ -116,7 +116,7 @@ def test_a_missed_gate_leaves_the_engine_its_files(
     with monkeypatch.context() as patch, pytest.raises(DiskError, match="No space left"):
         patch.setattr(engines, "export", full)
         compress_for("vllm", dense, recipe("vllm", "gates.kl=1e-9"), tmp_path / "out")
-    with pytest.raises(GateError):
+    with pytest.raises(GateError, match=f"it stays in {tmp_path / 'out'} for"):
         compress_for("vllm", dense, recipe("vllm", "gates.kl=1e-9"), tmp_path / "out")
     gates = reports.read(tmp_path / "out").gates
     assert gates is not None and gates.held is False and not list(tmp_path.glob("out.*"))
