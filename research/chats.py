@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--limit", type=int, default=50, help="items of each task")
     given = parser.parse_args()
+    given.work = given.work / Path(given.model).stem
     given.work.mkdir(parents=True, exist_ok=True)
     texts = write_texts(given)
 

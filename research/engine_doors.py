@@ -222,7 +222,8 @@ def measure(model: str, doors: list[str], options: argparse.Namespace) -> dict[s
     windows = evaluation_windows(
         load_tokenizer(place.folder), Protocol(options.data / TEXT, options.windows, options.length)
     )
-    folders = {door: options.work / Path(model).stem / door.replace(" ", "_") for door in doors}
+    made = options.work / Path(model).stem / str(provenance()["commit"])  # another commit may write something else
+    folders = {door: made / door.replace(" ", "_") for door in doors}
     numbers: dict[str, Record] = {door: write_door(model, DOORS[door][2], folders[door]) for door in doors}
     dense = load_model(place).eval()
     for door in doors:

@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--jsonl", type=Path, default=RESULTS / "learned_mixture.jsonl")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     given = parser.parse_args()
+    given.work = given.work / f"{given.steps} steps, {given.anew:g} anew"  # other settings are other mixtures
     given.work.mkdir(parents=True, exist_ok=True)
     write_kinds(given)
 
@@ -84,8 +85,12 @@ def main() -> None:
         changed = None if table.endswith("state") else read
         return {"table": table, "command": command, "calibration": changed, "text": TEXT, "numbers": numbers}
 
-    name = f"smollm2 as {EXPERTS} experts" + (f", {100 * given.anew:.0f} % anew" if given.anew else "")
-    measure_missing(given.jsonl, [f"{name}=smollm2"], given.arms, measure)
+    measure_missing(given.jsonl, [f"{name_of(given)}=smollm2"], given.arms, measure)
+
+
+def name_of(given: argparse.Namespace) -> str:
+    """Return the name of the mixture in records."""
+    return f"smollm2 as {EXPERTS} experts" + (f", {100 * given.anew:.0f} % anew" if given.anew else "")
 
 
 def write_kinds(given: argparse.Namespace) -> None:
@@ -197,7 +202,9 @@ def recipe_of(arm: str, learned: Path, given: argparse.Namespace) -> dict[str, A
     read = str(given.work / "mixed.txt")
     recipe: dict[str, Any] = {"version": 1, "calibration": {"dataset": read, "samples": SAMPLES, "held_out": HELD}}
     if "price" in arm:
-        same = next(row["numbers"]["bpw"] for row in read_records(given.jsonl) if row["arm"].endswith(", 3 bits"))
+        same = next(
+            row["numbers"]["bpw"] for row in read_records(given.jsonl) if row["arm"] == f"{name_of(given)}, 3 bits"
+        )
         options = [[GRID | {"bits": bits}] for bits in (2, 3, 4)]
         rules: list[dict[str, Any]] = [{"role": ["query", "key", "value", "output"], "steps": []}]
         return recipe | {"target": {"bpw": same}, "options": options, "rules": rules}

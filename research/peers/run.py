@@ -51,7 +51,19 @@ ARMS = {  # the tool, as its environment is called: script, arms
         "llm_compressor",
         ("gptq2g64", "gptq2g64mse", "gptq3g64", "gptq3g64mse", "gptq4g64mse", "awq4g64", "sparsegpt50"),
     ),
-    "autoround": ("autoround", ("w2g64-40x1", "w2g32-40x1", "w3g64-40x1", "w4g64-40x1", "w2g128", "w2g64", "w2g32")),
+    "autoround": (
+        "autoround",
+        (
+            "w2g64-40x1",
+            "w2g32-40x1",
+            "w2g128-40x1",
+            "w3g64-40x1",
+            "w4g64-40x1",
+            "w2g128-200x1",
+            "w2g64-200x1",
+            "w2g32-200x1",
+        ),
+    ),
 }
 
 
