@@ -33,7 +33,10 @@ RecipeFile = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A YAML file, or a name that `llmcompress recipes` lists.")
 ]
 Tune = Annotated[
-    bool, typer.Option("--tune", help="Train every block while it is compressed: better at some two bits, and several times slower.")
+    bool,
+    typer.Option(
+        "--tune", help="Train every block while it is compressed: better at some two bits, and several times slower."
+    ),
 ]
 Quick = Annotated[
     bool, typer.Option("--quick", help="See that all works: least text, fewest steps; the result cannot be pushed.")

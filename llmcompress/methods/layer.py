@@ -279,9 +279,13 @@ def base_target(layer: Layer) -> Tensor:
 
 
 def stored_target(layer: Layer) -> Tensor:
-    """Return the target of a base that is rounded without feedback: `base_target`, or the values that pruning left,
-    which feedback may have moved."""
-    return base_target(layer) if support(layer.approx) is None else dense(base_and_term(layer.approx)[0])
+    """Return the target of a base that is rounded without feedback: `base_target`, or what is kept of it; after pruning
+    with feedback, the values that this has moved."""
+    target, kept = base_target(layer), support(layer.approx)
+    if kept is None:
+        return target
+    values = dense(base_and_term(layer.approx)[0])
+    return target * kept if torch.equal(values, (target * kept).to(torch.bfloat16).float()) else values
 
 
 def with_base(layer: Layer, base: Weight, notes: tuple[str, ...] = ()) -> Layer:

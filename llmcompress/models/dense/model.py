@@ -116,8 +116,8 @@ class DenseModel:
         entries = public_entries(read_entries(self.folder / MODEL, self.folder), needs_code(self.folder, MODEL))
         if packing_method(entries) is not None:  # outputs hold numbers
             entries = {key: value for key, value in entries.items() if key not in PACKINGS}
-        ties = valid_config(self.folder, self.trust_remote_code).tie_word_embeddings
-        return _without_ties(entries) if ties and not self.config.tie_word_embeddings else entries
+        ties = getattr(valid_config(self.folder, self.trust_remote_code), TIES, False)
+        return _without_ties(entries) if ties and not getattr(self.config, TIES, False) else entries
 
     def skeleton(self) -> PreTrainedModel:
         """Return a new model in eval mode, with parameters on meta and real buffers."""
