@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.utils import output_capturing
 
 from llmcompress.kernels.compiled_block import CompiledBlock, compile_block, growing_layer
 from llmcompress.weight.modules import BASE, CompressedLinear
@@ -116,7 +117,7 @@ class OneTokenBlock:
         for part in self.parts:
             if "forward" in part:
                 return False
-        return not any(self.hooks)
+        return not any(self.hooks) or not any(map(_act, self.hooks))
 
     def _compiled_block(self) -> CompiledBlock | None:
         """Return the compiled block of this thread; None if it has none, or a linear was not prepared yet."""
@@ -205,6 +206,12 @@ def _is_known(block: Any) -> bool:
     if not any(isinstance(linear, CompressedLinear) for linear in linears):
         return False
     return _has_known_parts(block)
+
+
+def _act(hooks: dict[int, Any]) -> bool:
+    """True if hooks do something: those by which transformers once captured outputs stay, and are idle."""
+    capturing = output_capturing._active_collector.get()
+    return any(capturing or getattr(hook, "__module__", "") != output_capturing.__name__ for hook in hooks.values())
 
 
 def _has_known_parts(block: Any) -> bool:

@@ -277,6 +277,17 @@ def test_norms_that_are_tuned_are_computed_with(dtype: torch.dtype, tmp_path: Pa
     torch.testing.assert_close(found, logits(tuned), rtol=1e-5, atol=1e-5)
 
 
+def test_a_call_that_asked_for_hidden_states_turns_nothing_off(tmp_path: Path, steps: list[OneTokenBlock]) -> None:
+    model = compressed("llama", tmp_path)
+    with torch.no_grad():
+        assert model(input_ids=PROMPT, output_hidden_states=True).hidden_states is not None
+    logits(model)
+    assert len(steps) == 2 * len(MORE)
+    found = logits(model, output_attentions=True)
+    assert len(steps) == 2 * len(MORE), "a call that asks for more goes transformers' way"
+    torch.testing.assert_close(found, logits(model), rtol=1e-5, atol=1e-5)
+
+
 def test_threads_at_other_tokens_turn_by_their_own() -> None:
     """Angles that another thread puts there in between are not taken for this one's."""
     shared, heads = TokenFacts(), torch.randn(3, 8)
