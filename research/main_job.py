@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from records import RESULTS, Record, append, provenance, recipe_path, recipe_sha256
+from records import RESULTS, Record, append, provenance, recipe_facts, recipe_path
 
 from llmcompress.recipe.read import read_recipe
 
@@ -53,7 +53,7 @@ def records(found: Record, full: bool) -> list[Record]:
     return [
         common
         | {"arm": side if name is None else name, "calibration": None if name is None else asked}
-        | ({} if name is None else {"recipe": name, "recipe_sha256": recipe_sha256(recipe_path(name).read_text())})
+        | ({} if name is None else recipe_facts(name))
         | {"student": side == "compressed"}  # the row that the distilled one is to be held against
         | {"numbers": numbers(found[side]) | costs.get(side, {})}
         for side, name in made.items()

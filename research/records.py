@@ -85,6 +85,11 @@ def recipe_sha256(text: str) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
+def recipe_facts(name: str) -> Record:
+    """Return the entries of a record by which a recipe that changes later is noticed."""
+    return {"recipe": name, "recipe_sha256": recipe_sha256(recipe_path(name).read_text())}
+
+
 def provenance() -> Record:
     """Return when, from which commit and on which machine this process measures."""
     from llmcompress.runtime.facts import versions

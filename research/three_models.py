@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from records import RESULTS, Record, measure_missing, provenance, read_records
+from records import RESULTS, Record, measure_missing, provenance, read_records, recipe_facts
 
 TABLE = "three-models"
 DOORS: dict[str, tuple[str, ...]] = {
@@ -60,7 +60,9 @@ def main() -> None:
         known = {record["arm"]: record["numbers"] for record in read_records(options.jsonl)}
         numbers = measure_row(model, door, known.get(f"{name}, dense"), options)
         command = " ".join(["llmcompress", *command_of(name, door, numbers["dense_bytes"])])
-        return {"table": TABLE, "command": command, "calibration": None, "text": TEXT, "numbers": numbers}
+        first, *_ = DOORS.get(door, ("dense",))
+        facts = {} if first == "dense" or first.startswith("--") else recipe_facts(first)
+        return {"table": TABLE, "command": command, "calibration": None, "text": TEXT, **facts, "numbers": numbers}
 
     measure_missing(options.jsonl, options.models, ("dense", *options.doors), measure)
 

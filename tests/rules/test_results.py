@@ -112,6 +112,12 @@ def test_records_say_whether_their_recipe_has_changed() -> None:
     assert not wrong, f"{wrong}: a record says by recipe_changed that its recipe has changed"
 
 
+def test_doors_by_recipe_name_their_recipe() -> None:
+    doors = [(record, record["command"].split()) for record in RECORDS if record["table"] == "three-models"]
+    by_recipe = [record for record, (_, verb, _, *words) in doors if verb == "compress" and words[0] in RECIPES]
+    assert by_recipe and all(record.get("recipe") == record["command"].split()[3] for record in by_recipe)
+
+
 def test_records_of_methods_are_calibrated_as_their_recipe_asks() -> None:
     """The command gives every recipe one text, but for those that ask for none; a run without has no held-out error."""
     wrong = [_name(record) for record in RECORDS if record["table"] == "methods" and not _is_calibrated_alike(record)]
