@@ -18,11 +18,12 @@ WAYS: dict[str, Any] = {
     "merge": partial(lc.merge_experts, keep=2),
     "condense": partial(lc.condense_experts, count=1),
 }
+FAMILIES = ["qwen3_moe", "deepseek_v3", "granitemoe", "gpt_oss"]  # the last two store the experts of a block as one
+CASES = [(way, family) for way in WAYS for family in (FAMILIES[:2] if way == "condense" else FAMILIES)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "granitemoe", "gpt_oss"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "family"), CASES)
 def test_a_dense_student_learns(way: str, family: str, tmp_path: Path) -> None:
     save_zoo(family, tmp_path / "dense")
     text = str(text_for_calibration(tmp_path))
