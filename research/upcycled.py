@@ -76,6 +76,7 @@ def upcycle(dense: Path, folder: Path, experts: int, anew: float = 0.0) -> None:
     shared = {name: getattr(model.config, name) for name in SHARED}
     config = MixtralConfig(**shared, num_local_experts=experts, num_experts_per_tok=2, sliding_window=None)
     torch.manual_seed(0)
+    drawn = torch.Generator().manual_seed(1)  # apart, so that routers do not depend on what is drawn again
     mixture = MixtralForCausalLM(config).bfloat16()
     mixture.load_state_dict(model.state_dict(), strict=False)
     for old, new in zip(model.model.layers, mixture.model.layers, strict=True):
@@ -85,9 +86,9 @@ def upcycle(dense: Path, folder: Path, experts: int, anew: float = 0.0) -> None:
             new.mlp.experts.down_proj.copy_(old.mlp.down_proj.weight.expand_as(new.mlp.experts.down_proj))
             new.mlp.gate.weight.normal_(std=ROUTER)
             for gate_up, down in zip(new.mlp.experts.gate_up_proj, new.mlp.experts.down_proj, strict=True):
-                neurons = torch.randperm(down.shape[1])[: round(anew * down.shape[1])]
+                neurons = torch.randperm(down.shape[1], generator=drawn)[: round(anew * down.shape[1])]
                 for matrix in (*gate_up.chunk(2), down.T):
-                    matrix[neurons] = torch.empty_like(matrix[neurons]).normal_(matrix.mean(), matrix.std())
+                    matrix[neurons] = matrix[neurons].normal_(matrix.mean(), matrix.std(), generator=drawn)
     mixture.save_pretrained(folder)
     AutoTokenizer.from_pretrained(dense).save_pretrained(folder)
 

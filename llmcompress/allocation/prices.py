@@ -309,8 +309,7 @@ def statistics_needs(job: Job, wanted: Mapping[str, Matrix]) -> dict[str, frozen
         name: frozenset({"outer"}).union(*(known[config.method].needs for steps in matrix.options for config in steps))
         for name, matrix in wanted.items()
     }
-    only_looked_up = {job.arch.embedding} & needs.keys() if not job.arch.tied else set()
-    return needs | dict.fromkeys(only_looked_up, frozenset())
+    return {name: frozenset() if name == job.arch.only_looked_up else each for name, each in needs.items()}
 
 
 def _reference_errors(

@@ -160,8 +160,7 @@ class Job:
             )
             for name, steps in self.steps.items()
         }
-        only_looked_up = None if self.arch.tied else self.arch.embedding
-        return needs | {name: frozenset({"outer"} if name != only_looked_up else ()) for name in self.tables}
+        return needs | {name: frozenset({"outer"} if name != self.arch.only_looked_up else ()) for name in self.tables}
 
 
 def prepare(source: DenseModel, recipe: Recipe) -> Job:

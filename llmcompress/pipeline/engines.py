@@ -133,20 +133,19 @@ def compress_for(
     staging = output.with_name(output.name + EXPORT)
     is_ours(staging)  # raises now what would be in the way later
     with lock_output(staging, "output folder"):
-        return _compress_and_export(engine, job, model, aimed, output, resume, options)
+        return _compress_and_export(engine, form, job, model, output, resume, options)
 
 
 def _compress_and_export(
-    engine: str, job: Job, model: str | Path, aimed: Recipe, output: Path, resume: bool, options: dict[str, Any]
+    engine: str, form: str, job: Job, model: str | Path, output: Path, resume: bool, options: dict[str, Any]
 ) -> Result:
     """Do as `compress_for` for an engine with files of its own, whose job is checked and whose output is locked."""
-    form, trust = ENGINES[engine].form or "", options.get("trust_remote_code", False)
-    ours, failure = output.with_name(output.name + CHECKPOINT), None
+    ours, failure, trust = output.with_name(output.name + CHECKPOINT), None, options.get("trust_remote_code", False)
     if ours.is_dir() and not (resume and (ours / file_names.REPORT).is_file()):  # or its removal was interrupted
         remove_checkpoint(ours)
     try:
         result = _finished_result(ours, job, options.get("device", "cpu")) or compress(
-            model, aimed, ours, resume=resume, **options
+            model, job.recipe, ours, resume=resume, **options
         )
     except GateError as error:
         failure, result = error, Result(ours, reports.read(ours))
@@ -154,7 +153,7 @@ def _compress_and_export(
     claim_folder(staging)
     clear_folder(staging)
     done = export(ours, staging / "model", form, trust_remote_code=trust)
-    settled = job if aimed.target is None else job.with_recipe(read_recipe(ours / file_names.RECIPE))
+    settled = job if job.recipe.target is None else job.with_recipe(read_recipe(ours / file_names.RECIPE))
     report = _engine_report(result.report, done, engine, settled)
     with write_checkpoint(output) as writer:
         for name in files_of(staging / "model"):

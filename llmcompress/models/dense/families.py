@@ -125,6 +125,11 @@ class Architecture:
     head: str
     tied: bool
 
+    @property
+    def only_looked_up(self) -> str | None:
+        """The module path of a token table that nothing is multiplied by; None for one that is the head, too."""
+        return None if self.tied else self.embedding
+
     def linears(self) -> dict[str, Linear]:
         """Return every linear of every block by module path, in depth order."""
         return {linear.name: linear for block in self.blocks for group in block.groups for linear in group}
