@@ -176,12 +176,12 @@ def price_part(
 
     `compress` joins all parts. Raises what `compress` raises.
     """
-    device_of(device)
+    place = device_of(device)
     if (count := process_count()) > 1:
         raise RecipeError(f"a part of the prices is measured by one process, and there are {count}; start one for it")
     job = _open_job(model, recipe, revision, trust_remote_code)
     check_writable(output, 0)
-    with fast_float32():
+    with fast_float32(), as_current(place):
         return measure_part(output.with_name(output.name + PRICES), part, job, device=device, progress=pricing)
 
 

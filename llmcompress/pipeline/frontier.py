@@ -53,7 +53,7 @@ from llmcompress.recipe.compression import Recipe
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.plots import check_matplotlib, frontier_pictures, main_metric
 from llmcompress.reporting.tables import frontier_markdown
-from llmcompress.runtime.devices import device_of
+from llmcompress.runtime.devices import as_current, device_of
 from llmcompress.runtime.facts import versions
 from llmcompress.runtime.json_values import replace_nonfinite
 from llmcompress.runtime.precision import fast_float32
@@ -115,7 +115,7 @@ def frontier(
     LLMCompressError, in one sentence, for whatever is wrong; sizes out of reach are found from headers alone.
     """
     device_of(device)  # before a model is looked at
-    with join_ranks(device) as ranks:
+    with join_ranks(device) as ranks, as_current(device_of(ranks.device)):
         with ranks.agree_on_errors():
             dense = resolve(model, revision, trust_remote_code)
             _check_recipes(recipes)

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -146,14 +145,19 @@ def test_vllm_errors_say_what_cannot_be_loaded(folder: Path, config: Any) -> Non
         vllm.load(layer, "weight", torch.zeros(32, 32))
 
 
+def vllm_program() -> Path:
+    """Return the Python of vLLM's environment."""
+    program = ROOT / ".engines" / "vllm" / "bin" / "python"
+    if not program.exists():
+        pytest.skip("there is no vLLM here; research/engines/setup makes its environment")
+    return program
+
+
 @pytest.mark.slow
 def test_vllms_llama_computes_our_logits(folder: Path, tmp_path: Path) -> None:
-    if find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed")
     script = Path(__file__).with_name("vllm_llama.py")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(script), str(folder), str(tmp_path / "logits")]
-    subprocess.run(command, check=True, env=environment)
+    subprocess.run([vllm_program(), script, folder, tmp_path / "logits"], check=True, env=environment)
     with torch.no_grad():
         ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.arange(30)[None] * 7 % 256)
     torch.testing.assert_close(torch.load(tmp_path / "logits")[:, :264], ours.logits[0], rtol=1e-4, atol=1e-4)
@@ -163,9 +167,7 @@ def test_vllms_llama_computes_our_logits(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", ["vllm-4", "vllm-fp8", "vllm-int8", None], ids=lambda name: name or "the plug-in")
 def test_vllms_engine_answers_as_transformers(recipe: str | None, tmp_path: Path) -> None:
     """Log-probabilities of what `--for vllm` writes, and of a checkpoint of trellises, in vLLM's engine."""
-    program = ROOT / ".engines" / "vllm" / "bin" / "python"
-    if not program.exists():
-        pytest.skip("there is no vLLM here; research/engines/setup makes its environment")
+    program = vllm_program()
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
     source = save_tiny("llama", tmp_path / "dense", head_dim=32, **sizes)
     text = {"dataset": "stdlib", "samples": 4, "length": 32, "held_out": 1}

@@ -126,6 +126,17 @@ def test_a_trainer_evaluates_but_trains_no_codes(llama: Path, tmp_path: Path) ->
         trainer.train()
 
 
+def test_a_trainer_uses_one_of_several_gpus(llama: Path, tmp_path: Path) -> None:
+    asked = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+    assert asked.device.type == "cpu"
+    asked._n_gpu = 2
+    trainer = Trainer(AutoModelForCausalLM.from_pretrained(llama), asked)
+    data: Any = [{"input_ids": IDS[0], "labels": IDS[0]}] * 2
+    with pytest.warns(UserWarning, match="one of 2 GPUs is used"):
+        trainer.evaluate(data)
+    assert asked.n_gpu == 1 and asked.train_batch_size == 8
+
+
 def adapters() -> dict[str, Any]:
     """Configs of adapters that PEFT cannot put on codes, by name."""
     peft = pytest.importorskip("peft")

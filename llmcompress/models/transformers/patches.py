@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+from warnings import warn
 
 import torch
 from torch import nn
@@ -52,7 +53,7 @@ def mend_trainer() -> None:
     from transformers.trainer import Trainer
 
     for name in ("train", "evaluate", "predict"):
-        setattr(Trainer, name, _with_plain_heads(getattr(Trainer, name)))
+        setattr(Trainer, name, _with_what_multiplies(getattr(Trainer, name)))
 
 
 def mend_peft_models() -> None:
@@ -217,11 +218,15 @@ def _evaluate_in_trainer() -> None:
     trainer.Trainer.train = train_validated  # type: ignore[method-assign]
 
 
-def _with_plain_heads(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a method of `Trainer` during which the trainers of TRL, which multiply by the head, have plain heads."""
+def _with_what_multiplies(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of `Trainer` that runs compressed models on one device, with plain heads for trainers of TRL."""
 
     @wraps(method)
     def run(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if self.args.n_gpu > 1 and _is_ours(self.model):  # DataParallel's copies lack their payloads
+            warn(f"one of {self.args.n_gpu} GPUs is used; start with torchrun or accelerate launch to use all")
+            self.args._n_gpu = 1
+            self._train_batch_size = self.args.train_batch_size
         with _plain_heads(self):
             return method(self, *args, **kwargs)
 
