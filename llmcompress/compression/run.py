@@ -152,13 +152,14 @@ def _walk_blocks(
         aim=recipe.asymmetric,
         kv_cache=recipe.kv_cache is not None,
     )
+    fuses = recipe.fuse is not None and recipe.fuse.awq
     execution = Execution(
         run.device,
         product_dtype(recipe.compute, run.device),
         batch_size=None if tune is None else tune.recipe.micro_batch,
         ranks=run.ranks,
         progress=progress,
-        prepare=partial(smooth_inputs, run) if recipe.fuse is not None and recipe.fuse.awq and job.inputs else None,
+        prepare=partial(smooth_inputs, run) if fuses and (job.inputs or recipe.kv_cache) else None,
     )
     window = 0 if tune is None else tune.recipe.window
     stages = {"held_out": held_out, "window": window, "finished": finished}

@@ -64,6 +64,27 @@ def test_scales_are_of_the_largest_keys_and_values(source: Path, ours: Path) -> 
     assert BlockEntry.from_json(json.loads(json.dumps(entry.to_json()))).kv_scales == found
 
 
+def test_scales_are_of_values_whose_channels_were_scaled(tmp_path: Path) -> None:
+    """AWQ moves scales of the output projection's inputs into the values; 8 bits change them little."""
+    place = save_tiny("qwen3", tmp_path / "dense", **SIZES, tie_word_embeddings=False)
+    weights = load_file(place / "model.safetensors")
+    uneven = torch.logspace(0, 2, 64)[:, None]
+    save_file({name: w * uneven if "v_proj" in name else w for name, w in weights.items()}, place / "model.safetensors")
+    rules = [{"match": "*", "steps": [{"method": "rtn", "bits": 8, "group_size": 32}]}]
+    recipe = ASKED | {"rules": rules, "fuse": {"awq": True}}
+    result = lc.compress(place, recipe, tmp_path / "out")
+    assert any("o_proj: channels scaled by" in note and "exponent 0," not in note for note in result.report.fused)
+    tokens = prepare(resolve(place), read_recipe(recipe)).tokens
+    assert tokens is not None
+    model = AutoModelForCausalLM.from_pretrained(result.folder, dtype=torch.float32)
+    past = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens.sequences[: -tokens.held_out], past_key_values=past)
+    for number, layer in enumerate(past.layers):
+        _, values = result.report.kv_scales[f"model.layers.{number}.self_attn"]
+        assert values == pytest.approx(float(layer.values.abs().max()) / 448, rel=0.05)
+
+
 def test_the_folder_for_vllm_has_the_scales(ours: Path, tmp_path: Path) -> None:
     export(ours, tmp_path / "out", "compressed-tensors")
     stored, scales = load_file(tmp_path / "out" / "model.safetensors"), lc.read(ours).kv_scales
