@@ -224,7 +224,10 @@ def _with_what_multiplies(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def run(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         if self.args.n_gpu > 1 and _is_ours(self.model):  # DataParallel's copies lack their payloads
-            warn(f"one of {self.args.n_gpu} GPUs is used; start with torchrun or accelerate launch to use all")
+            warn(
+                f"one of {self.args.n_gpu} GPUs is used; start with torchrun or accelerate launch to use all",
+                stacklevel=2,
+            )
             self.args._n_gpu = 1
             self._train_batch_size = self.args.train_batch_size
         with _plain_heads(self):
