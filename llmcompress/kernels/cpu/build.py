@@ -16,7 +16,7 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 
 from llmcompress.kernels.cpu.calls import KernelFunction, LoadedKernel, write_parallel
-from llmcompress.kernels.cpu.instruction_sets import Instructions, Tier, host_tier
+from llmcompress.kernels.cpu.instruction_sets import Instructions, Tier, host_features, host_kind, host_tier
 from llmcompress.runtime.progress import count_steps
 
 DIGEST = 32  # bytes of SHA-256 before the object in a cached file
@@ -80,7 +80,7 @@ def compile_kernel(kernel: Kernel, tier: Tier) -> bytes:
 def triple(tier: Tier) -> str:
     """Return the LLVM triple of a tier: this machine's own if it is of that kind."""
     host: str = llvm.get_default_triple()
-    return host if host.startswith(tier.triple) else f"{tier.triple}-unknown-linux-gnu"
+    return host if host_kind().startswith(tier.triple) else f"{tier.triple}-unknown-linux-gnu"
 
 
 def target_machine(tier: Tier) -> Any:
@@ -88,7 +88,7 @@ def target_machine(tier: Tier) -> Any:
     _initialize()
     name, features = tier.cpu, ",".join(f"+{need}" for need in tier.needs)
     if tier == host_tier() and tier.needs:
-        name, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+        name, features = llvm.get_host_cpu_name(), host_features().flatten()
     wide = tier.name.startswith("avx512")
     features += ",-prefer-256-bit" if wide else ""
     target = llvm.Target.from_triple(triple(tier))
@@ -155,7 +155,7 @@ def _warn_once(folder: str, reason: str) -> None:
 
 def _key(kernel: Kernel, tier: Tier) -> str:
     """Return the name of a cached kernel: a digest of all that decides its code."""
-    features = llvm.get_host_cpu_features().flatten() if tier == host_tier() else ""
+    features = host_features().flatten() if tier == host_tier() else ""
     parts = (repr(kernel), repr(tier), _sources(), llvmlite.__version__, llvm.get_host_cpu_name(), features)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

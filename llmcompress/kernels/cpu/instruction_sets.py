@@ -6,9 +6,10 @@ tier where it has them, and plain vectors otherwise. Every operation gives the s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from pathlib import Path
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -22,6 +23,8 @@ X86_PAIRS = {  # products of bytes added in pairs, and these added again
 TILE = 64  # bytes of a tile
 IN_REGISTERS = 128  # numbers of a table up to which choosing among registers is faster than gathering
 BIT = ir.IntType(1)  # LLVM's type of a flag
+ARM = "aarch64"
+CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -50,19 +53,32 @@ TIERS = (
     ),
     Tier("avx512", "x86_64", "skylake-avx512", ("avx512f", "avx512bw", "avx512vl", "f16c"), 64),
     Tier("avx2", "x86_64", "haswell", ("avx2", "fma", "f16c"), 32),
-    Tier("neon", "aarch64", "cortex-a76", ("dotprod", "neon"), 16),
+    Tier("neon", ARM, "cortex-a76", ("dotprod", "neon"), 16),
     Tier("portable", "", "generic", (), 0),
 )
 
 
+def host_kind() -> str:
+    """Return the beginning of this machine's triple as tiers have it: Apple says arm64 for aarch64."""
+    triple: str = llvm.get_default_triple()
+    return ARM if triple.startswith("arm64") else triple
+
+
+def host_features() -> llvm.FeatureMap:
+    """Return what this machine's processor has, with the products of small integers that LLVM does not tell on ARM."""
+    features = llvm.get_host_cpu_features()
+    if host_kind().startswith(ARM):
+        if "apple" in llvm.get_default_triple():  # all of its 64-bit processors for Macs have both
+            features |= {"neon": True, "dotprod": True}
+        elif CPUINFO.is_file() and "asimddp" in CPUINFO.read_text(encoding="utf-8", errors="replace").split():
+            features["dotprod"] = True
+    return features
+
+
 def host_tier() -> Tier:
     """Return the best tier of this machine; `portable` works everywhere."""
-    triple = llvm.get_default_triple()
-    features: Mapping[str, bool] = llvm.get_host_cpu_features()
-    fitting = (
-        tier for tier in TIERS if triple.startswith(tier.triple) and all(features.get(name) for name in tier.needs)
-    )
-    return next(fitting)
+    kind, features = host_kind(), host_features()
+    return next(tier for tier in TIERS if kind.startswith(tier.triple) and all(map(features.get, tier.needs)))
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from llmcompress.kernels.cpu import build
+from llmcompress.kernels.cpu import build, instruction_sets
 from llmcompress.kernels.cpu.calls import Argument, KernelFunction, LoadedKernel
 from llmcompress.kernels.cpu.emit import I64
 from llmcompress.kernels.cpu.formats import IntegerPlanes, Streams
@@ -183,7 +182,8 @@ def test_the_key_of_a_kernel_changes_with_its_code(tmp_path: Path, monkeypatch: 
         other.setattr(build.llvm, "get_host_cpu_name", lambda: "another")
         names.append(changed())
     with monkeypatch.context() as other:
-        other.setattr(build.llvm, "get_host_cpu_features", lambda: SimpleNamespace(flatten=lambda: "+another", get=all))
+        features = build.llvm.FeatureMap(dict.fromkeys((*host_tier().needs, "another"), True))
+        other.setattr(build.llvm, "get_host_cpu_features", lambda: features)
         names.append(build._key(kernels[0], TIERS[-1]))
         other.setattr(build, "host_tier", lambda: TIERS[-1])
         names.append(build._key(kernels[0], TIERS[-1]))
@@ -204,6 +204,29 @@ def test_the_key_of_a_kernel_changes_with_its_code(tmp_path: Path, monkeypatch: 
     assert changed() == first
     repeated = {name for name in names if names.count(name) > 1}
     assert repeated == {build._key(kernels[0], TIERS[-1])}, "features of a host do not matter to what runs everywhere"
+
+
+@pytest.mark.parametrize(
+    ("triple", "flags", "tier"),
+    [
+        ("aarch64-unknown-linux-gnu", "fp asimd asimdhp asimddp", "neon"),
+        ("aarch64-unknown-linux-gnu", "fp asimd", "portable"),
+        ("arm64-apple-darwin24", None, "neon"),
+    ],
+)
+def test_processors_of_arm_have_their_tier(
+    triple: str, flags: str | None, tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LLVM names no products of small integers there, and on a Mac nothing at all."""
+    told = build.llvm.FeatureMap({} if flags is None else {"neon": True, "lse": True})
+    monkeypatch.setattr(build.llvm, "get_default_triple", lambda: triple)
+    monkeypatch.setattr(build.llvm, "get_host_cpu_features", lambda: told)
+    monkeypatch.setattr(instruction_sets, "CPUINFO", tmp_path / "cpuinfo")
+    if flags is not None:
+        instruction_sets.CPUINFO.write_text(f"processor\t: 0\nFeatures\t: {flags}\n")
+    assert host_tier().name == tier
+    assert build.triple(host_tier()) == triple
+    assert tier != "neon" or "+dotprod" in instruction_sets.host_features().flatten().split(",")
 
 
 def started(work: Callable[[], int]) -> BaseProcess:
