@@ -87,7 +87,7 @@ def moments(inputs: Tensor) -> Moments:
 
 def layer(weight: Tensor, inputs: Tensor, seed: int = 0) -> Layer:
     """A layer nobody has touched."""
-    return Layer("block.0.linear", weight, Dense(weight.to(torch.bfloat16)), moments(inputs), seed=seed)
+    return Layer("block.0.linear", weight, Dense(weight.to(torch.bfloat16)), moments(inputs), seed=str(seed))
 
 
 def compressed(weight: Tensor, inputs: Tensor, *steps: dict[str, Any]) -> Layer:

@@ -242,7 +242,8 @@ def _check_calibration(recipe: Recipe) -> None:
     """Raise RecipeError if a method requires data and the recipe has none."""
     if recipe.calibration is not None:
         return
-    lists = (*(rule.steps for rule in recipe.rules), recipe.embeddings, recipe.head or (), recipe.table or ())
+    lists = [*(rule.steps for rule in recipe.rules), recipe.embeddings, recipe.head or (), recipe.table or ()]
+    lists += [(recipe.tie.term,)] if recipe.tie is not None and recipe.tie.term is not None else []
     hungry = sorted({name for steps in lists for name in _hungry_methods(steps)})
     fuse = recipe.fuse
     others = {"asymmetric": recipe.asymmetric, "fuse: awq": fuse is not None and fuse.awq, "kv_cache": recipe.kv_cache}

@@ -14,6 +14,7 @@ from torch import Tensor
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.methods.moments import STATISTICS, TILE, Moments
 from llmcompress.runtime.precision import bfloat16_factors, is_finite
+from llmcompress.runtime.seeding import generator
 from llmcompress.weight.expression import dense, describe
 from llmcompress.weight.hadamard import rotate
 from llmcompress.weight.nodes import Dense, LowRank, RotatedInputs, Sum, Weight, Where, Zero
@@ -247,6 +248,12 @@ def _energy(matrix: Tensor, outer: Tensor | None) -> float:
     return total
 
 
+def own_generator(layer: Layer, purpose: str) -> torch.Generator:
+    """Return the generator of a layer and no other, by the recipe's seed."""
+    seed = layer.seed.partition("/")[0]
+    return generator(purpose, layer.name, *(() if seed in ("", "0") else (seed,)))
+
+
 def base_and_term(approx: Weight) -> tuple[Weight, LowRank | None]:
     """Return the base of an approximation and its low-rank term."""
     match approx:
@@ -285,7 +292,8 @@ def stored_target(layer: Layer) -> Tensor:
     if kept is None:
         return target
     values = dense(base_and_term(layer.approx)[0])
-    return target * kept if torch.equal(values, (target * kept).to(torch.bfloat16).float()) else values
+    unmoved = any(torch.equal(values, (each * kept).to(torch.bfloat16).float()) for each in (target, layer.weight))
+    return target * kept if unmoved else values
 
 
 def with_base(layer: Layer, base: Weight, notes: tuple[str, ...] = ()) -> Layer:

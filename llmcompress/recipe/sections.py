@@ -64,7 +64,7 @@ class Tie(BaseModel):
     @field_validator("term")
     @classmethod
     def _check_term(cls, term: StepConfig | None) -> StepConfig | None:
-        if term is not None and not isinstance(term, LowRankConfig):
+        if term is not None and (not isinstance(term, LowRankConfig) or term.method == "low_rank"):
             raise ValueError(f"{term.method} adds no low-rank term; take eora, lqer or svd")
         if term is not None and term.rank is None:
             raise ValueError("give its rank: a share is of what a matrix stores, and a tied block stores none")

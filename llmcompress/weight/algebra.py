@@ -132,11 +132,16 @@ def term_ends(w: Weight, path: str = "") -> Iterator[tuple[str, int]]:
     if isinstance(w, LowRank):
         yield path, shape(w.left)[1]
         return
-    before = 0
-    for place, node, _ in children(w):
+    before, offsets = 0, _has_offsets(w)
+    for place, node, _ in list(children(w))[2 * offsets :]:
         for inside, end in term_ends(node, path + place):
             yield inside, before + end if isinstance(node, LowRank) else end
         before += shape(node.left)[1] if isinstance(node, LowRank) else 0
+
+
+def _has_offsets(w: Weight) -> bool:
+    """True if a sum begins with a grid's offsets by group, as types of GGUF have them: two factors, but no term."""
+    return isinstance(w, Sum) and len(w.parts) > 1 and isinstance(w.parts[0], LowRank) and isinstance(w.parts[1], Grid)
 
 
 def _change_terms(w: Weight, change: Callable[[LowRank, int], Sequence[LowRank]]) -> Weight:
@@ -148,8 +153,10 @@ def _change_terms(w: Weight, change: Callable[[LowRank, int], Sequence[LowRank]]
         changed = rebuild(w, lambda path, node, shown: _change_terms(node, change))
         same = all(new is old for (_, new, _), (_, old, _) in zip(children(changed), children(w)))
         return w if same else changed
-    parts, after, before = w.parts if isinstance(w, Sum) else (w,), list[Weight](), 0
-    for part in parts:
+    parts = w.parts if isinstance(w, Sum) else (w,)
+    before, offsets = 0, _has_offsets(w)
+    after: list[Weight] = list(parts[: 2 * offsets])
+    for part in parts[2 * offsets :]:
         if isinstance(part, LowRank):
             after += change(part, before)
             before += shape(part.left)[1]

@@ -23,11 +23,19 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.layer import Layer, StepConfig, base_target, join, method, term_beside_dense, with_base
+from llmcompress.methods.layer import (
+    Layer,
+    StepConfig,
+    base_target,
+    join,
+    method,
+    own_generator,
+    term_beside_dense,
+    with_base,
+)
 from llmcompress.methods.solvers.grid import GridFormat, float16_scale, grid_sketch
 from llmcompress.methods.solvers.hessian import metric
 from llmcompress.methods.solvers.scales import rank_one
-from llmcompress.runtime.seeding import generator
 from llmcompress.weight.nodes import Grid, LowRank, ScaledInputs, Weight, shape
 
 PULL = (0.2, 1.0)  # towards signs, in shares of a factor's curvature: in the first iteration and in the last
@@ -91,7 +99,7 @@ def binary_low_rank(layer: Layer, config: BinaryLowRank) -> Layer:
     target = base_target(layer)
     rank = config.rank_for((target.shape[0], target.shape[1]))
     problem, rows, columns = balance(target, metric(layer.inputs, target, config.damping), layer.rows)
-    draws = torch.randn(rank, target.shape[1], generator=generator("binary_low_rank", layer.name))
+    draws = torch.randn(rank, target.shape[1], generator=own_generator(layer, "binary_low_rank"))
     found = fit_scales(problem, fit_factors(problem, draws.to(target.device), config.iterations))
     return with_base(layer, store_factors(replace(found, rows=found.rows * rows, columns=found.columns * columns)))
 

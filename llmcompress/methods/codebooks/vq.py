@@ -14,14 +14,22 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from llmcompress.methods.layer import Layer, StepConfig, base_target, join, method, term_beside_dense, with_base
+from llmcompress.methods.layer import (
+    Layer,
+    StepConfig,
+    base_target,
+    join,
+    method,
+    own_generator,
+    term_beside_dense,
+    with_base,
+)
 from llmcompress.methods.solvers.feedback import Projection, feedback, few_threads
 from llmcompress.methods.solvers.grid import GridFormat, grid_sketch
 from llmcompress.methods.solvers.hessian import feedback_factor, metric
 from llmcompress.methods.solvers.projection import GridPoints, Selection, columns, largest
 from llmcompress.methods.solvers.scales import refit_scales
 from llmcompress.methods.solvers.vectors import Vectors, k_means, nearest_entries, sum_of_books
-from llmcompress.runtime.seeding import generator
 from llmcompress.weight.nodes import Codebook, Columns, Weight, Where, shape
 
 OUTLIERS = GridFormat(256)  # the form of columns that are not coded
@@ -114,7 +122,7 @@ def quantize_to_codebooks(
     energy = hessian.diagonal()
     cost = energy if factor is None else 1 / factor.diagonal().square()  # of a squared error in a column
     precise_columns = largest(target.square().sum(0) * cost, outlier_count(target.shape[1], outliers))
-    random = generator(config.method, layer.name)
+    random = own_generator(layer, config.method)
     books = fit_codebooks(target, torch.where(precise_columns, 0.0, cost), entries, length, random)
     vectors = Vectors(books, factor, energy)
     projection: Projection = vectors

@@ -4,12 +4,13 @@ Each round fits the base to what the low-rank term leaves, then the low-rank ter
 step is an exact minimiser, so the best round on the calibration inputs is kept. Stores Sum(base, LowRank).
 """
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.layer import Layer, StepConfig, method, methods, relative_error, step
+from llmcompress.methods.layer import Layer, StepConfig, base_and_term, join, method, methods, relative_error, step
 from llmcompress.methods.solvers.low_rank import LowRankConfig
 from llmcompress.weight.nodes import RotatedInputs, Weight
 
@@ -59,7 +60,9 @@ class Alternate(StepConfig):
 def alternate(layer: Layer, config: Alternate) -> Layer:
     """Return the layer after the best of `rounds` rounds of base, then low rank."""
     best, best_error = layer, float("inf")
+    start = base_and_term(layer.approx)[0]
     for _ in range(config.rounds):
+        layer = replace(layer, approx=join(start, base_and_term(layer.approx)[1]))  # bases are made of the first one
         for half in (config.base, config.low_rank):
             layer = methods()[half.method].run(layer, half)
         if layer.rotation is not best.rotation:

@@ -21,6 +21,7 @@ class SVD(LowRankConfig):
     """Arguments of `svd`."""
 
     method: Literal["svd"] = "svd"
+    damping: float = Field(0.01, gt=0, le=10, description="of no effect: no Hessian is read")
     examples = ({"rank": 1}, {"share": 0.2, "factor_bits": 16})
 
 
@@ -37,6 +38,7 @@ class LQER(LowRankConfig):
     """Arguments of `lqer`."""
 
     method: Literal["lqer"] = "lqer"
+    damping: float = Field(0.01, gt=0, le=10, description="of no effect: only a diagonal is read")
     examples = ({"rank": 1}, {"share": 0.2, "factor_bits": 16})
 
 

@@ -102,7 +102,8 @@ def factors(lost: Tensor, directions: Tensor, metric: Tensor, factor_bits: int) 
     scale, _ = fit_grid(right, form)
     middle = grid_of(right, scale, None, form.levels, right.shape[1])
     size = _solve_left(lost, dense(middle).double(), metric).abs().amax(0).float()[:, None].clamp_min(1e-12)
-    scales = (scale.float() * size).clamp_min(LEAST_SCALE).to(torch.float16)  # a component without one would be lost
+    scales = (scale.float() * size).clamp_min(LEAST_SCALE)  # a component without one would be lost
+    scales = torch.where(scale > 0, scales, 0.0).to(torch.float16)  # but for those beyond the rank of the matrix
     scaled = Grid(middle.codes, scales, None, form.levels, right.shape[1])
     left = _solve_left(lost, dense(scaled).double(), metric).float()
     one, _ = fit_grid(left.reshape(1, -1), form)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmcompress.errors import RecipeError
 from llmcompress.kernels.column_block import ColumnBlock, Numbers, whole_weights
-from llmcompress.methods.layer import Layer, StepConfig, base_target, method, term_beside_dense, with_base
+from llmcompress.methods.layer import Layer, StepConfig, base_target, join, method, term_beside_dense, with_base
 from llmcompress.methods.moments import Moments
 from llmcompress.methods.solvers.block_search import choose_columns
 from llmcompress.methods.solvers.hessian import feedback_factor, metric
@@ -47,7 +47,7 @@ class EXL3(StepConfig):
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
-        term_beside_dense(approx, "a matrix of tiles")
+        term = term_beside_dense(approx, "a matrix of tiles")
         rows, width = shape(approx)
         if rows % BLOCK or width % BLOCK:
             raise RecipeError(
@@ -55,7 +55,7 @@ class EXL3(StepConfig):
             )
         codes = torch.empty(width // SIDE, rows // SIDE, STEPS, dtype=torch.uint8, device="meta")
         inputs, outputs = (torch.empty(size, dtype=torch.float16, device="meta") for size in (width, rows))
-        return Tiles(codes, inputs, outputs, self.bits)
+        return join(Tiles(codes, inputs, outputs, self.bits), term)
 
     def rough(self) -> StepConfig:
         """Without the search; see `StepConfig.rough`."""

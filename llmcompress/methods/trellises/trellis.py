@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.layer import Layer, StepConfig, base_target, method, term_beside_dense, with_base
+from llmcompress.methods.layer import Layer, StepConfig, base_target, join, method, term_beside_dense, with_base
 from llmcompress.methods.solvers.block_search import TrellisStreams
 from llmcompress.methods.solvers.feedback import feedback
 from llmcompress.methods.solvers.hessian import feedback_factor, metric
@@ -63,13 +63,13 @@ class TrellisConfig(StepConfig):
 
     def sketch(self, approx: Weight) -> Weight:
         """See `StepConfig.sketch`."""
-        term_beside_dense(approx, "a trellis")
+        term = term_beside_dense(approx, "a trellis")
         (rows, width), trellis = shape(approx), self.trellis(shape(approx)[0])
         if rows % trellis.values:
             raise RecipeError(f"{self.bits:g} bits go two rows at a time, and there are {rows}; ask for whole bits")
         codes = torch.empty(rows // trellis.values * width, dtype=torch.uint8, device="meta")
         scale = torch.empty(rows, 1, dtype=torch.float16, device="meta")
-        return TrellisCodes(codes, scale, trellis, self.run)
+        return join(TrellisCodes(codes, scale, trellis, self.run), term)
 
     def rough(self) -> StepConfig:
         """With the shortest memory; see `StepConfig.rough`."""

@@ -320,12 +320,12 @@ def test_unknown_methods_and_arguments_are_named() -> None:
 def test_layers_that_share_an_input_share_a_rotation_and_its_moments() -> None:
     inputs = moments(calibration(64))
     layers = [
-        Layer(name, gaussian(48, 64, s), Dense(gaussian(48, 64, s)), inputs, seed=5) for s, name in enumerate("qk")
+        Layer(name, gaussian(48, 64, s), Dense(gaussian(48, 64, s)), inputs, seed="5") for s, name in enumerate("qk")
     ]
     q, k = (apply(each, [step(ROTATE)]) for each in layers)
     assert q.rotation is not None and k.rotation is not None and torch.equal(q.rotation.signs, k.rotation.signs)
     assert q.inputs is k.inputs, "the rotated moments are computed twice"
-    other = apply(Layer("o", gaussian(48, 64), Dense(gaussian(48, 64)), inputs, seed=6), [step(ROTATE)])
+    other = apply(Layer("o", gaussian(48, 64), Dense(gaussian(48, 64)), inputs, seed="6"), [step(ROTATE)])
     assert other.rotation is not None and not torch.equal(other.rotation.signs, q.rotation.signs)
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import RecipeError
-from llmcompress.methods.layer import base_and_term, relative_error
+from llmcompress.methods.layer import Layer, base_and_term, methods, relative_error, step
 from llmcompress.methods.solvers.hessian import add_damping, second_moment
 from llmcompress.methods.solvers.low_rank import leading_directions
 from llmcompress.weight.expression import bits, dense
-from llmcompress.weight.nodes import Grid, LowRank
+from llmcompress.weight.nodes import Dense, Grid, LowRank, Where
 from tests.builders import compressed, correlated, gaussian, moments, seeded
 
 SIZES = ((12, 20), (20, 12), (16, 16), (1, 9), (9, 1))
@@ -148,6 +148,8 @@ ALTERNATIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"method": "rtn", "bits": 2}, {"method": "svd", "rank": 4}),
     ({"method": "sparsegpt", "pattern": "2:4"}, {"method": "eora", "rank": 4, "factor_bits": 16}),
     ({"method": "pb_llm", "salient": 0.1}, {"method": "lqer", "rank": 2}),
+    ({"method": "trellis", "memory": 8, "bits": 2}, {"method": "eora", "rank": 8, "factor_bits": 16}),
+    ({"method": "vq"}, {"method": "svd", "rank": 8, "factor_bits": 16}),
 ]
 
 
@@ -163,6 +165,54 @@ def test_more_rounds_are_never_worse_on_the_calibration_inputs(base: dict[str, A
     once = relative_error(weight, compressed(weight, inputs, base, low_rank).approx, moments(inputs))
     assert errors[0] == pytest.approx(once, rel=1e-9), "one round is the two steps"
     assert errors == sorted(errors, reverse=True) and errors[-1] < errors[0], errors
+
+
+def test_alternation_goes_on_after_pruning() -> None:
+    """Each round's base is made of the pruned weight less the term, not of the base before."""
+    weight, inputs = gaussian(24, 32, seed=1), correlated(600, 32, seed=1)
+    prune = {"method": "wanda", "sparsity": 0.5}
+    both = {"method": "alternate", "base": RTN, "low_rank": {"method": "eora", "rank": 8, "factor_bits": 16}}
+    errors = [
+        relative_error(weight, compressed(weight, inputs, prune, {**both, "rounds": rounds}).approx, moments(inputs))
+        for rounds in (1, 8)
+    ]
+    assert errors[1] < 0.99 * errors[0]
+
+
+def test_a_base_after_pruning_and_a_term_is_rounded_to_what_both_leave() -> None:
+    weight, inputs = gaussian(24, 32), correlated(600, 32)
+    term = {"method": "svd", "rank": 8, "factor_bits": 16}
+    done = compressed(weight, inputs, {"method": "magnitude", "sparsity": 0.5}, term, {"method": "rtn", "bits": 8})
+    base, low_rank = base_and_term(done.approx)
+    assert low_rank is not None and isinstance(base, Where)
+    wanted = (weight - dense(low_rank)) * base.index.inside
+    torch.testing.assert_close(dense(base), wanted, rtol=0, atol=0.02 * float(wanted.abs().max()))
+
+
+def test_components_beyond_the_rank_of_what_was_lost_are_nothing() -> None:
+    weight, inputs = gaussian(48, 64), correlated(600, 64)
+    weight[4:] = 0
+    errors = [
+        relative_error(
+            weight,
+            compressed(weight, inputs, RTN, {"method": "eora", "rank": rank, "factor_bits": 8}).approx,
+            moments(inputs),
+        )
+        for rank in (4, 8)
+    ]
+    assert errors[1] <= 1.05 * errors[0]
+
+
+@pytest.mark.parametrize(
+    "wanted", [{"method": "vq"}, {"method": "kmeans"}, {"method": "binary_low_rank", "rank": 8}], ids=str
+)
+def test_the_seed_of_a_recipe_is_that_of_its_draws(wanted: dict[str, Any]) -> None:
+    weight, inputs = gaussian(48, 64), correlated(600, 64)
+    one, two, again = (
+        dense(methods()[wanted["method"]].run(layer, step(wanted)).approx)
+        for layer in (Layer("q", weight, Dense(weight), moments(inputs), seed) for seed in ("0/q", "1/q", "1/q"))
+    )
+    assert not torch.equal(one, two) and torch.equal(two, again)
 
 
 def test_a_base_after_a_low_rank_term_approximates_what_the_term_leaves() -> None:
