@@ -15,6 +15,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable
+from decimal import Decimal
 
 from columns import TABLES
 from records import RESULTS, Record, read_records
@@ -185,7 +186,8 @@ def numeral(key: str, value: float) -> str:
     """Return the number of a row as a verdict writes it."""
     if key == "bpw":
         return f"{value:.3f}"
-    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+    decimal = Decimal(str(value))  # rounds 96.35 as a reader does, where a float is a little less
+    return f"{decimal:,.1f}" if value < 1000 else f"{decimal:,.0f}"
 
 
 if __name__ == "__main__":

@@ -98,7 +98,8 @@ def _explain_option(error: Any) -> str:
     if "--set" not in known or not _is_key_of_steps(key):
         return f"No such option: {name}; `{error.ctx.command_path} --help` lists all options"
     instead = "; --bpw sets a target without a recipe" if key == "bits" and "--bpw" in known else ""
-    return f"No such option: {name}; {key} belongs to a recipe: change it by --set rules[0].steps[0].{key}=...{instead}"
+    setting = f"--set 'rules[0].steps[0].{key}=...'"  # quoted: zsh takes [ for a pattern of files
+    return f"No such option: {name}; {key} belongs to a recipe: change it by {setting}{instead}"
 
 
 def _is_key_of_steps(key: str) -> bool:

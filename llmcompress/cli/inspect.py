@@ -132,7 +132,7 @@ def show(
 ) -> None:
     """Check RECIPE and print it with every value, also those it leaves to their defaults.
 
-    Example: llmcompress recipe show gptq-4-g64 --set rules[0].steps[0].bits=3
+    Example: llmcompress recipe show gptq-4-g64 --set 'rules[0].steps[0].bits=3'
     """
     from pydantic import BaseModel
 

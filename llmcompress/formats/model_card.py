@@ -30,7 +30,7 @@ Facts = dict[str, Any]  # of a JSON file
 
 LOAD = """\
 ```python
-import llmcompress  # pip install llmcompress; teaches transformers this format
+import llmcompress  # install it from its repository; teaches transformers this format
 from transformers import {loader}, AutoTokenizer
 
 model = {loader}.from_pretrained({name}{trust})

@@ -67,14 +67,17 @@ def _check_python(facts: MachineFacts) -> Findings:
 
 
 def _check_packages(facts: MachineFacts) -> Findings:
-    """Yield required packages that are missing, and packages that are too old."""
+    """Yield required packages that are missing, and packages that are too old or excluded."""
     for required in facts.requirements:
         package, version = required.package, facts.packages.get(required.package)
-        way_out = f"run `pip install '{package}>={required.least}'`"
+        wanted = ",".join([f"{package}>={required.least}", *(f"!={each}" for each in required.excluded)])
+        way_out = f"run `pip install '{wanted}'`"
         if version is None and required.extra is None:
             yield _error(package, f"{package} is required and not installed", way_out)
         elif version is not None and _release(version) < _release(required.least) and _applies(required, facts):
             yield _report_old_package(required, version, way_out)
+        elif version is not None and _release(version) in map(_release, required.excluded):
+            yield _error(package, f"{package} is {version}, with which llmcompress does not work", way_out)
 
 
 def _report_old_package(required: Requirement, version: str, way_out: str) -> Finding:

@@ -36,11 +36,12 @@ VARIABLES = (
 
 @dataclass(frozen=True)
 class Requirement:
-    """A package that llmcompress uses, from version `least` on, always or for one of its extras."""
+    """A package that llmcompress uses, from version `least` on without `excluded`, always or for one of its extras."""
 
     package: str
     least: str
     extra: str | None
+    excluded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ def requirements() -> tuple[Requirement, ...]:
         name, least = re.match(r"[\w.-]+", specifier), re.search(r">=\s*([\w.]+)", specifier)
         extra = re.search(r"extra == ['\"]([\w-]+)['\"]", marker)
         if name and least and (extra is None or extra[1] != "dev"):
-            required.append(Requirement(name[0].lower(), least[1], extra[1] if extra else None))
+            excluded = tuple(re.findall(r"!=\s*([\w.]+)", specifier))
+            required.append(Requirement(name[0].lower(), least[1], extra[1] if extra else None, excluded))
     return tuple(required)
 
 

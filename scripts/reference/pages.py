@@ -20,6 +20,7 @@ OF_EVERY_LOSS = frozenset({"loss"})
 VALUES = {"int": "INTEGER", "float": "NUMBER", "Path": "PATH"}  # placeholders of options without one of their own
 CODES = [  # that are no error's of our own
     ("0", "", "The command did what it was asked to."),
+    ("1", "", "`doctor` found an error, the reader of a pipe left early, or something failed that nobody foresaw."),
     ("130", "", "Interrupted from the keyboard (Ctrl-C). Finished work is kept."),
     ("143", "", "Stopped by SIGTERM. Finished work is kept."),
 ]

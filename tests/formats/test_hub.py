@@ -20,6 +20,7 @@ from llmcompress.errors import HubError, InputError, RecipeError
 from llmcompress.evaluation.score import score
 from llmcompress.formats.hub import push
 from llmcompress.formats.model_card import card
+from llmcompress.models.dense.locate import locate
 from llmcompress.models.files.checkpoint import check_manifest, files_of
 from llmcompress.reporting.plots import layers_png
 from llmcompress.reporting.report import group_by_kind, read
@@ -241,6 +242,29 @@ def test_another_model_is_not_overwritten(here: StandInHub, folders: dict[str, P
     assert here.files("me/small")["model.safetensors"] == b"precious"
 
 
+def test_a_push_leaves_nothing_of_the_model_before(here: StandInHub, folders: dict[str, Path]) -> None:
+    """Files of ours that the new model lacks go, with its tokenizer's and templates; what others put there stays."""
+    stale = ("eval.json", "allocation.json", "distillation.json", "passport.json", "special_tokens_map.json")
+    stale += ("tokenizer.model", "model-00001-of-00002.safetensors", "additional_chat_templates/tools.jinja")
+    mine = ("notes.md", "onnx/model.safetensors")
+    push(folders["out"], "me/small")
+    whole = here.files("me/small")
+    here.commit("me/small", whole | dict.fromkeys((*stale, *mine), b"{}"))
+    push(folders["out"], "me/small")
+    assert here.files("me/small").keys() == whole.keys() | set(mine)
+
+
+def test_templates_and_licences_of_a_hub_model_are_downloaded(
+    here: StandInHub, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = here.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address)
+    wanted = ("additional_chat_templates/tools.jinja", "NOTICE", "COPYING.md", "LICENCE.txt", "USE_POLICY.md")
+    files = {path.name: path.read_bytes() for path in folders["dense"].iterdir()}
+    here.commit("org/dense", files | dict.fromkeys((*wanted, "onnx/config.json", "onnx/other.jinja"), b"{}"))
+    assert set(files_of(locate("org/dense").folder)) == files.keys() | set(wanted)
+
+
 def test_push_refuses_damaged_checkpoints_and_wrong_names(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is not a Hub repository; give owner/name"):
         push(folders["out"], "small", dry_run=True)
@@ -258,6 +282,7 @@ def test_card_has_scores_and_limits(folders: dict[str, Path], tmp_path: Path) ->
     assert (
         "Nobody has scored this checkpoint" in plain and f"{report.bytes:,}" in plain and f"{report.bpw:.3f}" in plain
     )
+    assert "install it from its repository" in plain and "pip install" not in plain, "it is on no index"
     text = tmp_path / "text.txt"
     text.write_text("The miller counts every sack of corn that comes from the forty farms. " * 40)
     protocol = lc.Protocol(text, windows=2, length=32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tomllib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
@@ -20,7 +21,7 @@ from tests.rules.source_tree import ROOT
 from tests.tiers import tiered_nightly
 from tests.tiny import save_tiny
 
-PLACEHOLDERS = {"methods/mine.py", "org/name", "org/model", "me/small", "parts/base", "parts/adapter"}
+PLACEHOLDERS = {"methods/signs.py", "org/name", "org/model", "me/small", "parts/base", "parts/adapter"}
 PLACEHOLDERS |= {"org/name/file.gguf", "org/name/path/file.gguf", "path/file.gguf"}
 PLACEHOLDERS |= {"OWNER/NAME", "curve/bpw-1.25", "curve/frontier.md", "small-gguf/model.gguf"}
 OUTSIDE = {"pip", "hf", "python"}  # commands that are not ours
@@ -49,6 +50,20 @@ def test_commands_parse(document: str, place: Path) -> None:
             _check(words[words.index("llmcompress") + 1 :], document)
         else:
             assert words[0] in OUTSIDE or words[0].startswith(".venv/"), f"{document}: what is {words[0]}?"
+
+
+def test_the_page_on_installing_lists_every_extra() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    text = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `([\w-]+)` \|", text, flags=re.MULTILINE)) == extras.keys()
+
+
+def test_settings_with_brackets_are_quoted() -> None:
+    texts = {document: "\n".join(blocks("sh", document)) for document in [*DOCUMENTS, *sorted(RECORDS)]}
+    texts |= {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "llmcompress" / "cli").glob("*.py")}
+    bare = {name: re.findall(r"--set (?!['\"])\S*\[\S*", text) for name, text in texts.items()}
+    wrong = {name: settings for name, settings in bare.items() if settings}
+    assert not wrong, f"{wrong}: quote these; zsh takes [ for a pattern of files"
 
 
 @lru_cache(maxsize=1)

@@ -21,7 +21,7 @@ H100 = GpuFacts("H100", 80 * 10**9, (9, 0))
 CUDA = TorchFacts(gpu_build="CUDA 13.0", threads=4, architectures=("sm_80", "sm_90", "compute_90"), gpus=(H100,))
 REQUIRED = (
     Requirement("torch", "2.10", None),
-    Requirement("transformers", "5.3", None),
+    Requirement("transformers", "5.3", None, ("5.24.0",)),
     Requirement("transformers", "5.18", "demo"),
     Requirement("gguf", "0.17", "demo"),
     Requirement("gguf", "0.19", "export"),
@@ -84,6 +84,12 @@ BAD: dict[str, tuple[MachineFacts, str, str, str]] = {  # facts, level, and what
     "python": (replace(GOOD, python=(3, 10, 2)), "error", "Python is 3.10.2", "make an environment"),
     "missing": (replace(GOOD, packages=without("torch")), "error", "torch is required", "pip install 'torch>=2.10'"),
     "old": (replace(GOOD, packages=PACKAGES | {"torch": "2.9.1+cu128"}), "error", "torch is 2.9.1", "pip install"),
+    "excluded": (
+        replace(GOOD, packages=PACKAGES | {"transformers": "5.24.0"}),
+        "error",
+        "transformers is 5.24.0, with which llmcompress does not work",
+        "pip install 'transformers>=5.3,!=5.24.0'",
+    ),
     "tokenizer": (
         replace(GOOD, packages=PACKAGES | {"transformers": "5.9.0"}),
         "error",
@@ -173,6 +179,7 @@ def test_requirements_are_those_of_the_metadata(monkeypatch: pytest.MonkeyPatch)
     lines = [
         "torch>=2.10",
         "Jinja2>=3.1",
+        "transformers!=5.24.0,>=5.3",
         "gguf>=0.17; extra == 'demo'",
         "bitsandbytes>=0.48; (sys_platform == 'linux') and extra == 'distill'",
         "ruff<0.18,>=0.17; extra == 'dev'",
@@ -181,6 +188,7 @@ def test_requirements_are_those_of_the_metadata(monkeypatch: pytest.MonkeyPatch)
     assert requirements() == (
         Requirement("torch", "2.10", None),
         Requirement("jinja2", "3.1", None),
+        Requirement("transformers", "5.3", None, ("5.24.0",)),
         Requirement("gguf", "0.17", "demo"),
         Requirement("bitsandbytes", "0.48", "distill"),
     )
