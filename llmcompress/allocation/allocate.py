@@ -22,7 +22,7 @@ from torch import Tensor
 from llmcompress.allocation.choices import Choices, Steps, find_choices
 from llmcompress.allocation.cost import pricing_bytes
 from llmcompress.allocation.distortion import families
-from llmcompress.allocation.prices import MatrixPrices, Progress, damage, measure_matrices, prices_of
+from llmcompress.allocation.prices import MatrixPrices, Progress, damage, measure_matrices, note_unreached, prices_of
 from llmcompress.allocation.sensitivity import Probe, probe_windows
 from llmcompress.allocation.solve import monotone, predicted_baselines, solve
 from llmcompress.compression.job import Job
@@ -95,7 +95,7 @@ class Allocation:
             "sparsity": self.choices.sparsity(self.chosen),
             "probing_tokens": predicted_tokens(self.windows),
             "seconds": self.seconds,
-            "notes": list(self.choices.notes),
+            "notes": [*self.choices.notes, *note_unreached(self.prices)],
         }
 
     def write(self, folder: Path, summary: dict[str, Any]) -> None:
@@ -219,7 +219,7 @@ def priced_tokens(job: Job) -> CalibrationTokens:
 
 def _check_reachable(choices: Choices, target: Target) -> None:
     """Raise RecipeError for a size below the sum of the cheapest options, and for more zeros than any give."""
-    least = tuple(matrix.bytes.index(min(matrix.bytes)) for matrix in choices.matrices)
+    least = choices.cheapest([matrix.bytes for matrix in choices.matrices])
     bpw, size = choices.bpw(least), choices.size(least)
     if target.bpw is not None and bpw is not None and bpw > target.bpw:
         raise RecipeError(
@@ -227,7 +227,7 @@ def _check_reachable(choices: Choices, target: Target) -> None:
             f"options can do; raise it, or give options with fewer bits"
         )
     if target.sparsity is not None:
-        fewest = [matrix.nonzero.index(min(matrix.nonzero)) for matrix in choices.matrices]
+        fewest = choices.cheapest([matrix.nonzero for matrix in choices.matrices])
         if choices.nonzero(fewest) > kept_count(choices.weights, target.sparsity):
             most = math.floor((choices.sparsity(fewest) or 0.0) * 1000) / 1000
             raise RecipeError(
@@ -247,17 +247,18 @@ def choose(choices: Choices, prices: Sequence[MatrixPrices], target: Target) -> 
     Raises RecipeError for a target that no choice reaches.
     """
     _check_reachable(choices, target)
-    damages = [_monotone_damages(matrix) for matrix in prices]
+    damages = choices.add_rows([_monotone_damages(matrix) for matrix in prices])
     if target.kl is not None:
-        chosen = solve([matrix.bytes for matrix in choices.matrices], damages, target.kl)
+        chosen = solve(choices.add_rows([matrix.bytes for matrix in choices.matrices]), damages, target.kl)
     else:
-        chosen = solve(damages, [matrix.costs(target) for matrix in choices.matrices], choices.room(target))
+        costs = choices.add_rows([matrix.costs(target) for matrix in choices.matrices])
+        chosen = solve(damages, costs, choices.room(target))
     if chosen is None:
         raise RecipeError(
             f"target: a KL of {target.kl} cannot be reached, {sum(map(min, damages)):.2g} is the least that is "
             f"predicted for the options; raise it, or give options with more bits"
         )
-    return chosen
+    return choices.expand(chosen)
 
 
 def _monotone_damages(prices: MatrixPrices) -> list[float]:

@@ -18,7 +18,13 @@ from typing import Any
 
 from llmcompress.allocation.distortion import Steps
 from llmcompress.allocation.file_sizes import FileSizes, file_sizes
-from llmcompress.allocation.target_formats import ENGINE_OBSTACLES, check_rules, engine_table_options, options_for
+from llmcompress.allocation.target_formats import (
+    ENGINE_OBSTACLES,
+    check_rules,
+    check_source,
+    engine_table_options,
+    options_for,
+)
 from llmcompress.compression.job import Job
 from llmcompress.errors import RecipeError, list_names
 from llmcompress.methods.layer import sketch, step
@@ -62,7 +68,8 @@ class Choices:
     """All matrices with options, and the sizes that no choice changes.
 
     `fixed_bits`, `fixed_weights`, `fixed_nonzero`: of the linears that a rule compresses. `fixed_bytes`: of the weight
-    files without the payloads of the matrices. `notes`: about options that do not suit a matrix.
+    files without the payloads of the matrices. `notes`: about options that do not suit a matrix. `bundles`: numbers of
+    matrices that take one option together; all others choose alone.
     """
 
     matrices: tuple[Matrix, ...]
@@ -71,6 +78,26 @@ class Choices:
     fixed_nonzero: int
     fixed_bytes: int
     notes: tuple[str, ...] = ()
+    bundles: tuple[tuple[int, ...], ...] = ()
+
+    def together(self) -> tuple[tuple[int, ...], ...]:
+        """Return the numbers of all matrices, those that take one option in one tuple, in order."""
+        bundled = {number for bundle in self.bundles for number in bundle}
+        alone = ((number,) for number in range(len(self.matrices)) if number not in bundled)
+        return tuple(sorted((*self.bundles, *alone)))
+
+    def add_rows(self, table: Sequence[Sequence[float]]) -> list[list[float]]:
+        """Return a table by matrix and option with one row, the sum, for matrices that take one option."""
+        return [[sum(column) for column in zip(*(table[n] for n in each), strict=True)] for each in self.together()]
+
+    def expand(self, chosen: Sequence[int]) -> tuple[int, ...]:
+        """Return the option of each matrix from those of the rows of `add_rows`."""
+        own = {n: option for each, option in zip(self.together(), chosen, strict=True) for n in each}
+        return tuple(own[number] for number in range(len(self.matrices)))
+
+    def cheapest(self, costs: Sequence[Sequence[float]]) -> tuple[int, ...]:
+        """Return the option of each matrix with the least cost, by matrix and option."""
+        return self.expand([row.index(min(row)) for row in self.add_rows(costs)])
 
     def size(self, chosen: Sequence[int]) -> int:
         """Return the bytes of the weight files with the option `chosen` of each matrix, at most a few too many."""
@@ -129,7 +156,7 @@ def goes_low(job: Job) -> bool:
     if recipe.target.bpw is not None:
         return recipe.target.bpw < LOW
     choices = _lay_options(job, _default_options())
-    least = choices.size([matrix.bytes.index(min(matrix.bytes)) for matrix in choices.matrices])
+    least = choices.size(choices.cheapest([matrix.bytes for matrix in choices.matrices]))
     weights = sum(prod(matrix.shape) for matrix in choices.matrices if not matrix.is_table)
     return 8 * ((recipe.target.bytes or 0) - least) < (LOW - min(RATES)) * weights
 
@@ -168,6 +195,7 @@ def _lay_options(job: Job, options: Sequence[Steps]) -> Choices:
         suited, notes = _suitable_options({it.name: it.shape for it in open_linears}, options)
     if engine is not None:
         check_rules(job, engine)
+        check_source(job, engine)
         suited = {it.name: options_for(engine, it, suited.get(it.name, recipe.options)) for it in open_linears}
     matrices = [_matrix(sizes, it.name, it.shape, suited[it.name]) for it in open_linears]
     if recipe.target is not None and recipe.target.with_tables:
@@ -175,6 +203,8 @@ def _lay_options(job: Job, options: Sequence[Steps]) -> Choices:
             own, more = _suitable_options({name: _shape(job, name)}, each)
             matrices.append(_matrix(sizes, name, _shape(job, name), own[name], True))
             notes += more
+    numbers = {matrix.name: number for number, matrix in enumerate(matrices)}
+    stacked = [names for block in job.arch.blocks for names in block.siblings()] if engine == "vllm" else []
     if not matrices:
         raise RecipeError(
             f"the rules of recipe {recipe.name!r} cover every layer of {job.source.name}, so none is left to choose "
@@ -189,6 +219,7 @@ def _lay_options(job: Job, options: Sequence[Steps]) -> Choices:
         sum(not_zero(sketch(name, shapes[name], steps)) for name, steps in job.steps.items()),
         sizes.around(compressed) + sum(sizes.bytes(name, shapes[name], each) for name, each in job.all_steps.items()),
         notes,
+        tuple(tuple(numbers[name] for name in names) for names in stacked if names[0] in numbers),
     )
 
 

@@ -86,13 +86,13 @@ def predicted_baselines(
 
     "uniform": the same option for every matrix as far as that fits; "random": the mean of several random plans.
     """
-    costs = [matrix.costs(target) for matrix in choices.matrices]
-    limit = total_cost(costs, chosen)
+    own = [matrix.costs(target) for matrix in choices.matrices]
+    costs, limit = choices.add_rows(own), total_cost(own, chosen)
     uniform = uniform_plan(costs, limit)
     plans = [random_plan(costs, limit, Random(seed)) for seed in range(RANDOM)]
-    random = [damage(prices, plan) for plan in plans if plan is not None]
+    random = [damage(prices, choices.expand(plan)) for plan in plans if plan is not None]
     return {
-        **({} if uniform is None else {"uniform": damage(prices, uniform)}),
+        **({} if uniform is None else {"uniform": damage(prices, choices.expand(uniform))}),
         **({"random": sum(random) / len(random)} if random else {}),
     }
 
@@ -118,10 +118,13 @@ def random_plan(costs: Table, limit: float, random: Random) -> tuple[int, ...] |
     if total_cost(costs, _at(ladders, 0)) > limit:
         return None
     plan = [random.choice(ladder) for ladder in ladders]
-    while total_cost(costs, plan) > limit:
+    used = total_cost(costs, plan)
+    while used > limit:  # costs are whole numbers, so their sum stays exact
         number = random.randrange(len(plan))
         place = ladders[number].index(plan[number])
-        plan[number] = ladders[number][max(place - 1, 0)]
+        cheaper = ladders[number][max(place - 1, 0)]
+        used += costs[number][cheaper] - costs[number][plan[number]]
+        plan[number] = cheaper
     order = random.sample(range(len(plan)), len(plan))
     return fill_up(costs, plan, limit, order, steps=max(map(len, ladders)))
 

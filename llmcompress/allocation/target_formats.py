@@ -9,16 +9,18 @@ from typing import Any
 from llmcompress.allocation.distortion import Steps
 from llmcompress.allocation.file_sizes import gguf_type
 from llmcompress.compression.job import Job
-from llmcompress.errors import RecipeError
+from llmcompress.errors import InputError, RecipeError
 from llmcompress.formats.engine_files import UnfitError
+from llmcompress.formats.export import check_model
 from llmcompress.formats.gguf.write import expert_stacks
 from llmcompress.kernels.cpu import prepare as cpu
 from llmcompress.kernels.gpu import prepare as gpu
+from llmcompress.methods.grids.gguf import GGUF, can_learn, fitting
 from llmcompress.methods.layer import sketch, step
 from llmcompress.methods.trellises.exl3 import MOST_BITS
 from llmcompress.models.dense.families import Linear
 from llmcompress.recipe.rules import InputRounding
-from llmcompress.recipe.target import OUR_ENGINES
+from llmcompress.recipe.target import EXPORTS, OUR_ENGINES
 from llmcompress.weight.expression import describe
 from llmcompress.weight.nodes import Weight
 from llmcompress.weight.runtime_formats import (
@@ -46,8 +48,7 @@ FOUR_BITS: tuple[dict[str, Any], ...] = (
     {"bits": 4, "group_size": 128, "narrow_range": True},
     {"bits": 4, "group_size": 64, "narrow_range": True},
     {"bits": 4, "group_size": 32, "narrow_range": True},
-    {"format": "nvfp4"},
-    {"format": "mxfp4"},
+    {"format": "nvfp4"},  # not mxfp4: some GPUs round its inputs to 4 bits too
 )
 EIGHT_BITS: tuple[dict[str, Any], ...] = ({"bits": 8, "narrow_range": True}, {"format": "fp8"})
 
@@ -119,6 +120,21 @@ def _gguf_steps(types: Sequence[str]) -> tuple[Steps, ...]:
     )
 
 
+def check_source(job: Job, engine: str) -> None:
+    """Raise InputError for a model that an engine does not run, RecipeError for a term that its files have no place for
+    or for a missing package."""
+    if (form := EXPORTS.get(engine)) is None:
+        return
+    source, distill = job.source, job.recipe.distill
+    if source.sizes:
+        raise InputError(
+            f"blocks of {source.name} have widths of their own, which {form} has no place for; leave the engine out"
+        )
+    if form != "gguf" and distill is not None and any(stage.adapt for _, stage in distill.stages()):
+        raise RecipeError(f"distill: adapt adds low-rank terms, which {form} has no place for; leave adapt out")
+    check_model(source.folder, source.config_entries(), form, source.trust_remote_code)
+
+
 def check_rules(job: Job, engine: str) -> None:
     """Raise RecipeError for steps of a recipe whose outcome the engine does not multiply, or look up."""
     linears = job.arch.linears()
@@ -138,8 +154,46 @@ def check_rules(job: Job, engine: str) -> None:
         rows, width = job.source.tensors[f"{name}.weight"].shape
         if (why := _obstacle_of_shape(engine, name, (rows, width), steps)) is not None:
             raise RecipeError(f"{engine} does not read {_spell(steps)} of {name} ({why}); give it other steps")
+    if engine == "llama.cpp":
+        _check_learning(job)
     if engine in ("llama.cpp", "vllm"):
         _check_experts(job, engine)
+    if engine == "vllm":
+        for names in (names for block in job.arch.blocks for names in block.siblings()):
+            _check_siblings(job, names)
+
+
+def _check_learning(job: Job) -> None:
+    """Raise RecipeError for types of llama.cpp that do not hold what the recipe's learning would leave."""
+    recipe, linears = job.recipe, job.arch.linears()
+    stages = () if recipe.distill is None else [stage for _, stage in recipe.distill.stages()]
+    rates = {kind for each in (recipe.reconstruct, *stages) if each is not None for kind in each.rates}
+    lists: dict[str, tuple[Steps, ...]]
+    lists = {name: (steps,) for name, steps in (job.all_steps if stages else job.steps).items()}
+    if recipe.target is not None:
+        lists |= {name: options_for("llama.cpp", linears[name], recipe.options) for name in job.assignment.unruled}
+    for name, steps in ((name, each[0]) for name, options in lists.items() for each in options):
+        width = linears[name].shape[1] if name in linears else job.source.tensors[f"{name}.weight"].shape[1]
+        if isinstance(steps, GGUF) and not can_learn(kind := fitting(steps.type, width), rates):
+            learned = " and ".join(sorted(rates & {"scales", "factors", "codes"}))
+            raise RecipeError(
+                f"{kind} of {name} does not hold {learned} that learn; leave reconstruct: (--tune) and distill: out, "
+                f"or give types such as Q8_0"
+            )
+
+
+def _check_siblings(job: Job, names: Sequence[str]) -> None:
+    """Raise RecipeError for linears that vLLM stacks and that would not have one form."""
+    chosen = set(job.assignment.unruled) if job.recipe.target is not None else set()
+    linears, kinds = job.arch.linears(), dict[str, str]()
+    for name in names:
+        steps, inputs = job.steps.get(name), job.inputs.get(name)
+        form = "what the target chooses" if name in chosen else "no type"
+        form = form if steps is None else describe(sketch(name, linears[name].shape, steps))
+        kinds.setdefault(f"{form} with {inputs}" if inputs else form, name)
+    if len(kinds) > 1:
+        both = " and ".join(f"{name} has {kind}" for kind, name in sorted(kinds.items(), key=lambda pair: pair[1]))
+        raise RecipeError(f"rules: vLLM multiplies {', '.join(names)} as one matrix, and {both}; give them one rule")
 
 
 def _check_experts(job: Job, engine: str) -> None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from torch import Tensor
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.formats.engine_files import EngineFiles, ExportReport, UnfitError, write_layers
 from llmcompress.models.dense.experts import experts_of, holder
+from llmcompress.models.dense.families import architecture
 from llmcompress.models.dense.skeleton import folder_skeleton
 from llmcompress.models.dense.stored_names import hub_paths
 from llmcompress.models.files import file_names
@@ -145,7 +146,20 @@ def to_compressed_tensors(opened: CompressedCheckpoint, output: Path, allow_dens
     schemes = files.packed.values()
     kinds = Counter("grids" if scheme.format in INTEGERS else "matrices of floats" for scheme in schemes)
     kept = tuple(f"{count} {kind}, value for value" for kind, count in (kinds or Counter(grids=0)).items())
-    return ExportReport("compressed-tensors", str(output), opened.bytes, size, kept, files.changes())
+    notes = (*files.changes(), *_unlike_siblings(opened, files))
+    return ExportReport("compressed-tensors", str(output), opened.bytes, size, kept, notes)
+
+
+def _unlike_siblings(opened: CompressedCheckpoint, files: EngineFiles[Scheme]) -> Iterator[str]:
+    """Yield a sentence if linears that vLLM multiplies as one matrix are of several forms."""
+    blocks = architecture(opened.skeleton.config, opened.skeleton).blocks
+    siblings = (names for block in blocks for names in block.siblings())
+    unlike = [names for names in siblings if len({files.packed.get(name) for name in names}) > 1]
+    if unlike:
+        yield (
+            f"vLLM will not load this: it multiplies {', '.join(unlike[0])} as one matrix, and they have several "
+            f"forms, as {len(unlike)} such groups do"
+        )
 
 
 def _linear_names(opened: CompressedCheckpoint) -> set[str]:

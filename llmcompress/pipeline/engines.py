@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.allocation.file_sizes import SIZED, plan_in_files
-from llmcompress.allocation.target_formats import check_rules
+from llmcompress.allocation.target_formats import check_rules, check_source
 from llmcompress.compression.job import Job, prepare
 from llmcompress.compression.plan import TABLE_HINT, Plan, plan_of
 from llmcompress.compression.result import Result
 from llmcompress.errors import DiskError, GateError, RecipeError
 from llmcompress.formats.engine_files import ExportReport
-from llmcompress.formats.export import check_model, export
+from llmcompress.formats.export import export
 from llmcompress.models.dense.model import resolve
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import MANIFEST, files_of, write_checkpoint
@@ -40,6 +40,7 @@ from llmcompress.pipeline.compress import completed_result, compress, plan, remo
 from llmcompress.pipeline.quality_check import is_unsettled
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.read import read_recipe
+from llmcompress.recipe.target import EXPORTS
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.report import Report
 from llmcompress.runtime.ranks import process_count
@@ -57,10 +58,10 @@ class Engine:
 
 
 ENGINES = {
-    "vllm": Engine("compressed-tensors", "vllm-4"),
-    "llama.cpp": Engine("gguf", "llama-cpp-4"),
-    "mlx": Engine("mlx", "mlx-4"),
-    "exllamav3": Engine("exl3", "exl3"),
+    "vllm": Engine(EXPORTS["vllm"], "vllm-4"),
+    "llama.cpp": Engine(EXPORTS["llama.cpp"], "llama-cpp-4"),
+    "mlx": Engine(EXPORTS["mlx"], "mlx-4"),
+    "exllamav3": Engine(EXPORTS["exllamav3"], "exl3"),
     "transformers": Engine(None, "default"),
     "transformers-cuda": Engine(None, "default"),
 }
@@ -175,16 +176,14 @@ def _open_job(engine: str, model: str | Path, recipe: Recipe, revision: str | No
     does not run."""
     job = prepare(resolve(model, revision, trust_remote_code), recipe)
     check_rules(job, engine)
-    folder, form = job.source.folder, ENGINES[engine].form
-    if form is not None:
-        check_model(folder, read_json(folder / "config.json"), form, trust_remote_code)
+    check_source(job, engine)
     return job
 
 
 def _finished_result(folder: Path, job: Job, device: str) -> Result | None:
     """Return the result of this job in `folder`, None if it is to be made. Raises DiskError for that of another."""
     target = job.recipe.target
-    if is_unsettled(folder):  # `compress` takes it up, and judges it
+    if is_unsettled(folder, job.recipe):  # `compress` takes it up, and judges it
         return None
     if target is None or not (folder / file_names.ALLOCATION).is_file():
         return None if target else completed_result(folder, job, device)

@@ -23,6 +23,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from llmcompress.recipe.yaml import shorten
 
 Engine = Literal["vllm", "llama.cpp", "mlx", "exllamav3", "transformers", "transformers-cuda"]
+EXPORTS: dict[str, str] = {"vllm": "compressed-tensors", "llama.cpp": "gguf", "mlx": "mlx", "exllamav3": "exl3"}
 OUR_ENGINES: tuple[Engine, ...] = ("transformers", "transformers-cuda")  # which run our own files
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 import llmcompress as lc
+from llmcompress.allocation.allocate import choose
 from llmcompress.allocation.choices import LOW_RATES, find_choices
+from llmcompress.allocation.prices import MatrixPrices, OptionPrice
 from llmcompress.allocation.target_formats import ENGINE_OBSTACLES, default_options, options_for
 from llmcompress.compression.job import prepare
 from llmcompress.errors import RecipeError
@@ -65,6 +68,27 @@ def test_default_options_are_those_that_fit_the_shape_and_leave_tables_alone(pla
     odd = options_for("vllm", Linear("odd", (8, 52)), None)
     rows = tuple(default_options("vllm", 52)[place] for place in (0, 1, -2, -1))
     assert odd == rows, "52 columns are one group of 128 or of 64, and no smaller one divides them"
+
+
+def test_what_vllm_stacks_is_chosen_together(place: Path) -> None:
+    """By prices that would give each linear another option."""
+    choices = left(place)
+    names = [one.name for one in choices.matrices]
+    bundles = {tuple(names[number].rpartition(".")[2] for number in bundle) for bundle in choices.bundles}
+    assert bundles == {("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")}
+    random = torch.Generator().manual_seed(0)
+    prices = []
+    for one in choices.matrices:
+        draws = torch.rand(len(one.options), generator=random).tolist()
+        each = zip(one.options, one.bits, one.bytes, draws, strict=True)
+        offers = tuple(OptionPrice(steps, bits, size, 0.1, True, damage) for steps, bits, size, damage in each)
+        prices.append(MatrixPrices(one.name, one.shape, False, 1.0, offers))
+    room = choices.size(choices.cheapest([one.bytes for one in choices.matrices])) + 10_000
+    chosen = choose(choices, prices, Target(bytes=room, engine="vllm"))
+    assert all(len({chosen[number] for number in bundle}) == 1 for bundle in choices.bundles)
+    assert len(set(chosen)) > 1 and choices.size(chosen) <= room
+    apart = choose(replace(choices, bundles=()), prices, Target(bytes=room, engine="vllm"))
+    assert any(len({apart[number] for number in bundle}) > 1 for bundle in choices.bundles)
 
 
 @pytest.mark.slow

@@ -208,6 +208,20 @@ def with_config(checkpoint: Path, place: Path, **changes: Any) -> Path:
     return place
 
 
+def test_runs_of_spaces_are_spelled_as_llama_cpp_prints_them(tmp_path: Path) -> None:
+    """Gemma lists pieces of spaces as added tokens."""
+    plain = sentence_piece("gemma")
+    number = max(plain.get_vocab().items(), key=lambda entry: (set(entry[0]) == {SPACE}, len(entry[0])))[1]
+    piece = plain.convert_ids_to_tokens(number)
+    assert set(piece) == {SPACE} and len(piece) > 1
+    plain.save_pretrained(tmp_path / "plain")
+    plain.add_tokens([AddedToken(piece, normalized=False)])
+    plain.save_pretrained(tmp_path / "added")
+    before, after = (read_vocabulary(tmp_path / name, 640, {}) for name in ("plain", "added"))
+    assert before.tokens[number] == piece and after.tokens[number] == " " * len(piece)
+    assert after.types[number] == gguf.TokenType.USER_DEFINED and after.scores == before.scores
+
+
 # --- files ----------------------------------------------------------------------------------------------------------
 
 

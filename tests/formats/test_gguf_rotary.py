@@ -16,7 +16,18 @@ from llmcompress.errors import InputError
 from llmcompress.formats.export import export
 from llmcompress.formats.gguf.families import FAMILIES
 from llmcompress.formats.gguf.model import GGUFModel, gguf_model
-from tests.formats.gguf_files import GRID, byte_level, compressed, engine, gguf, in_float32, largest_difference, run
+from llmcompress.models.dense.model import resolve
+from tests.formats.gguf_files import (
+    GRID,
+    byte_level,
+    compressed,
+    engine,
+    gguf,
+    in_float32,
+    largest_difference,
+    run,
+    tiny_llama,
+)
 from tests.formats.test_gguf_families import CASES, GEMMA, HEADS, LINEAR, OLDER, PLAIN, SIZES, YARN, every, long_rope
 from tests.tiers import tiered_nightly
 from tests.tiny import tiny
@@ -152,6 +163,58 @@ def test_longrope_note_names_the_context_length(tmp_path: Path) -> None:
     [note] = gguf_model(tmp_path, AutoConfig.for_model("phi3", **CASES["phi3"][1]).to_dict()).rotary.notes()
     assert note == "llama.cpp takes the long factors of positions where its context, not a text, exceeds 16"
     assert not list(gguf_model(tmp_path, AutoConfig.for_model("llama", **SIZES).to_dict()).rotary.notes())
+
+
+LLAMA31 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "original_max_position_embeddings": 8192}
+LLAMA31 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+FULL = {"full_attention": LINEAR | {"rope_theta": 1e6}, "sliding_attention": PLAIN}
+
+
+def exported(family: str, place: Path, **sizes: Any) -> Path:
+    """Return the GGUF file of a compressed tiny model."""
+    source = tiny_llama(place / "dense", family, **sizes)
+    export(compressed(source, place / "small", ("*", [GRID])), place / "out", "gguf", allow_dense=True)
+    return place / "out" / "model.gguf"
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("llama", {"rope_parameters": LLAMA31}),
+        ("llama", {"rope_parameters": LINEAR}),
+        ("llama", {"rope_parameters": YARN}),
+        ("gemma3_text", GEMMA | every(6, 6) | {"rope_parameters": FULL}),
+    ],
+)
+def test_scaled_positions_are_read_back(
+    family: str, sizes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
+    config = resolve(str(exported(family, tmp_path, **sizes))).config
+    wanted, nested = sizes["rope_parameters"], "full_attention" in sizes["rope_parameters"]
+    for kind in wanted if nested else [None]:
+        told, expected = (at[kind] if kind else at for at in (config.rope_parameters, wanted))
+        assert {key: told.get(key) for key in expected} == pytest.approx(expected), kind
+    assert getattr(config, "query_pre_attn_scalar", None) == sizes.get("query_pre_attn_scalar")
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "sentence"),
+    [
+        ("llama", {"rope_parameters": LLAMA3}, "scales rotary positions by rope_freqs.weight"),
+        ("llama", {"rope_parameters": YARN | {"attention_factor": 2.0}}, "has rotary positions of type 'yarn'"),
+        ("llama", {"attention_bias": True}, "has biases that transformers passes over, blk.0.attn_"),
+        ("phi3", long_rope(64, 16), "rotates 8 numbers of a head, and transformers reads 16"),
+    ],
+)
+def test_what_no_reader_says_is_refused(
+    family: str, sizes: dict[str, Any], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
+    file = exported(family, tmp_path, **sizes)
+    with pytest.raises(InputError, match=f"{sentence}.*; give the folder or the Hub id of the model"):
+        resolve(str(file))
+    assert not [path for path in (tmp_path / "cache").glob("*") if path.is_dir()]
 
 
 # --- the engine -----------------------------------------------------------------------------------------------------

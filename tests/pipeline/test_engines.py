@@ -18,6 +18,8 @@ from llmcompress.models.dense.locate import locate
 from llmcompress.models.files.checkpoint import check_manifest
 from llmcompress.pipeline import engines
 from llmcompress.pipeline.engines import ENGINES, compress_for, plan_for
+from llmcompress.pipeline.frontier import frontier
+from llmcompress.pipeline.frontier_inputs import budgets
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.read import read_recipe
 from llmcompress.reporting import report as reports
@@ -199,6 +201,69 @@ def test_recipes_with_inputs_of_few_bits(name: str, dense: Path, tmp_path: Path)
     groups = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
     assert [group["input_activations"]["strategy"] for group in groups.values()] == ["token"]
     assert all(name.removeprefix("vllm-") in row.stored for row in result.report.layers)
+
+
+@pytest.mark.parametrize(
+    ("rules", "sentence"),
+    [
+        (
+            "[{match: '*.v_proj', steps: [{method: rtn, bits: 8, narrow_range: true}]}, {match: '*', steps: "
+            "[{method: rtn, bits: 4, narrow_range: true, group_size: 32}]}]",
+            r"vLLM multiplies .*q_proj, .*k_proj, .*v_proj as one matrix, and .*q_proj has .* and .*v_proj has",
+        ),
+        (
+            "[{match: '*.gate_proj', steps: []}, {match: '*', steps: [{method: rtn, bits: 8, narrow_range: true}]}]",
+            "as one matrix, and .*gate_proj has no type and .*up_proj has",
+        ),
+    ],
+)
+def test_vllm_gets_one_form_for_what_it_stacks(rules: str, sentence: str, dense: Path, tmp_path: Path) -> None:
+    asked = recipe("vllm", f"rules={rules}")
+    with pytest.raises(RecipeError, match=sentence):
+        plan_for("vllm", dense, asked)
+    ours = lc.compress(dense, asked, tmp_path / "ours").folder
+    done = lc.export(ours, tmp_path / "out", "compressed-tensors", allow_dense=True)
+    assert done.changed[-1].startswith("vLLM will not load this: it multiplies ")
+
+
+@pytest.mark.parametrize(
+    ("engine", "settings", "sentence"),
+    [
+        ("llama.cpp", ["reconstruct={}"], r"Q._K of .* does not hold scales that learn; leave reconstruct: \(--tune\)"),
+        ("llama.cpp", ["rules=[]", "target={bpw: 5}", "reconstruct={}"], "does not hold scales that learn"),
+        (
+            "vllm",
+            ["distill={adapt: {rank: 4}, rates: {factors: 1e-3}, data: {length: 32}}"],
+            "adapt adds low-rank terms, which compressed-",
+        ),
+    ],
+)
+def test_learning_that_no_file_holds_is_refused(
+    engine: str, settings: list[str], sentence: str, dense: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        compress_for(engine, dense, recipe(engine, *settings), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_types_whose_scales_are_free_may_learn(dense: Path) -> None:
+    rules = "[{match: '*', steps: [{method: gguf, type: Q4_0}]}]"
+    assert plan_for("llama.cpp", dense, recipe("llama.cpp", f"rules={rules}", "reconstruct={}")).seconds
+
+
+def test_blocks_of_their_own_widths_go_to_no_other_engine(dense: Path, tmp_path: Path) -> None:
+    lc.narrow(dense, tmp_path / "slim", neurons=0.75, per_block=True, by="random")
+    with pytest.raises(InputError, match="widths of their own, which compressed-tensors has no place for"):
+        plan_for("vllm", tmp_path / "slim", recipe("vllm"))
+
+
+def test_a_sweep_for_an_engine_needs_a_model_that_it_runs(tmp_path: Path) -> None:
+    place = save_tiny("gpt_neo", tmp_path / "dense")
+    asked = read_recipe(
+        "default", [*SHORT, "rules=[]", "embeddings=[]", "head=null", "table=null", "target={bpw: 5, engine: mlx}"]
+    )
+    with pytest.raises(InputError, match="is a gpt_neo model, of which nobody here knows what MLX reads"):
+        frontier(place, [asked], budgets("5", None), tmp_path / "out")
 
 
 def test_tables_are_refused_where_an_engine_has_none(dense: Path) -> None:

@@ -135,7 +135,10 @@ def _tokens(path: Path, entries: dict[str, Any], size: int) -> tuple[list[str], 
     if fallback and model.get("unk_token") in model["vocab"]:
         types[model["vocab"][model["unk_token"]]] = UNKNOWN
     for token in entries.get("added_tokens") or ():
-        texts[token["id"]] = token["content"]
+        spaced = (
+            fallback and not token["special"]
+        )  # llama.cpp prints a user's token as it is, and matches it in raw text
+        texts[token["id"]] = token["content"].replace(SPACE, " ") if spaced else token["content"]
         if types.get(token["id"]) != UNKNOWN:
             types[token["id"]] = CONTROL if token["special"] else USER_DEFINED
     if max(texts) >= size:
@@ -256,4 +259,4 @@ def _scores(path: Path, model: dict[str, Any], tokens: list[str], types: list[in
             f"reads; export to another format"
         )
     scores = {token: -float(place) for place, token in enumerate(made)}
-    return [scores.get(token, -float(len(made))) for token in tokens]
+    return [scores.get(token.replace(" ", SPACE), -float(len(made))) for token in tokens]

@@ -24,6 +24,7 @@ weights that carry all feedback so far. d has so few significant bits that every
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal
@@ -159,6 +160,18 @@ class GGUF(StepConfig):
 def fitting(kind: Type, width: int) -> Type:
     """Return the type, or its substitute in matrices of that width."""
     return INSTEAD[kind] if kind in INSTEAD and width % SUPERBLOCK else kind
+
+
+def can_learn(kind: Type, rates: Collection[str]) -> bool:
+    """True if a type holds what training at these rates leaves: not where scales are multiples of a number, offsets are
+    a factor of zeros and ones, or integers have gaps."""
+    form = FORMS.get(kind)
+    if form is None or superblock_form(kind):  # which do not train
+        return True
+    fixed = {"scales"} if form.multiples else set()
+    fixed |= set() if form.offsets is None else {"scales", "factors", "codes"}
+    fixed |= set() if form.levels == len(form.integers) else {"codes"}
+    return not fixed & set(rates)
 
 
 def superblock_form(kind: Type) -> SuperblockForm | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
@@ -105,6 +106,15 @@ class BlockLayout:
         """Return the linears that have any of the roles, in the order of the groups."""
         return tuple(linear for group in self.groups for linear in group if set(linear.roles) & set(roles))
 
+    def siblings(self) -> tuple[tuple[str, ...], ...]:
+        """Return the names of linears of one module that read the same tensor, which vLLM multiplies as one matrix."""
+        modules: dict[tuple[int, str], tuple[str, ...]] = {}
+        for number, group in enumerate(self.groups):
+            for name in (linear.name for linear in group):
+                key = number, name.rpartition(".")[0]
+                modules[key] = (*modules.get(key, ()), name)
+        return tuple(names for names in modules.values() if len(names) > 1)
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -131,7 +141,12 @@ class Architecture:
         return None if self.tied else self.embedding
 
     def linears(self) -> dict[str, Linear]:
-        """Return every linear of every block by module path, in depth order."""
+        """Return every linear of every block by module path, in depth order; not to be changed."""
+        return self._by_name
+
+    @cached_property
+    def _by_name(self) -> dict[str, Linear]:
+        """The linears: a mixture has thousands, and loops over them ask for one at a time."""
         return {linear.name: linear for block in self.blocks for group in block.groups for linear in group}
 
 

@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerBase
 
-UNPACKING = 6  # counts the ways in which files were unpacked: part of a folder's name in the cache
+UNPACKING = 7  # counts the ways in which files were unpacked: part of a folder's name in the cache
 TOKENIZER, CHAT_TEMPLATE = "tokenizer.ggml", "tokenizer.chat_template"
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # types of tokens
 PADDING = re.compile(r"\[+PAD\d+\]+")  # names of the rows of a token table that no token has
+ORIGINAL = "give the folder or the Hub id of the model that it was made of"
 NAMED_TEMPLATE = re.compile(r"tokenizer\.chat_template\.([A-Za-z0-9_]+)")  # the name becomes that of a file
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-ORIGINAL = "give the folder or the Hub id of the model that it was made of"
 SENTENCES = (  # that a tokenizer must read and write unchanged
     "Water boils at 100 degrees.",
     "  two  spaces,\n\n\ta tab and 1234567 digits",
@@ -146,6 +146,8 @@ def _write_model(file: Path, header: GGUFHeader, name: str, folder: Path) -> Non
     import torch
     import transformers
 
+    from llmcompress.models.dense.gguf_positions import read_what_is_passed_over
+
     dequantize: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):  # later releases keep the weights packed unless told otherwise
         dequantize = {"quantization_config": transformers.GgufConfig(dequantize=True)}
@@ -160,9 +162,10 @@ def _write_model(file: Path, header: GGUFHeader, name: str, folder: Path) -> Non
             raise InputError(
                 f"transformers {transformers.__version__} does not read {file} ({first_line(error)}); {ORIGINAL}"
             ) from error
-    model, loading = loaded
-    if loading["missing_keys"]:
-        raise InputError(f"{file} lacks weights, {sorted(loading['missing_keys'])[0]} for one; give another file")
+        model, loading = loaded
+        if loading["missing_keys"]:
+            raise InputError(f"{file} lacks weights, {sorted(loading['missing_keys'])[0]} for one; give another file")
+        read_what_is_passed_over(model, file, header)
     for owner, key in ((model, "hf_quantizer"), (model.config, "quantization_config")):
         if hasattr(owner, key):  # the weights are plain numbers now
             delattr(owner, key)
