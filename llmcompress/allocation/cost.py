@@ -58,7 +58,7 @@ def pricing_bytes(job: Job, choices: Choices, tokens: int, processes: int = 1) -
     walked = peak_bytes(job, [table.name for table in tables], statistics_needs(job, matrices), options)
     probed = sum(len(_options_to_probe(job, matrix)) for matrix in linears)
     exchanged = max((prod(matrix.shape) for matrix in linears), default=0)
-    changed = FLOAT32 * (exchanged + probed * tokens * width_of(job.arch) // processes)
+    changed = FLOAT32 * (exchanged + probed * tokens * width_of(job) // processes)
     rows, width = job.source.tensors[f"{job.arch.embedding}.weight"].shape
     ended = LIBRARIES + COMPILER + changed + FLOAT32 * rows * tokens + head_bytes(rows * width)  # log-probabilities
     read = [table.shape[0] * (FLOAT32 * tokens + EXCHANGED_TABLE * table.shape[1]) for table in tables]

@@ -14,6 +14,7 @@ and L (3 L) times t hidden states.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,12 +37,13 @@ from llmcompress.allocation.distortion import (
     sample_few_rows,
     sample_rows,
 )
-from llmcompress.allocation.sensitivity import Probe
+from llmcompress.allocation.sensitivity import Probe, settle_sensitivities
 from llmcompress.calibration.gather import Statistics
 from llmcompress.calibration.walk import Block, Execution, Progress, walk
 from llmcompress.compression.job import Job, gradient_importance
+from llmcompress.compression.time_estimate import EXPERT
 from llmcompress.data.calibration import CalibrationTokens
-from llmcompress.errors import NumericsError
+from llmcompress.errors import NumericsError, list_names
 from llmcompress.methods.layer import Layer, methods, step
 from llmcompress.methods.moments import Moments
 from llmcompress.recipe.compression import Damage
@@ -50,6 +52,7 @@ from llmcompress.runtime.progress import count_steps
 from llmcompress.runtime.ranks import Ranks
 from llmcompress.weight.nodes import Dense
 
+LOG = logging.getLogger("llmcompress")
 TOKENS = 8192  # of calibration: enough for a ranking
 
 Reference = list[tuple[dict[int, float], list[float]]]  # for each family: see `_reference_errors`
@@ -204,13 +207,21 @@ def prices_of(choices: Choices, parts: Iterable[Measurements]) -> tuple[MatrixPr
     for part in parts:
         matrices |= part.matrices
         references |= part.references
-    smallest = smallest_matrices(choices.matrices)
-    return tuple(
-        _price_options(
-            matrix, matrices[matrix.name], [] if matrix.is_table else references[smallest[matrix.options].name]
-        )
-        for matrix in choices.matrices
-    )
+    smallest, prices = smallest_matrices(choices.matrices), []
+    sensitivities = settle_sensitivities({name: each.sensitivities for name, each in matrices.items()})
+    for matrix in choices.matrices:
+        reference = [] if matrix.is_table else references[smallest[matrix.options].name]
+        prices.append(_price_options(matrix, matrices[matrix.name], sensitivities[matrix.name], reference))
+    for note in note_unreached(prices):
+        LOG.warning(note)
+    return tuple(prices)
+
+
+def note_unreached(price_list: Sequence[MatrixPrices]) -> tuple[str, ...]:
+    """Return a note on experts that no probing token reaches; none if all are reached."""
+    names = [matrix.name for matrix in price_list if not matrix.sensitivity and EXPERT.fullmatch(matrix.name)]
+    note = f"{list_names(names)}: no probing token tells of it, so it counts as the least sensitive other expert does"
+    return (note,) if names else ()
 
 
 def _own_matrices(job: Job, matrices: Sequence[Matrix], ranks: Ranks) -> list[Matrix]:
@@ -358,7 +369,9 @@ def _check_finite(name: str, values: Iterable[float]) -> None:
         raise NumericsError(f"{name}: an option for it gives NaN or Inf; give other options, or a rule for it")
 
 
-def _price_options(matrix: Matrix, measurement: MatrixMeasurement, reference: Reference) -> MatrixPrices:
+def _price_options(
+    matrix: Matrix, measurement: MatrixMeasurement, sensitivities: Mapping[int, float], reference: Reference
+) -> MatrixPrices:
     errors, kin = dict(measurement.errors), families(matrix.options)
     for family, (fast, own) in zip(kin, reference):
         places = {number: place for place, number in enumerate(family)}
@@ -367,8 +380,8 @@ def _price_options(matrix: Matrix, measurement: MatrixMeasurement, reference: Re
         errors |= {number: values[place] for number, place in places.items()}
     damages: dict[int, float] = {}
     for family in kin:
-        probed = {number: value for number, value in measurement.sensitivities.items() if number in family}
-        curve = {errors[number]: value for number, value in (probed or measurement.sensitivities).items()}
+        probed = {number: value for number, value in sensitivities.items() if number in family}
+        curve = {errors[number]: value for number, value in (probed or sensitivities).items()}
         damages |= {n: errors[n] * interpolate_logarithms(curve.items(), errors[n]) for n in family}
     offers = tuple(
         OptionPrice(steps, matrix.bits[n], matrix.bytes[n], errors[n], n in measurement.errors, damages[n])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llmcompress.calibration.streaming import from_disk, run_block
 from llmcompress.calibration.walk import Block
+from llmcompress.compression.time_estimate import EXPERT
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.evaluation.distance import kl_divergence
 from llmcompress.evaluation.logits import OnDisk, window_logits
@@ -151,6 +152,22 @@ class Probe:
             yield
         finally:
             parameter.data = before
+
+
+def settle_sensitivities(measured: Mapping[str, Mapping[int, float]]) -> dict[str, dict[int, float]]:
+    """Return sensitivities by matrix and option; one of 0 of an expert becomes the least other one.
+
+    That is of the same linear of other experts in the block: no probing token reaches this one, but other text may.
+    """
+    kin = {name: f"{match[1]} {name.rpartition('.')[2]}" for name in measured if (match := EXPERT.fullmatch(name))}
+    least: dict[tuple[str | None, int], float] = {}
+    for name, key in kin.items():
+        for number, value in ((number, value) for number, value in measured[name].items() if value):
+            least[key, number] = min(value, least.get((key, number), value))
+    return {
+        name: {number: value or least.get((kin.get(name), number), 0.0) for number, value in own.items()}
+        for name, own in measured.items()
+    }
 
 
 def probe_windows(tokens: CalibrationTokens) -> Tensor:

@@ -176,9 +176,8 @@ def _scores(folder: Path) -> dict[str, Any] | None:
         scores = {name: entries["compressed"][name] for name in SCORES}
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read ({type(error).__name__}: {error}); {MENDING}") from error
-    return scores | {
-        "protocol": {name: value for name, value in entries.items() if name not in ("dense", "compressed", "versions")}
-    }
+    results = ("dense", "compressed", "differences", "versions", "digest")
+    return scores | {"protocol": {name: value for name, value in entries.items() if name not in results}}
 
 
 def draw_prompt(models: Sequence[Candidate], length: int, seed: int) -> list[int]:

@@ -6,7 +6,7 @@ one by one is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -119,36 +119,48 @@ def embed(
     sequences: Tensor,
     batches: list[RowBatch],
     device: torch.device,
+    sizes: Collection[int] = (),
 ) -> tuple[Tensor, Calls, int]:
     """Return what `record_calls` does. Everything around the blocks is loaded for it, and dropped again."""
     below, stack = body(model), model.get_submodule(arch.stack)
     load(below, name_of(model, below), source, device, skip=[stack])
     try:
-        return record_calls(model, arch.stack, sequences, batches, device)
+        return record_calls(model, arch.stack, sequences, batches, device, sizes)
     finally:
         drop(below, skip=[stack])
 
 
 @torch.no_grad()
 def record_calls(
-    model: PreTrainedModel, stack: str, sequences: Tensor, batches: list[RowBatch], device: torch.device
+    model: PreTrainedModel,
+    stack: str,
+    sequences: Tensor,
+    batches: list[RowBatch],
+    device: torch.device,
+    sizes: Collection[int] = (),
 ) -> tuple[Tensor, Calls, int]:
     """Return the first block's inputs, the arguments of every block, and how many values follow the hidden states.
 
-    The inputs are float32 `[sequences, length, width]`; `stack` is the module path of the list of blocks. Raises
-    InputError for a model whose blocks cannot be run one by one.
+    The inputs are float32 `[sequences, length, width]`; `stack` is the module path of the list of blocks; `sizes` are
+    those of more batches, of any sequences. Raises InputError for a model whose blocks cannot be run one by one.
     """
     errors = []
     for extra in EXTRA:
         try:
-            return *_record_batches(model, stack, sequences, batches, device, extra), extra
+            return *_record_batches(model, stack, sequences, batches, device, extra, sizes), extra
         except InputError as error:
             errors.append(error)
     raise errors[0]
 
 
 def _record_batches(
-    model: PreTrainedModel, path: str, sequences: Tensor, batches: list[RowBatch], device: torch.device, extra: int
+    model: PreTrainedModel,
+    path: str,
+    sequences: Tensor,
+    batches: list[RowBatch],
+    device: torch.device,
+    extra: int,
+    sizes: Collection[int],
 ) -> tuple[Tensor, Calls]:
     shared: dict[int, list[Call]] = {}
     own: dict[int, list[Call]] = {}
@@ -160,6 +172,9 @@ def _record_batches(
             hidden = record.hidden.new_empty(*sequences.shape, record.hidden.shape[-1], dtype=torch.float32)
         hidden[batch.rows] = record.hidden
         own[batch.rows.start] = record.calls if record.depends else shared.setdefault(batch.size, record.calls)
+    for size in set(sizes) - shared.keys():
+        ids = sequences[:1].repeat(size, 1).to(device)
+        shared[size] = _record_forward(model, path, ids, extra, None).calls
     if batches and not depends:  # perhaps no two batches have one size
         first = batches[0]
         other = sequences[first.rows].roll(1, 1).to(device)

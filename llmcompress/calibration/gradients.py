@@ -56,11 +56,12 @@ class Importance:
     def token_weights(self, names: tuple[str, ...], minimum: float) -> Tensor:
         """Return the weights of tokens for linears that read the same input, `[sequences, length]`.
 
-        They are at least `minimum`, and about 1 on average.
+        They are at least `minimum`, and about 1 on average; ones for linears without gradients.
         """
         shares = [self.tokens.get(name, self.tokens.get(NUMBER.sub(r"\1", name))) for name in names]
         known = [share.clamp_max(MOST) for share in shares if share is not None]
-        return minimum + (1 - minimum) * torch.stack(known).mean(0)
+        alike = torch.ones_like(next(iter(self.tokens.values())))
+        return minimum + (1 - minimum) * torch.stack(known or [alike]).mean(0)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by name, to be stored."""

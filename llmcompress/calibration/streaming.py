@@ -111,14 +111,15 @@ class StreamedModel:
         They have a graph if the hidden states require gradients.
         """
         ids = states.ids[rows].to(self.device)
-        extra = {}
-        if positions != slice(0, ids.shape[1]) and "logits_to_keep" in signature(self.model.forward).parameters:
+        known, extra = signature(self.model.forward).parameters, {}
+        routers = {"output_router_logits": False} if "output_router_logits" in known else {}  # the stand-ins have none
+        if positions != slice(0, ids.shape[1]) and "logits_to_keep" in known:
             extra["logits_to_keep"] = torch.arange(ids.shape[1], device=self.device)[positions]
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(hidden.requires_grad))
             stack.enter_context(skip_blocks(self.model, self.stack, self.depth, hidden, states.extra))
             stack.enter_context(without_table(self.model, self.device))
-            logits: Tensor = self.model(input_ids=ids, use_cache=False, **extra).logits
+            logits: Tensor = self.model(input_ids=ids, use_cache=False, **routers, **extra).logits
             return logits if extra else logits[:, positions]
 
     def _blocks(self) -> nn.ModuleList:

@@ -47,6 +47,7 @@ from llmcompress.calibration.input_scales import key_value_scales, sample_inputs
 from llmcompress.calibration.ranks import sum_over_ranks
 from llmcompress.errors import InputError
 from llmcompress.methods.moments import Moments, RunningMoments
+from llmcompress.models.dense.config import context_length
 from llmcompress.models.dense.families import Architecture, Linear
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.runtime.memory import trim_memory
@@ -160,8 +161,11 @@ class _Walk:
         execution, statistics = self.execution, self.statistics
         size = execution.batch_size or max(1, TOKENS_PER_BATCH // sequences.shape[1])
         batches = in_batches(len(sequences), held_out, size)
+        drawn = range(1 if execution.ranks.count > 1 else size, size + 1)  # by a block that learns
         with phase("forward"):
-            hidden, calls, extra = embed(self.model, self.source, self.arch, sequences, batches, self.device)
+            hidden, calls, extra = embed(
+                self.model, self.source, self.arch, sequences, batches, self.device, drawn if window else ()
+            )
         dense = None
         if window or statistics.cross:
             dense = hidden[: len(hidden) if window else len(hidden) - held_out].clone()
@@ -322,8 +326,8 @@ def _check_sequences(model: PreTrainedModel, sequences: Tensor, held_out: int) -
             f"the calibration text has token {high if high >= vocabulary else low} but the model's vocabulary ends at "
             f"{vocabulary - 1}; use the model's own tokenizer"
         )
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(positions, int) and length > positions:
+    positions = context_length(model.config)
+    if positions is not None and length > positions:
         raise InputError(
             f"calibration sequences of {length} tokens are longer than the model's {positions} positions; "
             f"set a length of at most {positions}"

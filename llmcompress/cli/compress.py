@@ -28,7 +28,7 @@ from llmcompress.cli.options import (
     command,
 )
 from llmcompress.cli.scores import build_protocol
-from llmcompress.cli.terminal import Terminal, build_table
+from llmcompress.cli.terminal import Terminal, build_table, next_line
 from llmcompress.errors import RecipeError, format_bytes
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.reporting.formatting import duration, number, phases_text, target_text
@@ -128,6 +128,8 @@ def compress(
     if price_part is not None:
         if engine is not None:
             raise RecipeError("--price-part measures for a run without --for; leave one of them out")
+        if not resume:
+            raise RecipeError("--price-part always measures its part anew; leave --no-resume out")
         file = pipeline.price_part(model, built, output, Part.of(price_part), pricing=terminal.pricing, **access)
         terminal.show({"part": price_part, "file": str(file)}, priced_view)
         return
@@ -143,7 +145,7 @@ def compress(
     terminal.show(
         result.report.to_json() | {name: part for name, part in more.items() if part is not None}, report_view
     )
-    terminal.say(f"next    llmcompress eval {output} --against {model}")
+    terminal.say(next_line(("eval", str(output), "--against"), model, revision, access["trust_remote_code"]))
 
 
 @command("revision", "trust_remote_code")
@@ -251,6 +253,9 @@ def build_recipe(
     from llmcompress.recipe.read import Change, read_recipe
 
     settings = settings or []
+    aims = [each for each in settings if each.startswith(("target.", "target=")) and "target.engine" not in each]
+    if target is not None and aims:
+        raise RecipeError(f"{target.origin} and --set {aims[0]} both say what to aim at; leave one of them out")
     without_target = target is None and not any(setting.startswith("target") for setting in settings)
     if engine is not None and recipe is None and without_target:
         recipe = engine_of(engine).recipe

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmcompress.cli.options import Group, Model, OutOrDryRun, check_output, command
+from llmcompress.cli.options import Group, Model, OutOrDryRun, check_output, check_seed, command
 from llmcompress.cli.terminal import Terminal, build_table, surgery_lines
 from llmcompress.reporting.tables import Row, merge_sentences
 
@@ -58,6 +58,7 @@ def prune(
     """
     from llmcompress.surgery.experts.prune import prune_experts
 
+    check_seed(by, seed)
     _show(terminal, prune_experts, model, keep=keep, by=by, seed=seed, **others)
 
 
@@ -136,6 +137,7 @@ def replace(
     """
     from llmcompress.surgery.experts.replace import replace_experts
 
+    check_seed(by, seed)
     _show(terminal, replace_experts, model, count=count, share=share, rank=rank, by=by, seed=seed, **others)
 
 

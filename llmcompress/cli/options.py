@@ -144,6 +144,12 @@ def command(
     return decorate
 
 
+def check_seed(by: str, seed: int) -> None:
+    """Raise RecipeError for a seed where nothing is drawn."""
+    if seed and by != "random":
+        raise RecipeError(f"--seed is for --by random, and --by {by} draws nothing; leave it out")
+
+
 def check_output(output: Path | None, dry_run: bool) -> Path | None:
     """Return the folder to write, or None for a dry run. Raises RecipeError without an output and without a dry run."""
     if output is None and not dry_run:

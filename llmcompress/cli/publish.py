@@ -10,7 +10,7 @@ import typer
 
 from llmcompress.cli.options import Checkpoint, Length, Out, Text, Windows, command
 from llmcompress.cli.terminal import Terminal, build_table, size_change
-from llmcompress.errors import format_bytes
+from llmcompress.errors import RecipeError, format_bytes
 from llmcompress.reporting.tables import Row
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ def export(
     """
     from llmcompress.formats.export import export as run
 
+    if allow_dense and to in ("dense", "peft"):
+        raise RecipeError(f"--allow-dense is for formats of few bits, and {to} is none; leave --allow-dense out")
     terminal.scoring(f"export to {to}", 0, 0)
     terminal.show(run(folder, output, to, allow_dense, round_to, rank=rank, **access).to_json(), exported_view)
 

@@ -11,7 +11,7 @@ import typer
 
 from llmcompress.cli.options import BatchSize, Group, Length, Limit, Model, Revision, Tasks, Text, Windows, command
 from llmcompress.cli.terminal import Terminal, build_table
-from llmcompress.errors import InputError, format_bytes
+from llmcompress.errors import InputError, RecipeError, format_bytes
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.reporting.formatting import number, with_error
 from llmcompress.reporting.tables import Row, adapter_table, change_table, comparison_table, metrics
@@ -37,8 +37,14 @@ Domains = Annotated[
 
 
 def build_protocol(tasks: str | None, limit: float | None, **others: Any) -> Protocol:
-    """Return the protocol that options of a command ask for; `tasks` has commas."""
+    """Return the protocol that options of a command ask for; `tasks` has commas. Raises RecipeError for options of
+    tasks without any."""
     names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    of_tasks = {"limit": limit} | {name: others.get(name) for name in ("num_fewshot", "chat_template", "generate")}
+    unread = [name for name, value in of_tasks.items() if value is not None and value is not False]
+    if unread and not names:
+        option = f"--{unread[0].replace('_', '-')}"
+        raise RecipeError(f"{option} is for tasks, and there are none; name some by --tasks, or leave {option} out")
     items = int(limit) if limit is not None and limit >= 1 and limit.is_integer() else limit
     return Protocol(tasks=names, limit=items, **others)
 
@@ -166,12 +172,15 @@ def passport(
     """
     from llmcompress.evaluation.adapter_transfer import passport as run
     from llmcompress.evaluation.adapter_transfer import save_passport
+    from llmcompress.models.files.checkpoint import check_can_add
 
+    if save:
+        check_can_add(Path(model))
     protocol = Protocol(text=text, windows=windows, length=length)
     result = run(model, adapters, against, protocol, progress=partial(terminal.scoring, "adapter"), **access)
+    terminal.show(result.to_json(), passport_view)
     if save:
         save_passport(Path(model), result)
-    terminal.show(result.to_json(), passport_view)
 
 
 def _refuse_failed_tasks(scores: Iterable[Row]) -> None:

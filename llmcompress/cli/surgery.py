@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmcompress.cli.options import Model, Out, OutOrDryRun, check_output, command
-from llmcompress.cli.terminal import Terminal, build_table, size_change, surgery_lines
+from llmcompress.cli.options import Model, Out, OutOrDryRun, check_output, check_seed, command
+from llmcompress.cli.terminal import Terminal, build_table, next_line, size_change, surgery_lines
+from llmcompress.errors import RecipeError
 from llmcompress.reporting.tables import Row, merge_sentences
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def drop(
     from llmcompress.surgery.block_choice import choose_blocks
     from llmcompress.surgery.drop import drop_blocks
 
+    if blocks is not None and (by != "similarity" or text is not None):
+        raise RecipeError("--by and --text choose blocks for --count, and --blocks names them; leave these two out")
     check_writable(output, 0)
     device = access.pop("device")  # dropping itself computes nothing
     reading = {} if text is None else {"text": text}
@@ -100,21 +103,15 @@ def narrow(
     """
     from llmcompress.surgery.narrow import narrow as run
 
-    report = run(
-        model,
-        check_output(output, dry_run),
-        neurons=neurons,
-        kv_heads=kv_heads,
-        per_block=per_block,
-        by=by,
-        text=text,
-        samples=samples,
-        seed=seed,
-        progress=terminal.progress,
-        **access,
-    )
+    check_seed(by, seed)
+    choice: dict[str, Any] = {"neurons": neurons, "kv_heads": kv_heads, "per_block": per_block, "by": by}
+    choice |= {"text": text, "samples": samples, "seed": seed}
+    report = run(model, check_output(output, dry_run), progress=terminal.progress, **choice, **access)
     terminal.warn(merge_sentences(report.warnings))
     terminal.show(report.to_json(), narrowed_view)
+    if report.output is not None:
+        words = ("distill", report.output, "shortened", "-o", "MENDED", "--teacher")
+        terminal.say(next_line(words, model, access["revision"], access["trust_remote_code"]))
 
 
 @command("trust_remote_code")
@@ -156,8 +153,6 @@ def narrowed_view(result: Row, every: bool) -> Iterator[RenderableType]:
     if result["damage"] is not None:
         yield f"damage  {result['damage']:.3f} nats of KL a token, the sum over blocks narrowed one by one"
     yield from surgery_lines(result)
-    if result["output"]:
-        yield f"next    llmcompress distill {result['output']} shortened --teacher {result['model']} -o MENDED"
 
 
 def _block_cells(result: Row, block: Row) -> list[str]:

@@ -9,6 +9,7 @@ import errno
 import json
 import logging
 import os
+import shlex
 import sys
 import threading
 import time
@@ -293,10 +294,8 @@ def _speed(tokens_per_second: float) -> str:
 
 
 def _remains(error: BaseException) -> str:
-    """Return the clause on the work that an interrupted run keeps, unless a note says it."""
-    if error.args:
-        return f"; {error.args[0]}"
-    return "" if getattr(error, "__notes__", ()) else "; nothing was left behind"
+    """Return the clause on the work that an interrupted run keeps, if it says so; notes may say it too."""
+    return f"; {error.args[0]}" if error.args else ""
 
 
 def build_table(headings: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> Table:
@@ -309,6 +308,15 @@ def build_table(headings: Sequence[str], rows: Iterable[Sequence[str]], right: S
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def next_line(words: Sequence[str], model: str, revision: str | None, trust_remote_code: bool) -> str:
+    """Return the line with the next command: its `words`, then the dense model as a user named it."""
+    from llmcompress.models.dense.locate import pinned_name
+
+    pinned = model if "@" in model else pinned_name(model, "/".join(model.split("/")[:2]), revision)
+    trust = ["--trust-remote-code"] * trust_remote_code
+    return f"next    {shlex.join(['llmcompress', *words, pinned, *trust])}"
 
 
 def size_change(result: Row) -> str:

@@ -16,7 +16,7 @@ from llmcompress.calibration.head_rows import LARGE
 from llmcompress.calibration.streaming import positions_at_once
 from llmcompress.compression.job import Job
 from llmcompress.data.generate import ROWS
-from llmcompress.models.dense.families import Architecture, BlockLayout
+from llmcompress.models.dense.families import BlockLayout
 from llmcompress.recipe.compression import Recipe
 from llmcompress.reporting.report import GATE_TOKENS, GATE_WINDOW
 from llmcompress.runtime.memory import total_memory
@@ -53,7 +53,7 @@ def peak_bytes(job: Job, tables: list[str], needs: Mapping[str, frozenset[str]],
     compiled = calibration is not None or any(method in SEARCHED for method in used)
     outside = max((prod(tensors[f"{name}.weight"].shape) for name in tables), default=0) * TABLE_BYTES
     outside = max(outside, _importance_bytes(job))
-    walked = 4 * tokens * width_of(arch) * streams + max(blocks, 8 * max(stored), outside)
+    walked = 4 * tokens * width_of(job) * streams + max(blocks, 8 * max(stored), outside)
     gate = gate_bytes(job)
     walked += LIBRARIES + COMPILER * compiled
     return int(max(walked, LIBRARIES + _writing_bytes(job), gate if gate <= total_memory() else 0))
@@ -89,7 +89,7 @@ def gate_bytes(job: Job) -> int:
     if not tokens or table is None:
         return 0
     vocabulary, width = table.shape
-    states = 2 * 4 * tokens * width_of(arch)
+    states = 2 * 4 * tokens * width_of(job)
     predicted = min(GATE_WINDOW, tokens, positions_at_once(vocabulary))
     head = vocabulary * width
     ends = head_bytes(head) + FLOAT32 * (head + 2 * vocabulary * predicted)  # the other may be decoded, in float32
@@ -107,7 +107,7 @@ def _importance_bytes(job: Job) -> int:
     if count == 0:
         return 0
     tokens = min(max(TOKENS, length), count * length)
-    states = 4 * tokens * width_of(arch) * (len(arch.blocks) + 2)
+    states = 4 * tokens * width_of(job) * (len(arch.blocks) + 2)
     linears = [[linear for group in layout.groups for linear in group] for layout in arch.blocks]
     graph = max(4 * TOKENS_PER_BATCH * sum(GRAPH * sum(linear.shape) for linear in block) for block in linears)
     block = max(4 * sum(prod(linear.shape) for linear in block) for block in linears)
@@ -121,9 +121,11 @@ def head_bytes(weights: int) -> int:
     return (STORED if weights >= LARGE else FLOAT32) * weights
 
 
-def width_of(arch: Architecture) -> int:
-    """Return the width of the hidden states: the smallest input of a linear."""
-    return min(group[0].shape[1] for layout in arch.blocks for group in layout.groups)
+def width_of(job: Job) -> int:
+    """Return the width of the hidden states: where the config does not say, the smallest input of a linear."""
+    width = getattr(job.source.config.get_text_config(decoder=True), "hidden_size", None)
+    least = min(group[0].shape[1] for layout in job.arch.blocks for group in layout.groups)
+    return width if isinstance(width, int) else least
 
 
 def _block_bytes(

@@ -151,6 +151,7 @@ def _write_rows(
     rows: list[list[int]] = [[] for _ in starts]
     sampled = [0] * len(starts)
     cache = None
+    name = _cache_name(model)
     for position in range(sampling.length):
         for row, queue in enumerate(forced):
             if queue:
@@ -163,12 +164,20 @@ def _write_rows(
                 documents += 1
         report(position + 1)
         if position + 1 < sampling.length:
-            newest = torch.tensor([row[-1:] for row in rows], device=model.device)
-            output = model(input_ids=newest, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            read = torch.tensor([row if cache is None else row[-1:] for row in rows], device=model.device)
+            output = model(input_ids=read, use_cache=True, **{name: cache})
+            cache = getattr(output, name, None)
             chances = token_chances(output.logits[:, -1], sampling.temperature, sampling.top_p)
             sampled = torch.multinomial(chances, 1, generator=generator).squeeze(-1).tolist()
     return torch.tensor(rows, dtype=torch.int64), documents
+
+
+def _cache_name(model: PreTrainedModel) -> str:
+    """Return the name of the cache in a model's arguments and outputs; state space models have another.
+
+    A model whose outputs have none reads all its text again for every token.
+    """
+    return "cache_params" if "cache_params" in signature(model.forward).parameters else "past_key_values"
 
 
 def token_chances(logits_BV: Tensor, temperature: float, top_p: float) -> Tensor:
@@ -205,11 +214,12 @@ def continue_sequences(
     """
     ids, length = ids.clone(), ids.shape[1]
     drawing, ended = [generator(seed) for seed in seeds], torch.zeros(len(ids), dtype=torch.bool)
-    cache, begin = None, 0
+    cache, begin, name = None, 0, _cache_name(model)
     last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     for place in range(int(lengths.min()), length):
-        output = model(input_ids=ids[:, begin:place].to(model.device), past_key_values=cache, use_cache=True, **last)
-        cache, begin = output.past_key_values, place
+        output = model(input_ids=ids[:, begin:place].to(model.device), use_cache=True, **{name: cache}, **last)
+        cache = getattr(output, name, None)
+        begin = 0 if cache is None else place
         chances = token_chances(output.logits[:, -1], temperature, 1.0)
         own = (lengths <= place) & ~ended
         for row in own.nonzero().flatten().tolist():

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -133,10 +133,14 @@ class Stream:
         ids: Tensor,
         batches: list[RowBatch],
         autocast: Callable[[], AbstractContextManager[None]],
+        sizes: Collection[int] = (),
     ) -> Stream:
-        """Start at the first block. Raises InputError for a model whose blocks cannot be run on their own."""
+        """Start at the first block, which also runs on other `sizes` of batches.
+
+        Raises InputError for a model whose blocks cannot be run on their own.
+        """
         stack = block_stack(model.config, model)
-        hidden, calls, _ = record_calls(model, stack, ids, batches, model.device)
+        hidden, calls, _ = record_calls(model, stack, ids, batches, model.device, sizes)
         return Stream(model, stack, hidden.to(STORED), calls, batches, autocast)
 
     @property
@@ -182,7 +186,7 @@ def recover_blocks(
     recipe, ids = run.recipe, text.ids
     batches = in_batches(len(ids), held_out, recipe.micro_batch)
     models = run.student.model, run.dense_teacher()
-    student, dense = (Stream.of(model, ids, batches, run.autocast) for model in models)
+    student, dense = (Stream.of(model, ids, batches, run.autocast, [recipe.micro_batch]) for model in models)
     count = student.blocks
     if count != dense.blocks:
         raise InputError("a block-wise phase needs a student with as many blocks as its teacher; leave the phase out")

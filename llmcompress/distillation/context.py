@@ -25,6 +25,7 @@ from llmcompress.runtime.ranks import Ranks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TRAINING = ".training"  # follows the name of the output folder: the state of an interrupted run
 Report = Callable[[int, int, float, float, float], None]  # (steps done, steps, loss, tokens per second, last KL)
 
 
@@ -71,7 +72,8 @@ class TrainContext(DistillationJob):
         """Return the teacher with its weights, loaded again if it is gone."""
         if not isinstance(self.teacher, HeldOutTeacher):
             return self.teacher
-        return load_model(self.teacher_place, str(self.accelerator.device), self.dtype).requires_grad_(False)
+        model = load_model(self.teacher_place, str(self.accelerator.device), self.dtype, numbers=True)
+        return model.requires_grad_(False)
 
     @property
     def reading_teacher(self) -> PreTrainedModel:

@@ -113,7 +113,7 @@ def _run_phase(run: TrainContext, kind: str, result: PhasesResult, report: Repor
     else:
         _run_end_to_end(run, result, report, _mask_forms(run, masks))
     if recipe.adapt is not None:
-        _put_linears(run, result, round_terms(result.linears, adapted, recipe.adapt), "rounded")
+        _put_linears(run, result, round_terms(result.linears, adapted, recipe.adapt, recipe.nested), "rounded")
     if recipe.regrow is not None:
         norms = _norms(run, masks) if recipe.regrow.by == "input_norms" else None
         _put_linears(run, result, prune_again(result.linears, masks, norms), "pruned")
@@ -176,10 +176,6 @@ def _run_blocks(run: TrainContext, result: PhasesResult, report: Report | None) 
     run.metrics.start(0, begun=False)
     run.metrics.add(first)
     text, sequences = Batch.join([run.data.sequences, *run.data.held_out]), len(run.data.sequences)
-    if text.documents is not None:
-        raise RecipeError(
-            "a blockwise phase cannot keep documents apart; set boundaries: false in data, or leave it out"
-        )
     recovered = recover_blocks(
         run,
         text,

@@ -86,11 +86,8 @@ def check_fused(fuse: Fuse | None, recipe: Distillation) -> None:
     if fuse is None:
         return
     stages = recipe.stages()
-    if any(stage.latents == "teacher" for _, stage in stages):
-        raise RecipeError(
-            "latents: teacher requires the teacher's weights, and this student's were changed by fuse: before "
-            "compression; set latents: codes"
-        )
+    for _, stage in stages:
+        _check_starts(stage)
     if fuse.rotation and any(reads_states(term.of) for term in recipe.losses):
         raise RecipeError(
             "losses: fuse: rotated the hidden states of this student into another basis than its teacher's; leave "
@@ -101,3 +98,21 @@ def check_fused(fuse: Fuse | None, recipe: Distillation) -> None:
             "a blockwise phase compares hidden states, and fuse: rotated this student's into another basis than its "
             "teacher's; leave the phase out"
         )
+
+
+def _check_starts(stage: Distillation) -> None:
+    """Raise RecipeError if something in a phase starts at the teacher's weights."""
+    starts = {
+        "latents: teacher": (stage.latents == "teacher", "set latents: codes"),
+        "adapt: {start: residual}": (stage.adapt is not None and stage.adapt.start == "residual", "set start: zero"),
+        "regrow: {start: teacher}": (
+            stage.regrow is not None and stage.regrow.start == "teacher",
+            "set start: zero, without by: learned",
+        ),
+    }
+    for option, (is_given, advice) in starts.items():
+        if is_given:
+            raise RecipeError(
+                f"{option} requires the teacher's weights, and this student's were changed by fuse: before "
+                f"compression; {advice}"
+            )

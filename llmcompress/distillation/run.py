@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 
 from llmcompress.data.distillation import Data, read_data
-from llmcompress.distillation.context import DistillationJob, Report
+from llmcompress.distillation.context import TRAINING, DistillationJob, Report
 from llmcompress.distillation.metrics import start_trackers
 from llmcompress.distillation.parallel.launch import launched_accelerator
 from llmcompress.distillation.phases import run_phases
@@ -23,11 +23,12 @@ from llmcompress.distillation.setup import check_job, load_pair, set_up
 from llmcompress.distillation.student.folder import StudentFolder, open_folder
 from llmcompress.distillation.teacher.cache import remove_cache
 from llmcompress.distillation.teacher.quantized import check_teacher, silence_bitsandbytes
-from llmcompress.errors import NumericsError
+from llmcompress.errors import NumericsError, Termination
 from llmcompress.models.dense.companions import companions
 from llmcompress.models.dense.config import code_files
 from llmcompress.models.dense.locate import Place, locate
 from llmcompress.models.dense.tokenizer import check_vocabularies, load_tokenizer
+from llmcompress.models.files.checkpoint import check_outside
 from llmcompress.models.files.identity import content_digest, teacher_digest, tokenizer_digest
 from llmcompress.models.files.output import check_writable, claim_folder, lock_output
 from llmcompress.models.files.store import Store
@@ -43,7 +44,6 @@ from llmcompress.weight.modules import compressed_modules
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TRAINING = ".training"  # follows the name of the output folder: the state of an interrupted run
 CONTROL = "control"  # the record of a finished control
 COMPRESSED_TEACHER = "the teacher is compressed too, so what it lost the student does not learn"
 
@@ -81,6 +81,7 @@ def distill(
     """
     progress = progress or progress_line("step", "loss", "tokens/s", "held-out KL")
     recipe, target = read_as(Distillation, recipe), Path(output)
+    check_outside(target, student)
     accelerator = launched_accelerator(device, recipe, target)
     with join_ranks("cpu") as ranks, lock_output(target, "output folder") if ranks.rank == 0 else nullcontext():
         with ranks.agree_on_errors():
@@ -123,7 +124,7 @@ def _distill_locked(
         check_job(job, student, teacher)
     warnings = [*data.notes, *([COMPRESSED_TEACHER] if compressed_modules(teacher) else [])]
     start_trackers(recipe, accelerator)
-    with advise_on_memory(recipe), silence_bitsandbytes(), keeping_freed_memory():
+    with _note_state(training), advise_on_memory(recipe), silence_bitsandbytes(), keeping_freed_memory():
         run = set_up(job, student, teacher)
         del student, teacher  # so that a teacher which the run does not need is gone
         learned = run_phases(run, progress)
@@ -136,6 +137,17 @@ def _distill_locked(
         if recipe.teacher.kind == "cached":
             remove_cache(recipe.teacher, target)
     return result
+
+
+@contextmanager
+def _note_state(training: Path) -> Iterator[None]:
+    """Say in an interrupt that names nothing yet that the folder `training` keeps finished work, if it does."""
+    try:
+        yield
+    except (KeyboardInterrupt, Termination) as stop:
+        if not stop.args and any(training.rglob("*.safetensors")):
+            stop.add_note(f"finished work is kept in {training}, from where the same command resumes")
+        raise
 
 
 def _read_data(

@@ -103,5 +103,5 @@ def choose_source(job: DistillationJob, student: PreTrainedModel, teacher: PreTr
     last = last_block_read(student, teacher, job.recipe.losses)
     if last is not None and is_sharded(job.accelerator):  # its blocks are gathered in an order that has to end
         return OnlineTeacher(teacher)
-    classes = teacher.get_input_embeddings().get_parameter("weight").shape[0]
-    return TruncatedTeacher(teacher, last, classes)
+    table = cast(torch.nn.Embedding, teacher.get_input_embeddings())  # whose weight, if compressed, is a payload
+    return TruncatedTeacher(teacher, last, table.num_embeddings)

@@ -20,7 +20,7 @@ import torch
 
 from llmcompress.data.batch import Batch
 from llmcompress.data.schedule import rate
-from llmcompress.distillation.context import TrainContext
+from llmcompress.distillation.context import TRAINING, TrainContext
 from llmcompress.distillation.metrics import term_names
 from llmcompress.distillation.parallel.strategy import Strategy
 from llmcompress.distillation.resume import Progress
@@ -60,8 +60,8 @@ def take_step(
     means = [float(value) / count for value, count in zip(sums, counts, strict=True)]
     if not math.isfinite(sum(means)) or not math.isfinite(norm):
         raise NumericsError(
-            f"step {step + 1}: the loss is {sum(means)} and the gradient's norm {norm}; lower the rates and rerun, "
-            f"the state before this step is kept"
+            f"step {step + 1}: the loss is {sum(means)} and the gradient's norm {norm}; lower the rates, and "
+            f"remove {run.output.name}{TRAINING} or choose another output folder"
         )
     return means, norm, strategy.update((step + 1) / run.steps)
 

@@ -120,6 +120,8 @@ def passport(
         raise RecipeError("adapters need the package peft; install llmcompress[distill]")
     if not adapters:
         raise RecipeError("a passport is about adapters; give one or more folders or Hub ids of them")
+    for adapter in adapters:
+        _check_adapter(str(adapter))
     places = [locate(one, trust_remote_code=trust_remote_code) for one in (against, model)]
     check_vocabularies(places)
     tokenizer = load_tokenizer(places[0].folder, trust_remote_code)
@@ -138,6 +140,16 @@ def passport(
         describe_protocol(tokenizer, protocol),
         tuple(transfers),
     )
+
+
+def _check_adapter(adapter: str) -> None:
+    """Raise InputError for what PEFT does not know as an adapter, before models are loaded."""
+    from peft import PeftConfig
+
+    try:
+        PeftConfig.from_pretrained(adapter)
+    except REFUSED as error:
+        raise InputError(f"{adapter} is no adapter ({first_line(error)}); give the folder or Hub id of one") from error
 
 
 def _measure_adapter(

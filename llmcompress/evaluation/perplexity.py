@@ -127,14 +127,21 @@ def _document_windows(
 ) -> Tensor:
     """Do as `text_windows` for files of documents, which are joined as in calibration, without EOS."""
     _check_windows(windows, length, readers)
-    reading = Reading()
+    reading, bos = Reading(), bos_token(tokenizer)
     documents = read_documents(dataset, reading=reading)
-    tokens = (count_all(document_tokens(each, tokenizer, "auto", None, True, reading.cuts)) for each in documents)
-    rows = pack_documents(tokens, bos_token(tokenizer), length, windows).sequences.ids
+    pieces = (document_tokens(each, tokenizer, "auto", None, True, reading.cuts) for each in documents)
+    tokens = (count_all(_strip_bos(each, bos)) for each in pieces)
+    rows = pack_documents(tokens, bos, length, windows).sequences.ids
     reading.log_notes(dataset)
     if not len(rows):
         raise InputError(f"{dataset} has less than one window of {length} tokens; give more text or a lower length")
     return rows
+
+
+def _strip_bos(pieces: Iterable[list[int]], bos: int | None) -> Iterator[list[int]]:
+    """Yield the pieces of a document without the BOS that a chat template writes first: it is no text to predict."""
+    for number, ids in enumerate(pieces):
+        yield ids[1:] if number == 0 and ids[:1] == [bos] else ids
 
 
 def _check_windows(windows: int, length: int, readers: Sequence[PreTrainedConfig]) -> None:

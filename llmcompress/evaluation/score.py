@@ -27,7 +27,7 @@ from llmcompress.models.dense.sizes import is_dense
 from llmcompress.models.dense.skeleton import folder_skeleton
 from llmcompress.models.dense.tokenizer import check_vocabularies, load_tokenizer
 from llmcompress.models.files import file_names
-from llmcompress.models.files.checkpoint import add_file, write_checkpoint
+from llmcompress.models.files.checkpoint import add_file, check_can_add, check_outside, write_checkpoint
 from llmcompress.models.files.output import check_new_file, check_writable, write_new_file
 from llmcompress.models.files.reading import read_json
 from llmcompress.reporting import report as reports
@@ -83,13 +83,13 @@ def score(
         RecipeError: for `save` without `against`, or for a folder that compress did not write.
         DiskError: for an output that cannot be written.
     """
-    place = locate(model, revision, trust_remote_code)
-    if save and (against is None or not (place.folder / file_names.REPORT).is_file()):
-        raise RecipeError("saving scores needs a folder that compress wrote, and the dense model to compare it with")
+    if save:
+        _check_saving(Path(model), against)
     if output is not None:
         check_writable(output, 0)
-    references = [] if against is None else [locate(against, trust_remote_code=trust_remote_code)]
-    places = [place, *references]
+        check_outside(output, model)
+    place = locate(model, revision, trust_remote_code)
+    places = [place, *([] if against is None else [locate(against, trust_remote_code=trust_remote_code)])]
     size, tokenizer = size_of(place), load_tokenizer(place.folder, trust_remote_code)
     check_vocabularies(places)
     windows_by_text(tokenizer, protocol)  # texts and tasks are missed before models are loaded
@@ -99,14 +99,27 @@ def score(
     check_fits(device, "scoring", whole, [each for each in places if each not in whole])
     loaded, *dense_models = [open_model(each, device, each in whole) for each in places]
     if save:
-        dense, evaluation = evaluate_all(dense_models[0], [lambda: loaded], tokenizer, protocol, **shared)
-        if processes.rank == 0:
-            save_scores(place.folder, describe_protocol(tokenizer, protocol), dense, evaluation)
+        evaluations = evaluate_all(dense_models[0], [lambda: loaded], tokenizer, protocol, **shared)
     else:
-        evaluation = evaluate(loaded, tokenizer, protocol, against=next(iter(dense_models), None), **shared)
-    scores = evaluation.to_json() | asdict(size) | {"protocol": describe_protocol(tokenizer, protocol)}
-    _write_scores(output if processes.rank == 0 else None, place, evaluation, scores)
+        evaluations = [evaluate(loaded, tokenizer, protocol, against=next(iter(dense_models), None), **shared)]
+    scores = _merge_scores(evaluations) | asdict(size) | {"protocol": describe_protocol(tokenizer, protocol)}
+    _write_scores(output if processes.rank == 0 else None, place, evaluations[-1], scores)
+    if save and processes.rank == 0:
+        save_scores(Path(model), scores["protocol"], *evaluations)
     return scores
+
+
+def _check_saving(folder: Path, against: str | None) -> None:
+    """Raise RecipeError without a dense model, and what `check_can_add` raises, before anything is measured."""
+    if against is None:
+        raise RecipeError("saving scores needs the dense model to compare with; give against (--against) too")
+    check_can_add(folder)
+
+
+def _merge_scores(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+    """Return the scores of the last evaluation; tasks that failed on the dense model before it have failed too."""
+    failures = [each.tasks.failure for each in evaluations if each.tasks.failure is not None]
+    return ({"tasks_failed": failures[0]} if failures else {}) | evaluations[-1].to_json()
 
 
 def save_scores(folder: Path, protocol: Mapping[str, Any], dense: Evaluation, compressed: Evaluation) -> None:
@@ -167,6 +180,7 @@ def compare(
         raise RecipeError("a comparison needs two models or more; give the one that the others are compared with first")
     if output is not None:
         check_new_file(output, (".md", ".json"), "a comparison")
+        check_outside(output, *models)
     places = [locate(model, trust_remote_code=trust_remote_code) for model in models]
     sizes = [size_of(place) for place in places]
     check_vocabularies(places)

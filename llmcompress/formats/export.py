@@ -19,6 +19,7 @@ from llmcompress.formats.mlx import to_mlx
 from llmcompress.formats.peft import to_peft
 from llmcompress.models.dense.experts import experts_of
 from llmcompress.models.dense.skeleton import check_causal, folder_skeleton
+from llmcompress.models.files.checkpoint import check_outside
 from llmcompress.models.files.compressed import CompressedCheckpoint
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def export(
     if to not in FORMATS:
         raise RecipeError(f"there is no export to {to!r}; choose one of {', '.join(FORMATS)}")
     opened, target = CompressedCheckpoint(Path(folder), trust_remote_code, rank), Path(output)
+    check_outside(target, folder)
     if to != "dense":
         _check_form(opened, to)
     if to == "compressed-tensors":

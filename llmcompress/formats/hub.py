@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llmcompress.errors import GateError, HubError, InputError, RecipeError, list_names
 from llmcompress.evaluation.verify import verify
 from llmcompress.formats.model_card import DistillationRecord, Evidence, card, gather_evidence
-from llmcompress.models.dense.companions import OURS, companions
+from llmcompress.models.dense.companions import MORE_TEMPLATES, OURS, companions, is_named
 from llmcompress.models.dense.locate import client_errors
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import CARD, MANIFEST, PLOT, README, manifest, manifest_text
@@ -176,10 +176,11 @@ def _upload(
         api.create_repo(repository, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
-        tree = api.list_repo_tree(repository, revision=revision)
-        before = {entry.path for entry in tree if not hasattr(entry, "tree_id")}
+        tree = api.list_repo_tree(repository, recursive=True, revision=revision)
+        paths = (entry.path for entry in tree if not hasattr(entry, "tree_id"))
+        before = {path for path in paths if path.rpartition("/")[0] in ("", MORE_TEMPLATES)}
         _check_ours(repository, before)
-        gone = sorted(name for name in before - set(names) if name.endswith((".safetensors", ".index.json")))
+        gone = sorted(filter(_is_of_model, before - {*names, *made}))
         added = [CommitOperationAdd(name, content) for name, content in made.items()]
         added += [CommitOperationAdd(name, folder / name) for name in names]
         commit = api.create_commit(
@@ -189,6 +190,11 @@ def _upload(
             revision=revision,
         )
     return str(commit.commit_url)
+
+
+def _is_of_model(name: str) -> bool:
+    """True for the name of a file that a push may have put into a repository; other ones stay there."""
+    return name in OURS or is_named(name) or name.endswith((".safetensors", ".index.json", ".jinja"))
 
 
 def _check_ours(repository: str, files: set[str]) -> None:

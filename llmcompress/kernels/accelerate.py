@@ -47,7 +47,8 @@ class Fast:
     weight: ops.KeptWeight | None = None  # the last prepared one
 
     def __call__(self, layer: Multiplying, x: Tensor) -> Tensor | None:
-        """Return `x @ W.T`; None on other devices, for other dtypes or widths, and for inputs that want a gradient."""
+        """Return `x @ W.T`; None on other devices, for other dtypes or widths, for inputs that want a gradient, and for
+        a weight that accelerate reads anew at every call."""
         payload = layer._parameters["weight"]
         if payload is None or x.dtype not in DTYPES or x.device != payload.device or x.device.type not in DEVICES:
             return None
@@ -60,6 +61,9 @@ class Fast:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return ops.call_operator(x, payload, layer.layout, self.mode)
         if not ops.has_kernels(x.device):
+            return None
+        if _is_offloaded(layer):
+            self.weight = None  # what was prepared before
             return None
         weight = self.weight
         if weight is None or not weight.holds(payload, x.dtype):
@@ -164,6 +168,12 @@ def plain(model: nn.Module) -> Iterator[None]:
             table.fast = lookup
         for block, forward in blocks:
             vars(block)["forward"] = forward
+
+
+def _is_offloaded(layer: nn.Module) -> bool:
+    """True if accelerate holds the weights of a layer elsewhere between its calls."""
+    hook = vars(layer).get("_hf_hook")
+    return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,)))
 
 
 def _tables(model: nn.Module) -> list[CompressedEmbedding]:

@@ -23,6 +23,7 @@ from llmcompress.weight.modules import BASE, CompressedLinear
 BLOCKS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
 COMPILED_BLOCKS = BLOCKS | {"Gemma3DecoderLayer"}  # the last one only so
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+HEAD_NORMS = ("q_norm", "k_norm")  # of some families
 READ = {"past_key_values", "position_embeddings"}  # arguments of a block for one token
 KNOWN = READ | {"use_cache", "position_ids", "cache_position"}  # and those that change nothing then
 
@@ -216,7 +217,8 @@ def _act(hooks: dict[int, Any]) -> bool:
 
 def _has_known_parts(block: Any) -> bool:
     """True if a block has the attention, the MLP and the norms of its family, which `OneTokenBlock` computes."""
-    if not all(type(part).__module__.startswith("transformers.models.") for part in block._modules.values()):
+    norms = [part for name, part in block.self_attn._modules.items() if name in HEAD_NORMS]
+    if not all(type(part).__module__.startswith("transformers.models.") for part in (*block._modules.values(), *norms)):
         return False
     if type(block).__name__ not in BLOCKS:
         return True

@@ -204,7 +204,7 @@ def _reuse_or_run(job: Job, output: Path | None, way: _RunOptions) -> Result:
         if (output / MANIFEST).is_file():
             with lock_output(output, "output folder"), disk_errors(output, "make the folder writable"):
                 remove_unfinished(output)
-        return completed_result(output, job, way.ranks.requested_device) if is_unsettled(output) else None
+        return completed_result(output, job, way.ranks.requested_device) if is_unsettled(output, job.recipe) else None
 
     return way.ranks.first(reuse) or way.finish(job, output)
 
@@ -323,7 +323,10 @@ def compress_job(
         run.compress(first, staged, device=device, progress=progress, resume=resume)
     teacher = pinned_name(source.name, source.hub_id, source.revision)
     trust = source.trust_remote_code
-    done = distill(staged, teacher, wanted, target, device=device, progress=training, trust_remote_code=trust)
+    with ExitStack() as stack:
+        if temporary is None:
+            stack.push(partial(_note, f"the compressed model is kept in {staged}, from where the same command resumes"))
+        done = distill(staged, teacher, wanted, target, device=device, progress=training, trust_remote_code=trust)
     _discard(staged, target.with_name(target.name + TRAINING))
     return Result(target, reports.read(target), temporary, done.to_json())
 

@@ -29,6 +29,7 @@ from llmcompress.models.dense.model import open_source
 from llmcompress.models.files.checkpoint import add_file
 from llmcompress.models.files.compressed import decoded_source
 from llmcompress.models.files.file_names import REPORT
+from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.target import Target
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.report import GATE_TOKENS, GATE_WINDOW, GateReport, Report, measured_gates, pending_gates
@@ -53,8 +54,7 @@ def judge(
     started, limits = monotonic(), job.recipe.gates.of_quality
     before = ranks.first(lambda: reports.read(folder))
     gates = before.gates
-    # there are limits, and no numbers of the calibration text yet
-    is_open = bool(limits) and (gates is None or not gates.measured or gates.text != "calibration")
+    is_open = bool(limits) and (gates is None or not gates.measured or gates.text not in _gate_texts(job.recipe))
     if is_open:
         gates = _measure_folder(job, folder, device, progress, ranks)
     if gates is not None and not gates.measured and not limits:
@@ -88,13 +88,21 @@ def check_gates(report: Report, folder: Path, plan: Allocation | None = None, st
     )
 
 
-def is_unsettled(folder: Path) -> bool:
-    """True if `folder` has a checkpoint with gates that it missed or that are not yet measured on the calibration."""
+def is_unsettled(folder: Path, recipe: Recipe) -> bool:
+    """True if `folder` has a checkpoint with gates that it missed or that are not yet measured on the recipe's text."""
     try:
         gates = reports.read(folder).gates
     except InputError:  # no checkpoint, or a damaged one: whoever writes there says so
         return False
-    return gates is not None and (gates.pending or gates.held is False or gates.text != "calibration")
+    return gates is not None and (gates.pending or gates.held is False or gates.text not in _gate_texts(recipe))
+
+
+def _gate_texts(recipe: Recipe) -> set[str]:
+    """Return the sections whose held-out text settles gates: the calibration; and the distillation if it reads the same
+    data set, and so learns from what the calibration holds out."""
+    learned = [] if recipe.distill is None else [text.dataset for text in recipe.distill.texts()]
+    overlaps = recipe.calibration is not None and recipe.calibration.dataset in learned
+    return {"calibration", "distillation"} if overlaps else {"calibration"}
 
 
 def gate_windows(tokens: CalibrationTokens) -> Tensor:

@@ -32,7 +32,7 @@ from pydantic import (
 )
 
 from llmcompress.recipe.calibration import Calibration, TokenWeights, shorten_text
-from llmcompress.recipe.distillation import Distillation
+from llmcompress.recipe.distillation import FEWEST, Distillation
 from llmcompress.recipe.reconstruction import Reconstruction
 from llmcompress.recipe.rules import Rule, Step
 from llmcompress.recipe.sections import Fuse, Gates, Tie
@@ -148,11 +148,14 @@ class Recipe(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _shorten(cls, values: Any) -> Any:
-        """Shorten the text and the distillation of a trial."""
+        """Shorten the text, the training of blocks and the distillation of a trial."""
         if not isinstance(values, dict) or values.get("trial") is not True:
             return values
-        distill = values.get("distill")
+        distill, blocks, few = values.get("distill"), values.get("reconstruct"), FEWEST["steps"]
         shorter = {"distill": distill | {"trial": True}} if isinstance(distill, dict) else {}
+        if isinstance(blocks, dict):
+            steps = few if blocks.get("steps") is None else blocks["steps"]
+            shorter["reconstruct"] = blocks | {"steps": min(steps, few) if isinstance(steps, int) else steps}
         return values | {"calibration": shorten_text(values.get("calibration"))} | shorter
 
     @field_validator("rules")
@@ -180,6 +183,9 @@ class Recipe(BaseModel):
             raise ValueError("target: options are judged on held-out text; add calibration with held_out more than 0")
         if self.target is not None and self.fuse is not None:
             raise ValueError("fuse: a target measures the model as it is; leave one of them out")
+        is_sized = self.target is not None and (self.target.bytes is not None or self.target.bpw is not None)
+        if is_sized and self.distill is not None and any(stage.adapt for _, stage in self.distill.stages()):
+            raise ValueError("distill: adapt adds low-rank terms, which a size has no room for; leave one of them out")
         if any(rule.inputs for rule in self.rules):
             self._check_inputs()
         if self.reconstruct is not None and (self.calibration is None or not self.calibration.held_out):

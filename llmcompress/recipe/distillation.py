@@ -9,8 +9,23 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 
 import llmcompress.losses  # noqa: F401 (registers them)
 from llmcompress.losses.loss import LossConfig, loss_config, reads_states
-from llmcompress.recipe.calibration import Mixture, Texts, TextSource, shorten_text
-from llmcompress.recipe.sections import Adaptation, Estimator, Freezing, Kind, OnPolicy, Rate, Rates, Regrowth, Teacher
+from llmcompress.recipe.calibration import TRIAL, Mixture, Texts, TextSource, shorten_text
+from llmcompress.recipe.sections import (
+    Adaptation,
+    Estimator,
+    Freezing,
+    Kind,
+    Latents,
+    Layers,
+    OnPolicy,
+    Phase,
+    PhaseKind,
+    Rate,
+    Regrowth,
+    Scales,
+    Schedule,
+    Teacher,
+)
 
 
 def _read_loss(value: Any) -> Any:
@@ -22,15 +37,6 @@ def _read_loss(value: Any) -> Any:
     return loss_config(value)
 
 
-class Schedule(BaseModel):
-    """A weight that changes linearly over the first part of the steps."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
-    start: float = Field(alias="from", ge=0, allow_inf_nan=False, description="the weight at the first step")
-    to: float = Field(ge=0, allow_inf_nan=False, description="the weight that it ends at")
-    until: float = Field(default=1.0, gt=0, le=1, description="share of the steps after which it stays")
-
-
 def _read_weight(value: Any) -> Any:
     """Return a number or a schedule. Raises ValueError for anything else."""
     if isinstance(value, int | float | Schedule) and not isinstance(value, bool):
@@ -39,20 +45,6 @@ def _read_weight(value: Any) -> Any:
         return Schedule.model_validate(value)
     except ValidationError as error:
         raise ValueError("a weight is a number above 0, or a map such as {from: 1.0, to: 0.0, until: 0.5}") from error
-
-
-def _check_layer(value: Any) -> Any:
-    """Return a teacher's block, or a pair of blocks. Raises ValueError for anything else."""
-    blocks = value if isinstance(value, list | tuple) else [value, value]
-    if len(blocks) != 2 or not all(type(block) is int and block >= 0 for block in blocks):
-        raise ValueError(
-            "a layer is a block of the teacher such as 5, or a pair of blocks such as [2, 5], the student's and the "
-            "teacher's"
-        )
-    return value
-
-
-Layers = tuple[Annotated[int | tuple[int, int], BeforeValidator(_check_layer)], ...]
 
 
 class Term(BaseModel):
@@ -119,32 +111,13 @@ CONTROLS: dict[Control, tuple[Term, ...]] = {
     "vanilla": (Term(of={"loss": "forward_kl"}),),
 }
 
-Latents = Literal["codes", "teacher"]
-Scales = Literal["learned", "median"]
-PhaseKind = Literal["blockwise", "end_to_end"]
 FEWEST = {"steps": 2, "batch": 4, "micro_batch": 2}  # of a distillation that is to show that all works
-AS_IN_RECIPE = "as in the recipe; null: the recipe's value"
 
 
-class Phase(BaseModel):
-    """One part of a distillation that has several. Values that are null are the recipe's. Every phase starts from the
-    compressed weights of the one before."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    kind: PhaseKind = Field(description="train each decoder block by itself, or the whole model")
-    rates: Rates | None = Field(default=None, description=AS_IN_RECIPE)
-    adapt: Adaptation | None = Field(default=None, description="low-rank terms to add before it; null: none")
-    regrow: Regrowth | None = Field(default=None, description="pruned matrices to train dense during it; null: none")
-    estimator: Estimator | None = Field(default=None, description=AS_IN_RECIPE)
-    latents: Latents | None = Field(default=None, description=AS_IN_RECIPE)
-    scales: Scales | None = Field(default=None, description=AS_IN_RECIPE)
-    freezing: Freezing | None = Field(default=None, description=AS_IN_RECIPE)
-    batch: int | None = Field(default=None, ge=1, description=AS_IN_RECIPE)
-    micro_batch: int | None = Field(default=None, ge=1, description=AS_IN_RECIPE)
-    steps: int | None = Field(default=None, ge=1, description="optimizer steps; if blockwise, of every block")
-    warmup: float | None = Field(default=None, ge=0, le=1, description=AS_IN_RECIPE)
-    final_rate: float | None = Field(default=None, ge=0, le=1, description=AS_IN_RECIPE)
-    evaluate_every: int | None = Field(default=None, ge=1, description=AS_IN_RECIPE)
+def _fewest(*parts: dict[str, Any]) -> dict[str, int]:
+    """Return the fewest steps of a recipe, or of a phase and its recipe; a smaller micro_batch stays."""
+    given = [value for part in parts if isinstance(value := part.get("micro_batch"), int)]
+    return FEWEST | {"micro_batch": min([FEWEST["micro_batch"], *given[:1]])}
 
 
 class Distillation(BaseModel):
@@ -254,11 +227,15 @@ class Distillation(BaseModel):
         """Shorten the texts and the phases of a trial."""
         if not isinstance(values, dict) or values.get("trial") is not True:
             return values
-        phases = [each | FEWEST if isinstance(each, dict) else each for each in values.get("phases") or ()]
-        few: dict[str, Any] = {"data": shorten_text(values.get("data", {})), "phases": phases} | FEWEST
-        match values.get("on_policy"):
-            case {"share": float(share), **others}:  # at least one sequence of a batch
-                few["on_policy"] = others | {"share": max(share, 1 / FEWEST["batch"])}
+        phases = [
+            each | _fewest(each, values) if isinstance(each, dict) else each for each in values.get("phases") or ()
+        ]
+        few: dict[str, Any] = {"data": shorten_text(values.get("data", {})), "phases": phases} | _fewest(values)
+        if isinstance(own := values.get("on_policy"), dict):  # at least a sequence of a batch, and half of it to write
+            share, prompt = own.get("share"), own.get("prompt")
+            least = {"share": max(share, 1 / FEWEST["batch"])} if isinstance(share, float) else {}
+            most = {"prompt": min(prompt, TRIAL["length"] // 2)} if isinstance(prompt, int) else {}
+            few["on_policy"] = own | least | most
         if isinstance(sizes := values.get("nested"), list | tuple):
             few["nested"] = sizes[: FEWEST["batch"] - 1]
         return values | few
@@ -292,6 +269,11 @@ class Distillation(BaseModel):
             if stage.adapt is not None and "factors" not in stage.rates:
                 raise ValueError("adapt adds low-rank factors, and rates has none for them; add a rate for factors")
             stage._check_latents()
+        for option, default in {"latents": "codes", "estimator": "plain"}.items():
+            users = [stage for _, stage in self.stages() if getattr(stage, option) != default]
+            if users and all("codes" not in stage.rates for stage in users):
+                raise ValueError(f"{option} needs codes that train, and rates has none for them; add a rate for codes")
+        self._check_blockwise()
         if self.mixture.reweight != "none" and isinstance(self.data, TextSource):
             raise ValueError(
                 "mixture: there is one text, so no shares to move; list several in data, or leave mixture out"
@@ -311,6 +293,27 @@ class Distillation(BaseModel):
             self._check_cached()
         return self
 
+    def _check_blockwise(self) -> None:
+        """Raise ValueError for documents that a blockwise phase cannot keep apart, and for what no phase reads."""
+        kinds = {kind for kind, _ in self.stages()}
+        if "blockwise" in kinds and any(text.boundaries for text in self.texts()):
+            raise ValueError(
+                "a blockwise phase cannot keep documents apart; set boundaries: false in data, or leave it out"
+            )
+        end_to_end = {
+            "losses": self.losses != CONTROLS["vanilla"],  # the default
+            "balance": self.balance,
+            "mixture: {reweight: ddk}": self.mixture.reweight == "ddk",
+            "controls": bool(self.controls),
+            "on_policy": self.on_policy is not None,
+            "teacher": self.teacher != Teacher(),
+        }
+        if kinds == {"blockwise"} and (given := [option for option, is_given in end_to_end.items() if is_given]):
+            raise ValueError(
+                f"{given[0]}: blockwise phases read no predictions, but all text; leave it out, or add an end_to_end "
+                f"phase"
+            )
+
     def _check_nested(self) -> None:
         """Raise ValueError for a size that is there twice, or that no sequence of a step is left for."""
         if len(set(self.nested)) < len(self.nested):
@@ -325,8 +328,8 @@ class Distillation(BaseModel):
         """Raise ValueError for controls that would be this distillation itself, or each other."""
         if len(set(self.controls)) < len(self.controls):
             raise ValueError("controls: each runs once; name no_teacher and vanilla at most once")
-        if self.controls and all(kind == "blockwise" for kind, _ in self.stages()):
-            raise ValueError("controls differ in their losses, which blockwise phases do not use; leave them out")
+        if self.controls and self.mixture.reweight == "ddk":
+            raise ValueError("controls read the recipe's tokens, and those of ddk follow its student; leave one out")
         own = None if self.on_policy else self.losses
         if same := [name for name in self.controls if CONTROLS[name] == own]:
             raise ValueError(f"controls: {same[0]} has the same losses as the recipe; leave it out")
@@ -351,10 +354,6 @@ class Distillation(BaseModel):
         if self.checkpointing:
             raise ValueError(
                 "on_policy needs generation, which checkpointing does not support; set checkpointing: false"
-            )
-        if all(kind == "blockwise" for kind, _ in self.stages()):
-            raise ValueError(
-                "on_policy: blockwise phases read no predictions; leave it out, or add an end_to_end phase"
             )
 
     def _check_regrow(self, kind: PhaseKind) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Protocol
 
 from llmcompress.methods.layer import StepConfig, sketch
 from llmcompress.recipe.compression import Recipe
-from llmcompress.recipe.rules import REGEX, InputRounding, matches
+from llmcompress.recipe.rules import REGEX, InputRounding, is_name, matches
 from llmcompress.weight.expression import bits
 
 MOST_HINTS = 20  # patterns without a layer that get the nearest name, which takes long to find
@@ -55,7 +55,8 @@ def assign(recipe: Recipe, linears: Sequence[LinearLayer], others: Sequence[str]
     `others` are modules that are never compressed, such as the head: a rule without steps may name them.
     """
     rules, names = recipe.rules, [linear.name for linear in linears]
-    by_pattern = [[[name for name in names if matches(pattern, name)] for pattern in rule.match] for rule in rules]
+    known = dict.fromkeys(names)
+    by_pattern = [[_covered_names(pattern, known) for pattern in rule.match] for rule in rules]
     by_name = [{name for covered in each for name in covered} for each in by_pattern]
     chosen, fused = dict[str, int](), list[str]()
     for linear in linears:
@@ -96,6 +97,13 @@ def assign(recipe: Recipe, linears: Sequence[LinearLayer], others: Sequence[str]
     )
 
 
+def _covered_names(pattern: str, names: Mapping[str, object]) -> list[str]:
+    """Return the names that a pattern matches. One that is a name is looked up: a rule may name thousands."""
+    if is_name(pattern):
+        return [pattern] if pattern in names else []
+    return [name for name in names if matches(pattern, name)]
+
+
 def _join(names: Sequence[str | None]) -> str:
     *first, last = map(str, names)
     return f"{', '.join(first)} and {last}" if first else last
@@ -105,11 +113,12 @@ def _unmatched_patterns(
     recipe: Recipe, names: Sequence[str], by_pattern: Sequence[Sequence[list[str]]], others: Sequence[str]
 ) -> tuple[list[str], list[str]]:
     """Return the patterns that match nothing, and a complaint for each."""
+    outside = dict.fromkeys(others)
     unmatched: list[str] = []
     complaints: list[str] = []
     for number, rule in enumerate(recipe.rules):
         for index, (pattern, covered) in enumerate(zip(rule.match, by_pattern[number], strict=True)):
-            elsewhere = [name for name in others if matches(pattern, name)]
+            elsewhere = [] if covered else _covered_names(pattern, outside)
             if not covered and (rule.steps or not elsewhere):
                 unmatched.append(pattern)
                 where = recipe.at(("rules", number, "match", index))

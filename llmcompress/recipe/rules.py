@@ -24,6 +24,7 @@ from llmcompress.methods.layer import StepConfig, step
 from llmcompress.weight.inputs import GROUPS, InputName, describe_inputs
 
 REGEX = "re:"
+GLOB = frozenset("*?[")  # characters that make a pattern match other names
 Role = Literal["query", "key", "value", "output", "gate", "up", "down"]
 
 
@@ -56,6 +57,11 @@ def matches(pattern: str, name: str) -> bool:
     if pattern.startswith(REGEX):
         return _compile(pattern).fullmatch(name) is not None
     return fnmatchcase(name, pattern)
+
+
+def is_name(pattern: str) -> bool:
+    """True if a pattern matches nothing but itself."""
+    return not pattern.startswith(REGEX) and GLOB.isdisjoint(pattern)
 
 
 @lru_cache(maxsize=256)

@@ -7,9 +7,9 @@ tie: {blocks: 15, start: average, term: {method: eora, rank: 64, factor_bits: 4}
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from llmcompress.methods.layer import StepConfig
 from llmcompress.methods.solvers.low_rank import LowRankConfig
@@ -19,7 +19,25 @@ Kind = Literal["codes", "scales", "values", "factors", "norms", "weights", "proj
 Rate = Annotated[float, Field(gt=0, lt=1)]
 Rates = Annotated[dict[Kind, Rate], Field(min_length=1)]
 Estimator = Literal["plain", "reste", "biper"]
+Latents = Literal["codes", "teacher"]
+Scales = Literal["learned", "median"]
+PhaseKind = Literal["blockwise", "end_to_end"]
+AS_IN_RECIPE = "as in the recipe; null: the recipe's value"
 RANK = 4  # of learned scores: under 2 % as many numbers as a matrix of a small model has
+
+
+def _check_layer(value: Any) -> Any:
+    """Return a teacher's block, or a pair of blocks. Raises ValueError for anything else."""
+    blocks = value if isinstance(value, list | tuple) else [value, value]
+    if len(blocks) != 2 or not all(type(block) is int and block >= 0 for block in blocks):
+        raise ValueError(
+            "a layer is a block of the teacher such as 5, or a pair of blocks such as [2, 5], the student's and the "
+            "teacher's"
+        )
+    return value
+
+
+Layers = tuple[Annotated[int | tuple[int, int], BeforeValidator(_check_layer)], ...]
 
 
 class Fuse(BaseModel):
@@ -75,7 +93,8 @@ class Gates(BaseModel):
     """The section `gates:`: limits within which a run counts as done.
 
     Those of quality are measured at the end, after a distillation too, on at most 2,048 held-out tokens of the
-    calibration. A checkpoint outside of them is kept for inspection, and `push` refuses it.
+    calibration; after a distillation on the same data set, on the text that it held out. A checkpoint outside of them
+    is kept for inspection, and `push` refuses it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -202,3 +221,33 @@ class Teacher(BaseModel):
         if self.kind == "online" and self != online:  # a recipe that was written has the defaults
             raise ValueError("k and folder apply to a cached teacher only; remove them, or set kind: cached")
         return self
+
+
+class Schedule(BaseModel):
+    """A weight that changes linearly over the first part of the steps."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
+    start: float = Field(alias="from", ge=0, allow_inf_nan=False, description="the weight at the first step")
+    to: float = Field(ge=0, allow_inf_nan=False, description="the weight that it ends at")
+    until: float = Field(default=1.0, gt=0, le=1, description="share of the steps after which it stays")
+
+
+class Phase(BaseModel):
+    """One part of a distillation that has several. Values that are null are the recipe's. Every phase starts from the
+    compressed weights of the one before."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: PhaseKind = Field(description="train each decoder block by itself, or the whole model")
+    rates: Rates | None = Field(default=None, description=AS_IN_RECIPE)
+    adapt: Adaptation | None = Field(default=None, description="low-rank terms to add before it; null: none")
+    regrow: Regrowth | None = Field(default=None, description="pruned matrices to train dense during it; null: none")
+    estimator: Estimator | None = Field(default=None, description=AS_IN_RECIPE)
+    latents: Latents | None = Field(default=None, description=AS_IN_RECIPE)
+    scales: Scales | None = Field(default=None, description=AS_IN_RECIPE)
+    freezing: Freezing | None = Field(default=None, description=AS_IN_RECIPE)
+    batch: int | None = Field(default=None, ge=1, description=AS_IN_RECIPE)
+    micro_batch: int | None = Field(default=None, ge=1, description=AS_IN_RECIPE)
+    steps: int | None = Field(default=None, ge=1, description="optimizer steps; if blockwise, of every block")
+    warmup: float | None = Field(default=None, ge=0, le=1, description=AS_IN_RECIPE)
+    final_rate: float | None = Field(default=None, ge=0, le=1, description=AS_IN_RECIPE)
+    evaluate_every: int | None = Field(default=None, ge=1, description=AS_IN_RECIPE)

@@ -76,10 +76,10 @@ def _comparison_row(model: Row, columns: Sequence[tuple[str, str]]) -> list[str]
     scores = [(with_error(model["perplexity"], model["perplexity_stderr"], 3), changes["nll"])]
     for task, metric in columns:
         change = changes["tasks"].get(task, {}).get(metric)
-        scores.append((_task_cell(model["tasks"][task], metric), change))
+        scores.append((_task_cell(model["tasks"].get(task, {}), metric), change))
     if model["differences"] is None:  # the reference
         return cells + [score for score, _ in scores]
-    return cells + [score + MARKS[change and change["beyond_noise"]] for score, change in scores]
+    return cells + [score + MARKS[change and change["beyond_noise"]] * (score != "?") for score, change in scores]
 
 
 def worst_domain(domains: dict[str, Row]) -> str:
@@ -115,11 +115,12 @@ def adapter_table(results: Row) -> Table:
 
 
 def size_rows(report: Report) -> list[tuple[str, str, str]]:
-    """Return (name, dense, compressed) of bytes and bits per weight."""
+    """Return (name, dense, compressed) of bytes and bits per weight; "" for what a mixture of dtypes hides."""
     dense_bits = f"{report.dense_bytes * 8 / report.parameters:.3g}"
+    linear_bits = dense_bits if dense_bits in ("16", "32") else ""
     return [
         ("bytes of all weight files", f"{report.dense_bytes:,}", f"{report.bytes:,}"),
-        ("bits per weight, compressed linears", dense_bits, f"{report.bpw:.3f}"),
+        ("bits per weight, compressed linears", linear_bits, f"{report.bpw:.3f}"),
         ("bits per weight, all files", dense_bits, f"{report.model_bpw:.3f}"),
     ]
 
@@ -143,10 +144,10 @@ def score_rows(scores: Row) -> list[tuple[str, ...]]:
         kl = with_error(domain["kl"], domain["kl_stderr"])
         rows.append((f"KL to the dense model on {without_folders(name)}", "0", kl, ""))
     for task, entry in small["tasks"].items():
-        known = {metric: (value, error) for metric, value, error in metrics(dense["tasks"][task])}
+        known = dense["tasks"].get(task, {})  # empty if the tasks failed there
         for metric, value, error in metrics(entry):
-            label, change = f"{without_folders(task)}: {metric}", f"{value - known[metric][0]:+.4f}"
-            rows.append((label, with_error(*known[metric]), with_error(value, error), change))
+            label, change = f"{without_folders(task)}: {metric}", f"{value - known[metric]:+.4f}" if known else ""
+            rows.append((label, _task_cell(known, metric), with_error(value, error), change))
     return rows
 
 

@@ -43,10 +43,10 @@ def _plus_minus(signs: Tensor, like: Tensor) -> Tensor:
 
 
 def _hadamard(x: Tensor, block: int) -> Tensor:
-    strided = x.reshape(*x.shape[:-1], block, -1)
+    strided = x.reshape(*x.shape[:-1], block, x.shape[-1] // block)
     half = 1
     while half < block:
-        pairs = strided.reshape(*x.shape[:-1], -1, 2, half, strided.shape[-1])
+        pairs = strided.reshape(*x.shape[:-1], block // (2 * half), 2, half, strided.shape[-1])
         low, high = pairs.unbind(-3)
         strided = torch.stack([low + high, low - high], -3)
         half *= 2

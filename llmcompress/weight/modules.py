@@ -251,6 +251,14 @@ class CompressedEmbedding(CompressedModule, nn.Embedding):
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
 
+def with_weight(layer: CompressedLinear | CompressedEmbedding, w: Weight) -> CompressedLinear | CompressedEmbedding:
+    """Return a layer like another, with another weight of its own."""
+    layout, payload = pack_weight(w, layer.layout.inputs)
+    if isinstance(layer, CompressedLinear):
+        return CompressedLinear(layout, payload, layer.bias)
+    return CompressedEmbedding(layout, payload, layer.get_parameter(LIKE).dtype, layer.scale, layer.padding_idx)
+
+
 # --- modules of a model ---------------------------------------------------------------------------------------------
 
 

@@ -100,7 +100,7 @@ def unpack_rows(packed: Tensor, levels: int, width: int, rows: Tensor) -> Tensor
     runs = first[:, None] + torch.arange(-(-(width + codes - 1) // codes), device=rows.device)
     places = runs[..., None] * octets + torch.arange(octets, device=rows.device)
     own = packed[places.flatten().clamp_max(len(packed) - 1)]  # codes beyond the end are dropped below
-    unpacked = unpack(own, levels, runs.numel() * codes).reshape(len(rows), -1)
+    unpacked = unpack(own, levels, runs.numel() * codes).reshape(len(rows), runs.shape[1] * codes)
     return unpacked.gather(1, inside[:, None] + torch.arange(width, device=rows.device))
 
 

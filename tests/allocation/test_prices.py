@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import llmcompress as lc
-from llmcompress.allocation.allocate import reachable_choices
+from llmcompress.allocation.allocate import allocate, reachable_choices
 from llmcompress.allocation.choices import LOW_RATES, RATES, find_choices, goes_low
 from llmcompress.allocation.distortion import (
     compress_roughly,
@@ -39,6 +39,7 @@ from llmcompress.weight.layout import pack_weight
 from tests.builders import correlated, every_node, gaussian, layer, moments
 from tests.tiers import tiered
 from tests.tiny import save_tiny
+from tests.zoo import save_zoo, text_for_calibration, zoo
 
 LOOK_BACK = {"method": "refine", "passes": 1}
 
@@ -185,6 +186,33 @@ def test_probing_tokens_are_held_out_ones() -> None:
     last = text[-1, : WINDOWS * WINDOW].reshape(WINDOWS, WINDOW)
     assert torch.equal(probe_windows(CalibrationTokens(text, 1, "", 12)), last)
     assert torch.equal(probe_windows(CalibrationTokens(text[:, :40], 1, "", 12)), text[-1:, :40])
+
+
+def test_an_expert_that_no_probing_token_reaches_costs_as_the_least_sensitive_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its own change shows in no prediction; the text to come may reach it."""
+    dense, text = save_zoo("deepseek_v3", tmp_path / "dense"), text_for_calibration(tmp_path)
+    model = zoo("deepseek_v3")
+    model.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias")[0] = -1e4
+    model.save_pretrained(dense)
+    recipe = {
+        "version": 1,
+        "calibration": {"dataset": str(text), "samples": 8, "length": 48, "held_out": 2},
+        "rules": [{"match": ["*.self_attn.*", "*shared_experts*", "*.layers.0.*"], "steps": []}],
+        "options": [[{"method": "rtn", "bits": bits, "group_size": 16}] for bits in (2, 4, 8)],
+        "target": {"bpw": 5.0},
+    }
+    plan = allocate(prepare(resolve(str(dense)), read_recipe(recipe)))
+    sensitivities = {one.name: one.sensitivity for one in plan.prices}
+    unreached = {f"model.layers.1.mlp.experts.0.{leaf}_proj" for leaf in ("gate", "up", "down")}
+    assert {name for name, value in sensitivities.items() if value == 0} == unreached
+    for one in (one for one in plan.prices if one.name in unreached):
+        leaf = one.name.rpartition(".")[2]
+        least = min(value for name, value in sensitivities.items() if name.endswith(leaf) and value)
+        assert [offer.damage for offer in one.offers] == pytest.approx([offer.error * least for offer in one.offers])
+    [note] = plan.summary(0.0, 0)["notes"]
+    assert note in caplog.messages and all(name in note for name in unreached)
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from random import Random
 import pytest
 
 from llmcompress.allocation import solve as room
-from llmcompress.allocation.solve import monotone, random_plan, solve, uniform_plan
+from llmcompress.allocation.solve import cheapest_first, fill_up, monotone, random_plan, solve, uniform_plan
 from llmcompress.methods.solvers.sparsity import kept_count
 
 Rows = list[list[float]]
@@ -139,6 +139,24 @@ def test_geometric_damages_give_reverse_water_filling() -> None:
 def test_noise_in_the_prices_is_not_exploited() -> None:
     assert monotone([0.5, 0.1, 0.3, 0.05], [1, 2, 3, 4]) == (0.5, 0.3, 0.3, 0.05)
     assert monotone([0.05, 0.3, 0.1, 0.5], [4, 3, 2, 1]) == (0.05, 0.3, 0.3, 0.5)
+
+
+def test_a_random_plan_is_added_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models have thousands of matrices, and each of as many changes would add up the costs of all."""
+    _, cost = problem(11, 80, 5)
+    limit, sums = 0.4 * sum(map(max, cost)), []
+    ladders = [cheapest_first(row) for row in cost]
+
+    def slow(random: Random) -> tuple[int, ...]:
+        plan = [random.choice(ladder) for ladder in ladders]
+        while total(cost, plan) > limit:
+            number = random.randrange(len(plan))
+            plan[number] = ladders[number][max(ladders[number].index(plan[number]) - 1, 0)]
+        return fill_up(cost, plan, limit, random.sample(range(len(plan)), len(plan)), steps=5)
+
+    wanted = [slow(Random(seed)) for seed in range(4)]
+    monkeypatch.setattr(room, "total_cost", lambda *given: (sums.append(1), total(*given))[1])
+    assert [random_plan(cost, limit, Random(seed)) for seed in range(4)] == wanted and len(sums) <= 4 * 3
 
 
 @pytest.mark.parametrize("share", [0.35, 0.6, 1.0])

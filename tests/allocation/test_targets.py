@@ -281,6 +281,8 @@ WRONG = [
     ("target: {bpw: 2}\noptions: [[{method: gtpq}]]", "recipe.yaml:4: unknown method 'gtpq'; did you mean 'gptq'?"),
     ("rules: [{match: '*', steps: []}]\noptions: [[{method: rtn}]]", "options: they are the choices for a target"),
     ("target: {bpw: 2}\ncalibration: null", "is already at"),
+    ("target: {bytes: 40MB}\ndistill: {adapt: {rank: 4}}", "adapt adds low-rank terms, which a size has no room for"),
+    ("target: {bpw: 2}\ndistill: {phases: [{kind: end_to_end, adapt: {rank: 4}}]}", "adapt adds low-rank terms"),
     ("", 'the key "rules" is missing'),
 ]
 

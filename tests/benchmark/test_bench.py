@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import llmcompress as lc
 import llmcompress.benchmark.measure
+from llmcompress.benchmark.candidate import _scores
 from llmcompress.benchmark.measure import bench
 from llmcompress.benchmark.protocol import SpeedProtocol
 from llmcompress.benchmark.summary import digits, speed_markdown
@@ -233,6 +234,17 @@ def test_packages_that_are_missing_are_named_before_anything_runs(
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     code, _, errors = run("dense", "--plot", tmp_path / "p.png", "--prompt", 8)
     assert code == 2 and "plots need matplotlib" in errors
+
+
+def test_scores_of_one_protocol_are_plotted_together(tmp_path: Path) -> None:
+    models = []
+    for number in (1.0, 2.0):
+        measured = {"differences": {"nll": number}, "digest": f"{number}", "versions": {"torch": f"{number}"}}
+        own = {"perplexity": 40.0 * number, "kl": number, "top1_agreement": 0.7}
+        entries = {"windows": 3, "bos": True, "dense": {}, "compressed": own, **measured}
+        (tmp_path / "eval.json").write_text(json.dumps(entries))
+        models.append({"scores": _scores(tmp_path)})
+    assert qualities(models) == [40.0, 80.0]
 
 
 def test_damaged_scores_are_named(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

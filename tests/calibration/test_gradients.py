@@ -35,7 +35,7 @@ from llmcompress.weight.nodes import Dense
 from llmcompress.weight.trellis import Trellis
 from tests.tiers import tiered
 from tests.tiny import save_tiny
-from tests.zoo import save_any, text_for_calibration
+from tests.zoo import save_any, save_zoo, text_for_calibration
 
 RTN = {"version": 1, "rules": [{"match": "*", "steps": [{"method": "rtn", "bits": 4, "group_size": 16}]}]}
 TRELLIS = [{"match": "*", "steps": [{"method": "trellis", "memory": 8}, {"method": "refine", "passes": 1}]}]
@@ -163,6 +163,18 @@ def test_it_returns_from_the_disk(tmp_path: Path) -> None:
     again = Importance.from_tensors(found.tensors())
     assert again.tokens.keys() == found.tokens.keys() and again.rows.keys() == found.rows.keys()
     assert all(torch.equal(value, again.tokens[name]) for name, value in found.tokens.items())
+
+
+def test_tokens_of_linears_without_gradients_count_alike(tmp_path: Path) -> None:
+    """The indexers of DeepSeek-V3.2 choose what tokens look at, without a gradient."""
+    indexer = {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 8, "num_key_value_heads": 4}
+    source, arch = opened(save_zoo("deepseek_v3", tmp_path, model_type="deepseek_v32", **indexer))
+    importance = measure_importance(source, arch, sequences())
+    groups = [tuple(linear.name for linear in group) for block in arch.blocks for group in block.groups]
+    alone = [names for names in groups if all(".indexer." in name for name in names)]
+    assert alone and all(torch.equal(importance.token_weights(names, 0.1), torch.ones(3, 24)) for names in alone)
+    others = [importance.token_weights(names, 0.1) for names in groups if names not in alone]
+    assert all(weights.shape == (3, 24) and len(weights.unique()) > 1 for weights in others)
 
 
 def test_a_model_without_predictions_is_refused(tmp_path: Path) -> None:

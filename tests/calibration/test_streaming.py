@@ -20,7 +20,7 @@ from llmcompress.models.dense.model import resolve
 from llmcompress.weight.modules import compressed_linears, decoded
 from tests.tiers import one_in, tiered
 from tests.tiny import save_tiny
-from tests.zoo import ENCODERS, EVERY, save_any, text_for_calibration
+from tests.zoo import ENCODERS, EVERY, save_any, save_zoo, text_for_calibration
 
 CPU = torch.device("cpu")
 REFUSED = {"jetmoe", "rwkv", "gemma3n_text"}
@@ -97,6 +97,19 @@ def test_a_compressed_model_predicts_what_it_does_when_decoded(
         wanted = torch.cat([model(input_ids=one[None], use_cache=False).logits for one in windows()])
     assert torch.equal(predicted(in_memory(model)), wanted)
     assert all(layer.ready is None for layer in compressed_linears(model).values())
+
+
+def test_a_mixture_that_returns_its_routers_logits_predicts_the_same(tmp_path: Path) -> None:
+    text = {"dataset": str(text_for_calibration(tmp_path)), "samples": 3, "length": 32, "held_out": 1}
+    logits, gates = [], []
+    for returned in (False, True):
+        place = save_zoo("mixtral", tmp_path / f"dense {returned}", output_router_logits=returned)
+        done = lc.compress(place, RTN | {"calibration": text}, tmp_path / f"small {returned}")
+        small = load_model(locate(str(done.folder)))
+        logits += [predicted(from_disk(resolve(place), CPU)), predicted(in_memory(small))]
+        gates.append(done.report.gates)
+    assert torch.equal(logits[0], logits[2]) and torch.equal(logits[1], logits[3])
+    assert gates[0] is not None and gates[0] == gates[1]
 
 
 @pytest.mark.parametrize("family", sorted(REFUSED))

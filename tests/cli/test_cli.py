@@ -34,7 +34,7 @@ from llmcompress.models.files.file_names import REPORT as REPORT_FILE
 from llmcompress.recipe.read import dump, parse_recipe
 from llmcompress.reporting.formatting import duration
 from llmcompress.reporting.report import LayerReport, Report
-from llmcompress.reporting.tables import comparison_markdown, group_rows, merge_sentences
+from llmcompress.reporting.tables import comparison_markdown, comparison_table, group_rows, merge_sentences, size_rows
 from tests.tiny import save_tiny
 
 TEXT = """\
@@ -209,8 +209,8 @@ def test_the_protocol_has_the_defaults(calls: Calls) -> None:
     run("eval", "small")
     run("compare", "a", "b")
     assert [given[1] for given, _ in calls] == [Protocol(), Protocol()]
-    run("eval", "small", "--limit", 0.25)
-    assert calls[2][0][1] == Protocol(limit=0.25)
+    run("eval", "small", "--tasks", "a", "--limit", 0.25)
+    assert calls[2][0][1] == Protocol(tasks=("a",), limit=0.25)
 
 
 def test_snake_case_options_work_and_values_keep_their_underscores(recipe: Path, calls: Calls) -> None:
@@ -218,6 +218,29 @@ def test_snake_case_options_work_and_values_keep_their_underscores(recipe: Path,
     assert done.exit_code == 0, done.output
     (model, asked, output), _ = calls[0]
     assert (model, output, asked.name) == ("my_model", Path("my_out"), "a_b")
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ("drop m --blocks 3 --by damage -o out", "--by and --text choose"),
+        ("drop m --blocks 3 --text mine.txt -o out", "--by and --text choose"),
+        ("eval m --limit 5", "--limit is for tasks"),
+        ("eval m --generate", "--generate is for tasks"),
+        ("compare a b --num-fewshot 3", "--num-fewshot is for tasks"),
+        ("compare a b --chat-template", "--chat-template is for tasks"),
+        ("compress m --bpw 2 --price-part 1/4 --no-resume -o out", "leave --no-resume out"),
+        ("compress m --bpw 2 --set target.kl=0.1 -o out", "--bpw and --set target.kl=0.1 both"),
+        ("experts prune m --keep 4 --seed 3 -o out", "--seed is for --by random"),
+        ("experts replace m --count 2 --seed 3 -o out", "--seed is for --by random"),
+        ("narrow m --neurons 0.5 --by subset --seed 3 -o out", "--seed is for --by random"),
+        ("export m --to dense --allow-dense -o out", "leave --allow-dense out"),
+        ("export m --to peft --allow-dense -o out", "leave --allow-dense out"),
+    ],
+)
+def test_an_option_that_nothing_reads_is_refused(words: str, option: str) -> None:
+    done = run(*words.split())
+    assert done.exit_code == errors.RecipeError.exit_code and option in done.stderr
 
 
 # --- what is printed ------------------------------------------------------------------------------------------------
@@ -281,6 +304,17 @@ def test_a_report_says_sizes_quality_and_what_to_type_next(recipe: Path, calls: 
         assert part in shown
 
 
+def test_what_to_type_next_can_be_pasted(recipe: Path, calls: Calls) -> None:
+    for model, revision, dense in (
+        ("org/name", ["--revision", "v2"], "org/name@v2"),
+        ("org/name/file.gguf", ["--revision", "v2"], "org/name@v2/file.gguf"),
+        ("org/name@v2", ["--revision", "v2"], "org/name@v2"),
+        ("my model", [], "'my model'"),
+    ):
+        shown = run("compress", model, recipe, "-o", "my out", "--trust-remote-code", *revision).stdout
+        assert f"next    llmcompress eval 'my out' --against {dense} --trust-remote-code\n" in shown
+
+
 def test_scores_are_shown(calls: Calls) -> None:
     shown = run("eval", "small").stdout
     for part in (
@@ -312,6 +346,17 @@ def test_a_comparison_is_one_table_with_marks(calls: Calls) -> None:
     assert changes[-2] == "| small | arc_easy: acc | 0.0100 ± 0.0100 | 32 | no |"
     assert "log perplexity" in run("compare", "dense", "small", "-v").stdout and "log perplexity" not in shown
     assert "| 24.006 ± 0.500* |" in written and "- \\* differs from dense" in written and "windows 32" in written
+
+
+def test_a_comparison_has_no_score_of_tasks_that_failed() -> None:
+    failed = [*COMPARED["models"][:2], COMPARED["models"][2] | {"tasks": {}, "tasks_failed": "arc_easy failed"}]
+    rows = comparison_table(COMPARED | {"models": failed}).rows
+    assert [row[-1] for row in rows] == ["0.5000 ± 0.0500", "0.5000 ± 0.0500", "?"]
+
+
+def test_the_dense_bits_of_linears_are_known_of_files_in_one_dtype() -> None:
+    for dense_bytes, bits in ((2_000_000, ("16", "16")), (4_000_000, ("32", "32")), (1_100_000, ("", "8.8"))):
+        assert tuple(dense for _, dense, _ in size_rows(replace(REPORT, dense_bytes=dense_bytes))[1:]) == bits
 
 
 def test_of_several_processes_the_first_one_speaks(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,7 +458,7 @@ ENDS: list[tuple[BaseException, int, str]] = [
         7,
         "there is not enough memory",
     ),
-    (KeyboardInterrupt(), 130, "stopped from the keyboard; nothing was left behind"),
+    (KeyboardInterrupt(), 130, "stopped from the keyboard"),
     (KeyboardInterrupt("step 3 is kept"), 130, "stopped from the keyboard; step 3 is kept"),
 ]
 

@@ -84,6 +84,15 @@ def test_a_compressed_one_loads_with_its_own_class(
     torch.testing.assert_close(outputs(plain), outputs(original), rtol=5e-2, atol=5e-2)  # bfloat16
 
 
+@pytest.mark.parametrize("family, longest", [("roberta", 127), ("mpnet", 126), ("bert", 128)])
+def test_the_longest_sequence_leaves_out_positions_of_padding(family: str, longest: int, tmp_path: Path) -> None:
+    """Padding is token 0 of these tiny models, but always 1 of MPNet."""
+    asked = recipe(tmp_path)
+    del asked["calibration"]["length"]
+    result = lc.compress(save_zoo(family, tmp_path / "dense"), asked, tmp_path / "small")
+    assert result.report.calibration is not None and result.report.calibration["length"] == longest
+
+
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a classifier, `dense`, and the same in fewer bits, `small`."""

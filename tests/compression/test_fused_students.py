@@ -50,6 +50,16 @@ def test_a_rotated_student_learns_and_keeps_its_own_head(place: Path, tmp_path: 
         ),
         ("rotation", {"phases": BLOCKWISE}, "a blockwise phase compares hidden states.* leave the phase out"),
         ("awq", {"latents": "teacher", "rates": {"codes": 1e-3}}, "were changed by fuse: .* set latents: codes"),
+        (
+            "awq",
+            {"adapt": {"rank": 2, "start": "residual"}, "rates": {"factors": 1e-3}},
+            "start: residual} requires the teacher's weights, .* were changed by fuse: .* set start: zero",
+        ),
+        (
+            "rotation",
+            {"phases": [{"kind": "end_to_end", "regrow": {"start": "teacher"}, "rates": {"values": 1e-3}}]},
+            "start: teacher} requires the teacher's weights, .* were changed by fuse: .* set start: zero",
+        ),
     ],
 )
 def test_what_the_teacher_cannot_teach_is_refused(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +17,7 @@ from llmcompress.calibration.gather import Statistics
 from llmcompress.calibration.walk import walk
 from llmcompress.compression.job import prepare
 from llmcompress.compression.layers import TARGET_DAMPING, to_dense_outputs
-from llmcompress.errors import RecipeError
+from llmcompress.errors import InputError, RecipeError
 from llmcompress.formats.export import export
 from llmcompress.methods.layer import apply, step
 from llmcompress.methods.moments import Moments
@@ -104,6 +105,13 @@ def test_the_checkpoint_rounds_inputs_as_calibrated(small: Path) -> None:
             by_hand.get_submodule(name).register_forward_pre_hook(hook)
         assert torch.allclose(by_hand(IDS).logits, ours, atol=2e-2)
         assert float((unrounded - ours).norm()) > 3 * float((by_hand(IDS).logits - ours).norm())
+
+
+def test_adapters_beside_rounded_inputs_are_not_folded(small: Path) -> None:
+    """They read the inputs as they are."""
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(small), LoraConfig(r=2, target_modules=["o_proj"]))
+    with pytest.raises(InputError, match=r"o_proj: its inputs are rounded, .*; keep the adapter beside the model"):
+        lc.fold(adapted)
 
 
 @pytest.mark.parametrize("form", [InputFormat("int8"), InputFormat("nvfp4", 100.0)], ids=str)

@@ -18,6 +18,7 @@ from llmcompress.recipe.read import read_recipe
 from llmcompress.weight.expression import bits
 from llmcompress.weight.nodes import shown_count
 from tests.tiny import save_tiny, tiny, tiny_tokenizer
+from tests.zoo import save_any
 
 PRUNED = {"method": "magnitude", "sparsity": 0.5}
 GRID = {"method": "rtn", "bits": 3, "group_size": 16}
@@ -39,6 +40,18 @@ def test_each_shape_is_sketched_once_for_the_same_steps(tmp_path: Path, monkeypa
     monkeypatch.setattr(plan, "sketch", counted)
     assert {row.name: row.bits for row in plan_of(job).layers} == separate
     assert len(sketched) == len({(linears[name].shape, steps) for name, steps in job.steps.items()}) < len(separate)
+
+
+@pytest.mark.parametrize("family, width", [("qwen3_moe", 64), ("deepseek_v3", 64), ("gpt2", 32)])
+def test_each_token_takes_as_many_numbers_as_hidden_states_are_wide(family: str, width: int, tmp_path: Path) -> None:
+    """Experts and latents of these are narrower."""
+    source = resolve(save_any(family, tmp_path))
+    asked = {"version": 1, "rules": RULES[1:], "gates": {"kl": None, "perplexity_ratio": None}}
+    few, many = (
+        plan_of(prepare(source, read_recipe(asked | {"calibration": {"samples": samples, "length": 512}})))
+        for samples in (100, 1100)
+    )
+    assert many.peak_memory_bytes - few.peak_memory_bytes == 4 * width * 512_000
 
 
 @pytest.mark.parametrize("shown", [torch.arange(7) % 3 == 0, torch.arange(35).view(5, 7) % 4 == 0])

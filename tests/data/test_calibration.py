@@ -20,6 +20,7 @@ from llmcompress.data.text import read_documents, shuffle
 from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.recipe.calibration import Calibration
 from tests.tiny import tiny, tiny_tokenizer
+from tests.zoo import zoo
 
 BOS, EOS = 256, 257
 
@@ -212,9 +213,10 @@ def test_teacher_text_is_seeded_full_and_leaves_the_global_random_state_alone() 
     assert "free text and answers to prompts" in first.source
 
 
-def test_teacher_text_follows_the_models_own_distribution() -> None:
+@pytest.mark.parametrize("family", ["llama", "mamba"])
+def test_teacher_text_follows_the_models_own_distribution(family: str) -> None:
     """At a temperature near 0 each sampled token is the argmax of a plain forward pass without a cache."""
-    model = tiny("llama")
+    model = tiny("llama") if family == "llama" else zoo(family, tie_word_embeddings=False)
     found = read(model=model, dataset="self", chat_template=False, samples=3, length=16, temperature=1e-4)
     with torch.no_grad():
         best = model(found.sequences).logits.argmax(-1)

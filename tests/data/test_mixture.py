@@ -178,8 +178,6 @@ def test_blocks_are_recovered_on_domains_of_unequal_lengths(folders: Path, tmp_p
     done = distill(folders / "small", folders / "dense", asked, tmp_path / "out")
     assert done.history[-1]["kl"] < done.history[0]["kl"] and set(done.history[-1]["domains"]) == {"corn", "chats"}
     assert len(list(distilled_view(done.to_json(), False))) > 3
-    with pytest.raises(RecipeError, match="a blockwise phase cannot keep documents apart"):
-        distill(folders / "small", folders / "dense", asked | {"data": domains(folders)}, tmp_path / "apart")
 
 
 @pytest.mark.nightly

@@ -13,7 +13,7 @@ from llmcompress.distillation import run
 from llmcompress.distillation.run import distill
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.formats.model_card import DistillationRecord, _distillation
-from llmcompress.recipe.distillation import Distillation
+from llmcompress.recipe.distillation import CONTROLS, Distillation
 from llmcompress.recipe.read import read_as
 from tests.distillation.miniature import cut_short, make, recipe
 from tests.tiers import tiered_nightly
@@ -105,14 +105,20 @@ def test_controls_share_a_cached_teacher(folders: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out.teacher").exists()
 
 
+def test_losses_without_a_teacher_go_beside_one_whose_token_table_is_compressed(folders: Path, tmp_path: Path) -> None:
+    asked = recipe(folders, steps=1, losses=[{"of": {"loss": "cross_entropy"}}])
+    assert distill(folders / "small", folders / "small", asked, tmp_path / "out").steps == 1
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
         ({"controls": ["vanilla"], "losses": [{"of": {"loss": "forward_kl"}}]}, "has the same losses as the recipe"),
         ({"controls": ["no_teacher", "no_teacher"]}, "runs once"),
-        ({"phases": [{"kind": "blockwise"}]}, "blockwise"),
+        ({"phases": [{"kind": "blockwise"}], "losses": CONTROLS["vanilla"]}, "controls: blockwise phases read no pred"),
+        ({"mixture": {"reweight": "ddk"}, "data": [{"name": "a"}, {"name": "b"}]}, "those of ddk follow its student"),
     ],
 )
-def test_controls_equal_to_the_recipe_are_refused(more: dict[str, Any], said: str, folders: Path) -> None:
+def test_controls_that_would_tell_nothing_are_refused(more: dict[str, Any], said: str, folders: Path) -> None:
     with pytest.raises(RecipeError, match=said):
         read_as(Distillation, settings(folders, **more))

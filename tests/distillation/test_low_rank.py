@@ -13,16 +13,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
 from llmcompress.distillation.run import distill
-from llmcompress.distillation.student.low_rank import add_terms, dense_weight, round_terms
+from llmcompress.distillation.student.low_rank import add_terms, dense_weight, round_terms, teacher_weights
 from llmcompress.errors import RecipeError
 from llmcompress.evaluation.verify import verify
 from llmcompress.recipe.sections import Adaptation
 from llmcompress.reporting.report import read
+from llmcompress.weight.algebra import add_term, truncate_low_rank
 from llmcompress.weight.expression import bits, dense, describe
 from llmcompress.weight.modules import CompressedLinear, compressed_linears
-from llmcompress.weight.nodes import LowRank, Sum, shape
+from llmcompress.weight.nodes import Dense, LowRank, Sum, shape
+from tests.builders import grid
 from tests.distillation.miniature import cut_short, loaded, make, recipe, weight_files, weights_bytes
 from tests.tiers import tiered_nightly
+from tests.zoo import expert_slices, save_zoo, zoo
 
 RULES = [
     {"match": "*.down_proj", "steps": [{"method": "rtn", "bits": 3}, {"method": "svd", "rank": 2}]},
@@ -111,6 +114,32 @@ def test_a_term_that_learned_nothing_is_rounded_to_nothing(folders: Path) -> Non
     names = add_terms(student, asked, lambda: teacher, seed=0)
     for layer in round_terms(linears(student), names, asked).values():
         assert float(dense(term_of(layer)).abs().max()) < 1e-6
+
+
+def test_rounding_keeps_the_order_of_components_that_learned_together() -> None:
+    """The last two of a term are ten times larger than its first, which the size 3 has beside another term."""
+    random = torch.Generator().manual_seed(0)
+    left, right = torch.randn(32, 4, generator=random), torch.randn(4, 48, generator=random)
+    left[:, 2:] *= 10
+    before = LowRank(Dense(torch.ones(32, 1)), Dense(torch.ones(1, 48)))
+    base = Sum((grid((32, 48), 4, 16, 0, symmetric=True), before))
+    layer = CompressedLinear.of(add_term(base, LowRank(Dense(left), Dense(right))))
+    found = round_terms({"q": layer}, ["q"], Adaptation(rank=4, factor_bits=8), (3,))["q"].expression()
+    for size, count in ((3, 2), (5, 4)):
+        term = left[:, :count] @ right[:count]
+        assert (dense(truncate_low_rank(found, size)) - dense(base) - term).norm() < 2e-2 * term.norm()
+
+
+def test_experts_start_at_those_of_a_dense_teacher(tmp_path: Path) -> None:
+    save_zoo("qwen3_moe", tmp_path / "dense")
+    rules = [{"match": "*", "steps": [{"method": "rtn", "bits": 4}]}]
+    asked = {"version": 1, "calibration": None, "rules": rules}
+    student = lc.compress(tmp_path / "dense", asked, tmp_path / "small").model
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    wanted, weights = expert_slices("qwen3_moe", teacher), teacher_weights(student, teacher)
+    assert len(wanted) == 24 and all(torch.equal(weights(name[:-7]), value) for name, value in wanted.items())
+    with pytest.raises(RecipeError, match="experts are not as many as the teacher's"):
+        teacher_weights(student, zoo("qwen3_moe", num_experts=8))
 
 
 @pytest.mark.parametrize("factor_bits", [pytest.param(16, marks=pytest.mark.slow), 8])

@@ -24,6 +24,7 @@ from llmcompress.runtime.seeding import generator
 from tests.distillation.miniature import cut_short, make, recipe
 from tests.tiers import tiered_nightly
 from tests.tiny import tiny
+from tests.zoo import zoo
 
 RULES = [{"match": "*", "steps": [{"method": "rtn", "bits": 3, "group_size": 16}]}]
 OWN: dict[str, Any] = {"on_policy": {"share": 0.5, "prompt": 5, "every": 2}, "steps": 5}
@@ -53,6 +54,14 @@ def slowly(model: PreTrainedModel, row: Tensor, kept: int, ends: set[int], tempe
         if ids[-1] in ends:
             break
     return ids
+
+
+@pytest.mark.parametrize("family", ["mamba", "recurrent_gemma", "xlstm"])
+def test_sequences_are_continued_whatever_a_model_remembers(family: str) -> None:
+    """Its state has another name, or does not come out of it at all."""
+    model, batch, kept = zoo(family), text(2, 16), torch.tensor([5, 9])
+    found = continue_sequences(model, batch.ids, kept, set(), 1.0, seeds(2))
+    assert found.tolist() == [slowly(model, batch.ids[n], int(kept[n]), set(), 1.0, f"row {n}") for n in range(2)]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.3])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmcompress.cli.terminal import verdict
 from llmcompress.data.batch import Batch
 from llmcompress.distillation import blockwise
 from llmcompress.distillation.blockwise import (
@@ -33,7 +34,7 @@ from llmcompress.distillation.student.model import relaxed_student
 from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.evaluation.verify import verify
 from llmcompress.models.files.store import Store
-from llmcompress.recipe.distillation import Distillation
+from llmcompress.recipe.distillation import CONTROLS, Distillation
 from llmcompress.recipe.read import read_as
 from llmcompress.weight.modules import compressed_linears
 from tests.distillation.miniature import cut_short, loaded, make, recipe
@@ -43,6 +44,8 @@ from tests.tiny import FAMILY_CONFIGS, save_tiny, tiny
 RULES = [{"match": "*", "steps": [{"method": "rotate"}, {"method": "rtn", "bits": 2, "group_size": 16}]}]
 RATES = {"codes": 5e-3, "scales": 5e-3, "norms": 5e-3}
 PATH = "model.layers.0"
+BLOCKWISE = [{"kind": "blockwise", "steps": 2}]
+TWO = [{"of": {"loss": "forward_kl"}}, {"of": {"loss": "cross_entropy"}}]
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +116,7 @@ def test_the_error_is_the_mean_of_relative_errors_of_tokens_that_count() -> None
 @pytest.mark.parametrize("kind", tiered(["codes", "scales", "norms"], "codes".__eq__))
 def test_a_block_improves_on_held_out_text(kind: Any, folders: Path) -> None:
     student, block, train, held_out = first_block(folders)
-    settings = asked(folders, rates={kind: RATES[kind]})
+    settings = asked(folders, rates={kind: RATES[kind]}, latents="codes")
     part = relaxed_student(student, settings.rates, teacher_weights(student, loaded(folders)[1]), f"{PATH}.")
     assert {name.rpartition(".")[0][: len(PATH)] for name in part.named_parameters()} == {PATH}
     found = recover_block(block, part, train, held_out, settings, PATH)
@@ -152,6 +155,12 @@ def test_the_walk_recovers_every_block(folders: Path, tmp_path: Path) -> None:
     assert all(len(after[name]) == len(value) for name, value in before.items())
     again, _ = walk_of(folders, asked(folders), tmp_path / "other")
     assert all(torch.equal(value, after[name]) for name, value in payloads(again).items())
+
+
+def test_a_step_may_draw_more_sequences_than_there_are(folders: Path, tmp_path: Path) -> None:
+    settings = asked(folders, batch=16, micro_batch=16, steps=2, evaluate_every=1)
+    _, walked = walk_of(folders, settings, tmp_path / "kept")
+    assert len(walked.errors) == 2
 
 
 @pytest.mark.slow
@@ -213,6 +222,17 @@ def test_a_run_interrupted_in_a_phase_resumes_exactly(calls: int, folders: Path,
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
 
 
+def test_an_interrupt_says_where_finished_blocks_are(folders: Path, tmp_path: Path) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    settings = recipe(folders, phases=[{"kind": "blockwise", "steps": 2}])
+    with pytest.raises(KeyboardInterrupt) as raised:
+        distill(folders / "small", folders / "dense", settings, tmp_path / "out", progress=stop)
+    state = f"finished work is kept in {tmp_path / 'out.training'}, from where the same command resumes"
+    assert verdict(raised.value) == (130, f"stopped from the keyboard; {state}")
+
+
 def test_a_recipe_without_phases_is_one(folders: Path) -> None:
     plain = asked(folders)
     assert plain.stages() == (("end_to_end", plain),)
@@ -221,6 +241,8 @@ def test_a_recipe_without_phases_is_one(folders: Path) -> None:
     assert (first, second) == ("blockwise", "end_to_end")
     assert one == plain.model_copy(update={"steps": 3})
     assert other == plain.model_copy(update={"rates": {"norms": 0.1}})
+    blocks = asked(folders, phases=BLOCKWISE)
+    assert read_as(Distillation, blocks.model_dump(mode="json")) == blocks, "every value is written"
 
 
 @pytest.mark.parametrize(
@@ -233,6 +255,16 @@ def test_a_recipe_without_phases_is_one(folders: Path) -> None:
         ({"phases": [{"kind": "end_to_end", "adapt": {"rank": 2}}]}, "and rates has none for them"),
         ({"phases": [{"kind": "blockwise"}], "adapt": {"rank": 2}}, "adapt does not go with phases"),
         ({"phases": [{"kind": "blockwise", "rates": {"factors": 0.1}}]}, "no block has factors to train"),
+        ({"phases": BLOCKWISE, "data": {"boundaries": True}}, "a blockwise phase cannot keep documents apart"),
+        ({"phases": BLOCKWISE, "losses": CONTROLS["no_teacher"]}, "losses: blockwise phases read no predictions"),
+        ({"phases": BLOCKWISE, "losses": TWO, "balance": True}, "losses: blockwise phases read no predictions"),
+        ({"phases": BLOCKWISE, "teacher": {"kind": "cached"}}, "teacher: blockwise phases read no predictions"),
+        (
+            {"phases": BLOCKWISE, "mixture": {"reweight": "ddk"}, "data": [{"name": "a"}, {"name": "b"}]},
+            "ddk}: blockwise phases read no predictions, but all text; leave it out",
+        ),
+        ({"latents": "teacher"}, "latents needs codes that train, and rates has none for them"),
+        ({"phases": [{"kind": "end_to_end", "estimator": "reste"}]}, "estimator needs codes that train"),
     ],
 )
 def test_impossible_phases_are_refused(more: dict[str, Any], sentence: str, folders: Path, tmp_path: Path) -> None:
@@ -252,4 +284,4 @@ def test_impossible_runs_are_refused(folders: Path, tmp_path: Path) -> None:
     part = relaxed_student(student, {"scales": 1e-3}, None, f"{PATH}.")
     broken = replace(train, wanted=torch.full_like(train.wanted, float("nan")))
     with pytest.raises(NumericsError, match="model.layers.0, step 1: the gradient's norm is nan"):
-        recover_block(block, part, broken, held_out, asked(folders, rates={"scales": 1e-3}), PATH)
+        recover_block(block, part, broken, held_out, asked(folders, rates={"scales": 1e-3}, latents="codes"), PATH)

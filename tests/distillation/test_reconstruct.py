@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import llmcompress as lc
+from llmcompress.calibration.walk import Execution, walk
 from llmcompress.cli.app import app
 from llmcompress.cli.compress import report_view
 from llmcompress.data.calibration import calibration_tokens
@@ -21,7 +22,7 @@ from llmcompress.distillation.blockwise import Activations, BlockErrors, recover
 from llmcompress.distillation.student.model import relaxed_student
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluation.verify import verify
-from llmcompress.models.dense.families import block_stack
+from llmcompress.models.dense.families import architecture, block_stack
 from llmcompress.models.dense.model import resolve
 from llmcompress.models.files.file_names import RECIPE
 from llmcompress.recipe.read import read_recipe
@@ -200,6 +201,26 @@ def test_a_block_learns_the_same_in_several_processes(batch: int, tmp_path: Path
         assert (found.step, found.frozen) == (alone.step, alone.frozen)
         assert (found.before, found.after) == pytest.approx((alone.before, alone.after), rel=1e-5)
         assert all(torch.allclose(values[name], kept[name], rtol=1e-4, atol=1e-6) for name in kept)
+
+
+def test_a_step_may_draw_more_sequences_than_there_are(place: Path, tmp_path: Path) -> None:
+    few = {"dataset": str(place / "text.txt"), "samples": 5, "length": 32, "held_out": 2}
+    asked = recipe(place, {"micro_batch": 8, "batch": 8, "steps": 2, "evaluate_every": 1}, calibration=few)
+    blocks = lc.compress(place / "dense", asked, tmp_path / "out").report.blocks.values()
+    assert len(blocks) == 2 and all(block["after"] < block["before"] for block in blocks)
+
+
+def test_a_block_that_learns_runs_on_as_many_sequences_as_a_process_may_draw(place: Path) -> None:
+    source = resolve(str(place / "dense"))
+    arch, ids = architecture(source.config, source.skeleton()), torch.randint(3, 250, (8, 16))
+
+    def sizes(ranks: Ranks) -> list[int]:
+        execution = Execution(batch_size=3, ranks=ranks)
+        block = next(walk(source, arch, ranks.share(ids), execution=execution, held_out=2, window=1))
+        assert block.run is not None
+        return [len(block.run(block.hidden[:1].repeat(size, 1, 1))) for size in (1, 2, 3)]
+
+    assert in_lockstep(2, sizes) == [[1, 2, 3]] * 2
 
 
 @pytest.mark.parametrize(

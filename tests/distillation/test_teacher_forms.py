@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmcompress.distillation.context import TrainContext
 from llmcompress.distillation.run import distill
+from llmcompress.distillation.teacher.predictions import HeldOutTeacher
 from llmcompress.errors import InputError
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import resolve
@@ -19,6 +22,7 @@ from tests.distillation import miniature
 from tests.models.test_adapter import adapted, change_json
 from tests.models.test_packed import by_compressed_tensors, fp8, scheme, store
 from tests.tiers import tiered_nightly
+from tests.tiny import save_tiny, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 RULES = [{"match": "*_proj", "steps": [{"method": "rtn", "bits": 3, "group_size": 16}]}]
@@ -64,6 +68,18 @@ def test_a_teacher_of_another_form_teaches_as_its_numbers(form: str, tmp_path: P
     if form in ("wrapped", "adapter"):
         with pytest.raises(InputError, match="cannot be quantized while it is loaded; save it as a plain model first"):
             distill(place / "small", teacher, recipe | {"teacher": {"bits": 8}}, tmp_path / "quantized")
+
+
+def test_a_teacher_that_is_loaded_again_has_its_numbers(tmp_path: Path) -> None:
+    """FP8 that rounds inputs, whose matrices would be codes: the cached teacher of a start at the residual."""
+    place = locate(packed(save_tiny("llama", tmp_path / "fp8"), "FP8_DYNAMIC"))
+    gone = HeldOutTeacher(tiny("llama"), ())
+    run: Any = SimpleNamespace(
+        teacher=gone, teacher_place=place, accelerator=SimpleNamespace(device="cpu"), dtype=torch.float32
+    )
+    source, model = resolve(place.folder), TrainContext.dense_teacher(run)
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(model.get_parameter(name), source.read(name).float())
 
 
 def test_an_adapter_is_part_of_what_identifies_a_teacher(tmp_path: Path) -> None:

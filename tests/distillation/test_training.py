@@ -266,7 +266,8 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(
 
     monkeypatch.setattr(train, "evaluate_held_out", seen)
     monkeypatch.setattr(steps, "rate", broken)
-    with pytest.raises(NumericsError, match="^step 3: the loss is nan"):
+    ways = "lower the rates, and remove out.training or choose another output folder"
+    with pytest.raises(NumericsError, match=f"^step 3: the loss is nan and the gradient's norm nan; {ways}"):
         distill(folders / "small", folders / "dense", recipe(folders, steps=6, save_every=1), tmp_path / "out")
     assert kept_step(tmp_path / "out.training") == 2
     assert not (tmp_path / "out").exists()

@@ -21,7 +21,7 @@ from llmcompress.allocation.sensitivity import probe_windows
 from llmcompress.cli.app import app
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.evaluation.adapter_transfer import passport
-from llmcompress.evaluation.perplexity import describe_protocol, text_windows
+from llmcompress.evaluation.perplexity import describe_protocol, evaluation_windows, text_windows
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.pipeline.frontier import frontier
@@ -151,6 +151,18 @@ def test_windows_have_the_text_behind_bos(folders: Path) -> None:
     assert ids.shape == (3, 20) and (ids[:, 0] == BOS).all()
     assert ids[:, 1:].flatten().tolist() == whole[: 3 * 19]
     assert describe_protocol(tokenizer, PROTOCOL)["bos"] is True
+
+
+def test_the_bos_of_a_chat_template_is_no_text(tmp_path: Path) -> None:
+    tokenizer, path = tiny_tokenizer(), tmp_path / "chats.jsonl"
+    tokenizer.chat_template = "<s>{% for message in messages %}{{ message['content'] }}.{% endfor %}"
+    chats = [{"messages": [{"role": "user", "content": f"The mill {number}"}]} for number in range(9)]
+    path.write_text("\n".join(map(json.dumps, chats)))
+    ids = evaluation_windows(tokenizer, Protocol(path, windows=2, length=34))
+    assert tokenizer.batch_decode(ids) == [
+        "<s>The mill 0.The mill 1.The mill 2.",
+        "<s>The mill 3.The mill 4.The mill 5.",
+    ]
 
 
 def test_a_tokenizer_that_puts_none_reads_plain_windows() -> None:

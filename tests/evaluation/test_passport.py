@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from typer.testing import CliRunner
 
 import llmcompress as lc
 from llmcompress.cli.app import app
-from llmcompress.errors import InputError, RecipeError
-from llmcompress.evaluation.adapter_transfer import distinct_share, kept_share, passport
+from llmcompress.errors import DiskError, InputError, RecipeError
+from llmcompress.evaluation.adapter_transfer import Passport, distinct_share, kept_share, passport
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.formats.hub import push
 from llmcompress.models.dense.tokenizer import load_tokenizer
@@ -115,11 +116,42 @@ def test_the_command_keeps_it_for_the_card(place: Path) -> None:
     assert PASSPORT in push(place / "small", "me/small", dry_run=True).files
 
 
-def test_what_does_not_fit_is_a_sentence(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["eval", "passport"])
+def test_a_folder_that_cannot_keep_a_result_is_refused_before_measuring(
+    command: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("adapter_transfer", "score"):
+        monkeypatch.delattr(f"llmcompress.evaluation.{module}.locate")
+    saved = Path(shutil.copytree(place / "small", tmp_path / "saved"))
+    (saved / "manifest.json").unlink()
+    words = [*([place / "adapter"] if command == "passport" else []), "--against", place / "dense", "--save"]
+    for model in ("me/small", place / "dense", saved, tmp_path / "none.gguf"):
+        done = CliRunner().invoke(app, [command, str(model), *map(str, words)])
+        assert done.exit_code == RecipeError.exit_code and f"{model} is no folder with manifest.json" in done.stderr
+    monkeypatch.setattr("os.access", lambda *_: False)
+    done = CliRunner().invoke(app, [command, str(place / "small"), *map(str, words)])
+    assert done.exit_code == DiskError.exit_code and "small cannot be written to; make the folder" in done.stderr
+    assert not (saved / "manifest.json").exists()
+
+
+def test_a_passport_that_cannot_be_kept_is_shown(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise DiskError("the disk is full; free some space")
+
+    result = Passport("small", "dense", {}, ())
+    monkeypatch.setattr("llmcompress.evaluation.adapter_transfer.passport", lambda *_, **__: result)
+    monkeypatch.setattr("llmcompress.evaluation.adapter_transfer.save_passport", full)
+    words = [place / "small", place / "adapter", "--against", place / "dense", "--save"]
+    done = CliRunner().invoke(app, ["passport", *map(str, words)])
+    assert done.exit_code == DiskError.exit_code and "gain    in nats per token" in done.stdout
+
+
+def test_what_does_not_fit_is_a_sentence(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match="give one or more"):
         passport(place / "small", [], place / "dense", PROTOCOL)
-    with pytest.raises(InputError, match="does not fit"):
-        passport(place / "small", [tmp_path], place / "dense", PROTOCOL)
+    with monkeypatch.context() as unloaded, pytest.raises(InputError, match=r"is no adapter \(Can't find"):
+        unloaded.delattr("llmcompress.evaluation.adapter_transfer.load_model")
+        passport(place / "small", [place / "adapter", tmp_path], place / "dense", PROTOCOL)
     wide = save_tiny("llama", tmp_path / "wide", hidden_size=64)
     lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     get_peft_model(AutoModelForCausalLM.from_pretrained(wide), lora).save_pretrained(tmp_path / "other")

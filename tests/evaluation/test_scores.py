@@ -20,16 +20,18 @@ import torch
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
+import llmcompress as lc
 from llmcompress.cli.app import app
 from llmcompress.data.builtin import stdlib_text
-from llmcompress.errors import InputError, NumericsError, RecipeError
+from llmcompress.errors import DiskError, InputError, NumericsError, RecipeError
 from llmcompress.evaluation.distance import Distance, distance
 from llmcompress.evaluation.evaluate import evaluate, evaluate_all
-from llmcompress.evaluation.lm_eval import _scores, run_tasks
+from llmcompress.evaluation.lm_eval import TaskScores, _scores, run_tasks
 from llmcompress.evaluation.local_tasks import PAIRS, PAIRS_FILE
 from llmcompress.evaluation.perplexity import POSITIONS, perplexity, text_windows
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.score import compare, score
+from llmcompress.reporting.tables import score_rows
 from tests.tiny import VOCABULARY, save_tiny, tiny, tiny_tokenizer
 
 TEXT = "Some plain text for windows, long enough for a few of them. " * 20
@@ -370,6 +372,34 @@ def test_the_command_shows_what_was_scored_and_ends_with_the_failure(failing: st
     assert done.stderr.splitlines()[-1].startswith("[5] the task failing ")
     found = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
     assert found["perplexity"] > 1 and found["error"]["code"] == 5
+
+
+def test_tasks_that_fail_on_the_dense_model_are_told_and_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, small = save_tiny("llama", tmp_path / "dense"), tmp_path / "small"
+    lc.compress(dense, {"version": 1, "rules": [{"match": "*", "steps": [{"method": "rtn", "bits": 4}]}]}, small)
+    both = iter([TaskScores({"x": {"acc": 0.5, "samples": 4}}), TaskScores(failure="the task x failed")])
+    monkeypatch.setattr("llmcompress.evaluation.evaluate.run_tasks", lambda *_: next(both))
+    for module in ("evaluate", "score"):
+        monkeypatch.setattr(f"llmcompress.evaluation.{module}.find_tasks", lambda *_: None)
+    found = score(small, Protocol(windows=1, length=16, tasks=("x",)), against=str(dense), save=True)
+    assert found["tasks_failed"] == "the task x failed" and found["tasks"] == {"x": {"acc": 0.5, "samples": 4}}
+    assert score_rows(json.loads((small / "eval.json").read_text()))[-1] == ("x: acc", "?", "0.5000", "")
+
+
+def test_scores_are_in_the_output_even_if_the_model_cannot_keep_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise DiskError("the disk is full; free some space")
+
+    dense, small = save_tiny("llama", tmp_path / "dense"), tmp_path / "small"
+    lc.compress(dense, {"version": 1, "rules": [{"match": "*", "steps": [{"method": "rtn", "bits": 4}]}]}, small)
+    monkeypatch.setattr("llmcompress.evaluation.score.save_scores", full)
+    with pytest.raises(DiskError, match="the disk is full"):
+        score(small, Protocol(windows=1, length=16), against=str(dense), save=True, output=tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "eval.json").read_text())["perplexity"] > 1
 
 
 def test_whoever_stops_the_tasks_is_told_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import llmcompress as lc
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.formats.export import export
+from llmcompress.models.files.checkpoint import check_manifest
+from llmcompress.reporting.html.page import write_page
+from llmcompress.surgery.shrink import shrink
 from tests.tiny import save_tiny
 
 GRID = {"method": "rtn", "bits": 4, "group_size": 16}
@@ -61,6 +65,23 @@ def test_dense_export_loads_without_llmcompress(family: str, tied: bool, tmp_pat
     prompt = "the mill"
     tokenizers = [AutoTokenizer.from_pretrained(place)(prompt)["input_ids"] for place in (folder, tmp_path / "plain")]
     assert tokenizers[0] == tokenizers[1]
+
+
+def test_no_output_goes_into_the_checkpoint_that_is_read(tmp_path: Path) -> None:
+    small = compressed(save_tiny("llama", tmp_path / "dense"), tmp_path / "small", [SVD])
+    distillation = {"version": 1, "rates": {"scales": 1e-3}}
+    calls: list[Callable[[], object]] = [
+        lambda: lc.export(small, small / "inside", "dense"),
+        lambda: lc.score(small, output=small / "inside"),
+        lambda: lc.compare([tmp_path / "dense", small], output=small / "inside.md"),
+        lambda: shrink(small, 1, small / "inside"),
+        lambda: lc.distill(small, tmp_path / "dense", distillation, small / "inside"),
+        lambda: write_page(small, small / "inside.html"),
+    ]
+    for call in calls:
+        with pytest.raises(DiskError, match=r"inside.* is inside the checkpoint .*small, where only its own files"):
+            call()
+        assert check_manifest(small)
 
 
 GRIDS: list[dict[str, Any]] = [

@@ -244,8 +244,8 @@ def test_another_model_is_not_overwritten(here: StandInHub, folders: dict[str, P
 
 def test_a_push_leaves_nothing_of_the_model_before(here: StandInHub, folders: dict[str, Path]) -> None:
     """Files of ours that the new model lacks go, with its tokenizer's and templates; what others put there stays."""
-    stale = ("eval.json", "allocation.json", "distillation.json", "passport.json", "special_tokens_map.json")
-    stale += ("tokenizer.model", "model-00001-of-00002.safetensors", "additional_chat_templates/tools.jinja")
+    stale = ["eval.json", "allocation.json", "distillation.json", "passport.json", "special_tokens_map.json"]
+    stale += ["tokenizer.model", "model-00001-of-00002.safetensors", "additional_chat_templates/tools.jinja"]
     mine = ("notes.md", "onnx/model.safetensors")
     push(folders["out"], "me/small")
     whole = here.files("me/small")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -286,6 +287,20 @@ def test_a_changed_payload_is_prepared_again(change: Callable[[CompressedLinear,
     assert one.layout == other.layout and not torch.equal(one(x), other(x))
     change(one, other.weight.detach().clone())
     assert torch.equal(one(x), other(x))
+
+
+def test_nothing_is_prepared_for_linears_that_are_offloaded(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their payloads are read anew at every call, and must not stay in memory in another form."""
+    model = load()
+    wanted = logits(model)
+    prepared: list[Any] = []
+    prepare = ops.prepare_payload
+    monkeypatch.setattr(ops, "prepare_payload", lambda *given: prepared.append(given) or prepare(*given))
+    cpu_offload(model)
+    for _ in range(2):
+        close(logits(model), wanted)
+    kept = [getattr(layer.fast, "weight", None) for layer in compressed_linears(model).values()]
+    assert not prepared and not any(kept)
 
 
 # --- what is built on it --------------------------------------------------------------------------------------------

@@ -263,11 +263,15 @@ def test_adapters_take_the_places_of_linears(tmp_path: Path, steps: list[OneToke
     torch.testing.assert_close(short, logits(adapted), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("family", "targets"), [("llama", None), ("qwen3", ["q_norm", "k_norm"])])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norms_that_are_tuned_are_computed_with(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = compressed("llama", tmp_path, dtype)
+def test_norms_that_are_tuned_are_computed_with(
+    dtype: torch.dtype, family: str, targets: list[str] | None, tmp_path: Path
+) -> None:
+    """Those of a block, and those of the heads."""
+    model = compressed(family, tmp_path, dtype)
     logits(model)  # which remembers the blocks as they are
-    tuned = get_peft_model(model, LNTuningConfig(task_type="CAUSAL_LM")).eval()
+    tuned = get_peft_model(model, LNTuningConfig(task_type="CAUSAL_LM", target_modules=targets)).eval()
     with torch.no_grad():
         for name, value in tuned.named_parameters():
             if "ln_tuning_layers" in name:

@@ -265,6 +265,8 @@ def test_bad_names_are_refused(llama: Path) -> None:
     for name, revision, sentence in (
         (str(llama / "config.json"), None, "is a file; give the folder"),
         (str(llama), "main", "is a folder, which has no revisions"),
+        (str(llama / "config.json"), "main", "is a file, which has no revisions"),
+        ("smollm2", "main", "smollm2 is a packaged model, which has no revisions; leave out revision 'main'"),
         ("a/b/c", None, "the model folder a/b/c does not exist"),
         ("./nowhere", None, r"the model folder \./nowhere does not exist"),
         ("https://huggingface.co/org/name/tree/main", None, "does not exist; did you mean 'org/name'"),

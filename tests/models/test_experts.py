@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress as lc
 from llmcompress.errors import InputError, NumericsError
+from llmcompress.formats.export import export
 from llmcompress.models.dense.experts import experts_of, fuse_experts, unfuse
 from llmcompress.models.dense.model import resolve
 from llmcompress.models.dense.packed import describe_few_bits
@@ -83,6 +84,13 @@ def test_reads_what_the_model_holds(family: str, stored: str, tmp_path: Path) ->
     assert {*source.tensors, *source.tied} == {*plain, *experts}
     assert all(torch.equal(source.read(name), value) for name, value in (plain | experts).items())
     assert not source.notes
+
+
+def test_a_mixture_that_is_made_dense_is_saved_as_on_the_hub(tmp_path: Path) -> None:
+    folder = lc.compress(save_zoo("mixtral", tmp_path / "dense"), RECIPE, tmp_path / "out").folder
+    export(folder, tmp_path / "plain", "dense")
+    AutoModelForCausalLM.from_pretrained(folder).dequantize().save_pretrained(tmp_path / "saved")
+    assert load_file(tmp_path / "saved" / WEIGHTS).keys() == load_file(tmp_path / "plain" / WEIGHTS).keys()
 
 
 # --- MXFP4 ----------------------------------------------------------------------------------------------------------

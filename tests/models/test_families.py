@@ -45,6 +45,7 @@ def test_linears_are_described_as_they_are(family: str) -> None:
     assert len(arch.blocks) == 2
     assert not arch.other
     assert "lm_head" in [linear.name for linear in arch.outside]
+    assert arch.linears() is arch.linears(), "loops over thousands of names ask for them"
     assert arch.tied == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
     for name, linear in arch.linears().items():
         module = model.get_submodule(name)

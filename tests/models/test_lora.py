@@ -183,6 +183,18 @@ def test_an_adapter_is_folded_exactly(rank: int, folder: Path, tmp_path: Path) -
     assert torch.equal(logits(compressed(tmp_path / "folded")), logits(folded))
 
 
+def test_an_adapter_that_transformers_loaded_is_folded_and_saved(folder: Path, tmp_path: Path) -> None:
+    """Its file has names of PEFT's, which the folded model has not."""
+    adapted = drawn(get_peft_model(compressed(folder), LoraConfig(r=2, target_modules=TARGETS))).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    model: Any = compressed(folder)
+    model.load_adapter(str(tmp_path / "adapter"))
+    folded = lc.fold(model)
+    torch.testing.assert_close(logits(folded), logits(adapted), rtol=1e-4, atol=1e-5)
+    folded.save_pretrained(tmp_path / "folded")
+    assert torch.equal(logits(compressed(tmp_path / "folded")), logits(folded))
+
+
 def drawn(model: Any) -> Any:
     """A model whose adapters have random weights."""
     random = torch.Generator().manual_seed(0)

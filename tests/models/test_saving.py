@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import llmcompress as lc
 from llmcompress.errors import InputError
+from llmcompress.models.files.integrity import weight_files
 from llmcompress.weight.modules import CompressedLinear
 from llmcompress.weight.nodes import Dense
 from tests.tiers import tiered
@@ -168,6 +170,41 @@ def test_a_part_of_a_model_is_saved(folder: Path, tmp_path: Path) -> None:
         assert torch.equal(AutoModel.from_pretrained(tmp_path / "blocks")(IDS).last_hidden_state, expected)
     model.save_pretrained(tmp_path / "whole")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "whole")), logits(model))
+
+
+def test_the_blocks_of_a_mixture_are_saved(tmp_path: Path) -> None:
+    """By the names that they have in memory, not by those of the Hub."""
+    source = save_any("mixtral", tmp_path / "dense")
+    folder = lc.compress(source, {"version": 1, "rules": RULES}, tmp_path / "out").folder
+    blocks: Any = AutoModelForCausalLM.from_pretrained(folder).base_model
+    blocks.save_pretrained(tmp_path / "blocks")
+    with torch.no_grad():
+        found = AutoModel.from_pretrained(tmp_path / "blocks")(IDS).last_hidden_state
+        assert torch.equal(found, blocks(IDS).last_hidden_state)
+
+
+def test_a_model_is_saved_over_its_own_folder(folder: Path, tmp_path: Path) -> None:
+    """In one file or in several; nothing stays of what was there."""
+    own = Path(shutil.copytree(folder, tmp_path / "own"))
+    for size in ("8KB", "4KB", "1GB"):
+        model = AutoModelForCausalLM.from_pretrained(own)
+        trained_norm(model)
+        expected = logits(model)
+        model.save_pretrained(own, max_shard_size=size)
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(own)), expected)
+        assert (len(weight_files(own)) > 1) == (size != "1GB")
+
+
+def test_tensors_that_the_model_has_not_are_not_saved(folder: Path, tmp_path: Path) -> None:
+    """Those that it has may be given, as accelerate gives them."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "same", state_dict=own)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "same")), logits(model))
+    for other in ({"model.norm.weight": own["model.norm.weight"] * 2}, {"model.more.weight": torch.ones(2)}):
+        with pytest.raises(InputError, match=rf"state_dict has another {next(iter(other))}.*load_state_dict"):
+            model.save_pretrained(tmp_path / "other", state_dict=own | other)
+    assert not (tmp_path / "other").exists()
 
 
 class Doubled(nn.Linear):

@@ -150,6 +150,8 @@ def is_cast(folder: Path, place: Path) -> None:
     payloads = [module.weight.clone() for module in compressed_modules(model).values()]
     found, expected = logits(model.to(torch.bfloat16)), logits(dense.to(torch.bfloat16))
     assert found.dtype == torch.bfloat16 and (found - expected).abs().max() < 0.05 * expected.abs().max()
+    for dtype, cast in ((torch.float16, model.half), (torch.float32, model.float)):
+        assert {value.dtype for value in cast().parameters()} == {dtype, torch.uint8}
     kept = [module.weight for module in compressed_modules(model).values()]
     assert all(map(torch.equal, kept, payloads))
 

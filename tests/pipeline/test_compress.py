@@ -88,8 +88,10 @@ def test_a_cut_run_goes_on_and_does_not_compress_again(
         if done == 3:
             raise Cut
 
-    with pytest.raises(Cut):
+    with pytest.raises(Cut) as raised:
         lc.compress(place / "dense", asked, out, training=cut)
+    kept = tmp_path / "out.compressed"
+    assert raised.value.__notes__ == [f"the compressed model is kept in {kept}, from where the same command resumes"]
     assert not out.exists() and (tmp_path / "out.compressed" / "report.json").is_file()
     with pytest.raises(DiskError, match=r"out\.compressed was left by a run with another recipe"):
         lc.compress(place / "dense", asked | {"seed": 6}, out)

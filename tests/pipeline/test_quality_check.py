@@ -249,17 +249,22 @@ def test_processes_end_alike(place: Path, tmp_path: Path) -> None:
     assert {(rank, other) for _, rank, other in told} == {(0, False), (1, True)}, "the first one says it"
 
 
+def distillation(text: Path, steps: int) -> dict[str, Any]:
+    """Return a section that learns from the file `text`."""
+    data = {"dataset": str(text), "samples": 28, "length": 32, "held_out": 4}
+    return {"data": data, "batch": 4, "compute": "float32", "steps": steps, "rates": {"scales": 5e-3}}
+
+
+def test_text_that_a_distillation_learned_from_judges_nothing(place: Path, tmp_path: Path) -> None:
+    asked = recipe(place, rules=EIGHT_BITS, distill=distillation(place / "text.txt", 1))
+    report = lc.compress(place / "dense", asked, tmp_path / "out").report
+    assert report.gates is not None and report.gates.held and report.gates.text == "distillation"
+    assert not quality_check.is_unsettled(tmp_path / "out", read_recipe(asked))
+
+
 @pytest.mark.slow
 def test_a_distillation_comes_before(place: Path, tmp_path: Path) -> None:
-    data = {"dataset": str(place / "text.txt"), "samples": 28, "length": 32, "held_out": 4}
-    section = {
-        "data": data,
-        "batch": 4,
-        "compute": "float32",
-        "steps": 4,
-        "evaluate_every": 2,
-        "rates": {"scales": 5e-3},
-    }
+    section = distillation(Path(shutil.copy(place / "text.txt", tmp_path / "other.txt")), 4)
     asked = recipe(place, gates={"kl": 1e-6}, distill=section)
     with pytest.raises(GateError, match="held out of the calibration"):
         lc.compress(place / "dense", asked, tmp_path / "out")

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import llmcompress as lc
 from llmcompress.cli.app import app
-from llmcompress.errors import GateError
+from llmcompress.errors import GateError, RecipeError
 from llmcompress.recipe.calibration import TRIAL, Calibration, shorten_text
 from llmcompress.recipe.distillation import FEWEST, Distillation
 from llmcompress.recipe.library import library
@@ -34,13 +34,26 @@ def of_groups(*groups: str) -> list[ParameterSet]:
 
 @pytest.mark.parametrize("name", of_groups("recommended", "engines", "methods", "ablations"))
 def test_every_recipe_reads_no_more_than_a_trial(name: str) -> None:
-    recipe = read_recipe(name, (), [SHORT])
-    assert recipe.trial and read_recipe(name).trial is False
+    recipe, whole = read_recipe(name, (), [SHORT]), read_recipe(name)
+    assert recipe.trial and whole.trial is False
     if recipe.calibration is not None:
         assert recipe.calibration.samples <= TRIAL["samples"] and recipe.calibration.length <= TRIAL["length"]
-    assert recipe.model_copy(update={"calibration": None, "trial": False, "distill": None}) == read_recipe(
-        name
-    ).model_copy(update={"calibration": None, "distill": None})
+    if recipe.reconstruct is not None and whole.reconstruct is not None:
+        assert recipe.reconstruct.steps == FEWEST["steps"]
+        assert recipe.reconstruct.model_copy(update={"steps": whole.reconstruct.steps}) == whole.reconstruct
+    shortened = dict.fromkeys(("calibration", "reconstruct", "distill"))
+    assert recipe.model_copy(update={"trial": False, **shortened}) == whole.model_copy(update=shortened)
+
+
+def test_a_trial_trains_blocks_no_longer_than_asked() -> None:
+    recipe = {"version": 1, "calibration": {}, "rules": [{"match": "*", "steps": [{"method": "rtn"}]}]}
+    for asked, steps in (({}, 2), ({"steps": None}, 2), ({"steps": 200}, 2), ({"steps": 1}, 1)):
+        blocks = read_recipe(recipe | {"reconstruct": asked}, (), [SHORT]).reconstruct
+        assert blocks is not None and blocks.steps == steps
+    tuned = read_recipe(recipe, (), [Change("reconstruct", {}, "--tune", keep=True), SHORT]).reconstruct
+    assert tuned is not None and tuned.steps == 2
+    with pytest.raises(RecipeError, match="reconstruct.steps"):
+        read_recipe(recipe | {"reconstruct": {"steps": "many"}}, (), [SHORT])
 
 
 @pytest.mark.parametrize("name", of_groups("distillation"))
@@ -63,6 +76,14 @@ def test_a_recipe_that_shares_out_its_batch_has_a_trial(asked: dict[str, Any]) -
         "losses": [{"of": {"loss": "reverse_kl"}}],
     }
     assert isinstance(read_as(Distillation, recipe | asked, (), [SHORT]), Distillation)
+
+
+def test_a_trial_keeps_a_smaller_micro_batch_and_leaves_something_to_write() -> None:
+    phases = [{"kind": "end_to_end"}, {"kind": "end_to_end", "batch": 8, "micro_batch": 8}]
+    recipe = {"version": 1, "micro_batch": 1, "phases": phases, "on_policy": {"prompt": 300}}
+    wanted = read_as(Distillation, recipe, (), [SHORT])
+    assert [stage.micro_batch for _, stage in wanted.stages()] == [1, 2]
+    assert wanted.on_policy is not None and wanted.on_policy.prompt == 128 == wanted.texts()[0].length // 2
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ EVERYTHING: dict[str, Any] = {
             {"of": {"loss": "forward_kl"}, "weight": {"from": 1, "to": 0}},
             {"of": {"loss": "hidden"}, "layers": [1, [1, 2]]},
         ],
-        "phases": [{"kind": "blockwise", "rates": {"norms": 1e-3}}],
+        "phases": [{"kind": "blockwise", "rates": {"norms": 1e-3}}, {"kind": "end_to_end"}],
     },
 }
 

@@ -12,6 +12,8 @@ from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import methods, step
 from llmcompress.models.dense import families as roles_room
 from llmcompress.models.dense.families import Linear
+from llmcompress.recipe import matching
+from llmcompress.recipe import rules as recipe_rules
 from llmcompress.recipe.calibration import Calibration
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.distillation import Distillation
@@ -171,6 +173,28 @@ def test_patterns_that_match_nothing_are_listed_with_the_nearest_name() -> None:
         'pb.yaml:6: rule 1 matches no layer of the model ("*.mlp.dwn_proj"); '
         "the nearest name is model.layers.0.mlp.down_proj"
     )
+
+
+def test_patterns_that_are_names_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target's recipe names each matrix of a mixture: trying each on each would take minutes."""
+    names = [f"layers.{number // 7}.linear{number % 7}" for number in range(3000)]
+    grids = [[{"method": "rtn", "bits": bits}] for bits in (4, 2)]
+
+    def lay(count: int, *also: Any) -> Any:
+        given = [{"match": names[:count:2], "steps": grids[0]}, {"match": names[:count], "steps": grids[1]}, *also]
+        recipe = read_recipe({"version": 1, "rules": given})
+        return assign(recipe, [Linear(name, (32, 32)) for name in names[: count + 1]], others=["head", "layers"])
+
+    more = {"match": ["*.linear0", names[8], "head", "layers.1"], "steps": []}, {"match": "absent", "steps": grids[0]}
+    looked_up = lay(20, *more)
+    with monkeypatch.context() as patch:
+        patch.setattr(matching, "is_name", lambda pattern: False)
+        assert lay(20, *more) == looked_up
+    assert looked_up.shadowed == (*names[:20:2], "*.linear0", names[8]) and looked_up.unruled == (names[20],)
+    assert looked_up.unmatched == ("layers.1", "absent")
+    monkeypatch.setattr(recipe_rules, "fnmatchcase", None)
+    large = lay(2999)
+    assert large.unruled == (names[2999],) and large.shadowed == tuple(names[:2999:2])
 
 
 def test_rules_that_come_too_late_are_listed() -> None:

@@ -159,4 +159,5 @@ def test_narrow_command_shows_the_damage_and_writes_the_model(tmp_path: Path, te
     done = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "slim"), "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout)["after"] == {"kv_heads": 1, "neurons": 24}
     written = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "again")])
-    assert "next    llmcompress distill" in written.output
+    told = f"next    llmcompress distill {tmp_path / 'again'} shortened -o MENDED --teacher {folder}\n"
+    assert told in written.output

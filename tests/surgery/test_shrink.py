@@ -22,6 +22,8 @@ from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.nodes import Dense, Grid, LowRank, RotatedInputs, Sum, Weight
 from tests.tiny import save_tiny
 
+IDS = torch.arange(24)[None]
+
 
 def factors(bits_: int) -> tuple[LowRank, torch.Tensor, torch.Tensor]:
     """A term of rank 6, stored in 16 bits or in a grid, and its two matrices."""
@@ -73,7 +75,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @torch.no_grad()
 def logits(folder: Path, config: Any = None) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
-    found: torch.Tensor = model(torch.arange(24)[None]).logits
+    found: torch.Tensor = model(IDS).logits
     return found
 
 
@@ -115,6 +117,25 @@ def test_a_model_is_loaded_at_a_smaller_size(large: Path, tmp_path: Path) -> Non
         config.quantization_config["rank"] = rank
         with pytest.raises(InputError, match=said):
             AutoModelForCausalLM.from_pretrained(large, config=config)
+
+
+def test_a_token_table_is_cut_with_the_head_that_is_tied_to_it(tmp_path: Path) -> None:
+    """Also where transformers ties them again."""
+    steps = [{"method": "rtn", "bits": 4}, {"method": "svd", "rank": 6}]
+    recipe = {"version": 1, "rules": [{"match": "*", "steps": steps}], "embeddings": steps}
+    source = save_tiny("gemma3_text", tmp_path / "dense", tie_word_embeddings=True)  # whose rows are scaled
+    whole = lc.compress(source, recipe, tmp_path / "large").folder
+    shrink(whole, 2, tmp_path / "small")
+    config = AutoConfig.from_pretrained(whole)
+    config.quantization_config["rank"] = 2
+    model = AutoModelForCausalLM.from_pretrained(whole, config=config, dtype=torch.float32)
+    for _ in range(2):
+        with torch.no_grad():
+            assert torch.equal(model(IDS).logits, logits(tmp_path / "small"))
+        model.tie_weights()
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(tmp_path / "saved"), logits(tmp_path / "small"))
+    assert CompressedCheckpoint(tmp_path / "saved").layouts == CompressedCheckpoint(tmp_path / "small").layouts
 
 
 @pytest.mark.slow

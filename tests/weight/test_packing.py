@@ -75,8 +75,8 @@ def test_a_code_out_of_range_is_refused(levels: int) -> None:
 @pytest.mark.parametrize("width", [1, 5, 8, 24, 33])
 def test_rows_are_read_from_their_own_bytes(levels: int, width: int) -> None:
     codes = torch.randint(levels, (13, width), generator=torch.Generator().manual_seed(levels), dtype=torch.uint8)
-    chosen = torch.tensor([12, 0, 7, 7, 1])
-    assert torch.equal(unpack_rows(pack(codes, levels), levels, width, chosen), codes[chosen])
+    for chosen in (torch.tensor([12, 0, 7, 7, 1]), torch.tensor([], dtype=torch.long)):
+        assert torch.equal(unpack_rows(pack(codes, levels), levels, width, chosen), codes[chosen])
 
 
 @pytest.mark.parametrize("levels", [2, 3, 4, 5, 6, 8, 16, 100, 256])

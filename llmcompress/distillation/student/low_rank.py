@@ -14,7 +14,7 @@ own numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -25,13 +25,14 @@ from llmcompress.methods.layer import Layer, base_and_term
 from llmcompress.methods.low_rank.factors import SVD, svd
 from llmcompress.methods.moments import Moments
 from llmcompress.models.dense.blocks import matched_blocks, original_name
+from llmcompress.models.dense.experts import experts_of, unfuse
 from llmcompress.recipe.rules import matches
 from llmcompress.recipe.sections import Adaptation
 from llmcompress.runtime.seeding import generator
-from llmcompress.weight.algebra import add_term
+from llmcompress.weight.algebra import add_term, split_components, term_ends
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import CompressedLinear, Multiplying, compressed_linears, put
-from llmcompress.weight.nodes import Dense, LowRank, Sum
+from llmcompress.weight.nodes import Dense, LowRank, Sum, Weight, shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,25 +65,32 @@ def add_terms(
 
 @torch.no_grad()
 def round_terms(
-    layers: Mapping[str, Multiplying], adapted: Iterable[str], options: Adaptation
+    layers: Mapping[str, Multiplying], adapted: Iterable[str], options: Adaptation, nested: Sequence[int] = ()
 ) -> dict[str, CompressedLinear]:
     """Return the layers named `adapted` with the factors of their last term rounded to the bits of `options`; none
-    for bfloat16."""
+    for bfloat16. `nested`: sizes that learned together, whose components are not mixed."""
     if options.factor_bits == 16:
         return {}
     linears = {}
     for name in adapted:
         layer = layers[name]
         match layer, layer.expression():
-            case CompressedLinear(), Sum((*parts, LowRank() as term)):
-                stored = _best_term(name, dense(term), options.rank, options.factor_bits)
-                linears[name] = CompressedLinear.of(Sum((*parts, stored)), layer.bias, layer.layout.inputs)
-            case CompressedLinear(), LowRank() as term:  # beside a matrix in common with others
-                stored = _best_term(name, dense(term), options.rank, options.factor_bits)
+            case CompressedLinear(), (Sum((*_, LowRank())) | LowRank()) as whole:
+                stored = _round_last(name, whole, options, nested)
                 linears[name] = CompressedLinear.of(stored, layer.bias, layer.layout.inputs)
             case _, other:
                 raise TypeError(f"{name} has no low-rank term to round, it is a {type(other).__name__}")
     return linears
+
+
+def _round_last(name: str, w: Sum | LowRank, options: Adaptation, nested: Sequence[int]) -> Weight:
+    """Return a weight with its last term rounded. `w` is nothing else beside a matrix in common with others."""
+    parts = w.parts if isinstance(w, Sum) else (w,)
+    *_, (_, end) = term_ends(w)
+    apart = split_components(parts[-1], [rank - (end - options.rank) for rank in nested])
+    terms = [term for term in (apart.parts if isinstance(apart, Sum) else (apart,)) if isinstance(term, LowRank)]
+    stored = [_best_term(name, dense(term), shape(term.left)[1], options.factor_bits) for term in terms]
+    return Sum((*parts[:-1], *stored)) if len(parts) + len(stored) > 2 else stored[0]
 
 
 def dense_weight(model: PreTrainedModel, name: str) -> Tensor:
@@ -97,10 +105,17 @@ def dense_weight(model: PreTrainedModel, name: str) -> Tensor:
 def teacher_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> Callable[[str], Tensor]:
     """Return a function from the name of a student's compressed linear to the teacher's matrix `[out, in]`, float32.
 
-    Raises RecipeError if the models' blocks do not match; the function raises it for a matrix of another shape.
+    Raises RecipeError if the models' blocks do not match, or have other numbers of experts; the function raises it for
+    a matrix of another shape. The experts of `teacher` become linears, as those of a compressed student are.
     """
-    blocks = matched_blocks(student, teacher)
-    layers = compressed_linears(student)
+    unfuse(teacher)
+    blocks, layers = matched_blocks(student, teacher), compressed_linears(student)
+    ours, theirs = ({experts.num_experts for experts in experts_of(model).values()} for model in (student, teacher))
+    if not ours <= theirs:
+        raise RecipeError(
+            "the student's experts are not as many as the teacher's, so it is unknown which is which; start latents at "
+            "codes, and terms and weights at zero"
+        )
 
     def weight(name: str) -> Tensor:
         matrix, layer = dense_weight(teacher, original_name(student, name, blocks)), layers[name]

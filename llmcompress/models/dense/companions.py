@@ -118,9 +118,8 @@ def companions(folder: Path, trust_remote_code: bool = False) -> Companions:
     tokenizer.
     """
     files = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
-    known = {*TOKENIZER, *TEMPLATES, *PROCESSORS, GENERATION}
     code = code_files(folder) if trust_remote_code else ()
-    wanted = set(code) | {name for name in files if name in known or VOCABULARY.fullmatch(name)}
+    wanted = set(code) | set(filter(is_named, files))
     templates = {f"{MORE_TEMPLATES}/{path.name}": path for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
     files |= {name: path for name, path in templates.items() if path.is_file()}
     wanted |= files.keys() & templates.keys()
@@ -141,6 +140,11 @@ def companions(folder: Path, trust_remote_code: bool = False) -> Companions:
     weights = ".safetensors" if any(name.endswith(".safetensors") for name in files) else (".bin", ".bin.index.json")
     left = {name for name in others if not (name.startswith(".") or name.endswith(weights))}
     return Companions(folder, tuple(sorted(wanted)), tuple(sorted(left)), code)
+
+
+def is_named(name: str) -> bool:
+    """True for the name of a file that transformers reads beside the weights, whatever the model."""
+    return name in {*TOKENIZER, *TEMPLATES, *PROCESSORS, GENERATION} or VOCABULARY.fullmatch(name) is not None
 
 
 def leads_out(path: Path, folder: Path) -> bool:

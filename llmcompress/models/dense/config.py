@@ -33,6 +33,10 @@ SIZES = (
     *("hidden_size", "vocab_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
     "max_position_embeddings",
 )
+AFTER_PADDING = {  # types whose first token has the position after that of padding, which counts in their number
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "mpnet"),
+    *("xmod", "ibert", "esm", "longformer", "luke", "lilt", "markuplm"),
+}
 
 
 def read_entries(path: Path, folder: Path) -> dict[str, Any]:
@@ -112,7 +116,10 @@ def check_numbers(number_of: Callable[[str], Any], place: str) -> None:
 
 def context_length(config: PreTrainedConfig | None) -> int | None:
     """Return the longest sequence that a model is made for, None if its config does not say."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
+    text = config.get_text_config() if config else None
+    context = getattr(text, "max_position_embeddings", None)
+    if text is not None and isinstance(context, int) and text.model_type in AFTER_PADDING:
+        context -= 1 + (1 if text.model_type == "mpnet" else getattr(text, "pad_token_id", None) or 0)
     return context if isinstance(context, int) and context > 0 else None
 
 

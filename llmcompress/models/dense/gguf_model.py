@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from llmcompress.errors import DiskError, InputError, first_line
 from llmcompress.models.dense.packed import describe_few_bits
 from llmcompress.models.files.file_names import GGUF_SOURCE
-from llmcompress.models.files.gguf_header import ENDS, FLOATS, GGUFHeader, read_gguf_header
+from llmcompress.models.files.gguf_header import ENDS, FLOATS, ORIGINAL, GGUFHeader, read_gguf_header
 from llmcompress.models.files.output import sync
 from llmcompress.models.files.reading import TokenizerReading
 from llmcompress.runtime.progress import digest_file
@@ -36,7 +36,6 @@ UNPACKING = 7  # counts the ways in which files were unpacked: part of a folder'
 TOKENIZER, CHAT_TEMPLATE = "tokenizer.ggml", "tokenizer.chat_template"
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # types of tokens
 PADDING = re.compile(r"\[+PAD\d+\]+")  # names of the rows of a token table that no token has
-ORIGINAL = "give the folder or the Hub id of the model that it was made of"
 NAMED_TEMPLATE = re.compile(r"tokenizer\.chat_template\.([A-Za-z0-9_]+)")  # the name becomes that of a file
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 SENTENCES = (  # that a tokenizer must read and write unchanged

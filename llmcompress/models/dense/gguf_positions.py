@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llmcompress.errors import InputError
-from llmcompress.models.dense.gguf_model import ORIGINAL
-from llmcompress.models.files.gguf_header import GGUFHeader
+from llmcompress.models.files.gguf_header import ORIGINAL, GGUFHeader
 
 BIAS = re.compile(r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(up|down|gate))\.bias")
 WIDE_QUERIES = {"gemma2": 46, "gemma3": 62}  # layers at which llama.cpp scales attention by the width, not by heads

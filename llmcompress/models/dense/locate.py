@@ -43,9 +43,14 @@ HUB_FILES = [
     "merges.txt",
     "vocab.*",
     "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "COPYING*",
+    "USE_POLICY*",
     "README.md",  # says the licence
 ]
 HUB_CODE = "*.py"
+HUB_TEMPLATES = "additional_chat_templates/*.jinja"  # the one folder that is read
 HUB_PICKLES = ["pytorch_model*.bin", "adapter_model.bin"]  # where there is nothing better
 NOT_HUB_FILES = ["*/*", "consolidated*.safetensors"]  # other formats of the same weights
 DESCRIPTION = ["config.json", "*.index.json", "manifest.json"]
@@ -109,9 +114,10 @@ def locate(
             f"Hub id or {EMBEDDED!r} (write one that is in memory by save_pretrained, and its tokenizer beside it)"
         )
     path, model = Path(os.path.expanduser(model)), str(model)  # its own errors are False here, unlike pathlib's
+    kinds = {"a folder": os.path.isdir(path), "a file": os.path.isfile(path), "a packaged model": model in PACKAGED}
+    if revision is not None and (kind := next((kind for kind, known in kinds.items() if known), None)):
+        raise InputError(f"{model} is {kind}, which has no revisions; leave out revision {revision!r}")
     if os.path.isdir(path):
-        if revision is not None:
-            raise InputError(f"{model} is a folder, which has no revisions; leave out revision {revision!r}")
         files = [] if (path / "config.json").is_file() else list(path.glob("[!.]*.gguf"))
         if len(files) == 1:
             return _place_of_file(files[0], model)
@@ -182,9 +188,10 @@ def download(name: str, revision: str | None, trust_remote_code: bool = False, n
             revision = folder.name if COMMIT.fullmatch(folder.name) else revision
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=left))
         commit = folder.name if COMMIT.fullmatch(folder.name) else revision
-        if not any(folder.glob("*.safetensors")):
-            snapshot_download(name, revision=commit, allow_patterns=HUB_PICKLES)
-        if names is None and (more := _left_out(folder)):
+        more = [] if any(folder.glob("*.safetensors")) else HUB_PICKLES
+        if names is None:
+            more = [*more, HUB_TEMPLATES, *_left_out(folder)]
+        if more:
             snapshot_download(name, revision=commit, allow_patterns=more)
     place = Place(name, folder, revision=commit, hub_id=name, trust_remote_code=trust_remote_code)
     return _place_of_adapter(place) if is_adapter(folder) else place

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ from typing import Any
 
 from torch import Tensor
 
-from llmcompress.errors import DiskError, InputError
+from llmcompress.errors import DiskError, InputError, RecipeError
+from llmcompress.models.files.file_names import REPORT
 from llmcompress.models.files.integrity import INDEX, MENDING
 from llmcompress.models.files.output import (
     check_writable,
@@ -164,6 +166,26 @@ def files_of(folder: Path) -> list[str]:
     """
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in names if not name.startswith("."))
+
+
+def check_outside(output: Path, *folders: str | Path) -> None:
+    """Raise DiskError for an output inside one of `folders` whose files are listed in its manifest."""
+    for folder in map(Path, folders):
+        if (folder / MANIFEST).is_file() and folder.resolve() in output.resolve().parents:
+            raise DiskError(
+                f"{output} is inside the checkpoint {folder}, where only its own files may be; write it elsewhere"
+            )
+
+
+def check_can_add(folder: Path) -> None:
+    """Raise RecipeError for a folder that is not as `compress` writes it, DiskError for one that is read-only."""
+    if not all((folder / name).is_file() for name in (MANIFEST, REPORT)):
+        raise RecipeError(
+            f"{folder} is no folder with {MANIFEST} and {REPORT}, as compress writes it, and results are kept in no "
+            f"other; give such a folder, or leave out --save"
+        )
+    if not os.access(folder, os.W_OK):
+        raise DiskError(f"{folder} cannot be written to; make the folder writable, or leave out --save")
 
 
 def add_file(folder: Path, name: str, text: str) -> None:

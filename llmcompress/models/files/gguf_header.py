@@ -58,6 +58,7 @@ FLOATS = {"F32", "F16", "BF16", "F64"}
 ENDS = ("eos", "eot", "eom")  # tokens after which llama.cpp stops, in names of entries: of a text, a turn, a message
 Places = dict[str, tuple[list[int], int, int]]
 TABLE, HEAD = "token_embd.weight", "output.weight"
+ORIGINAL = "give the folder or the Hub id of the model that it was made of"
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 def dequantize(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
     """Replace every compressed module by its dense one, and return the model, all in `dtype`.
 
-    `dtype`: None for that of the model's dense tensors. Experts become transformers' parameters again. Memory peaks at
-    the dense model and the compressed rest.
+    `dtype`: None for that of the model's dense tensors; `model.dequantize()` gives that of its config. Experts become
+    transformers' parameters again. Memory peaks at the dense model and the compressed rest.
     """
     dtype = model.dtype if dtype is None else dtype
     plain, unfused = skeleton(type(model), model.config), skeleton(type(model), model.config)
@@ -47,6 +47,7 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedM
     placed: nn.Module = model
     placed.to(dtype)  # transformers' own refuses what it takes for a quantized model
     model.tie_weights()
+    vars(model).pop("_weight_conversions", None)  # from compressed files; it saves by the names of its class
     return model
 
 

@@ -48,6 +48,7 @@ from llmcompress.weight.modules import (
     compressed_modules,
     put,
     tie,
+    with_weight,
 )
 from llmcompress.weight.rows import has_rows, row_scale
 from llmcompress.weight.schema import LARGEST
@@ -312,21 +313,24 @@ def _tensor_spec(value: Tensor) -> TensorSpec:
     return TensorSpec(tuple(value.shape), None if value.is_floating_point() else STORED[value.dtype])
 
 
-def truncate_ranks(model: nn.Module, config: LLMCompressConfig) -> LLMCompressConfig:
+def truncate_ranks(model: PreTrainedModel, config: LLMCompressConfig) -> LLMCompressConfig:
     """Keep the first `config.rank` components of low-rank terms of a loaded model; return its config, of one size.
+
+    A head that is tied to a table is cut with it.
 
     Raises InputError for weights that are not in memory, for matrices in common, and as `truncate_low_rank` does.
     """
     rank, modules, table = config.rank, compressed_modules(model), config.table()
     if config.ties or any(module.get_parameter("weight").is_meta for module in modules.values()):
         raise InputError("rank: terms of matrices in common, or offloaded ones, cannot be cut while a model is loaded")
-    for name, layer in modules.items() if rank is not None else ():
-        whole = layer.expression() if isinstance(layer, CompressedLinear) else None
-        if whole is not None and rank is not None and (first := truncate_low_rank(whole, rank)) is not whole:
-            bias = dict(layer.named_parameters()).get("bias")
-            smaller = CompressedLinear.of(first, bias, layer.layout.inputs)
-            put(model, name, smaller.to(layer.get_parameter("weight").device).requires_grad_(False))
-            table[name] = smaller.layout
+    if rank is not None:
+        for name in table:
+            layer: Any = model.get_submodule(name)
+            if (first := truncate_low_rank(whole := layer.expression(), rank)) is not whole:
+                put(model, name, layer := with_weight(layer, first))
+            table[name] = layer.layout
+        tie_head(model)
+        model.tie_weights(recompute_mapping=False)
     return LLMCompressConfig(**table_entry(table, config.sizes), versions=config.versions)
 
 

@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from llmcompress.errors import InputError, list_names
 from llmcompress.models.transformers.saving import describe_modules
 from llmcompress.weight.algebra import add_term
-from llmcompress.weight.layout import pack_weight
 from llmcompress.weight.modules import (
-    LIKE,
     CompressedEmbedding,
     CompressedLinear,
     CompressedModule,
     compressed_modules,
     put,
+    with_weight,
 )
 from llmcompress.weight.nodes import Dense, LowRank
 
@@ -81,7 +80,8 @@ def fold(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
         The model below, whose weights include the adapters.
 
     Raises:
-        InputError: The adapters of compressed layers are not plain LoRA, or there are none. Nothing is changed then.
+        InputError: The adapters of compressed layers are not plain LoRA, they are beside inputs that are rounded, or
+            there are none. Nothing is changed then.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -132,10 +132,15 @@ def _terms(name: str, module: Any, adapters: Sequence[str]) -> list[LowRank]:
     """Return the terms that adapters add to a layer's compressed weight; none for a dense one."""
     from peft.tuners.lora import LoraLayer
 
-    if not isinstance(module.get_base_layer(), CompressedModule):
+    base = module.get_base_layer()
+    if not isinstance(base, CompressedModule):
         return []
     if not isinstance(module, LoraLayer):
         raise InputError(f"{name}: only plain LoRA can be folded; keep the adapter beside the model")
+    if base.layout.inputs is not None and set(adapters) & module.r.keys():
+        raise InputError(
+            f"{name}: its inputs are rounded, which the adapter's are not; keep the adapter beside the model"
+        )
     return [_term(name, module, adapter) for adapter in adapters if adapter in module.r]
 
 
@@ -158,12 +163,7 @@ def _fold_layer(module: Any, terms: Sequence[LowRank], adapters: Sequence[str]) 
         layer.weight = nn.Parameter(layer.get_parameter("weight").detach().clone())  # that it may be tied to stays
         module.merge(adapter_names=list(adapters))
         return layer
-    if not terms:
-        return layer
-    layout, payload = pack_weight(reduce(add_term, terms, layer.expression()), layer.layout.inputs)
-    if isinstance(layer, CompressedLinear):
-        return CompressedLinear(layout, payload, layer.bias)
-    return CompressedEmbedding(layout, payload, layer.get_parameter(LIKE).dtype, layer.scale, layer.padding_idx)
+    return with_weight(layer, reduce(add_term, terms, layer.expression())) if terms else layer
 
 
 def _untie(model: PreTrainedModel) -> None:

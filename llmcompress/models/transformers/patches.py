@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from inspect import signature
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,6 +44,7 @@ def mend_models() -> None:
     """Let the methods of transformers' models know payloads."""
     _count_in_transformers()
     _save_what_loads()
+    _cast_what_is_dense()
     _resize_tables()
     _fetch_one_size()
 
@@ -109,13 +111,29 @@ def _save_what_loads() -> None:
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         by_ours = type(vars(self).get("hf_quantizer")).__module__.startswith("llmcompress.")
         if not (by_ours or _is_ours(self)) or self._hf_peft_config_loaded:  # of one with adapters these alone are saved
-            return save(self, *args, **kwargs)
-        from llmcompress.models.transformers.saving import describe_while_saving  # other models are saved without it
+            save(self, *args, **kwargs)
+            return
+        from llmcompress.models.transformers import saving  # other models are saved without it
 
-        with describe_while_saving(self):
-            return save(self, *args, **kwargs)
+        given = signature(save).bind(self, *args, **kwargs)
+        given.arguments["save_original_format"] = False  # our files have the names of modules, whatever was loaded
+        with saving.describe_while_saving(self, given.arguments.get("state_dict") or {}):
+            save(*given.args, **given.kwargs)
+        if given.arguments.get("is_main_process", True):
+            saving.remove_stale_files(Path(given.arguments["save_directory"]))
 
     PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
+def _cast_what_is_dense() -> None:
+    """Let `model.half()` and `model.float()` cast what is dense, as `model.to(dtype)` does; payloads are bytes."""
+    from transformers.modeling_utils import PreTrainedModel
+
+    def with_ours(cast: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+        return wraps(cast)(lambda model, *args: (plain if _is_ours(model) else cast)(model, *args))
+
+    for name in ("half", "float"):
+        setattr(PreTrainedModel, name, with_ours(getattr(PreTrainedModel, name), getattr(nn.Module, name)))
 
 
 def _fetch_one_size() -> None:

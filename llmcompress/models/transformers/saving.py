@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from llmcompress.errors import InputError
 from llmcompress.models.dense.config import config_errors
 from llmcompress.models.dense.experts import unfuse
-from llmcompress.models.files.integrity import EXPONENTS, MENDING, all_finite
+from llmcompress.models.files.checkpoint import MANIFEST, NEXT_MANIFEST
+from llmcompress.models.files.integrity import EXPONENTS, INDEX, MENDING, SINGLE, all_finite, weight_map
 from llmcompress.models.files.reading import error_text
 from llmcompress.models.transformers.dequantize import skeleton
 from llmcompress.models.transformers.hf_quantizer import (
@@ -50,12 +52,12 @@ PLAIN: dict[type, tuple[type, ...]] = {  # the modules that compressed ones stan
 
 
 @contextmanager
-def describe_while_saving(model: PreTrainedModel) -> Iterator[None]:
+def describe_while_saving(model: PreTrainedModel, given: Mapping[str, Tensor]) -> Iterator[None]:
     """Let the config of a compressed model describe it, and its quantizer save it, inside the context.
 
-    Raises InputError for a model that a load would not give back.
+    Raises InputError for a model that a load would not give back, and unless tensors that were `given` are its own.
     """
-    config = _check_model(model)
+    config = _check_model(model, given)
     held = vars(model).get("hf_quantizer")
     known = getattr(model.config, "quantization_config", None)
     model.config.quantization_config = config
@@ -71,15 +73,30 @@ def describe_while_saving(model: PreTrainedModel) -> Iterator[None]:
         model.config.quantization_config = known
 
 
+def remove_stale_files(folder: Path) -> None:
+    """Remove what a save has left of another checkpoint in its folder, which a load would take for a part of this."""
+    stale = [folder / name for name in (MANIFEST, NEXT_MANIFEST)]
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file() and index.is_file():
+        is_whole = all((folder / name).is_file() for name in weight_map(index).values())  # else transformers cleared it
+        stale.append(single if is_whole and single.stat().st_mtime_ns <= index.stat().st_mtime_ns else index)
+    for path in stale:
+        if path.is_file():
+            path.unlink()
+
+
 def describe_modules(model: PreTrainedModel) -> LLMCompressConfig:
     """Return the `quantization_config` for the modules of a model. Raises InputError if its config describes none."""
     return _describe(model, _plain(model))
 
 
-def _check_model(model: PreTrainedModel) -> LLMCompressConfig:
+def _check_model(model: PreTrainedModel, given: Mapping[str, Tensor]) -> LLMCompressConfig:
     plain, tensors = _plain(model), dict(model.state_dict())
     if any(tensor.is_meta for tensor in tensors.values()):
         tensors = get_state_dict_offloaded_model(model)
+    for name, tensor in given.items():
+        if name not in tensors or not _same(tensor, tensors[name]):
+            raise _refusal(f"state_dict has another {name} than the model; put it there by model.load_state_dict first")
     for alias, origin in plain.all_tied_weights_keys.items():
         if alias in tensors and origin in tensors and not _same(tensors[alias], tensors[origin]):
             raise _refusal(

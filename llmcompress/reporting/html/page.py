@@ -10,9 +10,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from llmcompress.errors import DiskError, InputError
+from llmcompress.errors import InputError
 from llmcompress.models.files import file_names
-from llmcompress.models.files.checkpoint import add_file
+from llmcompress.models.files.checkpoint import add_file, check_outside
 from llmcompress.models.files.output import check_new_file, write_new_file
 from llmcompress.models.files.reading import MENDING
 from llmcompress.reporting import report as reports
@@ -52,8 +52,7 @@ def write_page(folder: str | Path, output: str | Path, generations: Generations 
     """
     folder, output = Path(folder), Path(output)
     check_new_file(output, (".html",), "a report")
-    if folder.resolve() in output.resolve().parents:
-        raise DiskError(f"{output} is inside the checkpoint, where only its own files may be; write the page elsewhere")
+    check_outside(output, folder)
     context = page_context(_read_files(folder, generations))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

@@ -41,6 +41,7 @@ from llmcompress.surgery.judged_walk import Visit
 
 NUMBERS = 2**24  # of experts' outputs that are held at a time
 DENSE_LIST, DENSE_FIRST = "mlp_only_layers", "first_k_dense_replace"  # entries of configs, see `dense blocks`
+KINDS = "mlp_layer_types"
 WIDTH = "intermediate_size"
 SHARED = ("shared_expert", "shared_experts")
 ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -263,7 +264,8 @@ def _block_fate(mixture: ExpertMixture, trial: _CondensedBlock, is_chosen: bool)
 
 # --- dense blocks -----------------------------------------------------------------------------------------------------
 # A config names them by a list (`mlp_only_layers` of Qwen's mixtures), or by the number of those that come first
-# (`first_k_dense_replace` of DeepSeek's kind). All have one width.
+# (`first_k_dense_replace` of DeepSeek's kind); some also list the kind of each block, which then counts. All have one
+# width.
 
 
 def check_storable(mixture: ExpertMixture) -> None:
@@ -330,7 +332,9 @@ def _dense_changes(mixture: ExpertMixture, blocks: Sequence[int], width: int) ->
         width = max(width, getattr(settings, WIDTH))
     if _lists_dense_blocks(mixture):
         return {DENSE_LIST: sorted({*getattr(settings, DENSE_LIST), *blocks}), WIDTH: width}
-    return {DENSE_FIRST: max(blocks) + 1, WIDTH: width}
+    kinds = enumerate(getattr(settings, KINDS, None) or ())
+    listed = ["dense" if number in blocks else kind for number, kind in kinds]
+    return {DENSE_FIRST: max(blocks) + 1, WIDTH: width} | ({KINDS: listed} if listed else {})
 
 
 def shared_experts(parent: nn.Module) -> dict[str, nn.Module]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llmcompress.calibration.dry_run import probe_architecture
 from llmcompress.errors import InputError, RecipeError, list_names
 from llmcompress.models.dense.config import MODEL, TOKENIZER, needs_code
-from llmcompress.models.dense.experts import Experts, experts_of
+from llmcompress.models.dense.experts import PER_TOKEN, Experts, experts_of
 from llmcompress.models.dense.families import Architecture, architecture
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import DenseModel, open_source
@@ -21,7 +21,6 @@ from llmcompress.runtime.seeding import generator
 from llmcompress.surgery.judged_walk import Visit
 
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # entries of configs
-CHOSEN = ("num_experts_per_tok", "moe_k")  # experts of a token
 GROUPS = "n_group"  # of experts: a token first chooses some of the groups
 BY = ("reap", "frequency", "random")  # scores
 
@@ -68,10 +67,12 @@ def open_mixture(model: str | Path, revision: str | None = None) -> ExpertMixtur
         )
     counts = sorted({experts[path].num_experts for path in layers.values()})
     settings = source.config.get_text_config(decoder=True)
-    chosen = next((getattr(settings, key) for key in CHOSEN if isinstance(getattr(settings, key, None), int)), None)
+    chosen = next((getattr(settings, key) for key in PER_TOKEN if isinstance(getattr(settings, key, None), int)), None)
     if len(counts) != 1 or chosen is None:
         what = (
-            f"blocks of {list_names(map(str, counts))} experts" if len(counts) != 1 else f"none of {', '.join(CHOSEN)}"
+            f"blocks of {list_names(map(str, counts))} experts"
+            if len(counts) != 1
+            else f"none of {', '.join(PER_TOKEN)}"
         )
         raise InputError(f"{source.folder / 'config.json'} describes {what}, which is not known; choose another model")
     if arch.family is None:

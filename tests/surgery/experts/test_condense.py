@@ -64,6 +64,17 @@ def test_condensed_layer_is_the_weighted_sum_of_experts(family: str, tmp_path: P
     assert report.bytes_after == sum(4 * value.numel() for value in out.state_dict().values())
 
 
+def test_condensed_blocks_are_dense_in_every_entry_of_the_config(tmp_path: Path) -> None:
+    """DeepSeek-V3.2 has a number of dense blocks and a list of the kinds of all; the list counts."""
+    more = {"num_key_value_heads": 4, "index_head_dim": 16, "index_n_heads": 2}
+    save_zoo("deepseek_v3", tmp_path / "dense", model_type="deepseek_v32", num_hidden_layers=3, **more)
+    text = str(text_for_calibration(tmp_path))
+    lc.condense_experts(tmp_path / "dense", tmp_path / "out", count=1, text=text, samples=4)
+    out = load_complete(tmp_path / "out")
+    assert (out.config.first_k_dense_replace, out.config.mlp_layer_types) == (2, ["dense", "dense", "sparse"])
+    assert [hasattr(layer.mlp, "experts") for layer in out.model.layers] == [False, False, True]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_condense_is_exact_for_uniform_routing(family: str, tmp_path: Path) -> None:

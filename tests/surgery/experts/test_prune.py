@@ -31,6 +31,7 @@ from tests.zoo import COUNT, MIXTURES, save_zoo, text_for_calibration
 
 FAMILIES = tiered(MIXTURES, {"mixtral", "deepseek_v3"}.__contains__)
 KEEP = 3
+GEMMA = {"enable_moe_block": True, "num_experts": COUNT, "top_k_experts": 2, "moe_intermediate_size": 32}
 GROUPED = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "norm_topk_prob": True}
 
 
@@ -51,9 +52,9 @@ def cut_by_hand(dense: PreTrainedModel, small: PreTrainedModel, stay: dict[str, 
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma4_text"])
 def test_pruned_checkpoint_equals_a_manual_selection(family: str, tmp_path: Path) -> None:
-    save_zoo(family, tmp_path / "dense")
+    save_zoo(family, tmp_path / "dense", **(GEMMA if family == "gemma4_text" else {}))
     text = str(text_for_calibration(tmp_path))
     report = lc.prune_experts(tmp_path / "dense", tmp_path / "out", keep=KEEP, text=text, samples=4)
     small = load_complete(tmp_path / "out")
