@@ -32,6 +32,7 @@ class StandInHub:
     def __init__(self, token: str = "hf_test") -> None:
         self.token = token
         self.commits: dict[str, list[tuple[str, dict[str, bytes]]]] = {}
+        self.visibility: dict[str, str | None] = {}
         self.gated: set[str] = set()
         self.stored: dict[str, bytes] = {}
         self.asked: list[tuple[str, str]] = []
@@ -122,6 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
         if name in self.hub.commits:
             return self.answer({"error": "exists", "url": f"{self.hub.url}/{name}"}, 409)
         self.hub.commit(name, {})
+        self.hub.visibility[name] = asked.get("visibility")
         return self.answer({"url": f"{self.hub.url}/{name}", "name": name})
 
     def valid(self, body: bytes) -> None:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from llmcompress.runtime.facts import versions
 from llmcompress.runtime.ranks import ALONE, Ranks
 
 KIND = "kind of budget"  # in the identity
-TOKENS = "calibration tokens"  # in the entry: their hash
+TOKENS, OPTIONS = "calibration tokens", "options"  # in the entry: their hashes
 
 
 @dataclass(frozen=True, order=True)
@@ -85,13 +86,13 @@ def price_list(
     another recipe, model or version, or one that cannot be written.
     """
     tokens = ranks.first(partial(priced_tokens, job))
-    entry = ranks.first(lambda: _read_entry(path, job, tokens.hash) or _join_parts(path, job, choices, tokens))
+    entry = ranks.first(lambda: _read_entry(path, job, choices, tokens) or _join_parts(path, job, choices, tokens))
     if entry is not None:
         with ranks.agree_on_errors():
             return _parse_entry(_store(path, job), entry, job, choices)
-    ranks.compare(identity_of(job) | {TOKENS: tokens.hash})
+    ranks.compare(identity_of(job) | _origin(choices, tokens))
     prices = measure_prices(job, choices, tokens, device=device, progress=progress, ranks=ranks)
-    ranks.first(lambda: _write_entry(path, job, prices.prices, prices.windows, prices.seconds, tokens.hash))
+    ranks.first(lambda: _write_entry(path, prices, tokens))
     return prices
 
 
@@ -109,7 +110,7 @@ def measure_part(path: Path, part: Part, job: Job, *, device: str = "cpu", progr
     share = Ranks(device, part.number - 1, part.count)
     probe = make_probe(job, choices, tokens, device, share)
     measurements = measure_matrices(job, choices, tokens, probe, device, progress, share)
-    entry = {"seconds": time.monotonic() - started, TOKENS: tokens.hash, **measurements.to_json()}
+    entry = {"seconds": time.monotonic() - started, **_origin(choices, tokens), **measurements.to_json()}
     file = part.file(path)
     _store(file, job).put(file.stem, entry)
     return file
@@ -124,14 +125,14 @@ def _join_parts(path: Path, job: Job, choices: Choices, tokens: CalibrationToken
     entries = _read_parts(path, job)
     if not entries:
         return None
-    if any(entry.get(TOKENS) != tokens.hash for entry in entries):
-        raise store.refusal([TOKENS])
+    for entry in entries:
+        _check_origin(store, entry, choices, tokens)
     try:
         prices = prices_of(choices, map(Measurements.from_json, entries))
     except (ValueError, KeyError, TypeError) as error:
         raise store.damage(error) from error
-    windows = probe_windows(tokens)
-    entry = _write_entry(path, job, prices, windows, sum(float(entry["seconds"]) for entry in entries), tokens.hash)
+    seconds = sum(float(entry["seconds"]) for entry in entries)
+    entry = _write_entry(path, PriceList(job, choices, prices, probe_windows(tokens), seconds), tokens)
     _remove_parts(path)
     return entry
 
@@ -171,22 +172,33 @@ def _remove_parts(prices: Path) -> None:
         part.file(prices).unlink(missing_ok=True)
 
 
-def _write_entry(
-    path: Path, job: Job, prices: Sequence[MatrixPrices], windows: torch.Tensor, seconds: float, tokens: str
-) -> dict[str, Any]:
+def _write_entry(path: Path, prices: PriceList, tokens: CalibrationTokens) -> dict[str, Any]:
     """Write a price list, and return it as its file holds it."""
-    entry = {"seconds": seconds, "windows": windows.tolist(), "matrices": [matrix.to_json() for matrix in prices]}
-    _store(path, job).put(path.stem, entry | {TOKENS: tokens})
+    matrices = [matrix.to_json() for matrix in prices.prices]
+    entry = {"seconds": prices.seconds, "windows": prices.windows.tolist(), "matrices": matrices}
+    _store(path, prices.job).put(path.stem, entry | _origin(prices.choices, tokens))
     return entry
 
 
-def _read_entry(path: Path, job: Job, tokens: str) -> dict[str, Any] | None:
-    """Return the price list in the file `path`, None if there is none. Raises DiskError for that of another text."""
+def _read_entry(path: Path, job: Job, choices: Choices, tokens: CalibrationTokens) -> dict[str, Any] | None:
+    """Return the price list in the file `path`, None if there is none. Raises what `_check_origin` raises."""
     store = _store(path, job)
-    record = store.get(path.stem)
-    if record is not None and record.entry.get(TOKENS) != tokens:
-        raise store.refusal([TOKENS])
-    return None if record is None else record.entry
+    if (record := store.get(path.stem)) is None:
+        return None
+    _check_origin(store, record.entry, choices, tokens)
+    return record.entry
+
+
+def _origin(choices: Choices, tokens: CalibrationTokens) -> dict[str, str]:
+    """Return hashes of the text and of the options that prices are of: earlier versions had others by default."""
+    options = repr([(matrix.name, matrix.options) for matrix in choices.matrices])
+    return {TOKENS: tokens.hash, OPTIONS: sha256(options.encode()).hexdigest()}
+
+
+def _check_origin(store: Store, entry: Mapping[str, Any], choices: Choices, tokens: CalibrationTokens) -> None:
+    """Raise DiskError for prices of another text, or of other options."""
+    if changed := [key for key, value in _origin(choices, tokens).items() if entry.get(key) != value]:
+        raise store.refusal(changed)
 
 
 def _parse_entry(store: Store, entry: Mapping[str, Any], job: Job, choices: Choices) -> PriceList:

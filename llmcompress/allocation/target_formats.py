@@ -168,13 +168,11 @@ def _check_learning(job: Job) -> None:
     recipe, linears = job.recipe, job.arch.linears()
     stages = () if recipe.distill is None else [stage for _, stage in recipe.distill.stages()]
     rates = {kind for each in (recipe.reconstruct, *stages) if each is not None for kind in each.rates}
-    lists: dict[str, tuple[Steps, ...]]
-    lists = {name: (steps,) for name, steps in (job.all_steps if stages else job.steps).items()}
+    lists: dict[str, tuple[Steps, ...]] = {name: (steps,) for name, steps in job.steps.items()}
     if recipe.target is not None:
         lists |= {name: options_for("llama.cpp", linears[name], recipe.options) for name in job.assignment.unruled}
     for name, steps in ((name, each[0]) for name, options in lists.items() for each in options):
-        width = linears[name].shape[1] if name in linears else job.source.tensors[f"{name}.weight"].shape[1]
-        if isinstance(steps, GGUF) and not can_learn(kind := fitting(steps.type, width), rates):
+        if isinstance(steps, GGUF) and not can_learn(kind := fitting(steps.type, linears[name].shape[1]), rates):
             learned = " and ".join(sorted(rates & {"scales", "factors", "codes"}))
             raise RecipeError(
                 f"{kind} of {name} does not hold {learned} that learn; leave reconstruct: (--tune) and distill: out, "

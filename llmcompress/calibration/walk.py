@@ -39,6 +39,7 @@ from llmcompress.calibration.gather import (
     HiddenStreams,
     InputGroup,
     Statistics,
+    Wanted,
     add_batch,
     gather,
     wanted_of,
@@ -227,9 +228,7 @@ class _Walk:
         dense, linears = streams.dense if learns else None, self.arch.linears()
         where = run.index, run.path, run.module
         if self.execution.prepare is not None and wanted:
-            sampled = partial(sample_inputs, run, tuple(names[0] for names in wanted), streams.batches, streams.hidden)
-            samples = streams.ranks.first(sampled)
-            known = tuple(InputGroup(names, Moments(0.0), None, sample=samples[names[0]]) for names in wanted)
+            known = self._look_ahead(run, wanted, streams)
             self.execution.prepare(Block(*where, known, streams.hidden, linears, self.model))
         scales: dict[str, list[float]] = {}
         if self.statistics.kv_cache and run.index >= self.finished:  # before the hidden states may move on
@@ -244,6 +243,15 @@ class _Walk:
             return group
 
         return Block(*where, groups, streams.hidden, linears, self.model, run, dense, gather_again, before, scales)
+
+    def _look_ahead(self, run: BlockForward, wanted: Wanted, streams: HiddenStreams) -> tuple[InputGroup, ...]:
+        """Return what a block is prepared by: samples of inputs that will be rounded, else their moments."""
+        if not self.statistics.inputs:
+            outer = {names: frozenset({"outer"}) for names in wanted}
+            return gather(run, outer, replace(streams, dense=None, keep_outputs=False))
+        sampled = partial(sample_inputs, run, tuple(names[0] for names in wanted), streams.batches, streams.hidden)
+        samples = streams.ranks.first(sampled)
+        return tuple(InputGroup(names, Moments(0.0), None, sample=samples[names[0]]) for names in wanted)
 
     def _gather_ends(self, streams: HiddenStreams, extra: int) -> dict[int, InputGroup]:
         """Return the `_tables` by their number as a block, with the moments of the head's inputs."""

@@ -138,7 +138,8 @@ def compress(
         run = pipeline.compress if engine is None else partial(compress_for, engine)
         result = run(model, built, output, resume=resume, **access, **reports)
     except GateError:
-        terminal.show(read_all(output), report_view)
+        if terminal.first:  # other machines may not have it
+            terminal.show(read_all(output), report_view)
         raise
     terminal.warn(merge_sentences(result.report.warnings))
     more = {"distillation": result.distillation, "allocation": result.allocation}
@@ -255,7 +256,7 @@ def build_recipe(
     settings = settings or []
     aims = [each for each in settings if each.startswith(("target.", "target=")) and "target.engine" not in each]
     if target is not None and aims:
-        raise RecipeError(f"{target.origin} and --set {aims[0]} both say what to aim at; leave one of them out")
+        raise RecipeError(f"{target.origin} and {aims[0]} of --set both say what to aim at; leave one of them out")
     without_target = target is None and not any(setting.startswith("target") for setting in settings)
     if engine is not None and recipe is None and without_target:
         recipe = engine_of(engine).recipe

@@ -321,7 +321,7 @@ def gradient_importance(
         return None
     sequences = sequences[[index * len(sequences) // count for index in range(count)], :length]  # of all kinds of text
     dtype = product_dtype(recipe.compute, device)
-    key = ("importance", sequences.numpy().tobytes(), recipe.seed, device, dtype)
+    key = ("importance", ranks.count, sequences.numpy().tobytes(), recipe.seed, device, dtype)
 
     def compute() -> dict[str, Tensor]:
         if key not in job.shared:

@@ -87,7 +87,8 @@ def distill(
         with ranks.agree_on_errors():
             places = [locate(model, trust_remote_code=trust_remote_code) for model in (student, teacher)]
         result = _distill_locked(places[0], places[1], recipe, target, accelerator, ranks, progress)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # the processes stay together: their program may go on
+        tracker.finish()
     return result
 
 

@@ -84,7 +84,7 @@ def train(run: TrainContext, report: Report | None = None) -> Progress:
                 run.metrics.add(look)
             stop, late = _agree_on_saving(accelerator, stopping, saving.is_late())
             if last or stop or late or saving.is_due(progress.step):
-                with saving.measure_time():
+                with saving.measure_time(), run.ranks.agree_on_errors():
                     strategy.save(run.store, progress)
             if report is not None:
                 read = progress.step * recipe.batch * run.data.sequences.ids.shape[1]

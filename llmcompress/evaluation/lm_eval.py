@@ -14,7 +14,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.errors import DiskError
+from llmcompress.errors import DiskError, InputError
 from llmcompress.evaluation.processes import ALONE, Processes
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.tasks import (
@@ -85,6 +85,8 @@ def run_tasks(
         return _run(model, tokenizer, protocol, processes, tasks)
     except FAILURES as error:
         sentence = describe_failure(error, protocol.tasks, "failed")
+        if processes.count > 1:  # others wait in exchanges of lm-eval
+            raise InputError(sentence) from error
         return TaskScores(failure=f"{sentence}; what was scored besides stands")
 
 

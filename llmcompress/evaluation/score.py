@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -83,8 +84,9 @@ def score(
         RecipeError: for `save` without `against`, or for a folder that compress did not write.
         DiskError: for an output that cannot be written.
     """
+    folder = Path(os.path.expanduser(model))
     if save:
-        _check_saving(Path(model), against)
+        _check_saving(folder, against)
     if output is not None:
         check_writable(output, 0)
         check_outside(output, model)
@@ -105,7 +107,7 @@ def score(
     scores = _merge_scores(evaluations) | asdict(size) | {"protocol": describe_protocol(tokenizer, protocol)}
     _write_scores(output if processes.rank == 0 else None, place, evaluations[-1], scores)
     if save and processes.rank == 0:
-        save_scores(Path(model), scores["protocol"], *evaluations)
+        save_scores(folder, scores["protocol"], *evaluations)
     return scores
 
 

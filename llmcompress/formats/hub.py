@@ -173,7 +173,7 @@ def _upload(
 
     api = HfApi()
     with _hub_errors(repository):
-        api.create_repo(repository, private=private, exist_ok=True)
+        api.create_repo(repository, private=private or None, exist_ok=True)  # None: as the account has it
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
         tree = api.list_repo_tree(repository, recursive=True, revision=revision)

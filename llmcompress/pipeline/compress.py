@@ -217,7 +217,7 @@ def _judge_result(result: Result, job: Job, way: _RunOptions, plan: Allocation |
     ranks, stays = way.ranks, result.is_kept
     with ExitStack() as stack:
         if stays:
-            stack.push(partial(_note, f"{result.folder} is complete, and the same command measures its gates"))
+            stack.push(partial(attach_note, f"{result.folder} is complete, and the same command measures its gates"))
             ranks.first(lambda: stack.enter_context(lock_output(result.folder, "output folder")))
         report = judge(job, result.folder, ranks.device, way.judging, plan, ranks)
     with ranks.agree_on_errors():
@@ -242,7 +242,7 @@ def _run_to_target(job: Job, output: Path | None, pricing: Progress | None, way:
         plan = allocate_by(prices, job, device=device, progress=pricing, ranks=ranks)
     settled = plan.settled
     with ExitStack() as stack:
-        stack.push(partial(_note, f"the prices of the options are kept in {prices}"))
+        stack.push(partial(attach_note, f"the prices of the options are kept in {prices}"))
         done = ranks.first(lambda: completed_result(output, settled, ranks.requested_device))
         result = done or way.finish(settled, output)
         allocation = ranks.first(lambda: record_allocation(plan, result.folder, device))
@@ -261,7 +261,7 @@ def _begin_pricing(stack: ExitStack, prices: Path, output: Path, resume: bool) -
         discard_prices(prices)
 
 
-def _note(sentence: str, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+def attach_note(sentence: str, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
     """Attach `sentence` as a note to an exception that leaves the context."""
     if error is not None:
         error.add_note(sentence)
@@ -325,7 +325,9 @@ def compress_job(
     trust = source.trust_remote_code
     with ExitStack() as stack:
         if temporary is None:
-            stack.push(partial(_note, f"the compressed model is kept in {staged}, from where the same command resumes"))
+            stack.push(
+                partial(attach_note, f"the compressed model is kept in {staged}, from where the same command resumes")
+            )
         done = distill(staged, teacher, wanted, target, device=device, progress=training, trust_remote_code=trust)
     _discard(staged, target.with_name(target.name + TRAINING))
     return Result(target, reports.read(target), temporary, done.to_json())

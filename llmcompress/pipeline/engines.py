@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from llmcompress.models.files.output import (
     remove_folder,
 )
 from llmcompress.models.files.reading import read_json
-from llmcompress.pipeline.compress import completed_result, compress, plan, remove_checkpoint
+from llmcompress.pipeline.compress import attach_note, completed_result, compress, plan, remove_checkpoint
 from llmcompress.pipeline.quality_check import is_unsettled
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.read import read_recipe
@@ -153,7 +155,11 @@ def _compress_and_export(
     staging = output.with_name(output.name + EXPORT)
     claim_folder(staging)
     clear_folder(staging)
-    done = export(ours, staging / "model", form, trust_remote_code=trust)
+    with ExitStack() as stack:
+        stack.push(
+            partial(attach_note, f"the compressed model is kept in {ours}, and the same command goes on from there")
+        )
+        done = export(ours, staging / "model", form, trust_remote_code=trust)
     settled = job if job.recipe.target is None else job.with_recipe(read_recipe(ours / file_names.RECIPE))
     report = _engine_report(result.report, done, engine, settled)
     with write_checkpoint(output) as writer:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.serialization import default_restore_location
 
 from llmcompress.errors import EndedError, LLMCompressError, RecipeError, list_names
 from llmcompress.runtime.devices import kind_of
@@ -58,7 +59,7 @@ class Ranks:
         return items.tensor_split(self.count)[self.rank]
 
     def gather(self, value: T) -> list[T]:
-        """Return the value of each process, by rank; tensors on the device of this one.
+        """Return the value of each process, by rank; tensors on the device of this one, or on the host as they were.
 
         Raises EndedError if another process has ended.
         """
@@ -136,7 +137,10 @@ class Ranks:
 
     def _unpack(self, packed: bytes) -> Any:
         # not only weights: the processes of one command trust each other, as those of every launcher do
-        return torch.load(io.BytesIO(packed), map_location=self.device, weights_only=False)
+        def place(storage: Any, location: str) -> Any:  # what is on the host stays there
+            return storage if location == "cpu" else default_restore_location(storage, self.device)
+
+        return torch.load(io.BytesIO(packed), map_location=place, weights_only=False)
 
 
 ALONE = Ranks()

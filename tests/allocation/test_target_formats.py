@@ -13,10 +13,11 @@ import torch
 import llmcompress as lc
 from llmcompress.allocation.allocate import choose
 from llmcompress.allocation.choices import LOW_RATES, find_choices
+from llmcompress.allocation.price_file import allocate_by
 from llmcompress.allocation.prices import MatrixPrices, OptionPrice
-from llmcompress.allocation.target_formats import ENGINE_OBSTACLES, default_options, options_for
+from llmcompress.allocation.target_formats import ENGINE_OBSTACLES, FOUR_BITS, default_options, options_for
 from llmcompress.compression.job import prepare
-from llmcompress.errors import RecipeError
+from llmcompress.errors import DiskError, RecipeError
 from llmcompress.formats.export import export
 from llmcompress.methods.layer import sketch, step
 from llmcompress.models.dense.families import Linear
@@ -29,6 +30,7 @@ from llmcompress.reporting.formatting import target_text
 from llmcompress.weight.runtime_formats import compressed_tensors_obstacle, vllm_obstacle
 from tests.builders import gaussian, grid, layer, minifloat
 from tests.tiny import save_tiny
+from tests.zoo import save_zoo
 
 TEXT = "The quick brown fox jumps over the lazy dog, and 42 grey geese fly past the old mill by the river. "
 
@@ -68,6 +70,23 @@ def test_default_options_are_those_that_fit_the_shape_and_leave_tables_alone(pla
     odd = options_for("vllm", Linear("odd", (8, 52)), None)
     rows = tuple(default_options("vllm", 52)[place] for place in (0, 1, -2, -1))
     assert odd == rows, "52 columns are one group of 128 or of 64, and no smaller one divides them"
+
+
+@pytest.mark.parametrize("family", ["granite", "olmo2", "qwen3_moe", "phi3", "deepseek_v3"])
+def test_what_vllm_stacks_is_known_of_other_families(family: str, tmp_path: Path) -> None:
+    arch = prepare(resolve(str(save_zoo(family, tmp_path / "model"))), read_recipe("gptq-4-g64")).arch
+    stacks = {tuple(name.rpartition(".")[2] for name in names) for block in arch.blocks for names in block.siblings()}
+    attention = set() if family in ("phi3", "deepseek_v3") else {("q_proj", "k_proj", "v_proj")}
+    assert stacks == attention | (set() if family == "phi3" else {("gate_proj", "up_proj")})
+
+
+def test_prices_of_other_options_are_refused(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later version may have others by default."""
+    job = prepare(resolve(str(place / "dense")), read_recipe(recipe(place, {"bpw": 6, "engine": "vllm"})))
+    allocate_by(tmp_path / "prices.json", job)
+    monkeypatch.setattr("llmcompress.allocation.target_formats.FOUR_BITS", FOUR_BITS[:-1])
+    with pytest.raises(DiskError, match="options changed"):
+        allocate_by(tmp_path / "prices.json", job)
 
 
 def test_what_vllm_stacks_is_chosen_together(place: Path) -> None:

@@ -33,6 +33,7 @@ from llmcompress.runtime.seeding import generator
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Dense
 from llmcompress.weight.trellis import Trellis
+from tests.lockstep import in_lockstep
 from tests.tiers import tiered
 from tests.tiny import save_tiny
 from tests.zoo import save_any, save_zoo, text_for_calibration
@@ -279,3 +280,6 @@ def test_rows_alone_read_beginnings_of_sequences_of_all_kinds(tmp_path: Path, mo
     assert importance is not None
     expected = measure_importance(job.source, job.arch, tokens[[0, 2, 4], :16])
     assert all(torch.equal(rows, expected.rows[name]) for name, rows in importance.rows.items())
+    mine = {0: tokens, 1: sequences(7).flip(0)}  # a process that measured its own alone still exchanges with others
+    many = in_lockstep(2, lambda ranks: gradient_importance(job, mine[ranks.rank], torch.device("cpu"), ranks))
+    assert all(each is not None and each.rows.keys() == importance.rows.keys() for each in many)

@@ -367,9 +367,9 @@ class Relay(nn.Module):
 def test_blocks_that_talk_to_each_other_are_refused() -> None:
     model, batches = Relay(), [RowBatch(slice(0, 5), False)]
     with pytest.raises(InputError, match="its code fails with stand-ins for them"):  # as blocks return three things
-        _record_batches(model, "layers", sequences(), batches, torch.device("cpu"), extra=0)
+        _record_batches(model, "layers", sequences(), batches, torch.device("cpu"), extra=0, sizes=())
     with pytest.raises(InputError, match=r"layers\.1 gets more than hidden states from the block before"):
-        _record_batches(model, "layers", sequences(), batches, torch.device("cpu"), extra=2)
+        _record_batches(model, "layers", sequences(), batches, torch.device("cpu"), extra=2, sizes=())
     assert all(type(layer) is nn.Identity for layer in model.layers)
 
 

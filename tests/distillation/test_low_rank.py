@@ -138,8 +138,15 @@ def test_experts_start_at_those_of_a_dense_teacher(tmp_path: Path) -> None:
     teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     wanted, weights = expert_slices("qwen3_moe", teacher), teacher_weights(student, teacher)
     assert len(wanted) == 24 and all(torch.equal(weights(name[:-7]), value) for name, value in wanted.items())
-    with pytest.raises(RecipeError, match="experts are not as many as the teacher's"):
-        teacher_weights(student, zoo("qwen3_moe", num_experts=8))
+    expert = "model.layers.0.mlp.experts.0.gate_proj"
+    others = teacher_weights(student, zoo("qwen3_moe", num_experts=8))
+    assert len(others("model.layers.0.self_attn.q_proj")), "attention is the same"
+    with pytest.raises(
+        RecipeError, match="the teacher has no .*experts.0.gate_proj, or other experts there; start lat"
+    ):
+        others(expert)
+    with pytest.raises(RecipeError, match="the teacher has no .*experts.0.gate_proj, or other experts"):
+        teacher_weights(student, zoo("qwen3_moe", mlp_only_layers=[0, 1]))(expert)
 
 
 @pytest.mark.parametrize("factor_bits", [pytest.param(16, marks=pytest.mark.slow), 8])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,16 @@ def test_sizes() -> None:
     root = float((vector.double() + 1).square().mean().sqrt())
     assert number_sizes(vector, 1.0).tolist() == pytest.approx([FLOOR * root, FLOOR * root, 500, 1])
     assert number_sizes(torch.zeros(3), 0.0).tolist() == [1, 1, 1]
+
+
+def test_vectors_are_noted_in_the_order_in_which_they_train(tmp_path: Path) -> None:
+    """Not in that of a set of strings, which each process has its own of: their means are exchanged one by one."""
+    make(tmp_path, RTN)
+    whole: Student = relaxed_student(loaded(tmp_path)[0], {"scales": 0.01, "norms": 0.01})
+    for order in (("scales", "norms"), ("norms", "scales")):
+        student = replace(whole, trained={kind: whole.trained[kind] for kind in order}, held={})
+        student.hold()
+        assert list(student.held) == [name for kind in order for name in student.trained[kind]]
 
 
 def test_each_number_moves_in_proportion_to_its_size(tmp_path: Path) -> None:

@@ -135,6 +135,20 @@ def test_prompts_can_be_chats() -> None:
         run_tasks(model, tokenizer, protocol)
 
 
+def test_a_task_that_fails_in_one_of_several_processes_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, what was scored besides stands; others would wait in exchanges of lm-eval."""
+
+    def fail(*_: Any) -> Any:
+        raise ValueError("odd item")
+
+    monkeypatch.setattr("llmcompress.evaluation.lm_eval._run", fail)
+    nothing: Any = object()
+    protocol = Protocol(tasks=(PAIRS,))
+    assert "odd item" in str(run_tasks(nothing, nothing, protocol, tasks=nothing).failure)
+    with pytest.raises(InputError, match="odd item"):
+        run_tasks(nothing, nothing, protocol, Processes("cpu", 1, 2), nothing)
+
+
 # --- models beside the first ----------------------------------------------------------------------------------------
 
 

@@ -265,7 +265,20 @@ def test_templates_and_licences_of_a_hub_model_are_downloaded(
     assert set(files_of(locate("org/dense").folder)) == files.keys() | set(wanted)
 
 
+def test_who_sees_a_new_repository_is_left_to_the_account(here: StandInHub, folders: dict[str, Path]) -> None:
+    push(folders["out"], "me/small")
+    push(folders["out"], "me/other", private=True)
+    assert here.visibility == {"me/small": None, "me/other": "private"}
+
+
 def test_push_refuses_damaged_checkpoints_and_wrong_names(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["out"], tmp_path / "damaged")
+    [weights, *_] = sorted((tmp_path / "damaged").glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(InputError, match="not as it was written"):
+        push(tmp_path / "damaged", "me/small", dry_run=True)
     with pytest.raises(RecipeError, match="is not a Hub repository; give owner/name"):
         push(folders["out"], "small", dry_run=True)
     AutoModelForCausalLM.from_pretrained(folders["out"]).save_pretrained(tmp_path / "saved")

@@ -85,6 +85,17 @@ def test_scales_are_of_values_whose_channels_were_scaled(tmp_path: Path) -> None
         assert values == pytest.approx(float(layer.values.abs().max()) / 448, rel=0.05)
 
 
+def test_scales_of_the_cache_do_not_change_those_of_channels(source: Path, tmp_path: Path) -> None:
+    rules = [{"match": "*", "steps": [{"method": "rtn", "bits": 3, "group_size": 32}]}]
+    asked = ASKED | {"rules": rules, "fuse": {"awq": True}}
+    with_cache, without = (
+        lc.compress(source, asked | {"kv_cache": cache}, tmp_path / str(cache)) for cache in ("fp8", None)
+    )
+    assert with_cache.report.fused == without.report.fused
+    one, other = (load_file(result.folder / "model.safetensors") for result in (with_cache, without))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_the_folder_for_vllm_has_the_scales(ours: Path, tmp_path: Path) -> None:
     export(ours, tmp_path / "out", "compressed-tensors")
     stored, scales = load_file(tmp_path / "out" / "model.safetensors"), lc.read(ours).kv_scales

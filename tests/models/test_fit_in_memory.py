@@ -35,6 +35,8 @@ def test_the_limit_is_the_weights_in_float32(folders: tuple[Path, Path], monkeyp
     monkeypatch.setattr("llmcompress.models.dense.load.total_memory", lambda: 8 * weights - 1)
     with pytest.raises(MemoryLimitError, match=r"scoring holds .*out .* and .*dense .* GB\) in float32"):
         check_fits("cpu", "scoring", both)
+    with pytest.raises(MemoryLimitError):
+        check_fits("cpu:0", "distilling", both)  # as Accelerate calls it
     check_fits("cuda", "scoring", both)
     check_fits("cpu", "scoring", both[:1], both[1:])
 

@@ -74,8 +74,9 @@ def test_a_run_that_ends_in_the_export_goes_on_from_there(
 
     with monkeypatch.context() as patch:
         patch.setattr(engines, "export", full)
-        with pytest.raises(DiskError, match="No space left"):
+        with pytest.raises(DiskError, match="No space left") as error:
             compress_for("vllm", dense, asked, tmp_path / "out")
+        assert error.value.__notes__[0].startswith(f"the compressed model is kept in {tmp_path / 'out.checkpoint'}")
     assert not (tmp_path / "out").exists() and (tmp_path / "out.checkpoint").is_dir()
     other = read_recipe(text, [*SHORT, *rules, "target.bpw=7"]) if settings else recipe("mlx")
     with pytest.raises(DiskError, match="another target" if settings else "another recipe"):
@@ -246,9 +247,12 @@ def test_learning_that_no_file_holds_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_types_whose_scales_are_free_may_learn(dense: Path) -> None:
-    rules = "[{match: '*', steps: [{method: gguf, type: Q4_0}]}]"
-    assert plan_for("llama.cpp", dense, recipe("llama.cpp", f"rules={rules}", "reconstruct={}")).seconds
+def test_types_whose_scales_are_free_may_learn(dense: Path, tmp_path: Path) -> None:
+    rules = "rules=[{match: '*', steps: [{method: gguf, type: Q4_0}]}]"
+    assert plan_for("llama.cpp", dense, recipe("llama.cpp", rules, "reconstruct={}")).seconds
+    wide = tiny_llama(tmp_path / "wide", **SIZES | {"hidden_size": 256}, tie_word_embeddings=False)
+    table = "embeddings=[{method: gguf, type: Q6_K}]"  # which does not learn
+    assert plan_for("llama.cpp", wide, recipe("llama.cpp", rules, table, "distill={data: {length: 32}}")).bytes
 
 
 def test_blocks_of_their_own_widths_go_to_no_other_engine(dense: Path, tmp_path: Path) -> None:

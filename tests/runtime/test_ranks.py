@@ -25,6 +25,13 @@ def test_gather_items_keeps_their_order(count: int) -> None:
     assert found == [[int(row.sum()) for row in items]] * count
 
 
+def test_what_is_on_the_host_stays_there() -> None:
+    """Tokens of calibration are hashed there; devices of other processes are this one's."""
+    here = Ranks("meta", 1, 2)
+    assert here._unpack(ranks._pack({"ids": torch.ones(2)}))["ids"].device.type == "cpu"
+    assert here._unpack(ranks._pack(torch.ones(2, device="meta"))).device.type == "meta"
+
+
 @pytest.mark.parametrize("count", COUNTS)
 def test_add_gives_the_same_bits_in_each_process(count: int) -> None:
     given = [torch.randn(5, 3, generator=torch.Generator().manual_seed(rank)) for rank in range(count)]

@@ -25,7 +25,7 @@ from llmcompress.methods.layer import Layer, base_and_term
 from llmcompress.methods.low_rank.factors import SVD, svd
 from llmcompress.methods.moments import Moments
 from llmcompress.models.dense.blocks import matched_blocks, original_name
-from llmcompress.models.dense.experts import experts_of, unfuse
+from llmcompress.models.dense.experts import experts_of, holder, unfuse
 from llmcompress.recipe.rules import matches
 from llmcompress.recipe.sections import Adaptation
 from llmcompress.runtime.seeding import generator
@@ -105,20 +105,24 @@ def dense_weight(model: PreTrainedModel, name: str) -> Tensor:
 def teacher_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> Callable[[str], Tensor]:
     """Return a function from the name of a student's compressed linear to the teacher's matrix `[out, in]`, float32.
 
-    Raises RecipeError if the models' blocks do not match, or have other numbers of experts; the function raises it for
-    a matrix of another shape. The experts of `teacher` become linears, as those of a compressed student are.
+    Raises RecipeError if the models' blocks do not match; the function raises it for a matrix that the teacher lacks,
+    or of another shape, and for one of experts that are not as many. The experts of `teacher` become linears, as those of
+    a compressed student are.
     """
     unfuse(teacher)
     blocks, layers = matched_blocks(student, teacher), compressed_linears(student)
-    ours, theirs = ({experts.num_experts for experts in experts_of(model).values()} for model in (student, teacher))
-    if not ours <= theirs:
-        raise RecipeError(
-            "the student's experts are not as many as the teacher's, so it is unknown which is which; start latents at "
-            "codes, and terms and weights at zero"
-        )
+    own, counted, theirs = experts_of(student), experts_of(teacher), {name for name, _ in teacher.named_modules()}
 
     def weight(name: str) -> Tensor:
-        matrix, layer = dense_weight(teacher, original_name(student, name, blocks)), layers[name]
+        original, layer = original_name(student, name, blocks), layers[name]
+        here, there = (holder(path, experts) for path, experts in ((name, own), (original, counted)))
+        counts = {experts[place].num_experts for experts, place in ((own, here), (counted, there)) if place}
+        if len(counts) > 1 or original not in theirs:
+            raise RecipeError(
+                f"the teacher has no {name}, or other experts there; start latents at codes, and terms and weights at "
+                f"zero"
+            )
+        matrix = dense_weight(teacher, original)
         if tuple(matrix.shape) != (layer.out_features, layer.in_features):
             raise RecipeError(f"{name} is not as large as the teacher's; start its latents at codes, its terms at zero")
         return matrix

@@ -84,7 +84,7 @@ class Student:
 
     def hold(self) -> None:
         """Before a step of the optimizer, note the numbers of `MULTIPLIERS`."""
-        for kind in MULTIPLIERS & self.trained.keys():
+        for kind in (kind for kind in self.trained if kind in MULTIPLIERS):  # in the same order in all processes
             self.held.update({name: value.detach().clone() for name, value in self.trained[kind].items()})
 
     @torch.no_grad()

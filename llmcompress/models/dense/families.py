@@ -95,6 +95,9 @@ class Linear:
         return roles_of(self.name)
 
 
+STACKED = (("query", "key", "value"), ("gate", "up"))  # roles of what vLLM multiplies at once
+
+
 @dataclass(frozen=True)
 class BlockLayout:
     """One decoder block: its module path, and its linears grouped by the tensor they read."""
@@ -107,13 +110,16 @@ class BlockLayout:
         return tuple(linear for group in self.groups for linear in group if set(linear.roles) & set(roles))
 
     def siblings(self) -> tuple[tuple[str, ...], ...]:
-        """Return the names of linears of one module that read the same tensor, which vLLM multiplies as one matrix."""
-        modules: dict[tuple[int, str], tuple[str, ...]] = {}
-        for number, group in enumerate(self.groups):
-            for name in (linear.name for linear in group):
-                key = number, name.rpartition(".")[0]
-                modules[key] = (*modules.get(key, ()), name)
-        return tuple(names for names in modules.values() if len(names) > 1)
+        """Return the names of linears of one module that vLLM multiplies as one matrix: q, k and v, or gate and up."""
+        modules: dict[str, dict[tuple[str, ...], str]] = {}
+        for linear in (linear for group in self.groups for linear in group):
+            modules.setdefault(linear.name.rpartition(".")[0], {})[linear.roles] = linear.name
+        return tuple(
+            tuple(names[(role,)] for role in roles)
+            for names in modules.values()
+            for roles in STACKED
+            if all((role,) in names for role in roles)
+        )
 
 
 @dataclass(frozen=True)

@@ -169,9 +169,10 @@ def files_of(folder: Path) -> list[str]:
 
 
 def check_outside(output: Path, *folders: str | Path) -> None:
-    """Raise DiskError for an output inside one of `folders` whose files are listed in its manifest."""
-    for folder in map(Path, folders):
-        if (folder / MANIFEST).is_file() and folder.resolve() in output.resolve().parents:
+    """Raise DiskError for an output inside one of `folders` that llmcompress wrote, which have all their files."""
+    for folder in (Path(os.path.expanduser(folder)) for folder in folders):
+        is_ours = any((folder / name).is_file() for name in (MANIFEST, REPORT))
+        if is_ours and folder.resolve() in output.resolve().parents:
             raise DiskError(
                 f"{output} is inside the checkpoint {folder}, where only its own files may be; write it elsewhere"
             )
