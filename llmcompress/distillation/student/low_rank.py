@@ -106,8 +106,8 @@ def teacher_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> Calla
     """Return a function from the name of a student's compressed linear to the teacher's matrix `[out, in]`, float32.
 
     Raises RecipeError if the models' blocks do not match; the function raises it for a matrix that the teacher lacks,
-    or of another shape, and for one of experts that are not as many. The experts of `teacher` become linears, as those of
-    a compressed student are.
+    or of another shape, and for one of experts that are not as many. The experts of `teacher` become linears, as those
+    of a compressed student are.
     """
     unfuse(teacher)
     blocks, layers = matched_blocks(student, teacher), compressed_linears(student)
