@@ -267,7 +267,8 @@ def _tables(job: Job) -> dict[str, Sequence[Steps]]:
     options: dict[str, Sequence[Steps]] = {}
     if not recipe.embeddings and (arch.tied or recipe.table is None) and job.has_plain_table:
         options[arch.embedding] = table_options(engine, _shape(job, arch.embedding), only_looked_up=not arch.tied)
-    if recipe.head is None and not arch.tied and f"{arch.head}.weight" in job.source.tensors:
+    plain_head = not arch.tied and not arch.casts_to_head and f"{arch.head}.weight" in job.source.tensors
+    if recipe.head is None and plain_head:
         options[arch.head] = table_options(engine, _shape(job, arch.head), only_looked_up=False)
     return {
         name: each for name, each in options.items() if each and name not in job.tables and not recipe.keeps_dense(name)

@@ -6,6 +6,7 @@ takes a moment for a model of any size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -28,31 +29,36 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKENS = 4
+PROBED = torch.float64  # of no weight here: inputs in it were cast to the dtype of a linear's weight
 
 
 class _Zeros(nn.Linear):
-    """A linear that returns zeros and counts its calls. `others`: calls on something else than the tokens."""
+    """A linear that returns zeros and counts its calls. `others`: calls on something else than the tokens, or on inputs
+    in PROBED."""
 
     def __init__(self, shape: tuple[int, int], weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the weight
         self.out_features, self.in_features = shape
         self.calls, self.others = 0, 0
-        self.weight = weight
+        self.weight, self.dtype = weight, weight.dtype
         self.register_parameter("bias", bias)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return zeros `[..., out]` for `input [..., in]`."""
         self.calls += 1
         self.others += input.shape[:-1].numel() != TOKENS  # such as DeBERTa's relative positions
-        return input.new_zeros(*input.shape[:-1], self.out_features)
+        self.others += input.dtype == PROBED
+        return input.new_zeros(*input.shape[:-1], self.out_features, dtype=self.dtype)
 
 
 @torch.no_grad()
 def probe_architecture(source: DenseModel, arch: Architecture, calibrated: bool) -> Architecture:
     """Return the architecture without linears that their block does not call exactly once, on its tokens.
 
-    Those join its `other` weights. Raises InputError if the model is to be `calibrated` and its blocks cannot be run
-    one by one.
+    Nor are there linears whose inputs it casts to the dtype of their weight, which a compressed one has not; of a head
+    that is treated so, the architecture says so. All these join its `other` weights.
+
+    Raises InputError if the model is to be `calibrated` and its blocks cannot be run one by one.
     """
     model, linears = _weightless_model(source, arch), arch.linears()
     try:
@@ -63,15 +69,34 @@ def probe_architecture(source: DenseModel, arch: Architecture, calibrated: bool)
         with suppress(*config_errors()):  # without calibration nothing depends on it
             body(model)(input_ids=torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False)
     experts = experts_of(model)
-    modules = ((name, model.get_submodule(name)) for name in linears if holder(name, experts) is None)
+    modules = [(name, model.get_submodule(name)) for name in linears if holder(name, experts) is None]
     calls = {name: (it.calls, it.others) if isinstance(it, _Zeros) else (0, 0) for name, it in modules}
     ran = any(count for count, _ in calls.values())
     odd = {name for name, counts in calls.items() if counts != (1, 0)} if ran else set()
+    cast = _find_casts(model, arch, [name for name, it in modules if isinstance(it, _Zeros) and name not in odd])
+    odd |= cast & linears.keys()
     blocks = tuple(
         replace(block, groups=tuple(filter(None, (_without(group, odd) for group in block.groups))))
         for block in arch.blocks
     )
-    return replace(arch, blocks=blocks, other=(*arch.other, *(f"{name}.weight" for name in linears if name in odd)))
+    other = (*arch.other, *(f"{name}.weight" for name in linears if name in odd))
+    return replace(arch, blocks=blocks, other=other, casts_to_head=arch.head in cast)
+
+
+def _find_casts(model: PreTrainedModel, arch: Architecture, names: Sequence[str]) -> set[str]:
+    """Return those of the linears `names`, and of the head, whose inputs the model casts to their weight's dtype."""
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear):
+        size = head.out_features, head.in_features
+        put(model, arch.head, _Zeros(size, head.get_parameter("weight"), head._parameters.get("bias")))
+    probed = {name: model.get_submodule(name) for name in (*names, arch.head) if name}
+    zeros = {name: module for name, module in probed.items() if isinstance(module, _Zeros)}
+    for module in zeros.values():
+        module.weight = nn.Parameter(torch.zeros((), dtype=PROBED).expand(module.weight.shape), requires_grad=False)
+        module.others = 0
+    with suppress(NumericsError, *config_errors()):  # a weight may be read by itself, too
+        model(input_ids=torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False)
+    return {name for name, module in zeros.items() if module.others}
 
 
 def _weightless_model(source: DenseModel, arch: Architecture) -> PreTrainedModel:

@@ -100,6 +100,10 @@ def key_value_scales(
 
     Nothing for a block that keeps no keys and values.
     """
+    layers = run.module.named_modules()
+    attention = next((name for name, layer in layers if type(layer).__name__.endswith("Attention")), None)
+    if attention is None:  # such as a convolution, or a state-space model
+        return {}
     peaks = _Peaks()
 
     def give_cache(
@@ -107,7 +111,7 @@ def key_value_scales(
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return args, named | {"past_key_values": peaks}
 
-    handle = run.module.register_forward_pre_hook(give_cache, with_kwargs=True)
+    handle = run.module.get_submodule(attention).register_forward_pre_hook(give_cache, with_kwargs=True)
     try:
         with ranks.agree_on_errors(), for_products(run):
             for batch in (batch for batch in batches if not batch.held_out):
@@ -116,6 +120,4 @@ def key_value_scales(
         handle.remove()
     every = ranks.gather((peaks.keys, peaks.values))
     most = [max(each) for each in zip(*every, strict=True)]
-    layers = run.module.named_modules()
-    attention = next((name for name, layer in layers if type(layer).__name__.endswith("Attention")), None)
-    return {f"{run.path}.{attention}": [peak / FP8 for peak in most]} if attention and min(most) > 0 else {}
+    return {f"{run.path}.{attention}": [peak / FP8 for peak in most]} if min(most) > 0 else {}

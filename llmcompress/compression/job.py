@@ -17,7 +17,7 @@ from llmcompress.compression.rotation import rotated_source
 from llmcompress.compression.ties import CommonMatrix, common_matrices
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, check_length
 from llmcompress.distillation.requirements import check_fused
-from llmcompress.errors import RecipeError
+from llmcompress.errors import InputError, RecipeError
 from llmcompress.methods.layer import StepConfig, methods
 from llmcompress.models.dense.config import context_length
 from llmcompress.models.dense.families import Architecture, architecture
@@ -76,7 +76,7 @@ class Job:
         """
         arch, recipe = self.arch, self.recipe
         if arch.tied:
-            return {arch.embedding: recipe.embeddings} if recipe.embeddings else {}
+            return {arch.embedding: recipe.embeddings} if recipe.embeddings and not arch.casts_to_head else {}
         blind = tuple(step for each in recipe.embeddings if (step := each.without_inputs()) is not None)
         steps = {arch.embedding: blind if recipe.table is None else recipe.table, arch.head: self._head_steps}
         return {name: each for name, each in steps.items() if each}
@@ -95,12 +95,15 @@ class Job:
     def has_plain_table(self) -> bool:
         """True if the token table only looks up and scales rows, so a compressed one can take its place."""
         model = self.source.skeleton()
-        return is_plain_table(model.get_input_embeddings()) and not _is_biased(model, self.arch)
+        tied_to_cast = self.arch.tied and self.arch.casts_to_head
+        return is_plain_table(model.get_input_embeddings()) and not _is_biased(model, self.arch) and not tied_to_cast
 
     @property
     def _head_steps(self) -> tuple[StepConfig, ...]:
         """The steps of a head that is not tied: its own, or those of `embeddings:` unless a rule keeps it dense."""
         head, recipe = self.arch.head, self.recipe
+        if self.arch.casts_to_head:
+            return ()
         if recipe.head is not None:
             return recipe.head
         stays = f"{head}.weight" not in self.source.tensors or recipe.keeps_dense(head)
@@ -174,6 +177,11 @@ def prepare(source: DenseModel, recipe: Recipe) -> Job:
     if recipe.fuse is not None and recipe.fuse.rotation:
         source = rotated_source(source, recipe.seed, recipe.fuse.untie)
     arch = architecture(source.config, source.skeleton())
+    if shared := [name for name in arch.linears() if f"{name}.weight" in source.tied]:
+        raise InputError(
+            f"blocks of {source.name} have weights in common ({shared[0]} for one), so they cannot be compressed "
+            f"apart; choose another model"
+        )
     if arch.family is None:
         arch = probe_architecture(source, arch, recipe.calibration is not None)
     return _build_job(source, arch, recipe, {})

@@ -246,7 +246,7 @@ def _could_be_compressed(job: Job, name: str) -> bool:
     """True if the token table or the output head `name` stays dense and need not."""
     if name in job.tables or f"{name}.weight" not in job.source.tensors or not is_causal(job.source.config):
         return False
-    return name != job.arch.embedding or job.has_plain_table
+    return job.has_plain_table if name == job.arch.embedding else not job.arch.casts_to_head
 
 
 def check_memory(planned: Plan, device: str, processes: int = 1) -> None:

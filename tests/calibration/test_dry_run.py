@@ -92,7 +92,7 @@ def test_weights_of_the_dry_run_share_one_element(family: str, tmp_path: Path, m
     assert probe_architecture(source, arch, True).linears() == arch.linears()
     [model] = seen
     sizes = {name: value.untyped_storage().nbytes() for name, value in model.named_parameters()}
-    assert sizes.keys() == dict(source.skeleton().named_parameters()).keys() and set(sizes.values()) == {4}
+    assert sizes.keys() == dict(source.skeleton().named_parameters()).keys() and set(sizes.values()) <= {4, 8}
 
 
 def test_a_dry_run_of_a_large_model_loads_no_weights(tmp_path: Path) -> None:

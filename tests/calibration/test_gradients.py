@@ -166,6 +166,16 @@ def test_it_returns_from_the_disk(tmp_path: Path) -> None:
     assert all(torch.equal(value, again.tokens[name]) for name, value in found.tokens.items())
 
 
+def test_linears_that_their_model_casts_to_stay_dense(tmp_path: Path) -> None:
+    """Inputs of the indexer's weights are cast to the dtype of that weight, which a payload of bytes has not."""
+    indexer = {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 8, "num_key_value_heads": 4}
+    place = save_zoo("deepseek_v3", tmp_path / "model", model_type="deepseek_v32", **indexer)
+    job = prepare(resolve(place), read_recipe({"version": 1, "calibration": None, "rules": RTN["rules"]}))
+    names = {name.rpartition(".")[2] for name in job.arch.linears() if ".indexer." in name}
+    assert names == {"wq_b", "wk"}
+    assert any(name.endswith("indexer.weights_proj.weight") for name in job.arch.other)
+
+
 def test_tokens_of_linears_without_gradients_count_alike(tmp_path: Path) -> None:
     """The indexers of DeepSeek-V3.2 choose what tokens look at, without a gradient."""
     indexer = {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 8, "num_key_value_heads": 4}

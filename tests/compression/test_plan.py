@@ -12,13 +12,14 @@ import llmcompress as lc
 from llmcompress.compression import plan
 from llmcompress.compression.job import prepare
 from llmcompress.compression.plan import plan_of
+from llmcompress.errors import InputError
 from llmcompress.methods.layer import sketch
 from llmcompress.models.dense.model import resolve
 from llmcompress.recipe.read import read_recipe
 from llmcompress.weight.expression import bits
 from llmcompress.weight.nodes import shown_count
 from tests.tiny import save_tiny, tiny, tiny_tokenizer
-from tests.zoo import save_any
+from tests.zoo import save_any, save_zoo
 
 PRUNED = {"method": "magnitude", "sparsity": 0.5}
 GRID = {"method": "rtn", "bits": 3, "group_size": 16}
@@ -85,3 +86,13 @@ def test_substitutes_of_types_are_told_by_plan_and_report(tmp_path: Path) -> Non
     report = lc.compress(str(folder), recipe, tmp_path / "out").report
     for warnings in (lc.plan(str(folder), recipe).warnings, report.warnings):
         assert [one for one in warnings if "superblocks" in one] == expected
+
+
+def test_blocks_with_weights_in_common_are_refused(tmp_path: Path) -> None:
+    """Zamba 2 uses one block of attention again and again."""
+    kinds = ["mamba", "hybrid", "mamba", "hybrid"]
+    source = save_zoo("zamba2", tmp_path / "model", num_hidden_layers=4, layers_block_type=kinds)
+    with pytest.raises(
+        InputError, match=r"blocks of .* have weights in common \(.*\), so they cannot be compressed apa"
+    ):
+        lc.plan(source, "gptq-4-g64")

@@ -24,6 +24,7 @@ from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import CompressedEmbedding, CompressedLinear
 from tests.tiers import tiered, tiered_nightly
 from tests.tiny import FAMILY_CONFIGS, save_tiny
+from tests.zoo import save_zoo
 
 RTN = [{"method": "rtn", "bits": 4, "group_size": 16, "symmetric": False}]
 GPTQ = [{"method": "rotate"}, {"method": "gptq", "bits": 3}]
@@ -77,6 +78,19 @@ def test_every_family_looks_up_and_reads_out_what_is_stored(family: str, tied: b
         torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
     stored = [key for path in (tmp_path / "out").glob("*.safetensors") for key in tensors(path)]
     assert len(stored) == len(set(stored)) and (not tied or not any(key.startswith(arch.head) for key in stored))
+
+
+@pytest.mark.parametrize("family", ["mamba", *tiered(["mamba2", "falcon_mamba", "xlstm"], "xlstm".__eq__)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_its_model_casts_to_stays_dense(family: str, tied: bool, tmp_path: Path) -> None:
+    """These models cast hidden states to the dtype of the head's weight, which a payload of bytes has not."""
+    source = save_zoo(family, tmp_path / "dense", tie_word_embeddings=tied)
+    result = lc.compress(source, recipe(None, embeddings=RTN), tmp_path / "out")
+    model = result.model
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(head, torch.nn.Linear) and isinstance(table, CompressedEmbedding) != (table.weight is head.weight)
+    assert any(warning.startswith(("lm_head", "the output head")) for warning in result.report.warnings)
+    torch.testing.assert_close(logits(model), logits(with_matrices(source, model)), rtol=1e-4, atol=1e-4)
 
 
 def tensors(path: Path) -> list[str]:

@@ -77,6 +77,7 @@ def test_a_trained_or_uncast_head_is_used_unchanged(place: Path) -> None:
 
 
 HEADS: dict[str, dict[str, float]] = {
+    "xlstm": {"output_logit_soft_cap": 0.5},
     "cohere": {"logit_scale": 0.0625},
     "cohere2": {"logit_scale": 0.3},
     "recurrent_gemma": {"logits_soft_cap": 3.0},

@@ -25,6 +25,7 @@ from llmcompress.recipe.read import read_recipe
 from llmcompress.weight.modules import compressed_linears
 from tests.formats.vllm_answers import our_scores, vllm_scores
 from tests.tiny import save_tiny
+from tests.zoo import save_zoo
 
 TEXT = {"dataset": "stdlib", "samples": 6, "length": 32, "held_out": 2}
 RULE = {"match": "*", "steps": [{"method": "mxfp", "format": "fp8"}], "inputs": {"format": "fp8"}}
@@ -83,6 +84,17 @@ def test_scales_are_of_values_whose_channels_were_scaled(tmp_path: Path) -> None
     for number, layer in enumerate(past.layers):
         _, values = result.report.kv_scales[f"model.layers.{number}.self_attn"]
         assert values == pytest.approx(float(layer.values.abs().max()) / 448, rel=0.05)
+
+
+def test_blocks_without_attention_have_no_scales(tmp_path: Path) -> None:
+    source = save_zoo("lfm2", tmp_path / "dense")
+    rules = [{"match": "*", "steps": [{"method": "rtn", "bits": 8}]}]
+    report = lc.compress(source, ASKED | {"rules": rules}, tmp_path / "out").report
+    kinds = resolve(source).config.layer_types
+    assert {path.split(".")[2] for path in report.kv_scales} == {
+        str(number) for number, kind in enumerate(kinds) if kind == "full_attention"
+    }
+    assert 0 < len(report.kv_scales) < len(kinds)
 
 
 def test_scales_of_the_cache_do_not_change_those_of_channels(source: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ Head = Callable[[Tensor], Tensor]  # hidden states [..., width] -> logits [..., 
 # Entries of configs by which families change what their output head computes; `check_head` refuses those without.
 FACTORS = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
 DIVISORS = ("logits_scaling",)  # Granite
-CAPS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma; RecurrentGemma
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -63,9 +63,11 @@ def as_function(head: Tensor | Head) -> Head:
 
 
 def _entries(model: PreTrainedModel, names: Sequence[str]) -> Iterator[float]:
-    """Yield the numbers that a model's config has under these names."""
+    """Yield the numbers that the config of a model, or of its text part, has under these names."""
+    text = getattr(model.config, "get_text_config", None)
+    config = model.config if text is None else text(decoder=True)
     for name in names:
-        if isinstance(value := getattr(model.config, name, None), int | float):
+        if isinstance(value := getattr(config, name, None), int | float):
             yield value
 
 

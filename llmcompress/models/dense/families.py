@@ -128,7 +128,8 @@ class Architecture:
 
     outside: linears of no block (the output head), left dense. other: further weights of two or more dimensions inside
     blocks, and routers, left dense too. embedding, head: module paths of the token table and of the linear that
-    computes the logits. tied: True if the head is the table.
+    computes the logits. tied: True if the head is the table. casts_to_head: True if the model casts what the head reads
+    to the dtype of the head's weight, so that it stays dense.
     """
 
     model_type: str
@@ -140,6 +141,7 @@ class Architecture:
     embedding: str
     head: str
     tied: bool
+    casts_to_head: bool = False
 
     @property
     def only_looked_up(self) -> str | None:
