@@ -84,9 +84,7 @@ def score(
         RecipeError: for `save` without `against`, or for a folder that compress did not write.
         DiskError: for an output that cannot be written.
     """
-    folder = Path(os.path.expanduser(model))
-    if save:
-        _check_saving(folder, against)
+    folder = _saving_folder(model, against) if save else None
     if output is not None:
         check_writable(output, 0)
         check_outside(output, model)
@@ -106,16 +104,20 @@ def score(
         evaluations = [evaluate(loaded, tokenizer, protocol, against=next(iter(dense_models), None), **shared)]
     scores = _merge_scores(evaluations) | asdict(size) | {"protocol": describe_protocol(tokenizer, protocol)}
     _write_scores(output if processes.rank == 0 else None, place, evaluations[-1], scores)
-    if save and processes.rank == 0:
+    if folder is not None and processes.rank == 0:
         save_scores(folder, scores["protocol"], *evaluations)
     return scores
 
 
-def _check_saving(folder: Path, against: str | None) -> None:
-    """Raise RecipeError without a dense model, and what `check_can_add` raises, before anything is measured."""
+def _saving_folder(model: str, against: str | None) -> Path:
+    """Return the folder of a model that scores are saved in.
+
+    Raises RecipeError without a dense model, and what `check_can_add` raises, before anything is measured.
+    """
     if against is None:
         raise RecipeError("saving scores needs the dense model to compare with; give against (--against) too")
-    check_can_add(folder)
+    check_can_add(folder := Path(os.path.expanduser(model)))
+    return folder
 
 
 def _merge_scores(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
