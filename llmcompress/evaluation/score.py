@@ -109,7 +109,7 @@ def score(
     return scores
 
 
-def _saving_folder(model: str, against: str | None) -> Path:
+def _saving_folder(model: str | Path, against: str | None) -> Path:
     """Return the folder of a model that scores are saved in.
 
     Raises RecipeError without a dense model, and what `check_can_add` raises, before anything is measured.
