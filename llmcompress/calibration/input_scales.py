@@ -6,6 +6,7 @@ Scales of keys and values in FP8, too: those under which the largest in the cali
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -91,6 +92,16 @@ class _Peaks:
         self.values = max(self.values, float(values.abs().amax()))
         return keys, values
 
+    def get_seq_length(self, *_: Any) -> int:
+        """Return 0: nothing is remembered."""
+        return 0
+
+    def get_linear_cache(self, *_: Any) -> None:
+        """Return None: nothing is remembered."""
+
+    def set_linear_cache(self, *_: Any) -> None:
+        """Forget the states of linear attention."""
+
 
 @torch.no_grad()
 def key_value_scales(
@@ -102,14 +113,16 @@ def key_value_scales(
     """
     layers = run.module.named_modules()
     attention = next((name for name, layer in layers if type(layer).__name__.endswith("Attention")), None)
-    if attention is None:  # such as a convolution, or a state-space model
+    known = () if attention is None else signature(run.module.get_submodule(attention).forward).parameters
+    key = next((name for name in ("past_key_values", "layer_past") if name in known), None)
+    if attention is None or key is None:  # such as a convolution, or a state-space model
         return {}
     peaks = _Peaks()
 
     def give_cache(
         _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, named | {"past_key_values": peaks}
+        return args, named | {key: peaks}
 
     handle = run.module.get_submodule(attention).register_forward_pre_hook(give_cache, with_kwargs=True)
     try:

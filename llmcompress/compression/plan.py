@@ -153,6 +153,9 @@ def _warnings(job: Job, rows: Sequence[LayerPlan], dense_bytes: int, total: int)
     inside = [name for name in job.assignment.steps if name not in job.steps]
     outside = [linear.name for linear in job.arch.outside if not _is_compressed(job, linear.name)]
     yield from (f"{name} stays dense" for name in (*inside, *_parts(outside, job.arch.stack), *job.arch.other))
+    if job.arch.casts_to_head and (job.recipe.head or job.recipe.embeddings):
+        shared = f", and {job.arch.embedding}, which it shares" if job.arch.tied else ""
+        yield f"{job.arch.head}{shared} must stay dense: the model casts its inputs to the dtype of its weight"
     widths = {name: linear.shape[1] for name, linear in job.arch.linears().items()}
     widths |= {name: job.source.tensors[f"{name}.weight"].shape[1] for name in job.tables}
     yield from _ragged_groups(job, widths)

@@ -120,10 +120,10 @@ def passport(
         raise RecipeError("adapters need the package peft; install llmcompress[distill]")
     if not adapters:
         raise RecipeError("a passport is about adapters; give one or more folders or Hub ids of them")
-    places = [locate(one, trust_remote_code=trust_remote_code) for one in (against, model)]
-    check_vocabularies(places)
     for adapter in adapters:
         _check_adapter(str(adapter))
+    places = [locate(one, trust_remote_code=trust_remote_code) for one in (against, model)]
+    check_vocabularies(places)
     tokenizer = load_tokenizer(places[0].folder, trust_remote_code)
     evaluation_windows(tokenizer, protocol)  # a text is missed before models are loaded
     check_fits(device, "comparing", places, [])

@@ -27,6 +27,7 @@ from llmcompress.evaluation.tasks import (
     quiet_lm_eval,
 )
 from llmcompress.evaluation.uncertainty import mean
+from llmcompress.runtime.ranks import noticing_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -86,6 +87,9 @@ def run_tasks(
     except FAILURES as error:
         sentence = describe_failure(error, protocol.tasks, "failed")
         if processes.count > 1:  # others wait in exchanges of lm-eval
+            with noticing_ends():
+                if "onnection closed" in str(error):  # as gloo says
+                    raise error
             raise InputError(sentence) from error
         return TaskScores(failure=f"{sentence}; what was scored besides stands")
 

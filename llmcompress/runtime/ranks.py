@@ -68,7 +68,7 @@ class Ranks:
         import torch.distributed as dist
 
         packed: list[Any] = [None] * self.count
-        with _noticing_ends():
+        with noticing_ends():
             dist.all_gather_object(packed, _pack(value), group=self.group)
         return [value if rank == self.rank else self._unpack(other) for rank, other in enumerate(packed)]
 
@@ -90,7 +90,7 @@ class Ranks:
         import torch.distributed as dist
 
         parcel: list[Any] = [_pack(value) if self.rank == 0 else None]
-        with _noticing_ends():
+        with noticing_ends():
             dist.broadcast_object_list(parcel, group_src=0, group=self.group)
         return value if self.rank == 0 else self._unpack(parcel[0])
 
@@ -101,7 +101,7 @@ class Ranks:
         import torch.distributed as dist
 
         on_host = sums.cpu().contiguous()
-        with _noticing_ends():
+        with noticing_ends():
             dist.all_reduce(on_host, group=self.group)
         if on_host is not sums:
             sums.copy_(on_host)
@@ -176,7 +176,7 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     if joined:
         group = dist.new_group(backend="gloo", timeout=PATIENCE)
     else:
-        with _noticing_ends():
+        with noticing_ends():
             dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=PATIENCE)
         group = None
     try:
@@ -221,7 +221,7 @@ def _own_device(name: str, count: int) -> str:
 
 
 @contextmanager
-def _noticing_ends() -> Iterator[None]:
+def noticing_ends() -> Iterator[None]:
     """Raise EndedError if a connection to another process fails."""
     try:
         yield

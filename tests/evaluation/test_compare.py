@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 import llmcompress as lc
 import llmcompress.evaluation.score
 from llmcompress.cli.app import app
-from llmcompress.errors import DiskError, InputError, RecipeError
+from llmcompress.errors import DiskError, EndedError, InputError, RecipeError
 from llmcompress.evaluation.evaluate import evaluate_all
 from llmcompress.evaluation.lm_eval import TaskScores, _items, run_tasks
 from llmcompress.evaluation.local_tasks import PAIRS
@@ -147,6 +147,13 @@ def test_a_task_that_fails_in_one_of_several_processes_ends_all(monkeypatch: pyt
     assert "odd item" in str(run_tasks(nothing, nothing, protocol, tasks=nothing).failure)
     with pytest.raises(InputError, match="odd item"):
         run_tasks(nothing, nothing, protocol, Processes("cpu", 1, 2), nothing)
+
+    def lose(*_: Any) -> Any:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer")
+
+    monkeypatch.setattr("llmcompress.evaluation.lm_eval._run", lose)
+    with pytest.raises(EndedError, match="another process of this run has ended"):
+        run_tasks(nothing, nothing, protocol, Processes("cpu", 0, 2), nothing)
 
 
 # --- models beside the first ----------------------------------------------------------------------------------------

@@ -97,6 +97,15 @@ def test_blocks_without_attention_have_no_scales(tmp_path: Path) -> None:
     assert 0 < len(report.kv_scales) < len(kinds)
 
 
+@pytest.mark.parametrize(
+    ("family", "count"), [("falcon", 2), ("gptj", 2), ("mpt", 2), ("codegen", 2), ("minimax", 1), ("llama4_text", 2)]
+)
+def test_attention_has_scales_however_it_calls_its_cache(family: str, count: int, tmp_path: Path) -> None:
+    source = save_zoo(family, tmp_path / "dense")
+    rules = [{"match": "*", "steps": [{"method": "rtn", "bits": 8}]}]
+    assert len(lc.compress(source, ASKED | {"rules": rules}, tmp_path / "out").report.kv_scales) == count
+
+
 def test_scales_of_the_cache_do_not_change_those_of_channels(source: Path, tmp_path: Path) -> None:
     rules = [{"match": "*", "steps": [{"method": "rtn", "bits": 3, "group_size": 32}]}]
     asked = ASKED | {"rules": rules, "fuse": {"awq": True}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from inspect import getsource
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -63,9 +64,11 @@ def as_function(head: Tensor | Head) -> Head:
 
 
 def _entries(model: PreTrainedModel, names: Sequence[str]) -> Iterator[float]:
-    """Yield the numbers that the config of a model, or of its text part, has under these names."""
-    text = getattr(model.config, "get_text_config", None)
-    config = model.config if text is None else text(decoder=True)
+    """Yield the numbers that a model's config, or that of its text part if the model reads it, has under these names."""
+    config = model.config
+    if hasattr(config, "get_text_config") and (text := config.get_text_config(decoder=True)) is not config:
+        config, code = text, getsource(type(model).forward)
+        names = [name for name in names if name in code]
     for name in names:
         if isinstance(value := getattr(config, name, None), int | float):
             yield value
