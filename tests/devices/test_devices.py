@@ -52,8 +52,11 @@ def test_a_device_that_is_not_there_is_refused(name: str, sentence: str) -> None
         device_of(name)
 
 
-def test_no_command_falls_back_to_another_device(tmp_path: Path) -> None:
-    model, absent = save_tiny("llama", tmp_path / "dense"), "xpu"
+@pytest.mark.parametrize(
+    ("absent", "sentence"), [("xpu", "device xpu is not there"), ("gpu", "'gpu' is no device; use cpu, cuda or cuda:1")]
+)
+def test_no_command_falls_back_to_another_device(absent: str, sentence: str, tmp_path: Path) -> None:
+    model = save_tiny("llama", tmp_path / "dense")
     text = tmp_path / "text.txt"
     text.write_text("A text that is long enough for a window of it, and for another one. " * 20)
     recipe = {"version": 1, "calibration": None, "rules": [{"match": "*", "steps": [{"method": "rtn", "bits": 4}]}]}
@@ -69,7 +72,7 @@ def test_no_command_falls_back_to_another_device(tmp_path: Path) -> None:
         lambda: launched_accelerator(absent, Distillation(), tmp_path / "out"),
     ]
     for call in calls:
-        with pytest.raises(RecipeError, match="device xpu is not there"):
+        with pytest.raises(RecipeError, match=sentence):
             call()
     assert not (tmp_path / "out").exists()
 
