@@ -29,6 +29,7 @@ from llmcompress.methods.row_chunks import Outcome, apply_in_runs, apply_to_run,
 from llmcompress.methods.solvers.hessian import inverse_factor, outer_of
 from llmcompress.reporting.report import LayerReport
 from llmcompress.runtime.devices import side_by_side
+from llmcompress.runtime.memory import trim_memory
 from llmcompress.runtime.phases import phase
 from llmcompress.runtime.precision import is_finite
 from llmcompress.runtime.progress import count_each
@@ -204,6 +205,8 @@ def _pack_layer(job: Job, layer: Layer, parts: Sequence[Outcome], group: InputGr
     The errors of a large matrix are those of some rows, read from what was packed: a whole decoded token table may be
     most of a run's memory. Raises NumericsError for NaN or Inf in it.
     """
+    if len(layer.weight) >= MANY:
+        trim_memory()  # what runs have freed lies between what they keep
     stored, notes = join_runs(parts)
     with phase("pack"):
         packed = pack_weight(stored, group.format)
