@@ -64,7 +64,7 @@ def as_function(head: Tensor | Head) -> Head:
 
 
 def _entries(model: PreTrainedModel, names: Sequence[str]) -> Iterator[float]:
-    """Yield the numbers that a model's config, or that of its text part if the model reads it, has under these names."""
+    """Yield the numbers under these names in a model's config, or in that of its text part if the model reads them."""
     config = model.config
     if hasattr(config, "get_text_config") and (text := config.get_text_config(decoder=True)) is not config:
         config, code = text, getsource(type(model).forward)
