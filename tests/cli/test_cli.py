@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +29,8 @@ from llmcompress.cli.app import PANELS, app
 from llmcompress.cli.compress import report_view
 from llmcompress.cli.terminal import Terminal, verdict
 from llmcompress.compression.plan import LayerPlan, Plan, TimeEstimate
+from llmcompress.data.generate import AnswerSampling
+from llmcompress.data.self_data import Answering
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.models.files.file_names import RECIPE
 from llmcompress.models.files.file_names import REPORT as REPORT_FILE
@@ -203,6 +206,52 @@ def test_eval_passes_its_options_on(calls: Calls) -> None:
     (given, named) = calls[1]
     assert given == (["a", "b", "c"], protocol)
     assert named["output"] == Path("table.md")
+
+
+SAMPLING = AnswerSampling(temperature=0.5, top_p=0.25)
+DOMAINS = Protocol(domains=Path("kinds"))
+
+
+@pytest.mark.parametrize(
+    ("words", "function", "wanted"),
+    [
+        (
+            "answer m p.jsonl -o a.jsonl --split s --column c --subset u --temperature 0.5 --top-p 0.25",
+            "llmcompress.data.self_data.answer",
+            {"settings": Answering("p.jsonl", subset="u", split="s", column="c", sampling=SAMPLING)},
+        ),
+        ("eval m --domains kinds", "llmcompress.evaluation.score.score", {"protocol": DOMAINS}),
+        ("compare a b --domains kinds", "llmcompress.evaluation.score.compare", {"protocol": DOMAINS}),
+        (
+            "experts condense m --count 2 --experts 3 -o out",
+            "llmcompress.surgery.experts.condense.condense_experts",
+            {"count": 2, "experts": 3},
+        ),
+        (
+            "narrow m --neurons 0.5 --per-block -o out",
+            "llmcompress.surgery.narrow.narrow",
+            {"neurons": 0.5, "per_block": True},
+        ),
+        (
+            "export m --to gguf --round-to Q8_0 -o out",
+            "llmcompress.formats.export.export",
+            {"to": "gguf", "allow_dense": False, "round_to": "Q8_0"},
+        ),
+    ],
+)
+def test_an_option_reaches_the_parameter_of_its_name(
+    words: str, function: str, wanted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters, given = inspect.signature(resolve_name(function)), dict[str, Any]()
+
+    def record(*values: Any, **named: Any) -> None:
+        given.update(parameters.bind(*values, **named).arguments)
+        raise errors.InputError("recorded")
+
+    monkeypatch.setattr(function, record)
+    done = run(*words.split())
+    assert "recorded" in done.stderr
+    assert {name: given[name] for name in wanted} == wanted
 
 
 def test_the_protocol_has_the_defaults(calls: Calls) -> None:

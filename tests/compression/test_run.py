@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import llmcompress as lc
 from llmcompress.compression import run
 from llmcompress.errors import DiskError, InputError, MemoryLimitError, NumericsError, RecipeError
+from llmcompress.methods.layer import relative_error
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.modules import compressed_linears
 from tests.tiers import tiered
@@ -74,6 +75,20 @@ def test_reported_bits_are_the_bits_on_disk(folder: Path, tmp_path: Path, text: 
     assert report.model_bpw == pytest.approx(report.bytes * 8 / report.parameters)
     stored = sum(bits(layer.expression()) for layer in compressed_linears(result.model).values())
     assert report.bpw == pytest.approx(stored / sum(prod(row.shape) for row in report.layers))
+
+
+def test_exact_errors_are_those_of_all_rows(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmcompress.compression.layers.MANY", 32)
+    monkeypatch.setattr("llmcompress.methods.layer.SAMPLED", 8)
+    before = AutoModelForCausalLM.from_pretrained(folder)
+    asked = {"version": 1, "rules": [{"match": "*", "steps": [{"method": "rtn", "bits": 3}]}]}
+    for exact in (True, False):
+        result = lc.compress(folder, asked | {"exact_errors": exact}, tmp_path / str(exact))
+        stored = compressed_linears(result.model)
+        for row in result.report.layers:
+            weight, approx = before.get_submodule(row.name).weight.detach(), dense(stored[row.name].expression())
+            is_whole = row.error == pytest.approx(relative_error(weight, approx), rel=1e-6)
+            assert is_whole == (exact or len(weight) < 32), row.name
 
 
 def test_plan_announces_what_the_run_does(folder: Path, tmp_path: Path, text: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,16 @@ def test_the_seed_decides() -> None:
     assert first == same != other
     again = answerer().answers([(7, asked(PROMPTS)[0][1])])
     assert again[0] != first[0]  # another number of the same prompt
+
+
+def test_chances_are_those_of_the_temperature_of_the_likeliest_tokens() -> None:
+    chances = torch.tensor([[0.15, 0.5, 0.05, 0.3], [0.7, 0.1, 0.1, 0.1]])
+    of_both = partial(generate.token_chances, chances.log())
+    torch.testing.assert_close(of_both(1.0, 1.0), chances)
+    torch.testing.assert_close(of_both(2.0, 1.0), chances.sqrt() / chances.sqrt().sum(1, keepdim=True))
+    torch.testing.assert_close(of_both(1.0, 0.6), torch.tensor([[0, 0.5, 0, 0.3], [0.7, 0, 0, 0]]))
+    cooler = chances**2 / (chances**2).sum(1, keepdim=True)  # the first row has 0.68 and 0.25 then
+    torch.testing.assert_close(of_both(0.5, 0.9), cooler * torch.tensor([[0, 1, 0, 1], [1, 0, 0, 0]]))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

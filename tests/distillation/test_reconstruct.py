@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,7 +20,7 @@ from llmcompress.cli.app import app
 from llmcompress.cli.compress import report_view
 from llmcompress.data.calibration import calibration_tokens
 from llmcompress.distillation.blockwise import Activations, BlockErrors, recover_block
-from llmcompress.distillation.student.model import relaxed_student
+from llmcompress.distillation.student.model import Student, relaxed_student
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluation.verify import verify
 from llmcompress.models.dense.families import architecture, block_stack
@@ -148,19 +149,40 @@ def test_families(family: str, tmp_path: Path) -> None:
     assert [block["after"] for block in found.report.blocks.values()] == pytest.approx(after, rel=0.02)
 
 
-def test_a_signed_step_is_the_rate_in_the_direction_of_the_gradient(tmp_path: Path) -> None:
-    make(tmp_path, [{"match": "*", "steps": [{"method": "rtn", "bits": 2, "group_size": 16}]}])
-    student, _ = loaded(tmp_path)
+def problem(folder: Path) -> tuple[Callable[[Tensor], Tensor], Student, Activations]:
+    """The first block of a model, its scales to train, and two sequences."""
+    make(folder, [{"match": "*", "steps": [{"method": "rtn", "bits": 2, "group_size": 16}]}])
+    student, _ = loaded(folder)
     part = relaxed_student(student, {"scales": 0.1}, None, "model.layers.0.")
-    before = {name: value.detach().clone() for name, value in part.named_parameters().items()}
     inputs, wanted = (torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    data = Activations(inputs, wanted, torch.ones(2, 8, dtype=torch.bool))
     layer, rotary = student.get_submodule("model.layers.0"), student.model.rotary_emb(inputs, torch.arange(8)[None])
 
     def block(hidden: Tensor) -> Tensor:
         output: Tensor = layer(hidden, position_embeddings=rotary)
         return output
 
+    return block, part, Activations(inputs, wanted, torch.ones(2, 8, dtype=torch.bool))
+
+
+def test_rates_of_a_block_rise_to_the_rate_and_fall_to_the_final_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, part, data = problem(tmp_path)
+    step, shares = torch.optim.Adam.step, list[float]()
+
+    def record(optimizer: torch.optim.Adam) -> None:
+        shares.extend(group["lr"] / (0.02 * group["size"]) for group in optimizer.param_groups[:1])
+        step(optimizer)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", record)
+    asked = Reconstruction(rates={"scales": 0.02}, steps=7, warmup=0.5, final_rate=0.2)
+    recover_block(block, part, data, data, asked, "model.layers.0")
+    assert shares == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.6, 0.2]), "a line up, and half a cosine down"
+
+
+def test_a_signed_step_is_the_rate_in_the_direction_of_the_gradient(tmp_path: Path) -> None:
+    block, part, data = problem(tmp_path)
+    before = {name: value.detach().clone() for name, value in part.named_parameters().items()}
     data.error(block).backward()
     gradients = {name: value.grad.clone() for name, value in part.named_parameters().items() if value.grad is not None}
     for value in part.named_parameters().values():

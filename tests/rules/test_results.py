@@ -23,10 +23,12 @@ OF_RECIPES = [record for record in RECORDS if record.get("recipe", "dense") != "
 KEYS = {"table", "command", "date", "commit", "model", "text", "calibration", "machine", "versions", "numbers"}
 LONGEST_PAGE, LONGEST_ENTRY = 150, 12  # lines
 COMMANDS = {"python", "llmcompress", "./scripts/demo", "./scripts/gpu_check"}
-PENDING = {  # recipes that nobody has measured yet; only ever to be shortened
+PENDING = {  # recipes that nobody has measured yet
     "exl3",  # no side of the embedded model's linears is a multiple of 128
     "gptq-2-g64-flexround",
     "vllm-int8",
+    *("budget-2", "budget-2-tuned", "sparsity-60"),  # these six only as they were before they changed
+    *("learned-masks", "pruned", "shortened"),
 }
 
 
@@ -62,9 +64,9 @@ def test_no_table_is_written_by_hand() -> None:
     assert not headings, "tables without records: add records to docs/results/ and marks to a page of theirs"
 
 
-def test_every_recipe_has_a_record() -> None:
-    measured = {record.get("recipe") for record in RECORDS}
-    assert RECIPES - measured == PENDING, "measure a new recipe by research/rows.py; take measured ones out"
+def test_every_recipe_has_a_record_of_its_present_form() -> None:
+    measured = {record.get("recipe") for record in RECORDS if not record.get("recipe_changed")}
+    assert RECIPES - measured == PENDING, "measure a new or changed recipe by research/rows.py; take measured ones out"
 
 
 def test_records_say_how_they_were_made() -> None:

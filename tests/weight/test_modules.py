@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -75,10 +76,17 @@ def test_a_saved_model_loads_again(model: PreTrainedModel, tmp_path: Path) -> No
             assert torch.equal(tensor, compressed_linears(model)[name].payload()[key])
 
 
-def test_without_llmcompress_loading_fails_instead_of_inventing_weights(model: PreTrainedModel) -> None:
-    """Every payload lies under the dense weight's name with another shape, which stock loaders refuse."""
-    for layer in compressed_linears(model).values():
-        assert layer.state_dict()["weight"].ndim == 1
+def test_without_our_config_loading_fails_instead_of_inventing_weights(model: PreTrainedModel, tmp_path: Path) -> None:
+    """Every payload lies under the dense weight's name with another shape, which stock loaders refuse.
+
+    `tests/models/test_ecosystem.py` loads one where llmcompress is not installed.
+    """
+    config = tmp_path / "out" / "config.json"
+    values = json.loads(config.read_text())
+    del values["quantization_config"]  # as transformers advises where it does not know the format
+    config.write_text(json.dumps(values))
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_nothing_of_a_compressed_layer_asks_for_gradients(model: PreTrainedModel) -> None:
