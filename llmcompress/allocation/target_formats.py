@@ -185,10 +185,7 @@ def _check_siblings(job: Job, names: Sequence[str]) -> None:
     chosen = set(job.assignment.unruled) if job.recipe.target is not None else set()
     linears, kinds = job.arch.linears(), dict[str, str]()
     for name in names:
-        steps, inputs = job.steps.get(name), job.inputs.get(name)
-        form = "what the target chooses" if name in chosen else "no type"
-        form = form if steps is None else describe(sketch(name, linears[name].shape, steps))
-        kinds.setdefault(f"{form} with {inputs}" if inputs else form, name)
+        kinds.setdefault("what the target chooses" if name in chosen else _form_of(job, linears[name]), name)
     if len(kinds) > 1:
         both = " and ".join(f"{name} has {kind}" for kind, name in sorted(kinds.items(), key=lambda pair: pair[1]))
         raise RecipeError(f"rules: vLLM multiplies {', '.join(names)} as one matrix, and {both}; give them one rule")
@@ -227,7 +224,14 @@ def _expert_type(job: Job, engine: str, linear: Linear) -> str:
     why = vllm_expert_obstacle(w, inputs.format if inputs else None, inputs is not None and inputs.is_calibrated)
     if why is not None:
         raise RecipeError(f"rules: {linear.name} is a matrix of an expert: {why}")
-    return f"{describe(w)} with {inputs}" if inputs else describe(w)
+    return _form_of(job, linear)
+
+
+def _form_of(job: Job, linear: Linear) -> str:
+    """Return the form that the recipe gives a linear and its inputs, in words."""
+    steps, inputs = job.steps.get(linear.name), job.inputs.get(linear.name)
+    form = "no type" if steps is None else describe(sketch(linear.name, linear.shape, steps))
+    return f"{form} with {inputs}" if inputs else form
 
 
 def _obstacle(engine: str, linear: Linear, steps: Steps, inputs: InputRounding | None = None) -> str | None:
