@@ -63,7 +63,9 @@ def split_low_rank(w: Weight) -> tuple[Weight, tuple[Tensor, Tensor] | None]:
     """Return the expression without its low-rank terms, and their A `[rank, in]` and B `[out, rank]` unrotated."""
     match w:
         case Sum((first, *others)) if any(isinstance(part, LowRank) for part in others):
-            factors = [(dense(part.right), dense(part.left)) for part in others if isinstance(part, LowRank)]
+            first, inner = split_low_rank(first)  # below a rotation
+            factors = [] if inner is None else [inner]
+            factors += [(dense(part.right), dense(part.left)) for part in others if isinstance(part, LowRank)]
             rest = (first, *(part for part in others if not isinstance(part, LowRank)))
             base = first if len(rest) == 1 else Sum(rest)
             return base, (torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], 1))

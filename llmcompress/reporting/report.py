@@ -20,6 +20,8 @@ GATE_TOKENS = 2048  # read for the gates, at most: a few percent of a calibratio
 GATE_WINDOW = 256  # tokens in a window of them, at most
 TRIAL = "a trial (--quick), on the least text, shows that all works and nothing of the quality"
 PENDING = "the run ended before it was measured"
+UNGATED = "gates: the distance to the dense model is not measured"
+SAID_ANEW = ("low-rank terms have ", "rates: the student has no ")  # warnings that each command words for its result
 
 
 @dataclass(frozen=True)
@@ -158,15 +160,18 @@ class Report(JsonRecord):
     ) -> Report:
         """Return the report with new layers, in files of `size` bytes, and further warnings.
 
-        `counted`: the layers that count for `bpw`.
+        `counted`: the layers that count for `bpw`. What earlier commands said of terms, rates and gates goes.
         """
+        judged = gates is not None and gates.unmeasured is None
+        gone = (*SAID_ANEW, UNGATED) if judged else SAID_ANEW
+        kept = [warning for warning in self.warnings if not warning.startswith(gone)]
         return replace(
             self,
             bytes=size,
             bpw=sum(row.bpw * prod(row.shape) for row in counted) / sum(prod(row.shape) for row in counted),
             model_bpw=size * 8 / self.parameters,
             layers=tuple(layers),
-            warnings=(*self.warnings, *warnings),
+            warnings=tuple(dict.fromkeys((*kept, *warnings))),
             gates=gates,
         )
 

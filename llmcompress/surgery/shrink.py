@@ -95,5 +95,7 @@ def _recount(before: reports.Report, smaller: Mapping[str, Weight], rank: int, s
         rows.append(row)
     counted = [row for row in rows if reports.BLOCK.search(row.name)]  # a token table is in no block
     warning = f"low-rank terms have {rank} components at most; errors of layers are those before that"
-    gates = None if before.gates is None else pending_gates(before.gates.limits, f"its terms were cut to rank {rank}")
+    gates = before.gates
+    if gates is not None and gates.held is not False:  # what the whole missed, a part of it misses
+        gates = pending_gates(gates.limits, f"its terms were cut to rank {rank}")
     return before.recount(rows, counted, size, (warning,), gates)

@@ -88,10 +88,10 @@ def _common_tensor(tensors: Sequence[Tensor], name: str) -> Tensor:
 def truncate_low_rank(w: Weight, rank: int) -> Weight:
     """Return a weight with the first `rank` components of its low-rank terms; `w` itself where there are no more.
 
-    Components of several terms in a sum count together, in the order of the terms. Methods of this package sort those
-    of a term by importance, so the first k are close to the best term of rank k; training may change that order, unless
-    it is `nested`. Raises RecipeError where nothing would be left, or for factors stored in another form than `Dense`
-    or `Grid`.
+    Components of several terms count together, from the innermost sum out, in the order of the terms. Methods of this
+    package sort those of a term by importance, so the first k are close to the best term of rank k; training may change
+    that order, unless it is `nested`. Raises RecipeError where nothing would be left, or for factors stored in another
+    form than `Dense` or `Grid`.
     """
 
     def keep_first(term: LowRank, before: int) -> Sequence[LowRank]:
@@ -127,16 +127,19 @@ def split_components(w: Weight, ranks: Sequence[int]) -> Weight:
     return _change_terms(w, split_term)
 
 
-def term_ends(w: Weight, path: str = "") -> Iterator[tuple[str, int]]:
-    """Yield the path of each low-rank term, and the components up to its end in its sum."""
+def term_ends(w: Weight, path: str = "", before: int = 0) -> Iterator[tuple[str, int]]:
+    """Yield the path of each low-rank term, and the components up to its end in all sums around it.
+
+    `before`: the components in front of `w`.
+    """
     if isinstance(w, LowRank):
-        yield path, shape(w.left)[1]
+        yield path, before + shape(w.left)[1]
         return
-    before, offsets = 0, _has_offsets(w)
-    for place, node, _ in list(children(w))[2 * offsets :]:
-        for inside, end in term_ends(node, path + place):
-            yield inside, before + end if isinstance(node, LowRank) else end
-        before += shape(node.left)[1] if isinstance(node, LowRank) else 0
+    for place, node, _ in list(children(w))[2 * _has_offsets(w) :]:
+        ends = list(term_ends(node, path + place, before))
+        yield from ends
+        if isinstance(w, Sum):
+            before = max((end for _, end in ends), default=before)
 
 
 def _has_offsets(w: Weight) -> bool:
@@ -144,24 +147,21 @@ def _has_offsets(w: Weight) -> bool:
     return isinstance(w, Sum) and len(w.parts) > 1 and isinstance(w.parts[0], LowRank) and isinstance(w.parts[1], Grid)
 
 
-def _change_terms(w: Weight, change: Callable[[LowRank, int], Sequence[LowRank]]) -> Weight:
+def _change_terms(w: Weight, change: Callable[[LowRank, int], Sequence[LowRank]], before: int = 0) -> Weight:
     """Return a weight with other low-rank terms; `w` itself if they are the same.
 
-    `change(term, before)` returns what takes a term's place; `before`: the components in front of it in its sum.
+    `change(term, before)` returns what takes a term's place; `before`: the components in front of it, or of `w`.
     """
     if not isinstance(w, LowRank | Sum):
-        changed = rebuild(w, lambda path, node, shown: _change_terms(node, change))
+        changed = rebuild(w, lambda path, node, shown: _change_terms(node, change, before))
         same = all(new is old for (_, new, _), (_, old, _) in zip(children(changed), children(w)))
         return w if same else changed
     parts = w.parts if isinstance(w, Sum) else (w,)
-    before, offsets = 0, _has_offsets(w)
+    offsets = _has_offsets(w)
     after: list[Weight] = list(parts[: 2 * offsets])
     for part in parts[2 * offsets :]:
-        if isinstance(part, LowRank):
-            after += change(part, before)
-            before += shape(part.left)[1]
-        else:
-            after.append(_change_terms(part, change))
+        after += change(part, before) if isinstance(part, LowRank) else [_change_terms(part, change, before)]
+        before = max((end for _, end in term_ends(part, "", before)), default=before)
     if not after:
         raise RecipeError("rank 0 leaves nothing of a matrix that is two factors; keep 1 component or more")
     if len(after) == len(parts) and all(new is old for new, old in zip(after, parts, strict=True)):

@@ -13,7 +13,8 @@ from llmcompress.distillation.run import distill
 from llmcompress.distillation.student.model import Student, relaxed_student
 from llmcompress.distillation.student.nested import at_size, check_nested, deal
 from llmcompress.errors import RecipeError
-from llmcompress.weight.algebra import mute_components, split_components, truncate_low_rank
+from llmcompress.formats.peft import split_low_rank
+from llmcompress.weight.algebra import mute_components, split_components, term_ends, truncate_low_rank
 from llmcompress.weight.expression import dense
 from llmcompress.weight.modules import CompressedLinear, compressed_linears, decoded, put
 from llmcompress.weight.nodes import Dense, Grid, LowRank, RotatedInputs, Sum, Weight
@@ -56,6 +57,23 @@ def test_components_of_several_terms_count_together(rank: int) -> None:
     torch.testing.assert_close(dense(apart), dense(whole))
     torch.testing.assert_close(dense(truncate_low_rank(apart, rank)), wanted)
     assert isinstance(apart, RotatedInputs) and isinstance(apart.inner, Sum) and len(apart.inner.parts) == 5
+
+
+@pytest.mark.parametrize("rank", [0, 2, 4, 6, 9])
+def test_a_term_around_a_rotation_counts_behind_the_one_below_it(rank: int) -> None:
+    """A distillation puts its term around what `compress` wrote."""
+    base, inner, outer = Dense(torch.randn(8, 16)), term(4, True), term(5, False)
+    signs = torch.ones(16, dtype=torch.bool)
+    whole = Sum((RotatedInputs(Sum((base, inner)), signs, 16), outer))
+    below = base.values + dense(inner.left)[:, :rank] @ dense(inner.right)[:rank]
+    around = dense(outer.left)[:, : max(rank - 4, 0)] @ dense(outer.right)[: max(rank - 4, 0)]
+    wanted = dense(RotatedInputs(Dense(below), signs, 16)) + around
+    for cut in (truncate_low_rank(whole, rank), mute_components(whole, rank)):
+        torch.testing.assert_close(dense(cut), wanted)
+    assert [end for _, end in term_ends(split_components(whole, (2, 6)))] == [2, 4, 6, 9]
+    bare, factors = split_low_rank(whole)
+    assert factors is not None and len(factors[0]) == 9 and not list(term_ends(bare))
+    torch.testing.assert_close(dense(bare) + factors[1] @ factors[0], dense(whole))
 
 
 def separate(folders: Path, size: int | None) -> Student:

@@ -89,6 +89,17 @@ def test_unequal_widths_are_saved_and_loaded(model: PreTrainedModel, tmp_path: P
 
 
 @torch.no_grad()
+def test_a_model_of_unequal_widths_is_saved_and_loaded_once_it_is_dense(model: PreTrainedModel, tmp_path: Path) -> None:
+    folder = save(model, narrow(model), tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(folder).dequantize()
+    assert not compressed_linears(loaded)
+    loaded.save_pretrained(tmp_path / "plain")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert not compressed_linears(again)
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
+
+
 def test_fewer_blocks_are_saved_and_loaded(model: PreTrainedModel, tmp_path: Path) -> None:
     del model.model.layers[1]
     model.config.num_hidden_layers = 1

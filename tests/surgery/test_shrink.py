@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from llmcompress.cli.app import app
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.formats.hub import push
 from llmcompress.models.files.compressed import CompressedCheckpoint
-from llmcompress.reporting.report import PENDING
+from llmcompress.reporting.report import PENDING, UNGATED, GateReport
 from llmcompress.surgery.shrink import shrink
 from llmcompress.weight.algebra import truncate_low_rank
 from llmcompress.weight.expression import bits, dense
@@ -77,6 +78,21 @@ def logits(folder: Path, config: Any = None) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32)
     found: torch.Tensor = model(IDS).logits
     return found
+
+
+def test_the_report_says_what_is_true_of_the_smaller_size(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missed = GateReport({"kl": 0.1}, kl=0.5, perplexity_ratio=2.0, held=False)
+    said = ("rates: the student has no factors to train; the rest learns alone", f"{UNGATED}, since it is random")
+    earlier = replace(lc.read(large), gates=missed, warnings=said)
+    with monkeypatch.context() as patch:
+        patch.setattr("llmcompress.surgery.shrink.reports.read", lambda folder: earlier)
+        shrink(large, 3, tmp_path / "middle")
+    shrink(tmp_path / "middle", 2, tmp_path / "small")
+    report = lc.read(tmp_path / "small")
+    cut = "low-rank terms have 2 components at most; errors of layers are those before that"
+    assert report.warnings == (cut,) and report.gates == missed
 
 
 @pytest.mark.slow

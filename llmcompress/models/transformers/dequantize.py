@@ -51,6 +51,15 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedM
     return model
 
 
+def own_sizes(model: PreTrainedModel) -> dict[str, list[int]]:
+    """Return the shapes of the linears of a dense model that have others than its config says."""
+    plain, now = (
+        {name: list(module.weight.shape) for name, module in each.named_modules() if isinstance(module, nn.Linear)}
+        for each in (skeleton(type(model), model.config), model)
+    )
+    return {name: size for name, size in now.items() if plain.get(name, size) != size}
+
+
 def skeleton(kind: type[PreTrainedModel], config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Return the dense model of a class, on meta, for the config of a compressed one; `dtype`: instead of its own."""
     config = copy.deepcopy(config)

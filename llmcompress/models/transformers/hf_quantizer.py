@@ -35,7 +35,7 @@ from llmcompress.models.files.integrity import (
     digests,
     size_level,
 )
-from llmcompress.models.transformers.dequantize import dequantize, skeleton
+from llmcompress.models.transformers.dequantize import dequantize, own_sizes, skeleton
 from llmcompress.models.transformers.resize import resize
 from llmcompress.weight.algebra import truncate_low_rank
 from llmcompress.weight.layout import PART, Layout, payload_texts, pieces
@@ -251,6 +251,13 @@ class LLMCompressQuantizer(HfQuantizer):
         # transformers passes its config's, which `save_pretrained` makes a word
         named: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         return dequantize(model, named)
+
+    def remove_quantization_config(self, model: PreTrainedModel) -> None:
+        """Remove the config after `dequantize`, unless the model needs it for its widths by block."""
+        if sizes := own_sizes(model):
+            self.quantization_config = model.config.quantization_config = LLMCompressConfig(**table_entry({}, sizes))
+        else:
+            super().remove_quantization_config(model)
 
     @property
     def is_trainable(self) -> bool:
