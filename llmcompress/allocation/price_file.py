@@ -88,6 +88,7 @@ def price_list(
     tokens = ranks.first(partial(priced_tokens, job))
     entry = ranks.first(lambda: _read_entry(path, job, choices, tokens) or _join_parts(path, job, choices, tokens))
     if entry is not None:
+        ranks.first(partial(_remove_parts, path))  # here, since an earlier run may have ended before it
         with ranks.agree_on_errors():
             return _parse_entry(_store(path, job), entry, job, choices)
     ranks.compare(identity_of(job) | _origin(choices, tokens))
@@ -117,7 +118,7 @@ def measure_part(path: Path, part: Part, job: Job, *, device: str = "cpu", progr
 
 
 def _join_parts(path: Path, job: Job, choices: Choices, tokens: CalibrationTokens) -> dict[str, Any] | None:
-    """Make the price list of its parts, and remove them; None if there are none.
+    """Make the price list of its parts; None if there are none.
 
     Raises InputError if some are missing, DiskError for those of other jobs and for damaged ones.
     """
@@ -132,9 +133,7 @@ def _join_parts(path: Path, job: Job, choices: Choices, tokens: CalibrationToken
     except (ValueError, KeyError, TypeError) as error:
         raise store.damage(error) from error
     seconds = sum(float(entry["seconds"]) for entry in entries)
-    entry = _write_entry(path, PriceList(job, choices, prices, probe_windows(tokens), seconds), tokens)
-    _remove_parts(path)
-    return entry
+    return _write_entry(path, PriceList(job, choices, prices, probe_windows(tokens), seconds), tokens)
 
 
 def _read_parts(prices: Path, job: Job) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -156,11 +156,13 @@ def check_rules(job: Job, engine: str) -> None:
             raise RecipeError(f"{engine} does not read {_spell(steps)} of {name} ({why}); give it other steps")
     if engine == "llama.cpp":
         _check_learning(job)
-    if engine in ("llama.cpp", "vllm"):
-        _check_experts(job, engine)
+    stacks = expert_stacks(job.source.skeleton()) if engine in ("llama.cpp", "vllm") else {}
+    _check_experts(job, engine, stacks)
     if engine == "vllm":
+        experts = {layer for layers in stacks.values() for layer in layers}
         for names in (names for block in job.arch.blocks for names in block.siblings()):
-            _check_siblings(job, names)
+            if experts.isdisjoint(names):
+                _check_siblings(job, names)
 
 
 def _check_learning(job: Job) -> None:
@@ -191,13 +193,13 @@ def _check_siblings(job: Job, names: Sequence[str]) -> None:
         raise RecipeError(f"rules: vLLM multiplies {', '.join(names)} as one matrix, and {both}; give them one rule")
 
 
-def _check_experts(job: Job, engine: str) -> None:
+def _check_experts(job: Job, engine: str, each: Mapping[str, Sequence[str]]) -> None:
     """Raise RecipeError for experts that would not have one type in a block, and for a type that no expert may have.
 
-    llama.cpp stacks gates, ups and downs apart, vLLM has one type for all three.
+    llama.cpp stacks gates, ups and downs apart, as in `each`; vLLM has one type for all three.
     """
     stacks, linears = dict[str, list[str]](), job.arch.linears()
-    for name, layers in expert_stacks(job.source.skeleton()).items():
+    for name, layers in each.items():
         stacks.setdefault(name if engine == "llama.cpp" else name.rpartition(".")[0], []).extend(layers)
     for layers in stacks.values():
         if job.recipe.target is not None and layers[0] in job.assignment.unruled:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from llmcompress.calibration.blocks import Call, Calls, RowBatch, drop, load
 from llmcompress.errors import InputError, is_out_of_memory
-from llmcompress.models.dense.blocks import body
+from llmcompress.models.dense.blocks import arguments_of, body
 from llmcompress.models.dense.families import Architecture, name_of
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.weight.modules import put
@@ -189,6 +190,8 @@ def _record_forward(
     stack = model.get_submodule(path)
     blocks = list(stack.children())
     record = _ForwardRecord(model.config.model_type, extra, known)
+    if sharing := getattr(model.config.get_text_config(decoder=True), "num_kv_shared_layers", 0):
+        raise record.refusal(f"the last {sharing} read the keys and values of earlier ones")
     recorders = [_Recorder(block, path=f"{path}.{index}", record=record) for index, block in enumerate(blocks)]
     try:
         with _stand_in(stack, recorders):
@@ -214,20 +217,28 @@ def head_inputs(
     batches: list[RowBatch],
     extra: int,
 ) -> Iterator[tuple[RowBatch, Tensor]]:
-    """Yield the output head's inputs `[sequences, length, width]` of each batch, from the last block's outputs."""
-    below = body(model)
-    stack = model.get_submodule(arch.stack)
-    aside, count = (stack, model.get_input_embeddings()), len(list(stack.children()))
-    load(below, name_of(model, below), source, hidden.device, skip=aside)
+    """Yield the output head's inputs `[sequences, length, width]` of each batch, from the last block's outputs.
+
+    Some models have layers between `body` and their head, as ModernBERT does, so the forward is that of the model.
+    """
+    above, stack = part_for_text(model), model.get_submodule(arch.stack)
+    head, count = cast(nn.Module, model.get_output_embeddings()), len(list(stack.children()))
+    aside = (stack, model.get_input_embeddings(), head)
+    load(above, name_of(model, above), source, hidden.device, skip=aside)
     try:
         for batch in batches:
             states = hidden[batch.rows]
             ids = torch.zeros(states.shape[:2], dtype=torch.long, device=hidden.device)
             with skip_blocks(model, arch.stack, count, states, extra), without_table(model, hidden.device):
-                output = below(input_ids=ids, use_cache=False)[0]  # some models refuse embeddings without tokens
-            yield batch, output
+                [inputs] = arguments_of(head, partial(model, input_ids=ids, use_cache=False))
+            yield batch, inputs
     finally:
-        drop(below, skip=aside)
+        drop(above, skip=aside)
+
+
+def part_for_text(model: PreTrainedModel) -> PreTrainedModel:
+    """Return what text passes: all of a model, or `body` of one that reads images or sounds, too."""
+    return model if model.config.get_text_config(decoder=True) is model.config else body(model)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from llmcompress.calibration.block_calls import record_calls, skip_blocks, without_table
+from llmcompress.calibration.block_calls import part_for_text, record_calls, skip_blocks, without_table
 from llmcompress.calibration.blocks import Calls, RowBatch, drop, hidden_of, in_batches, load
 from llmcompress.calibration.head_rows import is_large_head, multiply_by_rows
 from llmcompress.models.dense.blocks import body, depth
@@ -129,9 +129,7 @@ class StreamedModel:
         """Return the modules that compute logits after the blocks, the head last, with their parts to leave out."""
         heads = [head for head in [self.model.get_output_embeddings()] if isinstance(head, nn.Module)]
         aside = (self._blocks(), self.model.get_input_embeddings(), *heads)
-        only_text = self.model.config.get_text_config(decoder=True) is self.model.config
-        below = self.model if only_text else body(self.model)  # images and sounds are not read
-        return [(below, aside), *((head, ()) for head in heads)]
+        return [(part_for_text(self.model), aside), *((head, ()) for head in heads)]
 
 
 def position_parts(config: PreTrainedConfig, windows: int, length: int) -> list[slice]:

@@ -15,8 +15,10 @@ from llmcompress.calibration.gradients import TOKENS, count_read
 from llmcompress.calibration.head_rows import LARGE
 from llmcompress.calibration.streaming import positions_at_once
 from llmcompress.compression.job import Job
+from llmcompress.data.calibration import held_out_count
 from llmcompress.data.generate import ROWS
 from llmcompress.models.dense.families import BlockLayout
+from llmcompress.recipe.calibration import Calibration
 from llmcompress.recipe.compression import Recipe
 from llmcompress.reporting.report import GATE_TOKENS, GATE_WINDOW
 from llmcompress.runtime.memory import total_memory
@@ -36,14 +38,17 @@ GROWN = 2.4  # of the keys and values of a text that is written: each token make
 ACTIVATIONS = 6  # tensors as wide as the widest inputs that a forward of a batch holds
 
 
-def peak_bytes(job: Job, tables: list[str], needs: Mapping[str, frozenset[str]], used: Collection[str]) -> int:
+def peak_bytes(
+    job: Job, tables: list[str], needs: Mapping[str, frozenset[str]], used: Collection[str], processes: int = 1
+) -> int:
     """Return the peak memory of a run in bytes: hidden states, and the largest of blocks, embeddings and tables.
 
     `tables`: names of compressed tables. `needs`: the statistics that the methods of each compressed matrix read, by
-    name; `used`: all these methods.
+    name; `used`: all these methods. `processes`: how many share the sequences; the bytes are those of one.
     """
     arch, recipe, calibration = job.arch, job.recipe, job.recipe.calibration
-    tokens = 0 if calibration is None else calibration.samples * calibration.length
+    sequences = 0 if calibration is None else _largest_share(calibration, processes)
+    tokens = 0 if calibration is None else sequences * calibration.length
     learning = 0 if recipe.reconstruct is None else recipe.reconstruct.window
     streams = 1 + max(learning, 1 if recipe.asymmetric else 0)
     factor = TURNED if recipe.asymmetric or job.inputs or "rotate" in used else FACTOR
@@ -52,11 +57,17 @@ def peak_bytes(job: Job, tables: list[str], needs: Mapping[str, frozenset[str]],
     stored = [prod(header.shape) for header in tensors.values()]
     compiled = calibration is not None or any(method in SEARCHED for method in used)
     outside = max((prod(tensors[f"{name}.weight"].shape) for name in tables), default=0) * TABLE_BYTES
-    outside = max(outside, _importance_bytes(job))
+    outside = max(outside, _importance_bytes(job, sequences))
     walked = 4 * tokens * width_of(job) * streams + max(blocks, 8 * max(stored), outside)
     gate = gate_bytes(job)
     walked += LIBRARIES + COMPILER * compiled
     return int(max(walked, LIBRARIES + _writing_bytes(job), gate if gate <= total_memory() else 0))
+
+
+def _largest_share(text: Calibration, processes: int) -> int:
+    """Return the sequences of the process with most of them: those to fit to and the held-out ones are shared apart."""
+    held_out = held_out_count(text.held_out, text.samples)
+    return sum(-(-part // processes) for part in (text.samples - held_out, held_out))
 
 
 def _writing_bytes(job: Job) -> float:
@@ -98,12 +109,12 @@ def gate_bytes(job: Job) -> int:
     return LIBRARIES + states + max(ends, ends // 2 + block)
 
 
-def _importance_bytes(job: Job) -> int:
+def _importance_bytes(job: Job, sequences: int) -> int:
     """Return the memory of the backward pass for the importance of tokens, beside the hidden states of the walk."""
     arch, text = job.arch, job.recipe.calibration
     if text is None:
         return 0
-    count, length = count_read(job.recipe.token_weights, text.samples, text.length)
+    count, length = count_read(job.recipe.token_weights, sequences, text.length)
     if count == 0:
         return 0
     tokens = min(max(TOKENS, length), count * length)

@@ -21,6 +21,7 @@ from llmcompress.compression.memory_estimate import peak_bytes
 from llmcompress.errors import MemoryLimitError, RecipeError, list_names
 from llmcompress.methods.layer import StepConfig, methods, sketch
 from llmcompress.models.dense.skeleton import is_causal
+from llmcompress.reporting.report import UNGATED
 from llmcompress.runtime.memory import total_memory
 from llmcompress.weight.expression import bits, describe
 from llmcompress.weight.nodes import Weight
@@ -55,7 +56,8 @@ class TimeEstimate:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a run. `bytes`: of the weights on disk. `peak_memory_bytes`: an estimate for this machine."""
+    """The plan of a run. `bytes`: of the weights on disk. `peak_memory_bytes`: an estimate for this machine, of each
+    process."""
 
     model: str
     recipe: str
@@ -88,8 +90,9 @@ class Plan:
         return values | (dict.fromkeys(("seconds", "product_speed")) if self.time is None else vars(self.time))
 
 
-def plan_of(job: Job) -> Plan:
-    """Plan the job. Raises RecipeError for a target, and if a step cannot work on a layer's shape."""
+def plan_of(job: Job, processes: int = 1) -> Plan:
+    """Plan the job, which some `processes` share. Raises RecipeError for a target, and if a step cannot work on a
+    layer's shape."""
     if job.recipe.target is not None:
         raise RecipeError(
             "the steps for a target are chosen first; choose them, or take the recipe that compress leaves"
@@ -130,7 +133,7 @@ def plan_of(job: Job) -> Plan:
         dense_bytes=job.source.bytes,
         bpw=stored_bits / weights,
         model_bpw=total * 8 / job.source.parameters,
-        peak_memory_bytes=peak_bytes(job, list(job.tables), job.needs(), used),
+        peak_memory_bytes=peak_bytes(job, list(job.tables), job.needs(), used, processes),
         warnings=tuple(_warnings(job, rows, dense_bytes, total)),
         reconstruction=_values(job.recipe.reconstruct),
         distillation=_values(job.recipe.distill),
@@ -174,7 +177,7 @@ def _warnings(job: Job, rows: Sequence[LayerPlan], dense_bytes: int, total: int)
 
 def unmeasured_warning(reason: str) -> str:
     """Return the warning for a model whose quality is not measured."""
-    return f"gates: the distance to the dense model is not measured, since {reason}"
+    return f"{UNGATED}, since {reason}"
 
 
 def _is_compressed(job: Job, name: str) -> bool:

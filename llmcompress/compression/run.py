@@ -64,7 +64,7 @@ def compress(
     files but the model's. Raises an LLMCompressError, in one sentence, for whatever is wrong.
     """
     started = time.monotonic()
-    place, planned = device_of(device), plan_of(job)
+    place, planned = device_of(device), plan_of(job, ranks.count)
     with ranks.agree_on_errors():
         job.check_rules()
         check_ranks(job, ranks, output)

@@ -182,7 +182,8 @@ def _open_job(engine: str, model: str | Path, recipe: Recipe, revision: str | No
     does not run."""
     job = prepare(resolve(model, revision, trust_remote_code), recipe)
     check_rules(job, engine)
-    check_source(job, engine)
+    if recipe.target is None:  # for one, it is checked where options are laid
+        check_source(job, engine)
     return job
 
 

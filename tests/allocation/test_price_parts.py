@@ -11,10 +11,14 @@ import yaml
 from typer.testing import CliRunner
 
 import llmcompress as lc
+from llmcompress.allocation import price_file
 from llmcompress.allocation.price_file import Part
 from llmcompress.cli.app import app
+from llmcompress.compression.job import prepare
 from llmcompress.errors import DiskError, InputError, RecipeError
+from llmcompress.models.dense.model import resolve
 from llmcompress.pipeline.compress import price_part
+from llmcompress.recipe.read import read_recipe
 from tests.tiers import tiered
 from tests.tiny import save_tiny
 
@@ -60,6 +64,24 @@ def test_parts_together_are_the_prices_of_one_run(count: int, place: Path, tmp_p
 
 def never(done: int, blocks: int, rate: float) -> None:
     pytest.fail("what was measured is measured again")
+
+
+def test_parts_that_outlive_their_list_are_removed(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill just after they were joined leaves them; the next run has the list, and needs none of them."""
+    measure(place, tmp_path / "out", "1/1")
+    job = prepare(resolve(str(place / "dense")), read_recipe(recipe(place)))
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(price_file, "_remove_parts", interrupt)
+        price_file.allocate_by(tmp_path / "out.prices.json", job)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.prices-1-of-1.json", "out.prices.json"]
+    price_file.allocate_by(tmp_path / "out.prices.json", job, progress=never)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.prices.json"]
+
+
+def interrupt(_: Path) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.slow

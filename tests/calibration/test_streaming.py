@@ -118,6 +118,13 @@ def test_other_models_are_refused(family: str, tmp_path: Path) -> None:
         predicted(from_disk(resolve(save_any(family, tmp_path)), CPU))
 
 
+def test_blocks_that_share_keys_and_values_are_refused_for_that(tmp_path: Path) -> None:
+    layers = ["sliding_attention", "full_attention"] * 2
+    save_zoo("gemma4_text", tmp_path, num_hidden_layers=4, num_kv_shared_layers=2, layer_types=layers)
+    with pytest.raises(InputError, match=r"one by one \(the last 2 read the keys and values of earlier ones\)"):
+        from_disk(resolve(tmp_path), CPU).embed(windows(), 1)
+
+
 def test_a_block_that_changes_the_shape_is_refused(tmp_path: Path) -> None:
     streamed = from_disk(resolve(save_tiny("llama", tmp_path)), CPU)
     states = streamed.embed(windows(), 3)

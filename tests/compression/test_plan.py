@@ -55,6 +55,15 @@ def test_each_token_takes_as_many_numbers_as_hidden_states_are_wide(family: str,
     assert many.peak_memory_bytes - few.peak_memory_bytes == 4 * width * 512_000
 
 
+def test_processes_hold_their_share_of_the_hidden_states(tmp_path: Path) -> None:
+    asked = {"version": 1, "rules": RULES[1:], "gates": {"kl": None, "perplexity_ratio": None}}
+    text = {"samples": 1003, "length": 512, "held_out": 3}  # 250 to fit to and one held out for each of four
+    job = prepare(resolve(save_tiny("llama", tmp_path)), read_recipe(asked | {"calibration": text}))
+    width = job.source.config.hidden_size
+    alone, shared = plan_of(job).peak_memory_bytes, plan_of(job, processes=4).peak_memory_bytes
+    assert alone - shared == 4 * width * 512 * (1003 - 251)
+
+
 @pytest.mark.parametrize("shown", [torch.arange(7) % 3 == 0, torch.arange(35).view(5, 7) % 4 == 0])
 def test_stored_elements_are_counted_as_a_sum_counts_them(shown: Tensor) -> None:
     assert shown_count(shown, (5, 7)) == int(shown.expand(5, 7).sum())

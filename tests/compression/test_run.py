@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,13 @@ from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
 from llmcompress.compression import run
+from llmcompress.compression.job import prepare
+from llmcompress.compression.plan import plan_of
 from llmcompress.errors import DiskError, InputError, MemoryLimitError, NumericsError, RecipeError
 from llmcompress.methods.layer import relative_error
+from llmcompress.models.dense.model import resolve
+from llmcompress.recipe.read import read_recipe
+from llmcompress.runtime.ranks import Ranks
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.modules import compressed_linears
 from tests.tiers import tiered
@@ -250,6 +257,22 @@ def test_a_machine_with_too_little_memory_is_refused_before_any_work(
     with pytest.raises(MemoryLimitError, match=r"about \d+\.\d MB.*this machine has 100\.0 MB"):
         lc.compress(folder, recipe(text), tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_processes_of_one_machine_need_what_each_of_them_holds(
+    folder: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Four(Ranks):
+        @contextmanager
+        def agree_on_errors(self) -> Iterator[None]:
+            yield
+
+    monkeypatch.setattr("llmcompress.compression.plan.total_memory", lambda: 100_000_000)
+    job = prepare(resolve(folder), read_recipe(recipe(text)))
+    needed = 4 * plan_of(job, processes=4).peak_memory_bytes
+    assert needed < 4 * plan_of(job).peak_memory_bytes
+    with pytest.raises(MemoryLimitError, match=f"in 4 processes takes about {needed / 1e6:.1f} MB"):
+        run.compress(job, tmp_path / "out", ranks=Four(count=4, here=4))
 
 
 def test_a_disk_that_is_too_small_is_refused(

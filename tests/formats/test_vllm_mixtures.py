@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
+from llmcompress.allocation import target_formats
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.formats.export import export
 from llmcompress.models.dense.load import load_model
@@ -129,6 +131,17 @@ def test_experts_that_vllm_lacks_are_refused_by_plan(rule: dict[str, Any], why: 
     recipe = read_recipe({"version": 1, "rules": [{"match": EXPERTS, **rule}, REST], "calibration": {}})
     with pytest.raises(RecipeError, match=f"experts.0.gate_proj is a matrix of an expert: .*{why}"):
         plan_for("vllm", source, recipe)
+
+
+def test_matrices_are_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block's experts are held against each other, so no gate of one against its up again."""
+    source, seen = save_mixture("qwen3_moe", tmp_path / "dense"), Counter[str]()
+    form_of = target_formats._form_of
+    monkeypatch.setattr(target_formats, "_form_of", lambda job, it: (seen.update([it.name]), form_of(job, it))[1])
+    plan_for("vllm", source, read_recipe({"version": 1, "rules": [REST]}))
+    assert (
+        set(seen.values()) == {1} and any("experts" in name for name in seen) and any("q_proj" in name for name in seen)
+    )
 
 
 def test_other_mixtures_are_refused(tmp_path: Path) -> None:

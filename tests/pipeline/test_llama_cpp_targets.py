@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import llmcompress as lc
+from llmcompress.allocation import target_formats
 from llmcompress.allocation.choices import Choices, find_choices
 from llmcompress.allocation.file_sizes import Shape, Steps, gguf_type
 from llmcompress.cli.app import app
 from llmcompress.compression.job import prepare
-from llmcompress.errors import RecipeError
+from llmcompress.errors import InputError, RecipeError
 from llmcompress.formats.export import export
 from llmcompress.formats.gguf.head import FileOrigin, read_head
 from llmcompress.formats.gguf.tensor_types import TensorType, exact_type
@@ -33,7 +34,7 @@ from tests.builders import gaussian, layer
 from tests.formats.gguf_files import byte_level, engine, gguf, largest_difference, run, tiny_llama
 from tests.formats.test_gguf_families import CASES
 from tests.tiers import one_in, tiered
-from tests.tiny import tiny
+from tests.tiny import save_tiny, tiny
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
 FAST = (("llama", 0), ("qwen3_moe", 1))
@@ -203,6 +204,22 @@ def test_sizes_that_cannot_be_reached_are_refused(dense: Path, tmp_path: Path) -
     ragged = tiny_llama(tmp_path / "ragged", dtype=torch.bfloat16, **SIZES | {"intermediate_size": 80})
     with pytest.raises(RecipeError, match="multiplies no form of .*down_proj .*do not fill the width 80"):
         plan_for("llama.cpp", ragged, read_recipe(aimed({"bytes": 10**9})))
+
+
+def test_a_model_is_checked_once_and_before_any_work(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a target, too: a check reads the whole tokenizer."""
+    seen: list[str] = []
+    check = target_formats.check_model
+    monkeypatch.setattr(target_formats, "check_model", lambda *args: (seen.append(args[2]), check(*args)))
+    recipe = read_recipe(aimed({"bpw": 4.9}))
+    plan_for("llama.cpp", dense, recipe)
+    assert seen == ["gguf"]
+    bytewise = save_tiny("llama", tmp_path / "bytewise", **SIZES)
+    with pytest.raises(InputError, match="merges nothing, which llama.cpp does not load"):
+        compress_for("llama.cpp", bytewise, recipe, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["bytewise"]
 
 
 def test_experts_have_one_type_and_are_not_chosen_for(tmp_path: Path) -> None:

@@ -71,22 +71,28 @@ def _record_output(states: dict[int, Tensor], number: int, _: nn.Module, args: t
 
 
 class _StopForward(Exception):
-    """Ends a forward at the block that it was to run until."""
+    """Ends a forward at the module that it was to run until; its only argument is what that module got."""
 
 
 def run_until(model: PreTrainedModel, number: int, forward: Callable[[], object]) -> None:
     """Run `forward`, one of `model`, up to the input of block `number`; earlier hooks of that block still see it."""
+    arguments_of(_blocks(model)[number], forward)
 
-    def stop(*_: object) -> None:
-        raise _StopForward
 
-    handle = _blocks(model)[number].register_forward_pre_hook(stop)
+def arguments_of(module: nn.Module, forward: Callable[[], object]) -> tuple[Any, ...]:
+    """Run `forward` up to the call of `module`, and return its positional arguments; none without a call."""
+
+    def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+        raise _StopForward(args)
+
+    handle = module.register_forward_pre_hook(stop)
     try:
         forward()
-    except _StopForward:
-        pass
+    except _StopForward as stopped:
+        return cast("tuple[Any, ...]", stopped.args[0])
     finally:
         handle.remove()
+    return ()
 
 
 def kept_blocks(config: PreTrainedConfig) -> tuple[int, ...] | None:

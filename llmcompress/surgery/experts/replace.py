@@ -23,7 +23,7 @@ from llmcompress.calibration.gather import HiddenStreams, Statistics, gather, wa
 from llmcompress.calibration.walk import Progress
 from llmcompress.compression import run
 from llmcompress.compression.block import swap
-from llmcompress.compression.job import prepare
+from llmcompress.compression.job import Job, prepare
 from llmcompress.compression.plan import plan_of
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import Layer
@@ -32,11 +32,14 @@ from llmcompress.methods.row_chunks import apply_in_runs
 from llmcompress.models.dense.experts import DOWN
 from llmcompress.models.dense.families import BlockLayout
 from llmcompress.models.files import file_names
-from llmcompress.models.files.checkpoint import add_file
+from llmcompress.models.files.checkpoint import add_file, has_file
+from llmcompress.pipeline.compress import completed_result
 from llmcompress.pipeline.quality_check import judge
 from llmcompress.recipe.calibration import Calibration
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.rules import Rule
+from llmcompress.reporting import report as reports
+from llmcompress.reporting.report import Report
 from llmcompress.surgery.experts.job import (
     SAMPLES,
     BlockFate,
@@ -53,6 +56,7 @@ from llmcompress.weight.nodes import Dense
 
 SHARE = 0.25  # of its dense size that a replaced expert takes
 LONGEST = 40  # experts in one pattern of a recipe
+NAME = "replaced experts"  # of the recipe
 
 
 def replace_experts(
@@ -94,10 +98,12 @@ def replace_experts(
         RecipeError: for a number of experts that there are not, or a rank that their matrices do not have.
         InputError: for a model that is no mixture or is damaged, and for text that cannot serve.
         DiskError: for an output that cannot be written; then nothing is left behind but finished blocks, which the same
-            call resumes after.
+            call resumes after; or all but the gates, which it measures.
     """
     score = ExpertScore(by, seed)
-    job = open_job(model, output, text, samples, revision, device, progress)
+    place = None if output is None else Path(output)
+    new = None if place is None or _ended_in_gates(place) else place  # a new output has to be free
+    job = replace(open_job(model, new, text, samples, revision, device, progress), output=place)
     mixture, going = job.mixture, job.count_of(count, "count")
     step = _factors_step(mixture, share, rank)
     blocks = [_replace_in_block(mixture, block, step, going, score) for block in job.blocks()]
@@ -107,13 +113,25 @@ def replace_experts(
     warnings = (*planned.warnings, *job.tokens.notes, *unused_experts(blocks))
     outcome = ExpertsOutcome("replace", settings, mixture.experts, blocks)
     report = job.report(outcome, planned.bytes, tuple(dict.fromkeys(warnings)))
-    if output is not None:
-        done = run.compress(compression, output, device=device, progress=progress)
-        judged = judge(compression, done.folder, device)
+    if place is not None:
+        judged = _compress_and_judge(compression, place, device, progress)
         missed = () if judged.gates is None or judged.gates.held is not False else (f"gates {judged.gates.sentence()}",)
         report = replace(report, warnings=(*judged.warnings, *missed, *unused_experts(blocks)))
-        add_file(Path(output), file_names.EXPERTS, json.dumps(report.to_json() | {"output": None}, indent=1))
+        add_file(place, file_names.EXPERTS, json.dumps(report.to_json() | {"output": None}, indent=1))
     return report
+
+
+def _ended_in_gates(output: Path) -> bool:
+    """True if an earlier call has compressed into `output`, and was interrupted before it wrote the fates there."""
+    if not (output / file_names.REPORT).is_file() or has_file(output, file_names.EXPERTS):
+        return False
+    return reports.read(output).recipe == NAME
+
+
+def _compress_and_judge(job: Job, output: Path, device: str, progress: Progress | None) -> Report:
+    """Compress into `output`, unless this very job has done so, and measure its gates; return the report."""
+    done = completed_result(output, job, device) or run.compress(job, output, device=device, progress=progress)
+    return judge(job, done.folder, device)
 
 
 def _factors_step(mixture: ExpertMixture, share: float | None, rank: int | None) -> Factors:
@@ -145,7 +163,7 @@ def _recipe(rows: Sequence[BlockFate], step: Factors, calibration: Calibration) 
             some = "|".join(numbers[start : start + LONGEST])
             patterns.append(f"re:{re.escape(block.path)}\\.(?:{some})\\..*")
     rules = (Rule(match=tuple(patterns), steps=(step,)), Rule(match=("*",), steps=()))
-    return Recipe(name="replaced experts", calibration=calibration, rules=rules)
+    return Recipe(name=NAME, calibration=calibration, rules=rules)
 
 
 def _replace_in_block(

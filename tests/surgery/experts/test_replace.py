@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
-from llmcompress.errors import InputError, RecipeError
+from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.models.files.file_names import EXPERTS
+from llmcompress.surgery.experts import replace
 from llmcompress.surgery.experts.job import ExpertsReport
 from llmcompress.surgery.experts.mixture import open_mixture
 from llmcompress.weight.expression import dense
@@ -155,6 +156,30 @@ def test_replace_resumes_an_interrupted_run(tmp_path: Path) -> None:
     assert any("are from an earlier run, which was interrupted" in warning for warning in report.warnings)
     whole = lc.replace_experts(tmp_path / "dense", tmp_path / "whole", **asked)
     assert whole.blocks == report.blocks and lc.verify(tmp_path / "out").layers == lc.verify(tmp_path / "whole").layers
+
+
+def test_replace_goes_on_in_its_gates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compressed model has its name already: the same call measures it, another one is refused."""
+    save_zoo("mixtral", tmp_path / "dense")
+    asked: dict[str, Any] = {"count": 2, "rank": 2, "text": str(text_for_calibration(tmp_path)), "samples": 2}
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(replace, "judge", stop)
+        lc.replace_experts(tmp_path / "dense", tmp_path / "out", **asked)
+    written = (tmp_path / "out" / "model.safetensors").stat()
+    with pytest.raises(DiskError, match="was left by a run with another recipe"):
+        lc.replace_experts(tmp_path / "dense", tmp_path / "out", **asked | {"count": 1})
+    report = lc.replace_experts(tmp_path / "dense", tmp_path / "out", **asked)
+    assert (tmp_path / "out" / "model.safetensors").stat() == written
+    gates = lc.read(tmp_path / "out").gates
+    assert gates is not None and gates.measured and (tmp_path / "out" / EXPERTS).is_file()
+    whole = lc.replace_experts(tmp_path / "dense", tmp_path / "whole", **asked)
+    assert whole.blocks == report.blocks and whole.warnings == report.warnings
+    with pytest.raises(DiskError, match="exists already"):
+        lc.replace_experts(tmp_path / "dense", tmp_path / "out", **asked)
 
 
 def test_replace_works_for_experts_without_gates(tmp_path: Path) -> None:
