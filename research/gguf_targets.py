@@ -29,7 +29,7 @@ from rows import calibration
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmcompress as lc
-from llmcompress.allocation.file_sizes import GGUFSizes
+from llmcompress.allocation.gguf_sizes import GGUFSizes
 from llmcompress.cli.compress import DEFAULT
 from llmcompress.compression.job import prepare
 from llmcompress.evaluation.distance import Distance, distance

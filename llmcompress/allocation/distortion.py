@@ -110,7 +110,8 @@ def compress_roughly(layer: Layer, steps: Steps, held_out: Moments | None) -> We
 def add_noise(layer: Layer, held_out: Moments | None) -> WeightChange:
     """Change the layer's weight by noise of NOISE times its size."""
     weight = layer.weight
-    noise = torch.randn(weight.shape, generator=generator(layer.seed, layer.name, "noise")).to(weight)
+    random = generator(layer.seed, layer.name, "noise")
+    noise = torch.randn(weight.shape, dtype=torch.float32, generator=random).to(weight)
     value = weight + NOISE * weight.square().mean().sqrt() * noise
     return WeightChange(value, max(sampled_error(weight, value, held_out), LEAST))
 

@@ -12,34 +12,37 @@ from dataclasses import replace
 from functools import cached_property
 from hashlib import sha256
 from math import prod
+from types import MappingProxyType
 from typing import ClassVar, Protocol
 
 import torch
 
 from llmcompress.allocation.distortion import Steps
+from llmcompress.allocation.gguf_sizes import GGUFSizes, Shape
 from llmcompress.compression.job import Job
+from llmcompress.compression.layers import describe_rounded
 from llmcompress.compression.plan import Plan
-from llmcompress.formats.engine_files import UnfitError
-from llmcompress.formats.gguf.head import FileHead, FileOrigin, PlannedTensor, pad, read_head
-from llmcompress.formats.gguf.tensor_types import FLOATS, TensorType, presumed_type, type_called
-from llmcompress.formats.gguf.write import expert_stacks
+from llmcompress.formats.compressed_tensors import planned_tensors
+from llmcompress.formats.engine_configs import MLX
+from llmcompress.formats.engine_files import UnfitError, stored_name
 from llmcompress.formats.mlx import form_of
-from llmcompress.methods.grids.gguf import FORMS, GGUF, fitting
 from llmcompress.methods.layer import sketch
+from llmcompress.models.dense.experts import experts_of
 from llmcompress.models.dense.headers import Header
+from llmcompress.models.dense.skeleton import folder_skeleton
+from llmcompress.models.dense.stored_names import hub_paths
 from llmcompress.models.files.integrity import BINDING, DIGESTS, digest
 from llmcompress.models.files.tensor_files import SHARD
 from llmcompress.weight.expression import bits, describe, tensor_bits
 from llmcompress.weight.layout import ALIGNMENT
 from llmcompress.weight.modules import LIKE
-from llmcompress.weight.nodes import LowRank, Sum, Tiles, Weight, shape
+from llmcompress.weight.nodes import Grid, Tiles, Weight
+from llmcompress.weight.runtime_formats import integer_bits
 
 PADDING = 8  # bytes of a weight file's header, at most
 HALF = 2  # bytes of a float16
 MARK = 4  # bytes of the number that names the codebook of EXL3
-FACTOR = 4  # bytes of a number in the file beside it for low-rank terms
-
-Shape = tuple[int, int]
+SCALE = 4  # bytes of a scale of keys or values for vLLM
 
 
 class FileSizes(Protocol):
@@ -59,7 +62,7 @@ class FileSizes(Protocol):
 
 
 def file_sizes(job: Job) -> FileSizes:
-    """Return the sizes that the job's target counts: ours where those of its engine are not known.
+    """Return the sizes that the job's target counts: those of its engine's files, ours without one.
 
     Raises InputError for a model that its engine does not run.
     """
@@ -143,32 +146,57 @@ def _header_bytes(tensors: Mapping[str, tuple[str, list[int]]], most: int) -> in
     return len(text.encode()) + each * (1 + most // SHARD)
 
 
-# --- MLX and ExLlamaV3 ------------------------------------------------------------------------------------------------
+# --- MLX, ExLlamaV3 and vLLM ------------------------------------------------------------------------------------------
 
 
-class HalfSizes:
-    """Sizes in weight files whose other tensors are float16. `parts`: dtypes of the tensors of a matrix, by name."""
+class SeveralSizes:
+    """Sizes in weight files that have several tensors for a matrix. `parts`: their dtypes, by name."""
 
     parts: ClassVar[dict[str, str]]
+    paths: Mapping[str, str] = MappingProxyType({})  # of modules that have others in the files
 
     def __init__(self, job: Job) -> None:
         self.job = job
 
+    def dense_bytes(self, header: Header) -> int:
+        """Return the bytes of a tensor that is not compressed: by default, in float16."""
+        return HALF * prod(header.shape)
+
+    def parts_of(self, name: str) -> dict[str, tuple[str, list[int]]]:
+        """Return dtypes and shapes, at most, of the tensors of a matrix, by their names."""
+        size = [max(self.job.source.tensors[f"{name}.weight"].shape)] * 3
+        return {f"{name}.{part}": (dtype, size) for part, dtype in self.parts.items()}
+
+    def scales(self) -> list[str]:
+        """Return the names of further tensors, one float32 each."""
+        return []
+
     def around(self, compressed: Collection[str]) -> int:
-        """See `FileSizes.around`: dense tensors in float16, and headers."""
+        """See `FileSizes.around`: dense tensors and headers."""
         packed, stored = {f"{name}.weight" for name in compressed}, self.job.source.tensors
-        entries = {name: ("BF16", [*header.shape]) for name, header in stored.items()}
+        entries = {name: (header.dtype, [*header.shape]) for name, header in stored.items() if name not in packed}
         for name in compressed:
-            size = [max(stored[f"{name}.weight"].shape)] * 3
-            entries |= {f"{name}.{part}": (dtype, size) for part, dtype in self.parts.items()}
-        dense = HALF * sum(prod(header.shape) for name, header in stored.items() if name not in packed)
-        return dense + _header_bytes(entries, HALF * self.job.source.parameters)
+            entries |= self.parts_of(name)
+        entries = {stored_name(name, self.paths): entry for name, entry in entries.items()}
+        scales = self.scales()
+        sizes = {name: self.dense_bytes(header) for name, header in stored.items()}
+        dense = sum(size for name, size in sizes.items() if name not in packed) + SCALE * len(scales)
+        return dense + _header_bytes(entries | dict.fromkeys(scales, ("F32", [1])), sum(sizes.values()))
 
 
-class MLXSizes(HalfSizes):
+class MLXSizes(SeveralSizes):
     """Sizes in the weight files of an MLX folder."""
 
     parts: ClassVar[dict[str, str]] = {"weight": "U32", "scales": "F16", "biases": "F16"}
+
+    @cached_property
+    def is_wide(self) -> bool:
+        """True if dense tensors stay as they are."""
+        return MLX.families[self.job.source.config_entries()["model_type"]].wide
+
+    def dense_bytes(self, header: Header) -> int:
+        """See `SeveralSizes.dense_bytes`."""
+        return header.bytes_of_numbers if self.is_wide else super().dense_bytes(header)
 
     def form(self, name: str, size: Shape, steps: Steps) -> str:
         """See `FileSizes.form`."""
@@ -186,7 +214,7 @@ class MLXSizes(HalfSizes):
         return rows * (width * form.bits // 8 + width // form.group_size * of_a_group)
 
 
-class EXL3Sizes(HalfSizes):
+class EXL3Sizes(SeveralSizes):
     """Sizes in the weight files of an EXL3 folder."""
 
     parts: ClassVar[dict[str, str]] = {"trellis": "I16", "suh": "F16", "svh": "F16", "mul1": "I32"}
@@ -212,92 +240,61 @@ def _tiles(name: str, size: Shape, steps: Steps) -> Tiles:
     return stored
 
 
-# --- GGUF -------------------------------------------------------------------------------------------------------------
+class VLLMSizes(SeveralSizes):
+    """Sizes in the weight files of a compressed-tensors folder."""
 
-
-class GGUFSizes:
-    """Sizes in the GGUF file that a checkpoint of the job becomes."""
+    parts: ClassVar[dict[str, str]] = {"weight_packed": "I32", "weight_scale": "F16", "weight_global_scale": "F32"}
 
     def __init__(self, job: Job) -> None:
-        self.job = job
+        super().__init__(job)
+        source, experts = job.source, experts_of(job.source.skeleton())
+        if experts:
+            plain = folder_skeleton(source.folder, unfused=False, trust_remote_code=source.trust_remote_code)
+            own = (name.removesuffix(".weight") for name in source.tensors if name.endswith(".weight"))
+            self.paths = hub_paths(plain, experts, own)
 
-    @cached_property
-    def head(self) -> FileHead:
-        """The head of the file. Raises InputError for a model that llama.cpp does not run alike."""
-        source = self.job.source
-        origin = FileOrigin(source.public_name, source.hub_id, source.license)
-        return read_head(source.folder, source.config_entries(), origin)
+    def dense_bytes(self, header: Header) -> int:
+        """See `SeveralSizes.dense_bytes`: as it is."""
+        return header.bytes_of_numbers
+
+    def parts_of(self, name: str) -> dict[str, tuple[str, list[int]]]:
+        """See `SeveralSizes.parts_of`."""
+        inputs = self.job.inputs.get(name)
+        scale = {f"{name}.input_global_scale": ("F32", [1])} if inputs and inputs.is_calibrated else {}
+        return super().parts_of(name) | scale
+
+    def scales(self) -> list[str]:
+        """See `SeveralSizes.scales`: those of keys and values."""
+        if self.job.recipe.kv_cache is None:
+            return []
+        modules = self.job.source.skeleton().named_modules()
+        attention = (name for name, module in modules if type(module).__name__.endswith("Attention"))
+        return [f"{name}.{letter}_scale" for name in attention for letter in "kv"]
 
     def form(self, name: str, size: Shape, steps: Steps) -> str:
-        """See `FileSizes.form`: the tensor's type."""
-        return gguf_type(sketch(name, size, steps), steps).name
+        """See `FileSizes.form`."""
+        stored, inputs = sketch(name, size, steps), self.job.inputs.get(name)
+        if not isinstance(stored, Grid):
+            return describe_rounded(stored, inputs)
+        group = "row" if stored.group_size >= size[1] else f"g{stored.group_size}"
+        text = f"{integer_bits(stored)}-bit integers {group}"
+        return text if inputs is None else f"{text}{' in bytes' if inputs.format == 'int8' else ''}, {inputs}"
 
     def bits(self, name: str, size: Shape, steps: Steps) -> int:
-        """See `FileSizes.bits`: those of the tensor."""
-        return 8 * size[0] * gguf_type(sketch(name, size, steps), steps).row_bytes(size[1])
+        """See `FileSizes.bits`."""
+        return 8 * self.bytes(name, size, steps)
 
     def bytes(self, name: str, size: Shape, steps: Steps) -> int:
-        """See `FileSizes.bytes`: also those before the next tensor, and factors of a low-rank term."""
-        stored = sketch(name, size, steps)
-        return pad(size[0] * gguf_type(stored, steps).row_bytes(size[1])) + _factor_bytes(stored, steps)
-
-    def around(self, compressed: Collection[str]) -> int:
-        """See `FileSizes.around`: the head, and dense tensors."""
-        model, tensors = self.head.model, self.job.source.tensors
-        stacks = expert_stacks(self.job.source.skeleton())
-        inside = {layer for layers in stacks.values() for layer in layers}
-        planned = [
-            PlannedTensor(name, tuple(factors.shape), FLOATS["F32"])
-            for name, factors in model.rotary.divisors().items()
-        ]
-        for name, header in tensors.items():
-            if name.removesuffix(".weight") not in inside:
-                planned.append(PlannedTensor(model.name(name), header.shape, _plain_type(header)))
-        for stack, layers in stacks.items():
-            header = tensors[f"{layers[0]}.weight"]
-            size = (len(layers), *header.shape)
-            planned.append(PlannedTensor(model.name(f"{stack}.weight"), size, _plain_type(header)))
-        dense = (tensors[f"{name}.weight"] for name in compressed)
-        return self.head.file_bytes(planned) - sum(pad(_plain_bytes(header)) for header in dense)
+        """See `FileSizes.bytes`: all tensors of the matrix."""
+        inputs = self.job.inputs.get(name)
+        rounding = (None, False) if inputs is None else (inputs.format, inputs.is_calibrated)
+        return sum(tensor.nbytes for tensor in planned_tensors(sketch(name, size, steps), *rounding).values())
 
 
-def gguf_type(stored: Weight, steps: Steps) -> TensorType:
-    """Return the tensor type of the outcome of steps, sketched as `stored`, in GGUF. Raises UnfitError if none is."""
-    if not steps or not isinstance(steps[0], GGUF):
-        return presumed_type(stored)
-    width = shape(stored)[1]
-    kind, later = fitting(steps[0].type, width), len(steps) > 1
-    form = FORMS.get(kind)
-    if later and kind == "IQ4_XS":
-        kind = "IQ4_NL"  # `refine` leaves small multiples as scales
-    elif later and form is not None and form.multiples:
-        return presumed_type(stored)
-    found = type_called(kind)
-    if width % found.block:
-        raise UnfitError(f"blocks of {found.block} columns do not fill the width {width}")
-    return found
-
-
-def _factor_bytes(stored: Weight, steps: Steps) -> int:
-    """Return the bytes of a low-rank term in the file beside the model; offsets of a type are in the type."""
-    first = steps[0] if steps else None
-    form = FORMS.get(first.type) if isinstance(first, GGUF) else None
-    if form is None or form.offsets is None:
-        match stored:
-            case Sum((LowRank(left, right), _)):
-                return FACTOR * (prod(shape(left)) + prod(shape(right)))
-    return 0
-
-
-def _plain_type(header: Header) -> TensorType:
-    """Return the type of a tensor that is not compressed: vectors are float32."""
-    wide = len(header.shape) == 1 or header.bytes_of_numbers == 4 * prod(header.shape)
-    return FLOATS["F32" if wide else "BF16"]
-
-
-def _plain_bytes(header: Header) -> int:
-    return prod(header.shape) * _plain_type(header).block_bytes
-
-
-# By engine, where sizes of its files are known beforehand
-SIZED: dict[str, Callable[[Job], FileSizes]] = {"llama.cpp": GGUFSizes, "mlx": MLXSizes, "exllamav3": EXL3Sizes}
+# By engine that reads files of its own
+SIZED: dict[str, Callable[[Job], FileSizes]] = {
+    "llama.cpp": GGUFSizes,
+    "mlx": MLXSizes,
+    "exllamav3": EXL3Sizes,
+    "vllm": VLLMSizes,
+}

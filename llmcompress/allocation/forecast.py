@@ -3,7 +3,7 @@
     job with a target -> choices -> the options that spend its bits evenly -> plan of that job, and the cost of prices
 
 Prices move bits between matrices, not the size of all. So sizes, memory and time are those of a run, and the options of
-single matrices are not.
+single matrices are not. For a quality, prices decide about the size too, and a warning says so.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from llmcompress.allocation.file_sizes import OurSizes, file_sizes, plan_in_file
 from llmcompress.compression.job import Job
 from llmcompress.compression.plan import Plan, plan_of
 from llmcompress.compression.time_estimate import estimate_time
+from llmcompress.errors import format_bytes
 from llmcompress.recipe.target import Target
 
 TABLE_SHARE = 0.4  # of a model's weights in tables: with more, bits per weight say little about its size
@@ -35,7 +36,7 @@ def forecast(job: Job) -> Plan:
         planned = plan_in_files(planned, settled, sizes)
     return replace(
         planned,
-        warnings=(*planned.warnings, *_table_warnings(job, target)),
+        warnings=(*planned.warnings, *_table_warnings(job, target), *_quality_warnings(choices, target)),
         peak_memory_bytes=max(planned.peak_memory_bytes, pricing),
         target=target.model_dump(mode="json", exclude_none=True),
         timed=lambda: estimate_time(settled, lambda: pricing_seconds(job, choices, text)),
@@ -51,6 +52,18 @@ def _table_warnings(job: Job, target: Target) -> Iterator[str]:
             f"{weights / source.parameters:.0%} of the weights are in token tables, which bits per weight leave out; "
             f"a target in bytes (--size) counts all of them, and chooses for the table too"
         )
+
+
+def _quality_warnings(choices: Choices, target: Target) -> Iterator[str]:
+    """Yield a sentence for a target in KL: that the size is not known, and its bounds."""
+    if target.kl is None:
+        return
+    costs = [matrix.bytes for matrix in choices.matrices]
+    least, most = (choices.size(choices.cheapest([[sign * cost for cost in row] for row in costs])) for sign in (1, -1))
+    yield (
+        f"the size that a KL takes is known once options are measured; the sizes here are of middle options, of "
+        f"{format_bytes(least)} to {format_bytes(most)} that are possible"
+    )
 
 
 def spread_evenly(choices: Choices, target: Target) -> tuple[int, ...]:

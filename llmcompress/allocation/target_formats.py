@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from llmcompress.allocation.distortion import Steps
-from llmcompress.allocation.file_sizes import gguf_type
+from llmcompress.allocation.gguf_sizes import gguf_type
 from llmcompress.compression.job import Job
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.formats.engine_files import UnfitError

@@ -13,14 +13,14 @@ from torch import nn
 
 from llmcompress.benchmark.protocol import SpeedProtocol
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.evaluation.score import is_dense_folder, size_of
+from llmcompress.evaluation.score import open_stored, size_of
 from llmcompress.models.dense.config import MODEL, context_length, read_entries
 from llmcompress.models.dense.experts import expert_share, experts_of
-from llmcompress.models.dense.headers import FLOATS, Header, read_headers
+from llmcompress.models.dense.headers import FLOATS, Header
 from llmcompress.models.dense.locate import Place, locate
-from llmcompress.models.dense.model import open_source
-from llmcompress.models.dense.packed import OF_ENGINES, packing_method
-from llmcompress.models.dense.skeleton import check_causal, folder_skeleton
+from llmcompress.models.dense.packed import packing_method
+from llmcompress.models.dense.sizes import is_dense
+from llmcompress.models.dense.skeleton import check_causal
 from llmcompress.models.dense.tokenizer import check_vocabularies
 from llmcompress.models.files import file_names
 from llmcompress.models.files.gguf_header import read_gguf_header
@@ -31,6 +31,7 @@ from llmcompress.runtime.engines import check_engine
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+MULTIPLIED = (None, "bitsandbytes")  # packings that are not unpacked here before anything is measured
 SCORES = ("perplexity", "kl", "top1_agreement")  # copied from the file of `eval --save`
 
 
@@ -97,16 +98,16 @@ def find_candidates(
 
 def describe_folder(place: Place, dtype: str) -> Candidate:
     """Return a model in a folder; `dtype`: to load a dense one in. Raises InputError for one that cannot be read."""
-    if dense := is_dense_folder(place.folder):
-        source = open_source(place)  # which says what is wrong with a folder
-        skeleton, stored = source.skeleton(), source.tensors
-    else:
-        if (engine := packing_method(read_entries(place.folder / MODEL, place.folder))) in OF_ENGINES:
-            raise InputError(
-                f"{place.name} is for {engine}, and bench runs transformers and llama.cpp; measure it in its engine"
-            )
-        skeleton = folder_skeleton(place.folder, trust_remote_code=place.trust_remote_code)
-        stored = read_headers(place.folder)
+    if place.file is not None:
+        raise InputError(f"{place.name} is in GGUF, which llama.cpp runs; give the file by --gguf")
+    entries = read_entries(place.folder / MODEL, place.folder)
+    dense, method = is_dense(entries), packing_method(entries)
+    if method not in MULTIPLIED:
+        raise InputError(
+            f"{place.name} is stored by {method}, whose codes transformers does not multiply on a processor; measure "
+            f"it in its engine"
+        )
+    skeleton, stored = open_stored(place)
     check_causal(skeleton.config, "measuring how fast text is generated")
     size = size_of(place)
     return Candidate(

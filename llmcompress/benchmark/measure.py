@@ -46,11 +46,11 @@ def bench(
     models: Sequence[str | Path],
     protocol: SpeedProtocol,
     *,
-    against: str | None = None,
-    ggufs: Sequence[Path] = (),
-    table: Path | None = None,
-    numbers: Path | None = None,
-    plot: Path | None = None,
+    against: str | Path | None = None,
+    ggufs: Sequence[str | Path] = (),
+    table: str | Path | None = None,
+    numbers: str | Path | None = None,
+    plot: str | Path | None = None,
     command: str | None = None,
     progress: Scoring | None = None,
     trust_remote_code: bool = False,
@@ -82,7 +82,8 @@ def bench(
         MemoryLimitError: where memory runs out.
     """
     _check_outputs(table, numbers, plot)
-    candidates = find_candidates(map(str, models), ggufs, protocol, against, trust_remote_code)
+    against = None if against is None else str(against)
+    candidates = find_candidates(map(str, models), [*map(Path, ggufs)], protocol, against, trust_remote_code)
     machine, load = machine_facts(), busy_note()
     size, short_memory = buffer_bytes(machine["cache_bytes"], machine["available_bytes"])
     with ExitStack() as stack:
@@ -96,31 +97,32 @@ def bench(
     )
     result["notes"] += [] if load is None else [f"{load}: measure again on a quiet one"]
     result["notes"] += [note for candidate in candidates for note in candidate.notes]
-    result["notes"] += [untried] if ggufs and (untried := untried_version("llama.cpp")) else []
-    result["notes"] += [] if short_memory is None else [short_memory]
+    result["notes"] += filter(None, [untried_version("llama.cpp") if ggufs else None, short_memory])
     if (most := max(protocol.threads)) > machine["cores"]:
         result["notes"].append(f"{most} threads are more than the {machine['cores']} cores that this process may use")
     _write_outputs(result, table, numbers, plot)
     return result
 
 
-def _write_outputs(result: dict[str, Any], table: Path | None, numbers: Path | None, plot: Path | None) -> None:
+def _write_outputs(
+    result: dict[str, Any], table: str | Path | None, numbers: str | Path | None, plot: str | Path | None
+) -> None:
     if table is not None:
-        write_new_file(table, speed_markdown(result))
+        write_new_file(Path(table), speed_markdown(result))
     if numbers is not None:
-        write_new_file(numbers, json.dumps(result, indent=2) + "\n")
+        write_new_file(Path(numbers), json.dumps(result, indent=2) + "\n")
     if plot is not None:
-        write_new_file(plot, speed_png(result))
+        write_new_file(Path(plot), speed_png(result))
 
 
-def _check_outputs(table: Path | None, numbers: Path | None, plot: Path | None) -> None:
+def _check_outputs(table: str | Path | None, numbers: str | Path | None, plot: str | Path | None) -> None:
     """Raise for outputs that cannot be written, before anything is measured."""
     if plot is not None:
         check_matplotlib()
     outputs = {"a table": (table, ".md"), "a list of all numbers": (numbers, ".json"), "a plot": (plot, ".png")}
     for content, (path, kind) in outputs.items():
         if path is not None:
-            check_new_file(path, (kind,), content)
+            check_new_file(Path(path), (kind,), content)
 
 
 def _start_workers(
@@ -181,5 +183,5 @@ def _memory(takers: Sequence[TurnTaker], count: int) -> list[dict[str, Any]]:
     return memory
 
 
-def _versions(ggufs: Sequence[Path]) -> dict[str, str]:
+def _versions(ggufs: Sequence[object]) -> dict[str, str]:
     return versions() | ({"xllamacpp": metadata.version("xllamacpp")} if ggufs else {})

@@ -141,7 +141,7 @@ class _GradientSums:
                 if not is_finite(squares):
                     raise NumericsError(f"{name}: gradients of its outputs are NaN or Inf; check the model")
                 key = name if tokens is None else NUMBER.sub(r"\1", name)
-                total = self.tokens.setdefault(key, torch.zeros(self.size))[place].view(-1)
+                total = self.tokens.setdefault(key, torch.zeros(self.size, dtype=torch.float32))[place].view(-1)
                 each = squares.mean(1).cpu()
                 total.add_(each) if tokens is None else total.index_add_(0, tokens.cpu(), each)
                 sums = squares.sum(0).cpu()
@@ -155,12 +155,12 @@ class _GradientSums:
         """Return the sums of all processes divided by their means; ones for an expert without tokens."""
         rows, tokens = {}, {}
         for name, linear in arch.linears().items():
-            total = self.rows.get(name, torch.zeros(linear.shape[0]))
+            total = self.rows.get(name, torch.zeros(linear.shape[0], dtype=torch.float32))
             ranks.add(total)
             rows[name] = total / mean if (mean := float(total.mean())) > 0 else torch.ones_like(total)
         keys = dict.fromkeys(key for each in ranks.gather(list(self.tokens)) for key in each)
         for key in keys:
-            own = self.tokens.get(key, torch.zeros(self.size))
+            own = self.tokens.get(key, torch.zeros(self.size, dtype=torch.float32))
             total = torch.tensor([float(own.sum()), float(own.numel())], dtype=torch.float64)
             ranks.add(total)
             mean = float(total[0] / total[1])
@@ -226,7 +226,7 @@ def draw_labels(shares: Tensor, draw: torch.Generator) -> Tensor:
     labels = []
     for part in shares.split(DRAWN):
         sums = part.cumsum(-1)
-        height = torch.rand(len(part), 1, generator=draw).to(part.device) * sums[:, -1:]
+        height = torch.rand(len(part), 1, dtype=torch.float32, generator=draw).to(part.device) * sums[:, -1:]
         labels.append(torch.searchsorted(sums, height, right=True).clamp_max(part.shape[1] - 1))
     return torch.cat(labels)
 

@@ -286,7 +286,7 @@ def target_change(bpw: float | None, size: str | None, kl: float | None, sparsit
 def plan_view(plan: Row, every: bool) -> Iterator[RenderableType]:
     """Yield the planned steps of each layer, and the sizes. Layers that differ only in block number share a line."""
     yield f"plan    {plan['recipe']} on {plan['model']}"
-    groups = group_rows(plan["layers"], ("shape", "steps", "bits"), every)
+    groups = group_rows(plan["layers"], ("shape", "steps", "bits", "description"), every)
     cells = [(*_layer_cells(name, rows), f"{rows[0]['bpw']:.3f}", rows[0]["description"]) for name, rows in groups]
     yield build_table(("layers", "", "shape", "steps", "bpw", "stored as"), cells, right=(1, 4))
     if plan["target"] is not None:
@@ -303,6 +303,8 @@ def plan_view(plan: Row, every: bool) -> Iterator[RenderableType]:
         yield f"learns  every block{window}, {steps} each time: {rates}"
     if (distillation := plan["distillation"]) is not None:
         losses = " + ".join(term["of"]["loss"] for term in distillation["losses"])
+        if {phase["kind"] for phase in distillation["phases"]} == {"blockwise"}:
+            losses = "outputs of each block"
         texts = distillation["data"] if isinstance(distillation["data"], list) else [distillation["data"]]
         amounts = " + ".join(f"{text['samples']} x {text['length']}" for text in texts)
         trained = f"{', '.join(distillation['rates'])} by {losses} · {amounts} tokens"

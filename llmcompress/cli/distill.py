@@ -11,7 +11,7 @@ import typer
 from llmcompress.cli.options import Model, Out, Quick, RecipeFile, Seed, Settings, command
 from llmcompress.cli.terminal import Terminal, build_table, size_change
 from llmcompress.reporting.formatting import duration
-from llmcompress.reporting.tables import Row
+from llmcompress.reporting.tables import Row, steps_and_tokens
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -117,7 +117,7 @@ def distilled_view(result: Row, every: bool) -> Iterator[RenderableType]:
     if result["bytes_before"] != result["bytes_after"]:
         yield f"sizes   {size_change(result)} of compressed weights"
     trained = " · ".join(f"{count:,} {kind}" for kind, count in result["trained"].items())
-    yield f"trained {trained} · on {result['tokens']:,} tokens in {duration(result['seconds'])}"
+    yield f"trained {trained} · {steps_and_tokens(result)} in {duration(result['seconds'])}"
     yield f"plot    {result['plot'] or 'none: it needs matplotlib (the extra report)'}"
     if (cost := result.get("quantized_teacher")) is not None:
         yield f"bits    {cost['bits']} of the teacher while it taught · KL {cost['kl']:.4f} to itself before"

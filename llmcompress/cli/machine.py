@@ -23,7 +23,7 @@ UNHEALTHY = 1  # the exit code where something is wrong
 
 
 def bench(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders, .gguf files, Hub ids, or smollm2.")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders, Hub ids, or smollm2.")],
     against: Annotated[
         str | None,
         typer.Option(metavar="DENSE", help="Measure this model too, and show every number as a ratio to it."),

@@ -56,6 +56,7 @@ def drop(
     reading = {} if text is None else {"text": text}
     chosen = choose_blocks(model, blocks, count, by, terminal.choosing, device=device, **reading, **access)
     result = drop_blocks(model, chosen.blocks, output, **access)
+    terminal.warn(merge_sentences(result.warnings))
     terminal.show(result.to_json() | {"damage": chosen.damage}, dropped_view)
 
 

@@ -9,6 +9,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import threading
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 WIDE = 160  # columns, where the output is not a terminal
 IDLE = "at work"  # the name of a stage that nothing is known of
@@ -129,9 +131,9 @@ class Terminal:
         if ending is None:
             return
         if self.verbose > 1:
-            typer.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+            typer.echo(printable("".join(traceback.format_exception(error))), err=True, nl=False)
         if not getattr(error, "reported_elsewhere", False):
-            typer.echo(f"[{code}] {message}", err=True)
+            typer.echo(printable(f"[{code}] {message}").replace("\n", "\\n"), err=True)
         raise typer.Exit(code) from None
 
     def show(self, values: dict[str, Any], view: Callable[[dict[str, Any], bool], Iterable[RenderableType]]) -> None:
@@ -147,12 +149,12 @@ class Terminal:
             console = Console(file=self._output, width=width, highlight=False, markup=False)
             with writing_to(self._output):
                 for part in view(values, self.verbose > 0):
-                    console.print(part)
+                    console.print(printable(part) if isinstance(part, str) else part)
 
     def say(self, line: str) -> None:
         """Print one more line below a result; not with `--json`."""
         if not self.as_json and not self.quiet:
-            typer.echo(line)
+            typer.echo(printable(line))
 
     def warn(self, sentences: Iterable[str]) -> None:
         """Print warnings on standard error."""
@@ -199,7 +201,7 @@ class Terminal:
         with self._lock:
             if self._stage is not None:
                 self._stage.close()  # its bar comes back below the line
-            typer.echo(line, file=self._errors)
+            typer.echo(printable(line), file=self._errors)
 
     def _report(self, counted: str, done: int, total: int, note: str = "", part: bool = False) -> None:
         """Report a stage; `part`: True for what the library counts, which is a part of the stage if there is one."""
@@ -298,15 +300,20 @@ def _remains(error: BaseException) -> str:
     return f"; {error.args[0]}" if error.args else ""
 
 
+def printable(text: str) -> str:
+    """Return a text, of a file perhaps, with escapes for the characters that steer a terminal."""
+    return STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 def build_table(headings: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> Table:
     """Return a table without lines. The columns numbered in `right` are flush right."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index in right else "left", overflow="fold")
+        table.add_column(printable(heading), justify="right" if index in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     return table
 
 

@@ -304,7 +304,7 @@ def compress_tied_layers(
 
 def _mean_weight(job: Job, tie: CommonMatrix) -> Tensor:
     """Return the common matrix before it is compressed, float32 `[out, in]`: the mean of its starting linears."""
-    linears, total = job.arch.linears(), torch.zeros(tie.shape)
+    linears, total = job.arch.linears(), torch.zeros(tie.shape, dtype=torch.float32)
     for name in tie.start:
         weight = job.source.read(f"{name}.weight").float()
         total += weight.T if linears[name].transposed else weight

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import takewhile
 from math import prod
 from typing import Any
@@ -19,12 +19,15 @@ from llmcompress.compression.job import Job
 from llmcompress.compression.layers import describe_rounded
 from llmcompress.compression.memory_estimate import peak_bytes
 from llmcompress.errors import MemoryLimitError, RecipeError, list_names
-from llmcompress.methods.layer import StepConfig, methods, sketch
+from llmcompress.methods.layer import StepConfig, base_and_term, methods, sketch
+from llmcompress.methods.low_rank.factors import SVD
 from llmcompress.models.dense.skeleton import is_causal
+from llmcompress.recipe.rules import matches
 from llmcompress.reporting.report import UNGATED
 from llmcompress.runtime.memory import total_memory
+from llmcompress.weight.algebra import add_term
 from llmcompress.weight.expression import bits, describe
-from llmcompress.weight.nodes import Weight
+from llmcompress.weight.nodes import LowRank, Weight
 from llmcompress.weight.rows import check_rows
 
 TABLE_HINT = "; --set '"  # precedes a setting that compresses tables, in a warning
@@ -101,11 +104,11 @@ def plan_of(job: Job, processes: int = 1) -> Plan:
     rows: list[LayerPlan] = []
     alike: dict[tuple[tuple[int, int], str, bool], LayerPlan] = {}  # a large model has few shapes
     for name, steps in job.steps.items():
-        size, tie = linears[name].shape, job.ties.get(name)
-        inputs = job.inputs.get(name)
-        key = size, repr((steps, inputs)), tie is not None and tie.is_first(name)
+        size, tie, inputs = linears[name].shape, job.ties.get(name), job.inputs.get(name)
+        terms = added_terms(job, name, size)
+        key = size, repr((steps, inputs, [describe(term) for term in terms])), tie is not None and tie.is_first(name)
         if key not in alike:
-            stored = tie.sketch(name) if tie else sketch(name, size, steps)
+            stored = reduce(add_term, terms, tie.sketch(name) if tie else sketch(name, size, steps))
             text = tie.description(name, stored) if tie else describe_rounded(stored, inputs)
             alike[key] = _row(name, size, steps, stored, text)
         rows.append(replace(alike[key], name=name))
@@ -140,6 +143,18 @@ def plan_of(job: Job, processes: int = 1) -> Plan:
     )
 
 
+def added_terms(job: Job, name: str, size: tuple[int, int]) -> list[LowRank]:
+    """Return the low-rank terms that the distillation adds to a linear, without values.
+
+    Raises RecipeError for a rank that is larger than the matrix.
+    """
+    stages = () if job.recipe.distill is None else job.recipe.distill.stages()
+    given = [stage.adapt for _, stage in stages if stage.adapt is not None]
+    own = [each for each in given if any(matches(pattern, name) for pattern in each.match)]
+    steps = [SVD(rank=each.rank, factor_bits=each.factor_bits) for each in own]
+    return [term for step in steps if (term := base_and_term(sketch(name, size, [step]))[1]) is not None]
+
+
 def _values(section: BaseModel | None) -> dict[str, Any] | None:
     return None if section is None else section.model_dump(mode="json")
 
@@ -155,7 +170,8 @@ def _warnings(job: Job, rows: Sequence[LayerPlan], dense_bytes: int, total: int)
     yield from (f"pattern {pattern!r} matches only layers of earlier rules" for pattern in job.assignment.shadowed)
     inside = [name for name in job.assignment.steps if name not in job.steps]
     outside = [linear.name for linear in job.arch.outside if not _is_compressed(job, linear.name)]
-    yield from (f"{name} stays dense" for name in (*inside, *_parts(outside, job.arch.stack), *job.arch.other))
+    table = [] if job.arch.tied or job.arch.embedding in job.tables else [job.arch.embedding]  # no linear
+    yield from (f"{name} stays dense" for name in (*inside, *_parts(outside, job.arch.stack), *table, *job.arch.other))
     if job.arch.casts_to_head and (job.recipe.head or job.recipe.embeddings):
         shared = f", and {job.arch.embedding}, which it shares" if job.arch.tied else ""
         yield f"{job.arch.head}{shared} must stay dense: the model casts its inputs to the dtype of its weight"

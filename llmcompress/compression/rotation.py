@@ -114,9 +114,10 @@ def rotated_source(source: DenseModel, seed: int, untie: bool) -> DenseModel:
         source.trust_remote_code,
         source.sizes,
         source.adapter,
+        origin=source.origin,
         dense=source,
         turns=turns,
-        signs=torch.rand(table.shape[1], generator=generator("fused rotation", seed)) < 0.5,
+        signs=torch.rand(table.shape[1], dtype=torch.float32, generator=generator("fused rotation", seed)) < 0.5,
     )
 
 

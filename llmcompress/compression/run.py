@@ -85,8 +85,10 @@ def compress(
         finished = ranks.first(partial(files.open, identity))
         tune = None if job.recipe.reconstruct is None else BlockTuner(job.recipe.reconstruct, ranks)
         run = CompressionState(job, place, tune, 0 if tokens is None else tokens.held_out, list(finished), ranks)
-        started -= finished[-1].seconds if finished else 0.0
-        _compress_blocks(run, tokens, files, progress, started)
+        if finished:
+            started -= finished[-1].seconds
+            phases.resume(finished[-1].phases)
+        _compress_blocks(run, tokens, files, progress, started, phases)
         with ranks.agree_on_errors():
             _check_fallbacks(run)
         report = ranks.first(lambda: _finish(run, tokens, files, len(finished), started, phases))
@@ -109,7 +111,12 @@ def check_ranks(job: Job, ranks: Ranks, output: Path | str | None) -> None:
 
 
 def _compress_blocks(
-    run: CompressionState, tokens: CalibrationTokens | None, files: RunFiles, progress: Progress | None, started: float
+    run: CompressionState,
+    tokens: CalibrationTokens | None,
+    files: RunFiles,
+    progress: Progress | None,
+    started: float,
+    phases: Phases,
 ) -> None:
     """Compress every block into the checkpoint; blocks that an earlier run has finished are restored and run."""
     finished = len(run.entries)
@@ -125,7 +132,8 @@ def _compress_blocks(
             restore(run, block, tensors, last=block.index + 1 == finished)
             continue
         result = compress_block(run, block)
-        run.entries.append(replace(result.entry, seconds=time.monotonic() - started))
+        seconds, peak = time.monotonic() - started, peak_memory()
+        run.entries.append(replace(result.entry, seconds=seconds, peak=peak, phases=phases.seconds()))
         run.ranks.first(partial(files.add, run.entries[-1], result.closed, result.pending))
         note = slow.end_block(tuple(row.shape for row in result.entry.rows))
         if note is not None and run.ranks.count == 1:  # other processes of the run are no other work
@@ -200,7 +208,7 @@ def _report(run: CompressionState, tokens: CalibrationTokens | None, size: int, 
     processes = {} if run.ranks.count == 1 else {"processes": run.ranks.count}  # that have added up statistics
     return Report(
         model=job.source.public_name,
-        revision=job.source.revision,
+        revision=job.source.origin.revision,
         recipe=job.recipe.name,
         dense_bytes=job.source.bytes,
         bytes=size,
@@ -208,10 +216,10 @@ def _report(run: CompressionState, tokens: CalibrationTokens | None, size: int, 
         model_bpw=size * 8 / job.source.parameters,
         parameters=job.source.parameters,
         seconds=seconds,
-        peak_memory_bytes=peak_memory(),
+        peak_memory_bytes=max([peak_memory(), *(entry.peak for entry in run.entries)]),
         calibration=None if tokens is None else tokens.report() | processes,
         layers=tuple(rows),
-        base_model=job.source.hub_id,
+        base_model=job.source.origin.base_model,
         license=job.source.license,
         versions=versions(),
         blocks={path: errors for entry in run.entries for path, errors in entry.learned.items()},
@@ -228,6 +236,8 @@ def _warnings(run: CompressionState, before: int) -> Iterator[str]:
     """Yield the warnings of the run itself, in a sentence each."""
     if run.job.recipe.trial:
         yield TRIAL
+    if run.tune is not None:
+        yield "errors of layers are those before their blocks learned, which moves all of a block together"
     if run.job.recipe.kv_cache:
         scaled = sum(bool(entry.kv_scales) for entry in run.entries)
         yield (

@@ -28,6 +28,7 @@ from llmcompress.compression.plan import Plan
 from llmcompress.data.calibration import CalibrationTokens
 from llmcompress.errors import DiskError, InputError
 from llmcompress.models.dense.companions import Companions, companions
+from llmcompress.models.dense.config import FUSED
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import CHECKPOINT, Writer, publish_checkpoint
 from llmcompress.models.files.compressed import check_written
@@ -62,8 +63,8 @@ class BlockEntry:
     """The report of a finished block.
 
     `layouts`: of everything stored since the entry before. `learned`, by path, and `fused`: as in the report.
-    `unweighed`: paths of blocks whose tokens count alike against the recipe. `kv_scales`: as in the report. `seconds`:
-    of the whole run up to here.
+    `unweighed`: paths of blocks whose tokens count alike against the recipe. `kv_scales`: as in the report. `seconds`
+    and `phases`: of the whole run up to here; `peak`: the memory of the process, in bytes.
     """
 
     rows: list[LayerReport] = field(default_factory=list)
@@ -73,6 +74,8 @@ class BlockEntry:
     unweighed: list[str] = field(default_factory=list)
     seconds: float = 0.0
     kv_scales: dict[str, list[float]] = field(default_factory=dict)
+    peak: int = 0
+    phases: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, keys as in the fields."""
@@ -85,7 +88,8 @@ class BlockEntry:
         layouts = {name: Layout.from_json(layout) for name, layout in entry["layouts"].items()}
         rows = [LayerReport.from_json(row) for row in entry["rows"]]
         notes = entry["fused"], entry["unweighed"]
-        return BlockEntry(rows, layouts, entry["learned"], *notes, float(entry["seconds"]), entry["kv_scales"])
+        cost = int(entry["peak"]), entry["phases"]
+        return BlockEntry(rows, layouts, entry["learned"], *notes, float(entry["seconds"]), entry["kv_scales"], *cost)
 
 
 @dataclass(eq=False)
@@ -198,6 +202,8 @@ class RunFiles:
             writer.add({name: source.read(name) for name in _names_outside_blocks(self.job)})
         config = source.config_entries()
         config["quantization_config"] = table_entry(layouts, source.sizes, ties) | {"versions": versions()}
+        if (fuse := self.job.recipe.fuse) is not None:
+            config[FUSED] = fuse.model_dump()
         writer.write("config.json", json.dumps(config, indent=1))
         self._beside.copy(writer.folder)
         size = writer.close(binding(writer.folder))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,7 @@ from llmcompress.data.calibration import (
 )
 from llmcompress.data.chat import answer_tokens
 from llmcompress.data.packing import Tokens, count_all, first_tokens, pack_documents
+from llmcompress.data.schedule import normalize
 from llmcompress.data.text import Reading
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.recipe.calibration import Domain, TextSource
@@ -56,6 +58,12 @@ class Data:
     sizes: tuple[int, ...]
     report: dict[str, Any]
     hash: str
+
+    def first(self, count: int) -> Batch:
+        """Return about `count` training sequences: the first of each domain, by its weight."""
+        each = zip(accumulate(self.sizes), self.sizes, normalize(self.weights))
+        places = [torch.arange(end - size, end)[: max(1, round(count * share))] for end, size, share in each]
+        return self.sequences[torch.cat(places)]
 
     @property
     def notes(self) -> list[str]:

@@ -21,8 +21,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from llmcompress.data.columns import Document, Message
 from llmcompress.data.generate import Answer, Answerer, AnswerSampling
 from llmcompress.data.text import Reading, read_documents
@@ -34,6 +32,7 @@ from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.models.files.identity import teacher_digest
 from llmcompress.models.files.output import check_name, lock_output, sync
 from llmcompress.models.files.store import Store
+from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.facts import versions
 from llmcompress.runtime.json_values import JsonRecord
 from llmcompress.runtime.precision import product_dtype
@@ -126,11 +125,9 @@ def answer(
         raise DiskError(f"{output.absolute().parent} is no folder that can be written to; choose another output file")
     place = locate(model, revision, trust_remote_code)
     next(prompts(settings))  # data that cannot be read, before the model is loaded
-    loaded, tokenizer = load_model(place, device), load_tokenizer(place.folder, trust_remote_code)
+    dtype = product_dtype("auto", device_of(device))
+    loaded, tokenizer = load_model(place, device, dtype), load_tokenizer(place.folder, trust_remote_code)
     check_causal(loaded.config, "answering prompts")
-    dtype = product_dtype("auto", loaded.device)
-    moved: nn.Module = loaded
-    moved.to(dtype)
     answerer = Answerer(loaded, tokenizer, settings.sampling)
     made = {"model": place.name, "revision": place.revision, "dtype": str(dtype).removeprefix("torch.")}
     generation = made | asdict(settings.sampling) | {"versions": versions()}

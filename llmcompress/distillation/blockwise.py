@@ -205,7 +205,7 @@ def recover_blocks(
         if report is not None:
             speed = (index + 1) * ids.numel() / (time.monotonic() - started)
             report(index + 1, count, recovered.errors[student.path(index)], speed)
-    if not recovered.trained:
+    if not any(recovered.trained.values()):
         raise RecipeError(f"rates: no block has {' or '.join(recipe.rates)} to train; give a rate for what they have")
     return recovered
 
@@ -248,7 +248,7 @@ def _take_record(recovered: RecoveredBlocks, student: Stream, index: int, record
             recovered.dense[key] = model.get_parameter(key)
     recovered.seconds.append(record.entry["seconds"])
     recovered.errors[student.path(index)] = BlockErrors(**record.entry["block"])
-    recovered.trained.update({kind: count for kind, count in record.entry["trained"].items() if count})
+    recovered.trained.update(record.entry["trained"])
 
 
 def recover_block(

@@ -21,9 +21,9 @@ from llmcompress.distillation.parallel.fsdp import drop_values
 from llmcompress.distillation.parallel.launch import receives_shares
 from llmcompress.distillation.student.learned_masks import learned_masks
 from llmcompress.distillation.student.low_rank import add_terms, round_terms, teacher_weights
-from llmcompress.distillation.student.model import check_latents, relaxed_student
+from llmcompress.distillation.student.model import PROJECTIONS, check_latents, relaxed_student
 from llmcompress.distillation.student.nested import check_nested, split_terms
-from llmcompress.distillation.student.regrow import Masks, grow, input_norms, prune_again, regrown_share
+from llmcompress.distillation.student.regrow import SEQUENCES, Masks, grow, input_norms, prune_again, regrown_share
 from llmcompress.distillation.teacher.cache import measure_cache_bias
 from llmcompress.distillation.train import train
 from llmcompress.errors import RecipeError
@@ -127,6 +127,13 @@ def missing_kinds(trained: Mapping[Any, object]) -> tuple[str, ...]:
     return (f"rates: the student has no {' and no '.join(missing)} to train; the rest learns alone",) if missing else ()
 
 
+def _warn_of_missing(run: TrainContext, trained: Mapping[Any, object]) -> None:
+    """Warn as `missing_kinds` does, but of projections, which training adds."""
+    if run.ranks.rank == 0 and run.metrics.tracked:  # a control has the same rates
+        for warning in missing_kinds({kind: values for kind, values in trained.items() if kind != PROJECTIONS}):
+            LOG.warning(warning)
+
+
 def _mask_forms(run: TrainContext, masks: Masks) -> dict[str, ValuesForm]:
     """Return the forms in which grown linears train whose masks learn, by name."""
     regrow = run.recipe.regrow
@@ -137,7 +144,7 @@ def _mask_forms(run: TrainContext, masks: Masks) -> dict[str, ValuesForm]:
 
 def _norms(run: TrainContext, masks: Masks) -> dict[str, Tensor]:
     """Return the squared norms of the inputs of masked linears on the training text, by name."""
-    return input_norms(run.student.model, masks, run.data.sequences, run.autocast)
+    return input_norms(run.student.model, masks, run.data.first(SEQUENCES), run.autocast)
 
 
 def _run_end_to_end(
@@ -154,9 +161,7 @@ def _run_end_to_end(
         values=values,
         drop_values=drop_values if receives_shares(run.accelerator) else None,
     )
-    if run.ranks.rank == 0 and run.metrics.tracked:  # a control has the same rates
-        for warning in missing_kinds(student.trained):
-            LOG.warning(warning)
+    _warn_of_missing(run, student.trained)
     progress = train(replace(run, student=student), report)
     numbers: dict[str, int] = {
         kind: sum(value.numel() for value in values.values()) for kind, values in student.trained.items()
@@ -182,6 +187,7 @@ def _run_blocks(run: TrainContext, result: PhasesResult, report: Report | None) 
         len(text) - sequences,
         None if report is None else lambda done, blocks, errors, speed: report(done, blocks, errors.after, speed, kl),
     )
+    _warn_of_missing(run, recovered.trained)
     result.add(recovered.linears, recovered.dense, recovered.trained)
     seconds = sum(recovered.seconds)
     tokens = run.steps * run.recipe.batch * run.data.sequences.targets // sequences  # of every block

@@ -6,17 +6,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from llmcompress.data.calibration import held_out_count
 from llmcompress.errors import MemoryLimitError, RecipeError, is_out_of_memory
 from llmcompress.losses.loss import reads_states
-from llmcompress.models.files.file_names import RECIPE
+from llmcompress.models.dense.config import FUSED, MODEL, read_entries
+from llmcompress.models.files.file_names import DISTILLATION_RECIPE, RECIPE
+from llmcompress.recipe.calibration import TextSource
 from llmcompress.recipe.distillation import Distillation
-from llmcompress.recipe.read import read_recipe
+from llmcompress.recipe.read import read_as, read_recipe
 from llmcompress.recipe.sections import Fuse
 from llmcompress.recipe.validation import hint
+from llmcompress.reporting.report import KNOWN_TEXT
 
 
 def check_requirements(recipe: Distillation, device: str) -> None:
@@ -72,10 +78,41 @@ def advise_on_memory(recipe: Distillation) -> Iterator[None]:
         ) from error
 
 
-def check_student(folder: Path, recipe: Distillation) -> None:
-    """Raise RecipeError as `check_fused` does, by the recipe in a student's folder, or if that cannot be read."""
+def check_student(folder: Path, teacher: Path, recipe: Distillation) -> None:
+    """Raise RecipeError as `check_fused` does, by the recipe in a student's folder, or if that cannot be read.
+
+    `teacher`: the folder of its teacher.
+    """
     if (folder / RECIPE).is_file():
-        check_fused(read_recipe(folder / RECIPE).fuse, recipe)
+        fuse = read_recipe(folder / RECIPE).fuse
+    else:  # `save_pretrained` and exports keep the config alone
+        fused, same = (read_entries(place / MODEL, place).get(FUSED) for place in (folder, teacher))
+        fuse = Fuse.model_construct(**fused) if isinstance(fused, dict) and fused != same else None
+    check_fused(fuse, recipe)
+
+
+def find_known_text(folder: Path, recipe: Distillation) -> list[str]:
+    """Return a warning of each text of `recipe` whose held-out part was trained on by the distillation that wrote the
+    student's `folder`. `recipe`: as `hide_folders` returns it."""
+    path, warnings = folder / DISTILLATION_RECIPE, []
+    earlier = read_as(Distillation, path).texts() if path.is_file() else ()
+    for text in recipe.texts():
+        learned = [_training_samples(other, other.samples) for other in earlier if _tokens(other) == _tokens(text)]
+        if (most := max(learned, default=0)) > _training_samples(text, text.samples):
+            enough = next(samples for samples in count(most) if _training_samples(text, samples) >= most)
+            warnings.append(f"{KNOWN_TEXT} of {text.dataset}; raise samples to {enough} or more")
+    return warnings
+
+
+def _training_samples(text: TextSource, samples: int) -> int:
+    """Return how many of the first `samples` sequences of a text are trained on; those after them are held out."""
+    return samples - held_out_count(text.held_out, samples)
+
+
+def _tokens(text: TextSource) -> dict[str, Any]:
+    """Return what the sequences of a text depend on, however many there are."""
+    others = text.model_dump(exclude={"samples", "held_out", "name", "weight", "dataset", "sha256"})
+    return others | {"dataset": text.sha256 or text.dataset}
 
 
 def check_fused(fuse: Fuse | None, recipe: Distillation) -> None:

@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from llmcompress.data.distillation import Data, read_data
 from llmcompress.distillation.context import TRAINING, DistillationJob, Report
 from llmcompress.distillation.metrics import start_trackers
-from llmcompress.distillation.parallel.launch import launched_accelerator
+from llmcompress.distillation.parallel.launch import launched_accelerator, own_accelerate
 from llmcompress.distillation.phases import run_phases
-from llmcompress.distillation.requirements import advise_on_memory, check_student
+from llmcompress.distillation.requirements import advise_on_memory, check_student, find_known_text
 from llmcompress.distillation.result import DistillationResult, result_of, write_result
 from llmcompress.distillation.setup import check_job, load_pair, set_up
 from llmcompress.distillation.student.folder import StudentFolder, open_folder
@@ -49,6 +49,7 @@ COMPRESSED_TEACHER = "the teacher is compressed too, so what it lost the student
 
 
 @fast_float32()
+@own_accelerate()
 def distill(
     student: str | Path,
     teacher: str | Path,
@@ -104,15 +105,16 @@ def _distill_locked(
     """Distil as `distill` says, while no other process writes the output."""
     folder = student_place.folder
     with ranks.agree_on_errors():
-        check_student(folder, recipe)
+        check_student(folder, teacher_place.folder, recipe)
         opened = open_folder(student_place, recipe.nested)
         beside = companions(folder, student_place.trust_remote_code)
-        recipe_text = dump(hide_folders(recipe))
+        published = hide_folders(recipe)
+        known = find_known_text(folder, published)
         check_writable(target, opened.bytes)
         check_vocabularies((student_place, teacher_place))
         tokenizer = load_tokenizer(folder, student_place.trust_remote_code)
+        check_teacher(teacher_place, recipe.teacher.bits)
         student, teacher = load_pair(student_place, teacher_place, recipe, accelerator)
-        check_teacher(teacher, recipe.teacher.bits)
     data = _read_data(recipe, tokenizer, teacher, ranks)
     training = target.with_name(target.name + TRAINING)
     identity = _identity(recipe, data, opened, teacher_place)
@@ -123,7 +125,7 @@ def _distill_locked(
     job = DistillationJob(student_place, teacher_place, recipe, target, data, store, accelerator, ranks)
     with ranks.agree_on_errors():
         check_job(job, student, teacher)
-    warnings = [*data.notes, *([COMPRESSED_TEACHER] if compressed_modules(teacher) else [])]
+    warnings = [*data.notes, *known, *([COMPRESSED_TEACHER] if compressed_modules(teacher) else [])]
     start_trackers(recipe, accelerator)
     with _note_state(training), advise_on_memory(recipe), silence_bitsandbytes(), keeping_freed_memory():
         run = set_up(job, student, teacher)
@@ -133,7 +135,7 @@ def _distill_locked(
         del run
         result = replace(result, controls={name: run_control(job, name, progress) for name in recipe.controls})
     if accelerator.is_main_process:
-        write_result(job, opened, beside, learned, recipe_text, result)
+        write_result(job, opened, beside, learned, dump(published), result)
         store.clear()
         if recipe.teacher.kind == "cached":
             remove_cache(recipe.teacher, target)
@@ -186,7 +188,7 @@ def run_control(job: DistillationJob, name: Control, progress: Report | None) ->
     job.accelerator.free_memory()  # which keeps the models that it has shared out
     control = replace(job, recipe=control_recipe(job.recipe, name), store=store, tracked=False)
     with job.ranks.agree_on_errors():
-        pair = load_pair(job.student_place, job.teacher_place, control.recipe, job.accelerator)
+        pair = load_pair(job.student_place, job.teacher_place, job.recipe, job.accelerator)  # as the job's own fit
     run = set_up(control, *pair)
     del pair
     try:

@@ -17,7 +17,13 @@ from llmcompress.distillation.on_policy import check_on_policy
 from llmcompress.distillation.parallel.launch import check_enough, is_sharded, loading_device, receives_shares
 from llmcompress.distillation.student.model import Student
 from llmcompress.distillation.teacher.cache import cache_teacher
-from llmcompress.distillation.teacher.predictions import HeldOutTeacher, OnlineTeacher, TeacherSource, TruncatedTeacher
+from llmcompress.distillation.teacher.predictions import (
+    HeldOutTeacher,
+    NoTeacher,
+    OnlineTeacher,
+    TeacherSource,
+    TruncatedTeacher,
+)
 from llmcompress.distillation.teacher.quantized import load_quantized, measure_quantization
 from llmcompress.losses.loss import reads_states
 from llmcompress.models.dense.experts import unfuse
@@ -71,20 +77,19 @@ def check_job(job: DistillationJob, student: PreTrainedModel, teacher: PreTraine
 def set_up(job: DistillationJob, student: PreTrainedModel, teacher: PreTrainedModel) -> TrainContext:
     """Return the context of the training. `student`, `teacher`: as `load_pair` gives them.
 
-    A teacher that is cached or quantized reads the held-out sequences beforehand, and is gone afterwards. Raises what
-    `cache_teacher`, `load_quantized` and `measure_quantization` raise.
+    A teacher that is cached or quantized, or that no loss reads, reads the held-out sequences beforehand, and is gone
+    afterwards. Raises what `cache_teacher`, `load_quantized` and `measure_quantization` raise.
     """
     options, device, cost = job.recipe.teacher, job.accelerator.device, None
     teacher.requires_grad_(False)
-    if options == Teacher():
-        source = choose_source(job, student, teacher)
-    else:
-        reading = teacher
+    source, reading = choose_source(job, student, teacher), teacher
+    if options != Teacher() or (isinstance(source, NoTeacher) and not is_sharded(job.accelerator)):
         with job.autocast():
             teacher = cast("PreTrainedModel", HeldOutTeacher(reading, job.data.held_out).to(device, job.dtype))
-        if options.bits is not None:
-            reading = load_quantized(job.teacher_place, options.bits, device, job.dtype)
-            cost = measure_quantization(job, teacher, reading, options.bits)
+    if options.bits is not None:
+        reading = load_quantized(job.teacher_place, options.bits, device, job.dtype)
+        cost = measure_quantization(job, teacher, reading, options.bits)
+    if options != Teacher():
         source = cache_teacher(job, reading) if options.kind == "cached" else OnlineTeacher(reading)
     return TrainContext(
         **vars(job),
@@ -104,4 +109,4 @@ def choose_source(job: DistillationJob, student: PreTrainedModel, teacher: PreTr
     if last is not None and is_sharded(job.accelerator):  # its blocks are gathered in an order that has to end
         return OnlineTeacher(teacher)
     table = cast(torch.nn.Embedding, teacher.get_input_embeddings())  # whose weight, if compressed, is a payload
-    return TruncatedTeacher(teacher, last, table.num_embeddings)
+    return NoTeacher(table.num_embeddings) if last is None else TruncatedTeacher(teacher, last, table.num_embeddings)

@@ -26,7 +26,7 @@ class Protocol(JsonRecord):
     batch_size: int = 8  # of tasks; changes their scores slightly
     chat_template: bool = False  # True: prompts of tasks are written as chats
     seed: int = 0  # of few-shot examples and samples
-    domains: Path | None = None  # a folder of .txt files, one kind of text each, which are scored as well
+    domains: str | Path | None = None  # a folder of .txt files, one kind of text each, which are scored as well
     generate: bool = False  # True: tasks of .jsonl files let the model write answers and programs, and run these
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class Protocol(JsonRecord):
         """
         if self.domains is None:
             return {}
-        files = sorted(self.domains.glob("[!.]*.txt"))
+        files = sorted(Path(self.domains).glob("[!.]*.txt"))
         if not files:
             raise InputError(f"{self.domains} is no folder with .txt files; put one kind of text into each")
         return {file.stem: replace(self, text=file, domains=None, tasks=()) for file in files}

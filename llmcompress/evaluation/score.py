@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluation.evaluate import Evaluation, Scoring, evaluate, evaluate_all
@@ -18,24 +18,29 @@ from llmcompress.evaluation.perplexity import describe_protocol, windows_by_text
 from llmcompress.evaluation.processes import ALONE, Processes
 from llmcompress.evaluation.protocol import STANDARD, Protocol
 from llmcompress.evaluation.tasks import find_tasks
-from llmcompress.models.dense.families import Linear, architecture
+from llmcompress.models.dense.adapter import adapter_files
+from llmcompress.models.dense.config import MODEL, packing_entry, read_entries
+from llmcompress.models.dense.families import architecture
 from llmcompress.models.dense.gguf_model import stored_bytes
-from llmcompress.models.dense.headers import read_headers
+from llmcompress.models.dense.headers import Header, model_files, read_headers
 from llmcompress.models.dense.load import check_fits
 from llmcompress.models.dense.locate import Place, locate
-from llmcompress.models.dense.model import DenseModel, open_source
-from llmcompress.models.dense.sizes import is_dense
+from llmcompress.models.dense.model import open_source
+from llmcompress.models.dense.packed import packing_method
+from llmcompress.models.dense.sizes import is_dense, with_sizes
 from llmcompress.models.dense.skeleton import folder_skeleton
 from llmcompress.models.dense.tokenizer import check_vocabularies, load_tokenizer
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import add_file, check_can_add, check_outside, write_checkpoint
 from llmcompress.models.files.output import check_new_file, check_writable, write_new_file
-from llmcompress.models.files.reading import read_json
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.tables import comparison_markdown
 from llmcompress.runtime.facts import versions
 from llmcompress.runtime.precision import fast_float32
 from llmcompress.runtime.progress import progress_lines
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,9 @@ def score(
     protocol: Protocol = STANDARD,
     *,
     revision: str | None = None,
-    against: str | None = None,
+    against: str | Path | None = None,
     save: bool = False,
-    output: Path | None = None,
+    output: str | Path | None = None,
     device: str = "cpu",
     processes: Processes = ALONE,
     progress: Scoring | None = None,
@@ -86,7 +91,7 @@ def score(
     """
     folder = _saving_folder(model, against) if save else None
     if output is not None:
-        check_writable(output, 0)
+        check_writable(output := Path(output), 0)
         check_outside(output, model)
     place = locate(model, revision, trust_remote_code)
     places = [place, *([] if against is None else [locate(against, trust_remote_code=trust_remote_code)])]
@@ -109,7 +114,7 @@ def score(
     return scores
 
 
-def _saving_folder(model: str | Path, against: str | None) -> Path:
+def _saving_folder(model: str | Path, against: str | Path | None) -> Path:
     """Return the folder of a model that scores are saved in.
 
     Raises RecipeError without a dense model, and what `check_can_add` raises, before anything is measured.
@@ -151,7 +156,7 @@ def compare(
     models: Sequence[str | Path],
     protocol: Protocol = STANDARD,
     *,
-    output: Path | None = None,
+    output: str | Path | None = None,
     device: str = "cpu",
     processes: Processes = ALONE,
     progress: Scoring | None = None,
@@ -183,7 +188,7 @@ def compare(
     if isinstance(models, str) or len(models) < 2:
         raise RecipeError("a comparison needs two models or more; give the one that the others are compared with first")
     if output is not None:
-        check_new_file(output, (".md", ".json"), "a comparison")
+        check_new_file(output := Path(output), (".md", ".json"), "a comparison")
         check_outside(output, *models)
     places = [locate(model, trust_remote_code=trust_remote_code) for model in models]
     sizes = [size_of(place) for place in places]
@@ -210,53 +215,64 @@ def compare(
 
 
 def size_of(place: Place) -> Size:
-    """Return the size of a model, from our report, another tool's headers, or dense headers, which are checked.
+    """Return the size of a model: of its weight files, of a dense one its numbers, and of what linears have in them.
 
-    A GGUF file counts as it is stored, though bfloat16 is scored.
+    Our report counts where it is that of these files. A GGUF file counts as it is stored, though bfloat16 is scored.
+    Raises InputError for a model that cannot be read.
     """
-    for folder in (place.folder, Path(place.name)):  # the second: of a GGUF file, which is unpacked elsewhere
-        if (folder / file_names.REPORT).is_file():
-            report = reports.read(folder)
-            return Size(report.bytes, report.bpw, report.model_bpw)
-    if not is_dense_folder(place.folder):
-        return _quantized_size(place)
-    source = open_source(place)
-    total = source.bytes if place.file is None else place.file.stat().st_size
-    return Size(total, _linear_bpw(source, place.file), total * 8 / source.parameters)
+    home = place.folder if place.file is None else place.file.parent
+    if (home / file_names.REPORT).is_file() and (report := reports.read(home)).bytes == _file_bytes(place):
+        return Size(report.bytes, report.bpw, report.model_bpw)
+    model, stored = open_stored(place)
+    plain = place.file is None and is_dense(read_entries(place.folder / MODEL, place.folder))
+    total = sum(header.bytes for header in stored.values()) if plain else _file_bytes(place)
+    tied = model.all_tied_weights_keys
+    weights = sum(value.numel() for name, value in model.named_parameters() if name not in tied)
+    return Size(total, _linear_bpw(place, model, stored), total * 8 / weights)
 
 
-def is_dense_folder(folder: Path) -> bool:
-    """True for a dense model, and where config.json cannot be read, which `open_source` reports."""
+def _file_bytes(place: Place) -> int:
+    files = model_files(place.folder) if place.file is None else [place.file]
+    if place.adapter is not None:
+        files = [*files, adapter_files(place.adapter)[1]]
+    return sum(path.stat().st_size for path in files)
+
+
+def open_stored(place: Place) -> tuple[PreTrainedModel, dict[str, Header]]:
+    """Return a model on meta, and the headers of what is stored of it: by its own names where they are known here."""
+    entries = read_entries(place.folder / MODEL, place.folder)
+    if is_dense(entries) or packing_method(entries) is not None:
+        source = open_source(place)  # which says what is wrong with a folder
+        return source.skeleton(), source.tensors
+    model = folder_skeleton(place.folder, trust_remote_code=place.trust_remote_code)
+    packing, stored = packing_entry(entries), read_headers(place.folder)
+    from llmcompress.models.transformers.hf_quantizer import NAME, LLMCompressConfig
+
+    if not isinstance(packing, dict) or packing.get("quant_method") != NAME:
+        return model, stored
+    config = LLMCompressConfig(**packing)
+    common = {base: name for name, base in config.ties.items()}  # counts with one linear that shares it
+    sizes = {name: list(layout.size) for name, layout in config.table().items() if name not in common}
+    renamed = {name: f"{common[base]}.{name}" for name in stored if (base := name.rpartition(".")[0]) in common}
+    return with_sizes(model, config.sizes | sizes), {renamed.get(name, name): stored[name] for name in stored}
+
+
+def _linear_bpw(place: Place, model: PreTrainedModel, stored: Mapping[str, Header]) -> float | None:
+    """Return the bits of a weight of the linears; None if they are unknown, since it can be scored all the same."""
     try:
-        return is_dense(read_json(folder / "config.json"))
-    except (OSError, ValueError):
-        return True
-
-
-def _quantized_size(place: Place) -> Size:
-    """Return the size of a model of another tool; everything stored under a linear's name counts as its bits."""
-    dense = folder_skeleton(place.folder, trust_remote_code=place.trust_remote_code)
-    stored = read_headers(place.folder)
-    total = sum(path.stat().st_size for path in {header.file for header in stored.values()})
-    own = {name: value.numel() for name, value in dense.named_parameters() if name not in dense.all_tied_weights_keys}
-    linears = architecture(dense.config, dense).linears()
-    packed = {name: header for name, header in stored.items() if not name.endswith(".bias")}
-    held = sum(header.bytes for name, header in packed.items() if _owner(name, linears))
-    return Size(total, held * 8 / sum(prod(linear.shape) for linear in linears.values()), total * 8 / sum(own.values()))
-
-
-def _owner(name: str, linears: Mapping[str, Linear]) -> str | None:
-    """Return the linear that the stored tensor `name` belongs to: `a.b` for `a.b.weight.absmax`."""
-    parts = name.split(".")
-    return next((path for stop in range(len(parts)) if (path := ".".join(parts[:stop])) in linears), None)
-
-
-def _linear_bpw(source: DenseModel, file: Path | None) -> float | None:
-    """Return the bits of a weight of the linears, in the GGUF `file` where there is one; None if they are unknown."""
-    try:
-        linears = architecture(source.config, source.skeleton()).linears()
-        names = [f"{name}.weight" for name in linears]
-        stored = sum(source.tensors[name].bytes for name in names) if file is None else stored_bytes(file, names)
-    except (InputError, KeyError, ModuleNotFoundError):  # it can be scored all the same, without the package gguf too
+        linears = architecture(model.config, model).linears()
+        names = [name for name in stored if _is_of_linear(name, linears) and not name.endswith(".bias")]
+        inside = [stored[name] for name in names]
+        held = sum(header.bytes for header in inside)
+        if place.file is not None:  # the adapter's part is in a file of its own
+            parts = [part for header in inside for part in header.sources if part.file.parent != place.folder]
+            held = stored_bytes(place.file, [f"{name}.weight" for name in linears]) + sum(part.bytes for part in parts)
+    except (InputError, KeyError, ModuleNotFoundError):  # without the package gguf, too
         return None
-    return stored * 8 / sum(prod(linear.shape) for linear in linears.values())
+    return held * 8 / sum(prod(linear.shape) for linear in linears.values())
+
+
+def _is_of_linear(name: str, linears: Container[str]) -> bool:
+    """True for what is stored under the name of a linear: `a.b.weight.absmax` for `a.b`."""
+    parts = name.split(".")
+    return any(".".join(parts[:stop]) in linears for stop in range(1, len(parts)))

@@ -17,6 +17,7 @@ from llmcompress.evaluation.logits import open_model
 from llmcompress.evaluation.perplexity import evaluation_windows
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.models.dense.config import MODEL, context_length
+from llmcompress.models.dense.headers import model_files
 from llmcompress.models.dense.load import check_fits, load_model
 from llmcompress.models.dense.locate import Place, locate
 from llmcompress.models.dense.model import DenseModel, open_source
@@ -99,7 +100,7 @@ def verify(
     check_vocabularies([place, *references])
     evaluation_windows(tokenizer, Protocol(text, windows, 2))  # a text that cannot be read, before models are loaded
     check_fits(device, "reading text with it", passing=[place, *references])
-    files = gguf or weight_files(folder)
+    files = gguf or (weight_files(folder) if engine is None else model_files(folder))
     layers = None if engine is None else _read_tensors(engine, home, files)
     model: Any = load_model(place, device) if engine is None else open_model(place, device)
     if references:

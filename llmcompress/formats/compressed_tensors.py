@@ -24,12 +24,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError, RecipeError
+from llmcompress.formats.config_entries import ModelConfig
 from llmcompress.formats.engine_files import EngineFiles, ExportReport, UnfitError, write_layers
 from llmcompress.models.dense.experts import experts_of, holder
 from llmcompress.models.dense.families import architecture
@@ -45,9 +46,13 @@ from llmcompress.weight.modules import LIKE
 from llmcompress.weight.nodes import Grid, Minifloat, Weight
 from llmcompress.weight.runtime_formats import compressed_tensors_obstacle, float_format, integer_bits
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 HEAD = "lm_head"  # which engines do not look for in the format
 TENSOR_SCALE = "tensor_scale"  # in the payload of a layer
 KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+HEADS_FILL_WIDTH = ("qwen2",)  # model types of which vLLM takes the width of a head to be width / heads
 INTEGERS = ("pack-quantized", "int-quantized")  # formats of grids
 
 
@@ -146,12 +151,20 @@ def to_compressed_tensors(opened: CompressedCheckpoint, output: Path, allow_dens
     schemes = files.packed.values()
     kinds = Counter("grids" if scheme.format in INTEGERS else "matrices of floats" for scheme in schemes)
     kept = tuple(f"{count} {kind}, value for value" for kind, count in (kinds or Counter(grids=0)).items())
-    notes = (*files.changes(), *_unlike_siblings(opened, files))
+    notes = (*files.changes(), *_obstacles_to_vllm(opened, files))
     return ExportReport("compressed-tensors", str(output), opened.bytes, size, kept, notes)
 
 
-def _unlike_siblings(opened: CompressedCheckpoint, files: EngineFiles[Scheme]) -> Iterator[str]:
-    """Yield a sentence if linears that vLLM multiplies as one matrix are of several forms."""
+def heads_obstacle(config: PreTrainedConfig) -> str | None:
+    """Return why vLLM does not load heads of a model; None if it does."""
+    obstacle = next(ModelConfig(config).head_obstacles(), None) if config.model_type in HEADS_FILL_WIDTH else None
+    return obstacle and f"it takes heads of {config.model_type} to fill the width, and there are {obstacle}"
+
+
+def _obstacles_to_vllm(opened: CompressedCheckpoint, files: EngineFiles[Scheme]) -> Iterator[str]:
+    """Yield a sentence on heads, and one if linears that vLLM multiplies as one matrix are of several forms."""
+    if (why := heads_obstacle(opened.skeleton.config)) is not None:
+        yield f"vLLM will not load this: {why}"
     blocks = architecture(opened.skeleton.config, opened.skeleton).blocks
     siblings = (names for block in blocks for names in block.siblings())
     unlike = [names for names in siblings if len({files.packed.get(name) for name in names}) > 1]
@@ -237,6 +250,21 @@ def pack_matrix(
                 scheme = Scheme("nvfp4-pack-quantized", 4, "tensor_group", 16, "torch.float8_e4m3fn")
                 return scheme, tensors | {"weight_global_scale": 1 / factor}
     raise TypeError(f"compressed-tensors does not hold this {type(w).__name__}")
+
+
+def planned_tensors(w: Weight, inputs: InputName | None = None, is_calibrated: bool = False) -> dict[str, Tensor]:
+    """Return tensors of the sizes of those of `pack_matrix`; `w` may be without values."""
+    match w:
+        case Grid(codes, scale):
+            words = codes.new_empty(len(codes), -(-codes.shape[1] * integer_bits(w) // 32), dtype=torch.int32)
+            packed = {"weight_packed": words, "weight_shape": codes.new_empty(2, dtype=torch.int64)}
+            tensors = {"weight": codes} if inputs == "int8" else packed
+        case Minifloat(codes, scale, factor):
+            tensors = {"weight_packed": codes[:, ::2]} if w.form == "e2m1" else {"weight": codes}
+            tensors |= {} if factor is None else {"weight_global_scale": factor}
+        case _:
+            raise TypeError(f"compressed-tensors does not hold this {type(w).__name__}")
+    return tensors | {"weight_scale": scale} | ({"input_scale": torch.empty(1)} if is_calibrated else {})
 
 
 def _scales_under(w: Minifloat, factor: Tensor) -> Tensor:

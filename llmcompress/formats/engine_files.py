@@ -89,11 +89,12 @@ def write_layers(
                 files.plain.append(layer)
                 value = as_half(dense(weight), layer) if dtype == torch.float16 else dense(weight).to(dtype)
                 tensors[f"{layer}.weight"] = value.T.contiguous() if layer in turned else value
-        writer.add({_stored_name(name, paths): value for name, value in tensors.items()})
+        writer.add({stored_name(name, paths): value for name, value in tensors.items()})
     return files
 
 
-def _stored_name(name: str, paths: Mapping[str, str]) -> str:
+def stored_name(name: str, paths: Mapping[str, str]) -> str:
+    """Return the name of a tensor in the files; `paths`: those of modules, where they are others."""
     path, dot, leaf = name.rpartition(".")
     return f"{paths.get(path, path)}{dot}{leaf}"
 

@@ -23,11 +23,13 @@ from llmcompress.reporting.tables import (
     metrics,
     score_rows,
     size_rows,
+    steps_and_tokens,
     worst_domain,
 )
 
 Facts = dict[str, Any]  # of a JSON file
 
+LOADER = re.compile(r"AutoModel\w*", re.ASCII)
 LOAD = """\
 ```python
 import llmcompress  # install it from its repository; teaches transformers this format
@@ -117,7 +119,8 @@ def card(
 def _load(report: Report, name: str) -> str:
     """Return the program that loads the repository `name`."""
     trust = ", trust_remote_code=True" * report.trust_remote_code
-    return LOAD.format(name=json.dumps(name), trust=trust, loader=report.auto_class)
+    loader = report.auto_class if LOADER.fullmatch(report.auto_class) else "AutoModelForCausalLM"
+    return LOAD.format(name=json.dumps(name), trust=trust, loader=loader)
 
 
 def _hub_id(base: str | None) -> str | None:
@@ -169,9 +172,9 @@ def _distillation(taught: DistillationRecord) -> Iterator[str]:
     sizes = [done[f"bytes_{when}"] for when in ("before", "after")]
     grown = "" if sizes[0] == sizes[1] else f" Compressed weights took {sizes[0]:,} bytes before, {sizes[1]:,} after."
     yield "## Distillation\n"
-    losses, cost = plain(loss_sum(done["losses"])), _cost(done.get("quantized_teacher"))
+    losses, cost = plain(loss_sum(done)), _cost(done.get("quantized_teacher"))
     yield (
-        f"Taught by {teacher} in {done['steps']:,} steps on {done['tokens']:,} tokens of {_sources(done['data'])}. "
+        f"Taught by {teacher} in {steps_and_tokens(done)} of {_sources(done['data'])}. "
         f"Loss: {losses}. What trained: {trained}.{grown}{cost}\n"
     )
     yield gain_table(done).markdown(plain_cell)

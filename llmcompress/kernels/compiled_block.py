@@ -45,6 +45,7 @@ class CompiledBlock:
     attended: Any
     exit: Any  # of the sum that is the block's output
     heads: int
+    width: int
 
     def is_current(self) -> bool:
         """True if nothing was exchanged or changed since."""
@@ -131,7 +132,7 @@ def compile_block(block: Any, linears: dict[str, Any]) -> CompiledBlock | None:
         *((payload, payload.data_ptr(), None if payload.is_inference() else payload._version) for payload in payloads),
         *((tensor, tensor.data_ptr(), None) for _, _, tensor in parameters),
     ]
-    return CompiledBlock(calls.sequence, objects, tensors, first, second, attend, attended, last, heads)
+    return CompiledBlock(calls.sequence, objects, tensors, first, second, attend, attended, last, heads, width)
 
 
 def _epsilon(norm: Any) -> float:
@@ -160,7 +161,24 @@ def _is_known(block: Any, parameters: list[tuple[nn.Module, str, Tensor]]) -> bo
         or attention.head_dim % 2
     ):
         return False
-    return all(x.dtype == torch.bfloat16 and x.is_contiguous() for _, _, x in parameters)
+    typed = all(x.dtype == torch.bfloat16 and x.is_contiguous() for _, _, x in parameters)
+    return typed and _fits(block, parameters)
+
+
+def _fits(block: Any, parameters: list[tuple[nn.Module, str, Tensor]]) -> bool:
+    """True if all parts have the sizes that calls read and write; torch would broadcast a size of 1."""
+    attention, mlp = block.self_attn, block.mlp
+    size, width, inner = attention.head_dim, attention.q_proj.in_features, mlp.up_proj.out_features
+    keys = attention.k_proj.out_features // size * size
+    queries = keys * attention.num_key_value_groups
+    sizes = {"q_proj": (queries, width), "k_proj": (keys, width), "v_proj": (keys, width), "o_proj": (width, queries)}
+    sizes |= {"gate_proj": (inner, width), "up_proj": (inner, width), "down_proj": (width, inner)}
+    linears = {name: linear for part in (attention, mlp) for name, linear in part.named_children() if name in sizes}
+    lengths = {linear: linear.out_features for linear in linears.values()}
+    lengths |= {norm: size for name, norm in attention.named_children() if name in NORMS}
+    return all((linear.out_features, linear.in_features) == sizes[name] for name, linear in linears.items()) and all(
+        x.numel() == lengths.get(module, width) for module, _, x in parameters
+    )
 
 
 @dataclass(eq=False)

@@ -81,7 +81,8 @@ class OneTokenBlock:
         compiled = self._compiled_block() if hidden_states.dtype == positions[0].dtype == torch.bfloat16 else None
         if compiled is not None:
             layer = growing_layer(cache, self.block.self_attn.layer_idx, compiled.heads, compiled.attend.size)
-            if layer is not None and hidden_states.is_contiguous():
+            is_read = hidden_states.is_contiguous() and hidden_states.shape[-1] == compiled.width
+            if layer is not None and is_read:
                 return compiled.run(hidden_states, positions, layer)
         if type(self.block).__name__ not in BLOCKS or named.get("attention_mask") is not None:
             return type(self.block).forward(self.block, hidden_states, **named)

@@ -122,7 +122,7 @@ class RunningMoments:
 
 
 def _room(total: Tensor | None, x: Tensor, *size: int) -> Tensor:
-    return torch.zeros(size, device=x.device) if total is None else total
+    return x.new_zeros(size, dtype=torch.float32) if total is None else total
 
 
 def _add_product(total: Tensor, x: Tensor, left: Tensor | None, dtype: torch.dtype) -> None:

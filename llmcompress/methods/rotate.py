@@ -30,7 +30,7 @@ class Rotate(StepConfig):
 def rotate(layer: Layer, config: Rotate) -> Layer:
     """Turn the layer into a seeded random basis."""
     width = layer.weight.shape[1]
-    signs = torch.rand(width, generator=generator("rotate", layer.seed)) < 0.5
+    signs = torch.rand(width, dtype=torch.float32, generator=generator("rotate", layer.seed)) < 0.5
     return rotate_layer(layer, Rotation(signs.to(layer.weight.device), hadamard_size(width)))
 
 

@@ -300,8 +300,10 @@ def compress_job(
     from llmcompress.data.distillation import read_data
     from llmcompress.distillation.requirements import check_requirements
     from llmcompress.distillation.run import TRAINING, distill
+    from llmcompress.distillation.teacher.quantized import check_teacher
 
     check_requirements(wanted, device)
+    check_teacher(source.place, wanted.teacher.bits)
     temporary = None
     if output is None:
         temporary = tempfile.TemporaryDirectory(prefix="llmcompress-")

@@ -160,7 +160,10 @@ def _compress_and_export(
             partial(attach_note, f"the compressed model is kept in {ours}, and the same command goes on from there")
         )
         done = export(ours, staging / "model", form, trust_remote_code=trust)
-    settled = job if job.recipe.target is None else job.with_recipe(read_recipe(ours / file_names.RECIPE))
+    settled = job
+    if job.recipe.target is not None:
+        written = read_recipe(ours / file_names.RECIPE)  # without what came after
+        settled = job.with_recipe(written.model_copy(update={"distill": job.recipe.distill}))
     report = _engine_report(result.report, done, engine, settled)
     with write_checkpoint(output) as writer:
         for name in files_of(staging / "model"):
@@ -204,17 +207,12 @@ def _finished_result(folder: Path, job: Job, device: str) -> Result | None:
 
 
 def _engine_report(report: Report, done: ExportReport, engine: str, job: Job) -> Report:
-    """Return the report with the sizes of the engine's files, and what the export changed among its warnings.
-
-    Those of single matrices are the engine's where they are known, else ours.
-    """
-    size, rows, bpw = done.bytes_after, report.layers, report.bpw
-    if engine in SIZED:
-        planned = plan_in_files(plan_of(job), job, SIZED[engine](job))
-        there, bpw = {row.name: row for row in planned.layers}, planned.bpw
-        rows = tuple(replace(row, bpw=there[row.name].bpw, stored=there[row.name].description) for row in rows)
+    """Return the report with the sizes of the engine's files, and what the export changed among its warnings."""
+    planned, size = plan_in_files(plan_of(job), job, SIZED[engine](job)), done.bytes_after
+    there = {row.name: row for row in planned.layers}
+    rows = (replace(row, bpw=there[row.name].bpw, stored=there[row.name].description) for row in report.layers)
     notes, model_bpw = _mend_hints(engine, (*report.warnings, *done.changed)), size * 8 / report.parameters
-    return replace(report, bytes=size, bpw=bpw, model_bpw=model_bpw, layers=rows, warnings=notes)
+    return replace(report, bytes=size, bpw=planned.bpw, model_bpw=model_bpw, layers=tuple(rows), warnings=notes)
 
 
 def _mend_hints(engine: str, notes: Iterable[str]) -> tuple[str, ...]:

@@ -14,19 +14,22 @@ Switch = Literal["auto"] | bool
 TRIAL = {"samples": 5, "length": 256, "held_out": 1}  # most of a text that is read to see that all works
 
 
-def shorten_text(text: Any) -> Any:
-    """Return a text as a trial reads it, from a map or a section; what is neither comes back as it is."""
+def shorten_text(text: Any, samples: int = TRIAL["samples"]) -> Any:
+    """Return a text as a trial reads it, from a map or a section; what is neither comes back as it is.
+
+    `samples`: the most sequences.
+    """
     if isinstance(text, Calibration):
         return text.model_copy(
             update=shorten_text({"dataset": text.dataset, "samples": text.samples, "length": text.length})
         )
     if isinstance(text, list | tuple):
-        return [shorten_text(each) for each in text]
+        return [shorten_text(each, samples) for each in text]
     if not isinstance(text, dict):
         return text
     given = {key: text[key] for key in ("samples", "length") if key in text}
-    trial = TRIAL | ({"held_out": 0} if text.get("dataset") == RANDOM else {})
-    return text | trial | {key: min(n, TRIAL[key]) if isinstance(n, int) else n for key, n in given.items()}
+    trial = TRIAL | {"samples": samples} | ({"held_out": 0} if text.get("dataset") == RANDOM else {})
+    return text | trial | {key: min(n, trial[key]) if isinstance(n, int) else n for key, n in given.items()}
 
 
 class Calibration(BaseModel, extra="forbid", frozen=True, use_attribute_docstrings=True):

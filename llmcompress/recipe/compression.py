@@ -32,11 +32,12 @@ from pydantic import (
 )
 
 from llmcompress.recipe.calibration import Calibration, TokenWeights, shorten_text
-from llmcompress.recipe.distillation import FEWEST, Distillation
+from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.reconstruction import Reconstruction
 from llmcompress.recipe.rules import Rule, Step
 from llmcompress.recipe.sections import Fuse, Gates, Tie
 from llmcompress.recipe.target import Target
+from llmcompress.recipe.trial import FEWEST
 from llmcompress.recipe.yaml import Path, Places, at
 
 Option = Annotated[tuple[Step, ...], Field(min_length=1)]

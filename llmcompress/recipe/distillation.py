@@ -26,6 +26,7 @@ from llmcompress.recipe.sections import (
     Schedule,
     Teacher,
 )
+from llmcompress.recipe.trial import FEWEST, fewest_steps
 
 
 def _read_loss(value: Any) -> Any:
@@ -111,14 +112,6 @@ CONTROLS: dict[Control, tuple[Term, ...]] = {
     "vanilla": (Term(of={"loss": "forward_kl"}),),
 }
 
-FEWEST = {"steps": 2, "batch": 4, "micro_batch": 2}  # of a distillation that is to show that all works
-
-
-def _fewest(*parts: dict[str, Any]) -> dict[str, int]:
-    """Return the fewest steps of a recipe, or of a phase and its recipe; a smaller micro_batch stays."""
-    given = [value for part in parts if isinstance(value := part.get("micro_batch"), int)]
-    return FEWEST | {"micro_batch": min([FEWEST["micro_batch"], *given[:1]])}
-
 
 class Distillation(BaseModel):
     """The distillation of a dense teacher into a student: a compressed model, or one with fewer or narrower blocks."""
@@ -159,7 +152,8 @@ class Distillation(BaseModel):
         min_length=1,
         description="learning rates of what trains, relative to the size of its numbers: of each by itself for scales "
         "and norms, of their root mean square for others. codes: latent codes; scales: "
-        "scales of grids; values: weights kept as they are; factors: low-rank factors; norms: norms and biases; "
+        "scales of grids; values: weights kept as they are; factors: low-rank factors; norms: norms, and biases of "
+        "layers that are not compressed; "
         "weights: dense linear layers; projections: of hidden states to the teacher's width, and branches of exits; "
         "masks: scores of learned masks. What has no rate stays as it is",
     )
@@ -228,9 +222,12 @@ class Distillation(BaseModel):
         if not isinstance(values, dict) or values.get("trial") is not True:
             return values
         phases = [
-            each | _fewest(each, values) if isinstance(each, dict) else each for each in values.get("phases") or ()
+            each | fewest_steps(each, values) if isinstance(each, dict) else each for each in values.get("phases") or ()
         ]
-        few: dict[str, Any] = {"data": shorten_text(values.get("data", {})), "phases": phases} | _fewest(values)
+        data = shorten_text(values.get("data", {}), fewest_steps()["batch"] + 1)
+        few: dict[str, Any] = {"data": data, "phases": phases} | fewest_steps(values)
+        if isinstance(teacher := values.get("teacher"), dict) and teacher.get("kind") == "cached":
+            few["teacher"] = teacher | {"folder": None}  # of predictions of all the text
         if isinstance(own := values.get("on_policy"), dict):  # at least a sequence of a batch, and half of it to write
             share, prompt = own.get("share"), own.get("prompt")
             least = {"share": max(share, 1 / FEWEST["batch"])} if isinstance(share, float) else {}

@@ -42,7 +42,8 @@ class Reconstruction(BaseModel):
         min_length=1,
         description="learning rates of what trains, relative to the size of its numbers: of each by itself for scales "
         "and norms, of their root mean square for others. codes: latent codes; scales: "
-        "scales of grids; values: weights kept as they are; factors: low-rank factors; norms: norms and biases; "
+        "scales of grids; values: weights kept as they are; factors: low-rank factors; norms: norms, and biases of "
+        "layers that are not compressed; "
         "weights: layers of the block that are still to be compressed, which make up for those that are (QuIP#, arXiv "
         "2402.04396)",
     )

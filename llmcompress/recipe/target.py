@@ -7,9 +7,9 @@
 
 The steps of every layer that no rule covers are then chosen. With `engine: vllm` beside a size, only forms that vLLM
 multiplies are chosen, as `export --to compressed-tensors` writes them. With `engine: llama.cpp` types of llama.cpp are
-chosen, with `engine: mlx` or `exllamav3` their bits; the size is that of the files that `export` writes for them. With
-`engine: transformers` the forms are our own, those that our kernels multiply on a CPU, with `transformers-cuda` on an
-NVIDIA GPU.
+chosen, with `engine: mlx` or `exllamav3` their bits. Sizes are those of the files that `export` writes for these four.
+With `engine: transformers` the forms are our own, those that our kernels multiply on a CPU, with `transformers-cuda` on
+an NVIDIA GPU.
 """
 
 from __future__ import annotations

@@ -21,14 +21,17 @@ GATE_WINDOW = 256  # tokens in a window of them, at most
 TRIAL = "a trial (--quick), on the least text, shows that all works and nothing of the quality"
 PENDING = "the run ended before it was measured"
 UNGATED = "gates: the distance to the dense model is not measured"
-SAID_ANEW = ("low-rank terms have ", "rates: the student has no ")  # warnings that each command words for its result
+KNOWN_TEXT = "the student learned earlier from held-out text"
+# warnings that each command words for its result
+SAID_ANEW = ("low-rank terms have ", "rates: the student has no ", KNOWN_TEXT)
 
 
 @dataclass(frozen=True)
 class LayerReport:
     """One linear. Errors are relative, |(W - W_approx) X|^2 / |W X|^2 on calibration and held-out text, and without
-    calibration |W - W_approx|^2 / |W|^2. `starved`: the calibration tokens of an expert with too few of its own, which
-    was fitted to others too."""
+    calibration |W - W_approx|^2 / |W|^2. W is the weight that was aimed at: not the dense one with `asymmetric`, or
+    where inputs are rounded. `starved`: the calibration tokens of an expert with too few of its own, which was fitted
+    to others too."""
 
     name: str
     shape: tuple[int, int]  # (out, in)
@@ -141,8 +144,7 @@ class Report(JsonRecord):
     blocks: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a recipe that reconstructs: the last training
     # of each, and the share of its error that all of them `left`
     fused: tuple[str, ...] = ()  # into the dense blocks
-    phases: dict[str, dict[str, float]] = field(default_factory=dict)  # seconds on `host` and `device` by phase, of the
-    # process that ended the run, not of those that it resumed
+    phases: dict[str, dict[str, float]] = field(default_factory=dict)  # seconds on `host` and `device` by phase
     run: str = ""  # a digest of everything that determines the compressed weights
     auto_class: str = "AutoModelForCausalLM"  # of transformers, that loads it
     trust_remote_code: bool = False  # the model's own code was run, and is needed to load it
@@ -164,14 +166,14 @@ class Report(JsonRecord):
         """
         judged = gates is not None and gates.unmeasured is None
         gone = (*SAID_ANEW, UNGATED) if judged else SAID_ANEW
-        kept = [warning for warning in self.warnings if not warning.startswith(gone)]
+        earlier = [warning for warning in self.warnings if not warning.startswith(gone)]
         return replace(
             self,
             bytes=size,
             bpw=sum(row.bpw * prod(row.shape) for row in counted) / sum(prod(row.shape) for row in counted),
             model_bpw=size * 8 / self.parameters,
             layers=tuple(layers),
-            warnings=tuple(dict.fromkeys((*kept, *warnings))),
+            warnings=tuple(dict.fromkeys((*earlier, *warnings))),
             gates=gates,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.reporting.formatting import cell, duration, number, with_error, without_folders
@@ -168,10 +169,27 @@ def gain_table(distillation: Row) -> Table:
     return Table(("on held-out text", *looks, "teacher"), rows, range(1, len(looks) + 2))
 
 
-def loss_sum(losses: dict[str, float | str]) -> str:
+def loss_sum(done: Row) -> str:
     """Return the losses of a distillation with their weights, as "forward_kl + 0.5 hidden"."""
-    weights = {name: f"{weight:g}" if isinstance(weight, float) else f"{weight}" for name, weight in losses.items()}
-    return " + ".join(name if weight == "1" else f"{weight} {name}" for name, weight in weights.items())
+    losses = done["losses"].items()
+    weights = {name: f"{weight:g}" if isinstance(weight, float) else f"{weight}" for name, weight in losses}
+    total = " + ".join(name if weight == "1" else f"{weight} {name}" for name, weight in weights.items())
+    return " and ".join(filter(None, ("outputs of each block" if _block_steps(done) else "", total)))
+
+
+def steps_and_tokens(done: Row) -> str:
+    """Return the amount of a distillation's training, as "200 steps of each block and 7 of the whole on 868 tokens"."""
+    whole, blocks = done["steps"], _block_steps(done)
+    steps = f"{whole:,} steps"
+    if blocks:
+        steps = f"{blocks:,} steps of each block" + (f" and {whole:,} of the whole" if whole else "")
+    counts = pairwise(row["tokens"] for row in done["history"])  # which restart with every phase
+    return f"{steps} on {sum(max(0, after - before) for before, after in counts):,} tokens"
+
+
+def _block_steps(done: Row) -> int:
+    """Return the number of steps that a distillation took with each block by itself."""
+    return sum(phase["steps"] for phase in done["phases"] if phase["kind"] == "blockwise")
 
 
 def frontier_markdown(results: Row) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,6 +61,14 @@ class Phases:
                 name: {"host": self.host[name]} | ({"device": self.device[name]} if name in self.device else {})
                 for name in ranked
             }
+
+    def resume(self, before: Mapping[str, Mapping[str, float]]) -> None:
+        """Add what `seconds` returned in an earlier process of the run."""
+        with self.lock:
+            for name, spent in before.items():
+                self.host[name] = self.host.get(name, 0.0) + spent["host"]
+                if "device" in spent:
+                    self.device[name] = self.device.get(name, 0.0) + spent["device"]
 
     def add(self, done: _Open, around: _Open | None) -> None:
         """Count a phase that has just ended, within the one `around` it."""

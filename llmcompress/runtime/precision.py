@@ -45,13 +45,15 @@ def products(device: torch.device, dtype: torch.dtype, attention: bool = True) -
 def fast_float32() -> Iterator[None]:
     """Compute float32 products by oneDNN on AMD's processors, where torch's MKL is half as fast; one thread at a time.
 
+    Gradients are recorded, even where the caller has switched them off.
+
     torch asks oneDNN only where it may round to bfloat16. Nothing changes if it would round (a trial product tells),
     if a precision is chosen already, or on other processors, where MKL is faster.
 
     Other threads wait: torch's switch, and the default dtype that transformers sets while it loads a model, belong to
     the whole process.
     """
-    with ONE_THREAD:
+    with ONE_THREAD, torch.inference_mode(False), torch.enable_grad():
         wanted = _made_by_amd() and _onednn_is_precise() and _switch().fp32_precision == "none"
         with by_onednn() if wanted else nullcontext():
             yield
@@ -135,6 +137,6 @@ def is_finite(x: Tensor) -> bool:
 def product_error() -> float:
     """Return the relative error of a float32 product under the current settings."""
     generator = torch.Generator().manual_seed(0)
-    left, right = torch.randn(2, 256, 256, generator=generator)
+    left, right = torch.randn(2, 256, 256, dtype=torch.float32, generator=generator)
     expected = left.double() @ right.double()
     return float((left @ right - expected).norm() / expected.norm())

@@ -41,6 +41,7 @@ class DropReport(JsonRecord):
     kept: tuple[int, ...]
     bytes_before: int
     bytes_after: int
+    warnings: tuple[str, ...] = ()
 
 
 def drop_blocks(
@@ -78,9 +79,10 @@ def drop_blocks(
             writer.add({names[name]: source.read(name) for name in part})
         size = writer.close()
         entries = source.config_entries() | _config_changes(source.config, stays)
+        source.origin.write(writer)
         writer.write("config.json", json.dumps(entries, indent=1))
     dropped = tuple(sorted(set(blocks_of(source)) - set(stays)))
-    return DropReport(source.name, str(target), dropped, stays, source.bytes, size)
+    return DropReport(source.name, str(target), dropped, stays, source.bytes, size, source.notes)
 
 
 def blocks_of(source: DenseModel) -> range:

@@ -177,6 +177,7 @@ def writing_model(
     beside = companions(model.folder, trust_remote_code)
     with write_checkpoint(output, model.bytes) as writer:
         beside.copy(writer.folder)
+        model.dense.origin.write(writer)
         yield EditedFiles(model, skeleton, writer)
 
 

@@ -65,7 +65,7 @@ def dense(w: Weight, where: torch.device | None = None) -> Tensor:
     where = device(w) if where is None else where
     match w:
         case Zero(size):
-            return torch.zeros(size, device=where)
+            return torch.zeros(size, dtype=torch.float32, device=where)
         case Dense(values):
             return values.float()
         case Grid():
@@ -125,7 +125,7 @@ def float_values(form: FloatFormat) -> Tensor:
     mantissa: 2^(code - 127), and NaN for 255.
     """
     if form == "e8m0":
-        return torch.tensor([2.0 ** (code - 127) for code in range(255)] + [math.nan])
+        return torch.tensor([2.0 ** (code - 127) for code in range(255)] + [math.nan], dtype=torch.float32)
     width = int(form[3])
     codes = torch.arange(float_codes(form) // 2)
     exponent, mantissa = codes >> width, codes & ((1 << width) - 1)

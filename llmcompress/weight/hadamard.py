@@ -53,4 +53,5 @@ def _hadamard(x: Tensor, block: int) -> Tensor:
     return strided.reshape(x.shape) * block**-0.5
 
 
-SYLVESTER = _hadamard(torch.eye(64), 64) * 8  # of ones and minus ones; its corners are those of 32, 16, 8, 4, 2, 1
+# Of ones and minus ones; its corners are those of 32, 16, 8, 4, 2, 1
+SYLVESTER = _hadamard(torch.eye(64, dtype=torch.float32, device="cpu"), 64) * 8

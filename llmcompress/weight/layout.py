@@ -54,7 +54,7 @@ class Layout:
         check(entry)
         out, width = entry["size"]
         tensors = {path: (dtype, count) for path, dtype, count in entry["tensors"]}
-        inputs = InputFormat(**entry["inputs"]) if "inputs" in entry else None
+        inputs = InputFormat(**entry["inputs"]) if entry.get("inputs") else None
         return Layout((out, width), entry["header"], tensors, inputs)
 
     def check(self, payload: Tensor) -> None:

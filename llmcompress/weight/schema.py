@@ -242,6 +242,7 @@ class _Checker:
                 rows, rank = self.node(node.left, f"{path}left_", None)
                 same, width = self.node(node.right, f"{path}right_", None)
                 _demand(rank == same, path, f"its factors have the ranks {rank} and {same}")
+                _demand(rank <= max(rows, width), path, f"its rank {rank} is larger than {[rows, width]}")
             case _Where(shape=[rows, width]):
                 self._where(node, path, shown)
             case _RotatedInputs(block=block):

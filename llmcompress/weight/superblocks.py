@@ -178,7 +178,7 @@ def _places(field: Field) -> Tensor:
 def superblock_table(form: SuperblockForm) -> Tensor:
     """Return the entries, float32 `[entries, length]`. Raises RecipeError without the package that has them."""
     if form == "TQ2_0":  # of its two bits llama.cpp's own quantizer uses three numbers, its arithmetic has all four
-        return torch.arange(-1.0, 3.0)[:, None]
+        return torch.arange(-1.0, 3.0, dtype=torch.float32)[:, None]
     if find_spec("gguf") is None:
         raise RecipeError(f'the table of {form} is in the package gguf; run pip install "llmcompress[export]"')
     from gguf import quants

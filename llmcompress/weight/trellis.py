@@ -77,7 +77,7 @@ def _table(bits: int, values: int, memory: int, code: Code) -> Tensor:
     part = newest ^ oldest ^ (_scramble(between) % parts)
     order = _scramble(states + (1 << trellis.memory)).argsort(stable=True)  # within a part, no order is best
     order = order[part[order].argsort(stable=True)]
-    numbers = torch.empty(len(states), trellis.values)
+    numbers = torch.empty(len(states), trellis.values, dtype=torch.float32)
     numbers[order] = _gaussian(trellis).to(torch.bfloat16).float()
     return numbers
 
@@ -88,7 +88,8 @@ def _gaussian(trellis: Trellis) -> Tensor:
     shares = (torch.arange(states, dtype=torch.float64) + 0.5) / states
     if trellis.values == 1:
         return torch.special.ndtri(shares)[:, None]
-    radius, angle = torch.sqrt(-2 * torch.log1p(-shares)), 2 * math.pi * GOLDEN * torch.arange(states)
+    numbers = torch.arange(states, dtype=torch.float32)
+    radius, angle = torch.sqrt(-2 * torch.log1p(-shares)), 2 * math.pi * GOLDEN * numbers
     points = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], 1)  # the seeds of a sunflower
     groups = points[None]
     for cut in range(trellis.bits):  # halves by one coordinate, then by the other

@@ -17,7 +17,7 @@ from llmcompress.cli.app import app
 from llmcompress.compression import time_estimate
 from llmcompress.compression.job import prepare
 from llmcompress.compression.step_timing import Pace
-from llmcompress.errors import RecipeError
+from llmcompress.errors import RecipeError, format_bytes
 from llmcompress.models.dense.model import DenseModel, resolve
 from llmcompress.models.files.file_names import RECIPE
 from llmcompress.recipe.read import read_recipe
@@ -68,6 +68,18 @@ def test_it_reads_headers_alone_and_refuses_as_compress_does(place: Path, monkey
         lc.plan(place / "dense", recipe(place, {"bpw": 1}))
     with pytest.raises(RecipeError, match="target: options are judged on held-out text"):
         lc.plan(place / "dense", recipe(place, {"bpw": 3}, calibration=None))
+
+
+def test_the_size_of_a_quality_is_not_promised(place: Path) -> None:
+    """But bounded: by the smallest and the largest option of each matrix."""
+    asked = recipe(place, {"kl": 0.1})
+    found = find_choices(prepare(resolve(str(place / "dense")), read_recipe(asked)))
+    least, most = (
+        format_bytes(found.fixed_bytes + sum(pick(one.bytes) for one in found.matrices)) for pick in (min, max)
+    )
+    [said] = [note for note in lc.plan(place / "dense", asked).warnings if "a KL takes" in note]
+    assert said.endswith(f"the sizes here are of middle options, of {least} to {most} that are possible")
+    assert not any("a KL" in note for note in lc.plan(place / "dense", recipe(place, {"bytes": 80_000})).warnings)
 
 
 @pytest.fixture

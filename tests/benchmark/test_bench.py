@@ -21,6 +21,7 @@ from llmcompress.benchmark.measure import bench
 from llmcompress.benchmark.protocol import SpeedProtocol
 from llmcompress.benchmark.summary import digits, speed_markdown
 from llmcompress.cli.app import app
+from llmcompress.errors import InputError
 from llmcompress.reporting import plots
 from llmcompress.reporting.plots import qualities
 from tests.rules.source_tree import ROOT
@@ -90,7 +91,8 @@ def stand_ins(folders: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str,
 def test_every_number_has_its_place(stand_ins: list[Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the extra report is not installed")
     outputs = {"table": tmp_path / "t.md", "numbers": tmp_path / "n.json", "plot": tmp_path / "p.png"}
-    found = bench(["small"], PROTOCOL, against="dense", command="llmcompress bench", **outputs)
+    named: dict[str, Any] = {name: str(path) for name, path in outputs.items()}
+    found = bench(["small"], PROTOCOL, against=Path("dense"), command="llmcompress bench", **named)
     assert json.loads(outputs["numbers"].read_text()) == found and found.keys() == KEYS
     assert outputs["table"].read_text() == speed_markdown(found)
     assert outputs["plot"].read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 3
@@ -159,7 +161,7 @@ def test_a_gguf_file_has_a_process_for_each_number_of_threads(
     monkeypatch.setattr("llmcompress.runtime.engines.package_version", lambda name: "2025.1")
     monkeypatch.setattr(llmcompress.benchmark.measure, "_versions", lambda ggufs: {})
     path = gguf_file(tmp_path / "model.gguf")
-    found = bench(["dense"], PROTOCOL, ggufs=[path])
+    found = bench(["dense"], PROTOCOL, ggufs=[str(path)])
     asked = [request for name, _, request in stand_ins if name == "model.gguf"]
     loads = [request for request in asked if request["ask"] == "load"]
     assert [(request["engine"], request["threads"], request["context"]) for request in loads] == [
@@ -221,6 +223,15 @@ def test_each_fault_is_one_sentence_and_an_exit_code(
         found, said, errors = run(*words)
         assert (found, said) == (code, ""), (words, errors)
         assert message in errors and errors.startswith(f"[{code}] ") and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("method", ["fp8", "mxfp4"])
+def test_what_would_run_dense_is_not_measured(method: str, tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": method}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=f"is stored by {method}, whose codes transformers does not multiply"):
+        bench([folder], PROTOCOL)
 
 
 def test_packages_that_are_missing_are_named_before_anything_runs(

@@ -347,6 +347,17 @@ def test_layers_that_differ_by_block_share_a_line_unless_asked(recipe: Path, cal
     assert "500.0 MB of memory and 3 s, where products run at 250 GFLOP/s" in short
 
 
+def test_layers_of_other_forms_have_lines_of_their_own(
+    recipe: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of as many bits, as types of llama.cpp are."""
+    first, *others = PLAN.layers
+    changed = replace(PLAN, layers=(replace(first, description="IQ4_NL"), *others))
+    monkeypatch.setattr(llmcompress.pipeline.compress, "plan", lambda *_, **__: changed)
+    shown = run("plan", "tiny", recipe).stdout
+    assert "IQ4_NL" in shown and "3-bit row [x]" in shown and "x2" in shown
+
+
 def test_a_report_says_sizes_quality_and_what_to_type_next(recipe: Path, calls: Calls) -> None:
     shown = run("compress", "tiny", recipe, "-o", "out").stdout
     for part in ("2.00 GB -> 0.4 MB", "1 min 15 s", "stdlib · 128 tokens", "llmcompress eval out --against tiny"):

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import llmcompress as lc
 from llmcompress import __version__
 from llmcompress.cli.app import app
-from llmcompress.errors import DiskError
+from llmcompress.cli.terminal import Terminal, build_table
+from llmcompress.errors import DiskError, InputError
 from tests.rules.source_tree import ROOT
 from tests.tiers import tiered
 from tests.tiny import save_tiny
@@ -90,6 +92,20 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "latin-\udce9").symlink_to("dense")
     (folder / "RECIPE").write_text(RECIPE)
     return folder
+
+
+def test_no_text_of_a_file_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """An escape may set the clipboard, or write over the lines above."""
+    hostile = "a\x1b]52;c;eA==\x07\x9b2K\r"
+    told = hostile.encode("unicode_escape").decode()
+    with pytest.raises(typer.Exit), Terminal() as terminal:
+        terminal.show({}, lambda values, every: [hostile, build_table((f"h{hostile}",), [(f"c{hostile}",)])])
+        terminal.say(f"s{hostile}")
+        terminal.warn([f"w{hostile}"])
+        raise InputError(f"e{hostile}\n[0] all is well")
+    output, errors = capsys.readouterr()
+    assert output.split() == [told, f"h{told}", f"c{told}", f"s{told}"]
+    assert errors == f"warning: w{told}\n[{InputError.exit_code}] e{told}\\n[0] all is well\n"
 
 
 def test_the_version_is_printed() -> None:

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmcompress as lc
+from llmcompress.distillation.requirements import check_student
 from llmcompress.distillation.run import distill
 from llmcompress.errors import RecipeError
+from llmcompress.recipe.distillation import Distillation
+from llmcompress.recipe.read import read_as
 from tests.distillation.miniature import TEXT, recipe
 from tests.tiny import save_tiny
 
@@ -67,6 +70,16 @@ def test_what_the_teacher_cannot_teach_is_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=sentence):
         distill(place / student, place / "dense", recipe(place, **changes), tmp_path / "out")
+
+
+def test_a_saved_student_is_known_as_fused(place: Path, tmp_path: Path) -> None:
+    """Its folder has no recipe."""
+    for kind in (AutoModelForCausalLM, AutoTokenizer):
+        kind.from_pretrained(place / "awq").save_pretrained(tmp_path / "saved")
+    asked = recipe(place, latents="teacher", rates={"codes": 1e-3})
+    with pytest.raises(RecipeError, match="were changed by fuse: .* set latents: codes"):
+        distill(tmp_path / "saved", place / "dense", asked, tmp_path / "out")
+    check_student(tmp_path / "saved", tmp_path / "saved", read_as(Distillation, asked))  # of the same weights
 
 
 def test_a_section_is_refused_before_anything_is_compressed(place: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -143,6 +144,30 @@ def test_a_run_that_was_cut_ends_with_the_same_files(
     assert f"2 of {blocks} blocks and tables are from an earlier run, which was interrupted" in again.report.warnings
     assert again.report.seconds > 0 and not list(tmp_path.glob("out.*"))
     verify(again.folder, text=place / "text.txt", length=16)
+
+
+def test_the_default_dtype_changes_nothing(place: Path, tmp_path: Path) -> None:
+    """Nor do gradients that are off, or inference mode: of a run with draws, statistics and a backward pass."""
+    asked = recipe(place, **SETTINGS["gradient"])
+    wanted = lc.compress(place / "dense", asked, tmp_path / "wanted").folder
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode():
+            found = lc.compress(place / "dense", asked, tmp_path / "found").folder
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert files(found) == files(wanted)
+
+
+def test_cost_is_that_of_all_processes(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peak, asked = "llmcompress.compression.run.peak_memory", recipe(place)
+    monkeypatch.setattr(peak, lambda: 10**10)
+    cut(place, asked, tmp_path / "out", DEPTH - 1)
+    first = json.loads((tmp_path / "out.partial" / FINISHED / "block-00002.json").read_text())["phases"]
+    monkeypatch.setattr(peak, lambda: 10**9)
+    report = lc.compress(place / "dense", asked, tmp_path / "out").report
+    assert report.peak_memory_bytes == 10**10
+    assert all(first[name]["host"] < report.phases[name]["host"] for name in ("forward", "search"))
 
 
 @pytest.mark.parametrize("family", tiered_nightly(["gpt2", "qwen2", "gemma2"], "gpt2".__eq__))

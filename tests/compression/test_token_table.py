@@ -252,6 +252,23 @@ def test_the_plan_counts_tables(tmp_path: Path, text: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("tables", "dense"),
+    [
+        ({}, {"model.embed_tokens", "lm_head"}),
+        ({"head": GPTQ}, {"model.embed_tokens"}),
+        ({"table": RTN}, {"lm_head"}),
+        ({"embeddings": RTN}, set()),
+    ],
+)
+def test_the_plan_names_each_table_that_stays_dense(
+    tables: dict[str, Any], dense: set[str], tmp_path: Path, text: Path
+) -> None:
+    source = save_tiny("llama", tmp_path / "dense", tie_word_embeddings=False)
+    said = lc.plan(source, recipe(text, **tables)).warnings
+    assert {name for name in ("model.embed_tokens", "lm_head") if f"{name} stays dense" in said} == dense
+
+
+@pytest.mark.parametrize(
     "family, changes, tables, sentence",
     [
         ("llama", {"tie_word_embeddings": True}, {"head": RTN}, "is its token table; give its steps as embeddings"),

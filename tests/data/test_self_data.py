@@ -15,7 +15,7 @@ import pytest
 import torch
 from filelock import FileLock
 from torch import nn
-from transformers import AddedToken, PreTrainedModel
+from transformers import AddedToken, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from typer.testing import CliRunner
 
 from llmcompress.cli.app import app
@@ -194,6 +194,16 @@ def test_answers_are_chats_with_their_origin(place: Path) -> None:
     rendered = "".join(str(tokenizer.apply_chat_template(line["messages"], tokenize=False)) for line in found)
     expected = tokenizer(rendered, add_special_tokens=False).input_ids[:150]
     assert calibration_tokens(data, tokenizer).sequences.tolist() == [expected]
+
+
+def test_a_model_of_bitsandbytes_answers(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    plain, folder = save_tiny("llama", tmp_path / "plain", hidden_size=64), tmp_path / "nf4"
+    asked = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    AutoModelForCausalLM.from_pretrained(plain, quantization_config=asked).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"text": PROMPTS[0]}) + "\n")
+    assert answer(str(folder), request(tmp_path), tmp_path / "out.jsonl").prompts == 1
 
 
 def test_what_was_asked_for_is_answered(place: Path) -> None:

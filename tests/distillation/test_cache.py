@@ -18,12 +18,14 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForMultimodalLM
 
 import llmcompress as lc
 from llmcompress.cli.distill import distilled_view
 from llmcompress.data.batch import Batch
 from llmcompress.distillation import setup
 from llmcompress.distillation.held_out import distances
+from llmcompress.distillation.objective.forward import check_head
 from llmcompress.distillation.run import distill
 from llmcompress.distillation.teacher import cache
 from llmcompress.distillation.teacher.cache import Cache, CacheOrigin, open_cache, tokens_digest, write_cache
@@ -37,8 +39,10 @@ from llmcompress.errors import (
     RecipeError,
     Termination,
 )
+from tests.compression.test_towers import TOWERS
 from tests.distillation import miniature
 from tests.tiny import save_tiny, tiny
+from tests.zoo import ZOO
 
 VOCABULARY = 300  # so that ids take two bytes
 
@@ -215,6 +219,20 @@ def test_a_held_out_teacher_measures_the_same_distances() -> None:
             distances(held_out, student, Batch.of(parts[0].ids + 1), device)
 
 
+@pytest.mark.parametrize("name", ["llava", "gemma4"])
+def test_a_held_out_teacher_stands_for_one_that_reads_images(name: str) -> None:
+    """Gemma 4 caps its logits, as only its own forward says."""
+    capped = {"vocab_size": VOCABULARY, "pad_token_id": 0, "final_logit_softcapping": 0.5}
+    settings = {"text_config": ZOO["gemma4_text"] | capped} if name == "gemma4" else TOWERS[name]
+    torch.manual_seed(0)
+    teacher = AutoModelForMultimodalLM.from_config(AutoConfig.for_model(name, **settings)).eval()
+    teacher.get_output_embeddings().weight.data.normal_()
+    part, device = Batch.of(torch.arange(24).view(2, 12)), torch.device("cpu")
+    check_head(teacher, part.ids)
+    held_out, student = HeldOutTeacher(teacher, [part]), tiny("llama", vocab_size=teacher.config.text_config.vocab_size)
+    assert distances(held_out, student, part, device) == distances(teacher, student, part, device)
+
+
 # --- distillations ----------------------------------------------------------------------------------------------
 
 
@@ -275,7 +293,8 @@ def test_the_teacher_is_gone_while_the_student_learns(
 
     monkeypatch.setattr(setup, "load_model", counted)
     alive: list[int] = []
-    asked = recipe(folders, steps=4, teacher={"kind": "cached", "k": 8, "folder": str(tmp_path / "cache")})
+    teacher = {"kind": "cached", "k": 8, "folder": str(tmp_path / "cache")}
+    asked = recipe(folders, steps=4, teacher=teacher, controls=["no_teacher"])
     distill(
         folders / "small",
         folders / "dense",
@@ -283,11 +302,19 @@ def test_the_teacher_is_gone_while_the_student_learns(
         tmp_path / "a",
         progress=lambda *_: alive.append(sum(ref() is not None for ref in loaded)),
     )
-    assert len(loaded) == 2 and alive == [1] * 4
+    assert len(loaded) == 4 and alive == [1] * 8, "in the control, too"
     read: list[Any] = []
     monkeypatch.setattr(cache.ModelLogits, "__call__", lambda *given: read.append(given))
     again = distill(folders / "small", folders / "dense", asked, tmp_path / "b")
     assert not read and again.steps == 4
+
+
+def test_a_trial_leaves_a_named_cache_alone(folders: Path, tmp_path: Path) -> None:
+    asked = recipe(folders, steps=1, teacher={"kind": "cached", "k": 8, "folder": str(tmp_path / "cache")})
+    for number, trial in enumerate((True, False, True)):
+        distill(folders / "small", folders / "dense", asked | {"trial": trial}, tmp_path / str(number))
+        assert (tmp_path / "cache").exists() == (number > 0)
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "2", "cache"}
 
 
 @pytest.mark.parametrize(

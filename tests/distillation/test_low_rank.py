@@ -73,6 +73,15 @@ def test_terms_are_functions_of_the_seed(folders: Path) -> None:
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
+def test_a_second_term_starts_in_other_directions(folders: Path) -> None:
+    student, teacher = loaded(folders)
+    rows: dict[str, list[torch.Tensor]] = {}
+    for _ in range(2):
+        for name in add_terms(student, Adaptation(rank=2), lambda: teacher, seed=0):
+            rows.setdefault(name, []).append(dense(term_of(linears(student)[name]).right))
+    assert all(int(torch.linalg.matrix_rank(torch.cat(both))) == 4 for both in rows.values())
+
+
 def test_a_term_starts_at_the_best_rank_of_the_residual(folders: Path) -> None:
     """Eckart and Young: what is left has the tail of the singular values, up to bfloat16."""
     student, teacher = loaded(folders)

@@ -215,6 +215,15 @@ def test_missing_kinds_are_warned_of_at_once_and_in_the_report(
     assert done.trained["scales"] > 0
 
 
+def test_missing_kinds_are_warned_of_where_blocks_train_alone(
+    folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = recipe(folders, steps=1, rates={"scales": 1e-3, "factors": 1e-3}, phases=[{"kind": "blockwise"}])
+    done = distill(folders / "small", folders / "dense", asked, tmp_path / "out")
+    wanted = "rates: the student has no factors to train; the rest learns alone"
+    assert done.warnings == (wanted,) and wanted in caplog.messages
+
+
 def test_another_tokenizer_is_refused(folders: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -130,12 +130,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_narrower_student_learns_and_a_cut_run_ends_as_a_whole_one(place: Path, tmp_path: Path) -> None:
+def test_a_narrower_student_learns_and_a_cut_run_ends_as_a_whole_one(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The linears are in the run's state, with their moments, and not in the folder."""
     recipe = asked(place, steps=12, losses=[FORWARD, HIDDEN, EXITS], rates=RATES, save_every=5)
     whole = distill(place / "narrow", place / "dense", recipe, tmp_path / "whole")
     assert whole.history[-1]["kl"] < 0.95 * whole.history[0]["kl"]
     assert whole.trained["projections"] == 2 * 16 * 32 + 2 * 16 * 16
+    assert not any("to train" in message for message in caplog.messages)
     before, after = tensors(place / "narrow"), tensors(tmp_path / "whole")
     assert {name: (value.dtype, value.shape) for name, value in before.items()} == {
         name: (value.dtype, value.shape) for name, value in after.items()

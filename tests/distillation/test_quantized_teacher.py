@@ -33,6 +33,7 @@ from llmcompress.formats.model_card import DistillationRecord, _distillation
 from llmcompress.models.dense.locate import Place, locate
 from llmcompress.recipe.distillation import Distillation
 from tests.distillation import miniature
+from tests.models.test_packed import fp8, store
 from tests.tiny import save_tiny, tiny_tokenizer
 
 pytest.importorskip("bitsandbytes")
@@ -218,6 +219,14 @@ def test_weights_come_from_the_dense_teacher(place: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_a_control_measures_against_the_same_dense_teacher(place: Path, tmp_path: Path) -> None:
+    """It is loaded as it was for the distillation: on the host, in float32."""
+    asked = recipe(place, steps=1, teacher={"bits": 8}, compute="bfloat16", controls=["no_teacher"])
+    done = distill(place / "small", place / "dense", asked, tmp_path / "out")
+    assert done.controls["no_teacher"]["teacher_perplexity"] == done.history[-1]["teacher_perplexity"]
+
+
 def test_a_cache_of_other_bits_is_refused(place: Path, tmp_path: Path) -> None:
     def cached(bits: int | None, folder: str, output: str) -> Any:
         teacher = {"kind": "cached", "k": 16, "bits": bits, "folder": str(tmp_path / folder)}
@@ -293,20 +302,39 @@ def stored(place: Path, to: Path) -> Path:
     return to
 
 
+def in_fp8(place: Path, to: Path) -> Path:
+    """A model in FP8, as transformers stores it."""
+    folder = save_tiny("llama", to, hidden_size=64, intermediate_size=96)
+    return store(folder, fp8, quant_method="fp8", weight_block_size=[32, 32])
+
+
 @pytest.mark.parametrize(
     "teacher, bits, sentence",
     [
         (lambda place, to: place / "small", 4, "compressed already, so it cannot be quantized to 4 bits; leave bits"),
-        (stored, None, "the teacher is stored as bitsandbytes quantized it; give the model that it was made from"),
-        (stored, 8, "the teacher is stored as bitsandbytes quantized it; give the model that it was made from"),
+        (stored, 8, "compressed already, so it cannot be quantized to 8 bits; leave bits"),
+        (in_fp8, 4, "compressed already, so it cannot be quantized to 4 bits; leave bits"),
     ],
 )
 def test_teachers_that_are_compressed_are_refused(
-    teacher: Callable[[Path, Path], Path], bits: int | None, sentence: str, place: Path, tmp_path: Path
+    teacher: Callable[[Path, Path], Path], bits: int, sentence: str, place: Path, tmp_path: Path
 ) -> None:
     folder = teacher(place, tmp_path / "teacher")
     with pytest.raises(InputError, match=sentence):
         distill(place / "small", folder, recipe(place, teacher={"bits": bits}), tmp_path / "out")
+
+
+def test_numbers_of_bitsandbytes_teach_what_is_made_of_them(place: Path, tmp_path: Path) -> None:
+    folder = stored(place, tmp_path / "teacher")
+    rules = [{"match": "*", "steps": [{"method": "rtn", "bits": 8, "group_size": 16}]}]
+    asked: dict[str, Any] = {"version": 1, "rules": rules, "distill": recipe(place, steps=1, teacher={"bits": 4})}
+    with pytest.raises(InputError, match="compressed already, so it cannot be quantized to 4 bits; leave bits"):
+        lc.compress(folder, asked, tmp_path / "out")
+    assert not list(tmp_path.glob("out*")), "which is found before compression starts"
+    asked["distill"].pop("teacher")
+    distance = lc.compress(folder, asked, tmp_path / "out").distillation["history"][0]["kl"]
+    whole = lc.score(tmp_path / "out", lc.Protocol(windows=2, length=32), against=place / "dense")["kl"]
+    assert 0 < 10 * distance < whole
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -110,6 +111,17 @@ def test_reported_errors_equal_those_of_the_checkpoint(
         assert block["left"] < 0.99 * last if "weights" in rates else block["left"] == pytest.approx(last)
     assert found.report.bpw == plain.report.bpw and abs(found.report.bytes - plain.report.bytes) < 200
     verify(found.folder, text=place / "text.txt", length=16)
+
+
+def test_errors_of_layers_are_said_to_be_those_before_the_learning(place: Path, tmp_path: Path) -> None:
+    said = "errors of layers are those before their blocks learned, which moves all of a block together"
+    plain = lc.compress(place / "dense", recipe(place, None), tmp_path / "plain")
+    tuned = lc.compress(place / "dense", recipe(place, {"rates": {"scales": 1e-2}}), tmp_path / "tuned")
+    first, second = ([row.error for row in result.report.layers if ".0." in row.name] for result in (plain, tuned))
+    assert first == pytest.approx(second, rel=1e-4), "though the weights are others:"
+    weights = (load_file(result.folder / "model.safetensors") for result in (plain, tuned))
+    assert not torch.equal(*(each["model.layers.0.self_attn.q_proj.weight"] for each in weights))
+    assert said in tuned.report.warnings and said not in plain.report.warnings
 
 
 @pytest.mark.slow

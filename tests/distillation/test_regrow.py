@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from llmcompress.data.batch import Batch
+from llmcompress.data.distillation import Data
+from llmcompress.distillation import phases
 from llmcompress.distillation.phases import run_phases
 from llmcompress.distillation.run import distill
 from llmcompress.distillation.student.regrow import grow, input_norms, prune_again, regrown_share
@@ -126,6 +128,19 @@ def test_input_norms_equal_those_of_recorded_inputs(folders: Path) -> None:
     wanted = norm(embedded).double().square().sum((0, 1))
     assert torch.allclose(norms["model.layers.0.self_attn.k_proj"].double(), wanted, rtol=1e-4)
     assert not student.get_submodule("model.layers.0.self_attn.k_proj")._forward_pre_hooks
+
+
+def test_every_text_decides_which_weights_stay(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its weight: three of the first text, one of the second; of one text, the first four."""
+    monkeypatch.setattr(phases, "SEQUENCES", 4)
+    student, name = loaded(folders)[0], "model.layers.0.self_attn.k_proj"
+    text = Batch.of(torch.arange(12).repeat_interleave(16).view(12, 16))
+    for sizes, weights, chosen in (((8, 4), (3.0, 1.0), [0, 1, 2, 8]), ((12,), (1.0,), [0, 1, 2, 3])):
+        names = tuple(map(str, sizes))
+        data = Data(text, (), names, weights, sizes, {}, "")
+        run: Any = SimpleNamespace(student=SimpleNamespace(model=student), data=data, autocast=torch.no_grad)
+        found = phases._norms(run, {name: Bitmap(torch.ones(1, 1, dtype=torch.bool))})[name]
+        assert torch.equal(found, input_norms(student, [name], text[torch.tensor(chosen)], torch.no_grad)[name])
 
 
 @pytest.mark.parametrize("start", ["zero", pytest.param("teacher", marks=pytest.mark.slow)])

@@ -22,7 +22,9 @@ from llmcompress.distillation.run import distill
 from llmcompress.errors import RecipeError
 from llmcompress.formats.hub import push
 from llmcompress.formats.model_card import DistillationRecord, _distillation
+from llmcompress.reporting.html.page import write_page
 from llmcompress.reporting.plots import distillation_png, running_count
+from llmcompress.reporting.report import KNOWN_TEXT, read
 from tests.distillation import miniature
 from tests.tiny import save_tiny
 
@@ -223,6 +225,50 @@ def test_the_card_tells_the_distillation(
         assert part in text, part
     push(folders / "small", "me/small")
     assert "## Distillation" not in sent["README.md"].decode() and "distilled" not in sent["README.md"].decode()
+
+
+def test_blocks_that_train_alone_are_told_as_such(folders: Path, tmp_path: Path) -> None:
+    alone = {"kind": "blockwise", "steps": 3}
+    for phases, words, losses in (
+        ([alone], "3 steps of each block on", "outputs of each block"),
+        (
+            [alone, {"kind": "end_to_end", "steps": 2}],
+            "3 steps of each block and 2 of the whole on",
+            "outputs of each block and forward_kl",
+        ),
+    ):
+        output = tmp_path / str(len(phases))
+        asked = miniature.recipe(folders, rates={"scales": 5e-3}, phases=phases)
+        done = distill(folders / "small", folders / "dense", asked, output).to_json()
+        tokens = (3 + 2 * (len(phases) - 1)) * 4 * 31
+        card = "".join(_distillation(DistillationRecord(done, "version: 1")))
+        assert f" in {words} {tokens:,} tokens of `text.txt`. Loss: {losses}." in card
+        assert any(f" · {words} {tokens:,} tokens in " in str(line) for line in distilled_view(done, False))
+        page = output.with_suffix(".html")
+        write_page(output, page)
+        assert f"{words} {tokens:,} tokens in " in page.read_text()
+
+
+def test_held_out_text_that_a_student_knows_is_no_measure(folders: Path, tmp_path: Path) -> None:
+    def taught(student: Path, name: str, samples: int, **more: Any) -> DistillationResult:
+        asked = miniature.recipe(folders, steps=1)
+        data = asked["data"] | {"samples": samples} | more
+        return distill(student, folders / "dense", asked | {"data": data}, tmp_path / name)
+
+    assert not taught(folders / "small", "first", 28).warnings  # trains on 24
+    for name, samples, more, known in (
+        ("fewer", 27, {}, True),
+        ("share", 24, {"held_out": 0.25}, True),
+        ("as-many", 28, {}, False),
+        ("other-seed", 20, {"seed": 1}, False),
+    ):
+        said = taught(tmp_path / "first", name, samples, **more).warnings
+        enough = 32 if more else 28
+        assert said == ((f"{KNOWN_TEXT} of text.txt; raise samples to {enough} or more",) if known else ())
+        gates = read(tmp_path / name).gates
+        assert gates is not None and (gates.unmeasured == KNOWN_TEXT) == known and bool(gates.measured) != known
+        assert not taught(tmp_path / name, f"{name}-again", 32).warnings
+        assert not any(KNOWN_TEXT in each for each in read(tmp_path / f"{name}-again").warnings)
 
 
 def test_a_missing_matplotlib_is_reported(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -79,6 +81,23 @@ def test_the_rate_rises_and_falls() -> None:
     found = [rate(step, 100, 0.1, 0.2) for step in range(100)]
     assert found[0] == 0.1 and found[9] == 1 == max(found) and math.isclose(found[-1], 0.2)
     assert all(one >= other for one, other in pairwise(found[9:]))
+
+
+def test_a_notebook_may_train_elsewhere_and_record_no_gradients(folders: Path, tmp_path: Path) -> None:
+    """Accelerate's state of before is neither minded nor changed."""
+    asked = recipe(folders, steps=1)
+    distill(folders / "small", folders / "dense", asked, tmp_path / "wanted")
+    assert not AcceleratorState._shared_state
+    before = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=3)
+    try:
+        with torch.no_grad():
+            distill(folders / "small", folders / "dense", asked, tmp_path / "found")
+        assert before.mixed_precision == AcceleratorState().mixed_precision == "bf16"
+        assert before.gradient_accumulation_steps == 3
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    assert weight_files(tmp_path / "found") == weight_files(tmp_path / "wanted")
 
 
 def test_training_recovers_quality_at_the_same_bytes(folders: Path, tmp_path: Path) -> None:

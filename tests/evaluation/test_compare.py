@@ -230,7 +230,7 @@ def test_models_by_name_make_one_table(folders: Path, tmp_path: Path, monkeypatc
     assert found["protocol"] == alone["protocol"] == protocol.to_json() | {"bos": True}
     assert (dense["differences"], again["differences"]["nll"]["value"]) == (None, 0.0)
     assert [row["model"] for row in found["models"]] == ["dense", "small", "dense"]
-    found = lc.compare(["dense", "small"], protocol, output=tmp_path / "table.md")
+    found = lc.compare(["dense", "small"], protocol, output=str(tmp_path / "table.md"))
     assert (tmp_path / "table.md").read_text() == comparison_markdown(found)
 
 
@@ -246,7 +246,9 @@ def test_comparisons_that_cannot_be_made(folders: Path, tmp_path: Path, monkeypa
         (["dense", "small"], "none/table.md", DiskError, "there is no folder"),
     ):
         with pytest.raises(kind, match=message):
-            lc.compare(models, Protocol(windows=1, length=16), output=output and tmp_path / output)
+            lc.compare(models, Protocol(windows=1, length=16), output=output and str(tmp_path / output))
+    with pytest.raises(DiskError, match="there.md exists already"):
+        lc.score("small", output=str(tmp_path / "there.md"))
 
 
 @pytest.mark.slow

@@ -145,7 +145,7 @@ def test_each_kind_of_text_is_scored_as_alone(tmp_path: Path) -> None:
     for name, text in (("letters", TEXT[::-1]), ("numbers", "0123456789 " * 40)):
         (tmp_path / f"{name}.txt").write_text(text)
     (tmp_path / "._letters.txt").write_bytes(b"\x00\x05\x16\x07")  # beside each file on a Mac's disks
-    protocol = Protocol(TEXT, windows=2, length=32, domains=tmp_path)
+    protocol = Protocol(TEXT, windows=2, length=32, domains=str(tmp_path))
     assert protocol.to_json()["domains"] == ["letters", "numbers"]
     own, found = (one.to_json() for one in evaluate_all(dense, [lambda: other], tokenizer, protocol))
     assert found == evaluate(other, tokenizer, protocol, against=dense).to_json()
@@ -356,7 +356,7 @@ def test_unknown_tasks_and_texts_are_named_before_a_model_is_loaded(
 def test_what_was_scored_is_kept_when_a_task_fails(failing: str, tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "dense")
     asked = Protocol(windows=1, length=16, tasks=(failing,))
-    found = score(folder, asked, against=str(folder), output=tmp_path / "out")
+    found = score(folder, asked, against=folder, output=str(tmp_path / "out"))
     assert found["perplexity"] > 1 and found["kl"] == pytest.approx(0) and found["tasks"] == {}
     assert "failing.yaml failed at item 1, counted from 0 (ZeroDivisionError" in found["tasks_failed"]
     assert json.loads((tmp_path / "out" / "eval.json").read_text())["kl"] == found["kl"]

@@ -92,6 +92,16 @@ def test_tensors_are_checked_where_no_manifest_is(mlx: Path, tmp_path: Path) -> 
     refusal(folder)
 
 
+def test_an_index_beside_the_only_file_is_none_too_many(mlx: Path, tmp_path: Path) -> None:
+    """mlx-lm writes one with every model."""
+    folder = tmp_path / "out"
+    shutil.copytree(mlx, folder)
+    (folder / "manifest.json").unlink()
+    placed = dict.fromkeys(load_file(folder / WEIGHTS), WEIGHTS)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    assert lc.verify(folder, windows=1, length=16).bytes == (folder / WEIGHTS).stat().st_size
+
+
 def test_other_folders_and_files_are_refused(dense: Path, mlx: Path, tmp_path: Path) -> None:
     assert "holds a plain model; verify takes a checkpoint of llmcompress, a GGUF file, or a folder" in refusal(dense)
     assert "give a compressed checkpoint" in refusal(tmp_path / "nothing")

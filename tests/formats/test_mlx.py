@@ -45,10 +45,10 @@ EXACT = ("0.self_attn.q_proj", "0.self_attn.k_proj", "1.self_attn.q_proj", "1.se
 IDS = torch.arange(30)[None] * 7 % 256
 
 
-def compressed(tmp_path: Path, family: str = "llama", tied: bool = True) -> Path:
+def compressed(tmp_path: Path, family: str = "llama", tied: bool = True, **more: Any) -> Path:
     """A model with one layer of each kind of grid that MLX has, and a 4-bit table."""
     window = {"sliding_window": 64} if family in ("gemma2", "mistral") else {}  # mlx-lm sees every position
-    source = save_tiny(family, tmp_path / "dense", tie_word_embeddings=tied, **SIZES, **window)
+    source = save_tiny(family, tmp_path / "dense", tie_word_embeddings=tied, **SIZES | window | more)
     rules = [{"match": name, "steps": [step]} for name, (step, _) in FORMS.items()]
     recipe = {"version": 1, "rules": rules, "embeddings": [{"method": "rtn", "bits": 4, "group_size": 32}]}
     return lc.compress(source, recipe, tmp_path / "out").folder
@@ -77,9 +77,10 @@ def decoded(tensors: dict[str, np.ndarray], layer: str, form: dict[str, Any]) ->
     return numbers * 2.0 ** (scales.astype(int) - 127)
 
 
-def test_the_plan_has_the_size_of_the_files(tmp_path: Path) -> None:
-    """For every form of a matrix, and never less."""
-    folder = compressed(tmp_path)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_plan_has_the_size_of_the_files(family: str, tmp_path: Path) -> None:
+    """For every form of a matrix, and never less, also where dense tensors stay as they are."""
+    folder = compressed(tmp_path, family, dtype=torch.float32)
     planned = plan_for("mlx", tmp_path / "dense", read_recipe(folder / RECIPE))
     written = export(folder, tmp_path / "mlx", "mlx").bytes_after
     assert written <= planned.bytes <= 1.03 * written

@@ -182,6 +182,16 @@ def test_card_escapes_markdown_in_names(made: Path) -> None:
     assert bars == {7}
 
 
+def test_a_card_loads_by_a_class_of_transformers_alone(made: Path) -> None:
+    """Its program is run as it stands."""
+    report = reports.read(made / "plain")
+    for name in ("AutoModel\nimport os; os.system('x')  #", "AutoModelé", "exec_it"):
+        text = card(replace(report, auto_class=name), "me/small", "version: 1")
+        assert "from transformers import AutoModelForCausalLM, AutoTokenizer" in text and name not in text
+    vision = card(replace(report, auto_class="AutoModelForImageTextToText"), "me/small", "version: 1")
+    assert "AutoModelForImageTextToText.from_pretrained" in vision
+
+
 @pytest.mark.parametrize("quiet", [False, True])
 def test_command_warns_of_files_that_stay_behind(quiet: bool, place: Path, tmp_path: Path) -> None:
     words = ["drop", str(place / FOLDER / "dense"), "--blocks", "1", "-o", str(tmp_path / "short")]

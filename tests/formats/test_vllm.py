@@ -21,6 +21,8 @@ from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.pipeline.engines import compress_for
 from llmcompress.recipe.read import read_recipe
 from llmcompress.weight.expression import dense
+from llmcompress.weight.layout import pack_weight
+from tests.builders import codebook
 from tests.formats import vllm_stand_in as vllm
 from tests.formats.vllm_engine import TOKENS
 from tests.rules.source_tree import ROOT
@@ -143,6 +145,16 @@ def test_vllm_errors_say_what_cannot_be_loaded(folder: Path, config: Any) -> Non
         vllm.load(layer, "weight", stored[:-8])
     with pytest.raises(InputError, match="part 0 of .*o_proj is torch.float32"):
         vllm.load(layer, "weight", torch.zeros(32, 32))
+
+
+def test_a_damaged_payload_is_not_served(tmp_path: Path, config: Any) -> None:
+    """A code without an entry in its codebook would end the server."""
+    layout, payload = pack_weight(codebook((48, 32), 200, 1, 1))
+    config.layouts = {**config.layouts, (name := "model.layers.0.mlp.down_proj"): layout}
+    layer = vllm.LinearBase(32, [48], config, name)
+    vllm.load(layer, "weight", torch.full_like(payload, 255))
+    with pytest.raises(InputError, match="the payload of .*down_proj is damaged .*codes: it has the code 255 of 200"):
+        vllm.finish(layer)
 
 
 def vllm_program() -> Path:

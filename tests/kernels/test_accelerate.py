@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +22,7 @@ import llmcompress as lc
 from llmcompress.errors import RecipeError
 from llmcompress.kernels import ops
 from llmcompress.kernels.accelerate import SWITCH, Fast, accelerate, plain
+from llmcompress.kernels.cpu import matmul, token_calls
 from llmcompress.models.transformers.hf_quantizer import LLMCompressConfig, table_entry
 from llmcompress.weight.layout import pack_weight
 from llmcompress.weight.modules import CompressedLinear, compressed_linears, compressed_modules, put
@@ -124,6 +125,26 @@ def test_logits_are_those_of_plain_products(
     assert not products
     close(logits(model, tokens, batch), wanted)
     assert len(products) == len(compressed_linears(model)) - len(WITHOUT)
+
+
+@pytest.fixture
+def wider() -> Iterator[None]:
+    """Make float64 torch's default dtype, as other threads do while they load a model."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(
+    dtype: torch.dtype, tokens: int, load: Load, wider: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matmul, "_TOKENS", matmul._TokenCache())  # whose buffers may be from before
+    monkeypatch.setattr(token_calls, "_HERE", token_calls._ThreadRoom())
+    model = load().to(dtype)
+    wanted = plain_logits(model, tokens)
+    close(logits(model, tokens), wanted, 1e-5 if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.parametrize(("mode", "tolerance"), [("auto", 2e-4), pytest.param("int8", 5e-2, marks=slow)])

@@ -20,6 +20,8 @@ from llmcompress.kernels import compiled_block, one_token
 from llmcompress.kernels.accelerate import accelerate, plain
 from llmcompress.kernels.compiled_block import CompiledBlock
 from llmcompress.kernels.one_token import OneTokenBlock, TokenFacts, restore_blocks
+from llmcompress.weight.modules import CompressedLinear, put
+from tests.builders import grid
 from tests.tiers import tiered
 from tests.tiny import save_tiny
 
@@ -177,6 +179,43 @@ def test_a_compiled_block_gives_what_its_steps_give(
     monkeypatch.setattr(OneTokenBlock, "_compiled_block", lambda *_: None)
     assert_rounded_alike(short, model, partial(logits, tokens=MANY))
     assert len(calls) == 2 * len(MANY)
+
+
+BROADCAST: dict[str, dict[str, tuple[int, int]]] = {  # linears whose output torch broadcasts, of the width 32
+    "a gate": {"mlp.gate_proj": (1, 32), "mlp.up_proj": (4096, 32), "mlp.down_proj": (32, 4096)},
+    "an attention": {"self_attn.o_proj": (1, 32)},
+    "an MLP": {"mlp.down_proj": (1, 48)},
+    "a norm": {},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("what", BROADCAST)
+def test_what_torch_broadcasts_is_not_compiled(what: str, tmp_path: Path) -> None:
+    model = compressed("llama", tmp_path, torch.bfloat16)
+    block: Any = model.get_submodule("model.layers.0")
+    for name, size in BROADCAST[what].items():
+        put(block, name, CompressedLinear.of(grid(size, 16, 32, 0, True)))
+    if what == "a norm":
+        block.input_layernorm.weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    accelerate(model, "exact")
+    cache = DynamicCache(config=model.config)
+    model(input_ids=PROMPT[:, :4], past_key_values=cache, use_cache=True)
+    assert vars(block)["forward"]._compiled_block() is None
+    other: Any = model.get_submodule("model.layers.1")
+    assert vars(other)["forward"]._compiled_block() is not None
+
+
+@torch.no_grad()
+def test_hidden_states_of_another_width_are_left_to_torch(tmp_path: Path, calls: list[CompiledBlock]) -> None:
+    model = compressed("llama", tmp_path, torch.bfloat16)
+    block: Any = model.get_submodule("model.layers.0")
+    cache = DynamicCache(config=model.config)
+    logits(model, cache)
+    before, one = len(calls), torch.ones(1, 1, 1, dtype=torch.bfloat16)
+    positions = model.get_submodule("model.rotary_emb")(one, torch.tensor([[20]]))
+    assert block(one, position_embeddings=positions, past_key_values=cache).shape[-1] == 32
+    assert len(calls) == before
 
 
 @torch.no_grad()

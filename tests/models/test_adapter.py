@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import llmcompress as lc
+from llmcompress.data.generate import end_tokens
 from llmcompress.errors import InputError
 from llmcompress.models.dense import adapter
 from llmcompress.models.dense.load import load_model
@@ -95,6 +96,22 @@ def test_an_adapter_is_compressed_as_the_merged_model(base: Path, tmp_path: Path
     assert {name for name in before if before[name] != after[name]} == {"the model's config.json"}
 
 
+def test_the_content_is_the_same_wherever_the_adapter_lies(base: Path, tmp_path: Path) -> None:
+    middle = shutil.copytree(base, tmp_path / "m")
+    shutil.copytree(adapted(middle, tmp_path / "a"), tmp_path / "z")
+    assert resolve(tmp_path / "a").content() == resolve(tmp_path / "z").content()
+
+
+def test_the_generation_config_of_the_base_counts(base: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(base, tmp_path / "own")
+    GenerationConfig(eos_token_id=[257, 65], repetition_penalty=1.3).save_pretrained(own)
+    assert end_tokens(resolve(own).load()) == {257, 65}
+    assert load_model(locate(adapted(own, tmp_path / "adapter"))).generation_config.repetition_penalty == 1.3
+    (own / "generation_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"generation_config.json is broken .*; correct or remove it"):
+        resolve(own).load()
+
+
 def edited(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], object]:
     def edit(folder: Path) -> None:
         tensors = load_file(folder / ADAPTER)
@@ -134,6 +151,14 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         "is merged into x here",
     ),
 }
+
+
+def test_an_adapter_of_itself_is_refused(base: Path, tmp_path: Path) -> None:
+    first, second = (adapted(base, tmp_path / name) for name in ("first", "second"))
+    for folder, named in ((first, first), (first, second)):
+        change_json(folder / "adapter_config.json", base_model_name_or_path=str(named))
+        with pytest.raises(InputError, match="is an adapter of .*, which is one itself; merge"):
+            resolve(folder)
 
 
 @pytest.mark.parametrize("damage", HOSTILE)

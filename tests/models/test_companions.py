@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,6 +124,15 @@ def test_a_broken_companion_is_refused(sentence: str, tmp_path: Path) -> None:
     BROKEN[sentence](folder)
     with pytest.raises(InputError, match=sentence):
         companions(folder)
+
+
+def test_a_template_is_not_computed(tmp_path: Path) -> None:
+    """In a process of its own: no signal ends a power of so many digits."""
+    folder = save_tiny("llama", tmp_path / "dense")
+    (folder / "chat_template.jinja").write_text("{{ 9**(9**9) }}")
+    program = "import sys, pathlib; from llmcompress.models.dense.companions import companions as of; of(pathlib.Path("
+    words = [sys.executable, "-c", f"{program}sys.argv[1]))", str(folder)]
+    assert subprocess.run(words, check=False, timeout=90).returncode == 0
 
 
 def test_a_folder_without_a_tokenizer_has_no_fault(tmp_path: Path) -> None:

@@ -298,3 +298,10 @@ def test_what_save_pretrained_writes_is_checked_too(whole: Path, tmp_path: Path)
         path.write_bytes(data)
         with pytest.raises(InputError, match="is not as it was written"):
             loaded(folder)
+        with pytest.raises(InputError, match="is not as it was written"):
+            lc.export(folder, tmp_path / "dense", "dense")
+        data[-1] ^= 1
+        path.write_bytes(data)
+        edit_json(folder / "config.json", lambda config: config.update(rms_norm_eps=0.1))
+        with pytest.raises(InputError, match="is not the one that its weights were written with"):
+            lc.export(folder, tmp_path / "dense", "dense")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from importlib import metadata
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from typer.testing import CliRunner
 
 import llmcompress as lc
+from llmcompress.benchmark.protocol import SpeedProtocol
 from llmcompress.cli.app import app
 from llmcompress.errors import InputError
 from llmcompress.models.dense import gguf_model
@@ -25,7 +27,7 @@ from llmcompress.models.dense.companions import companions
 from llmcompress.models.dense.locate import HUB_GGUF, PACKAGED, PackagedModel, _weight_files, locate, pinned_name
 from llmcompress.models.dense.model import resolve
 from llmcompress.models.dense.tokenizer import load_tokenizer
-from llmcompress.models.files.gguf_header import read_gguf_header
+from llmcompress.models.files.gguf_header import MOST_NUMBERS, read_gguf_header
 from tests.formats.gguf_files import BYTE, TEXTS, byte_level, compressed, engine, gguf, run, tiny_llama
 from tests.stand_in_hub import StandInHub
 from tests.tiers import tiered
@@ -88,6 +90,12 @@ def test_a_file_counts_as_it_is_stored(file: Path) -> None:
     bits = 8 * sum(int(tensor.n_bytes) for tensor in matrices)
     assert scores["bytes"] == file.stat().st_size
     assert scores["bpw"] == bits / sum(int(tensor.n_elements) for tensor in matrices) < 16
+
+
+def test_the_speed_of_a_file_is_not_that_of_its_numbers(file: Path) -> None:
+    for model in (file, file.parent):
+        with pytest.raises(InputError, match="is in GGUF, which llama.cpp runs; give the file by --gguf"):
+            lc.bench([model], SpeedProtocol((1,)))
 
 
 def test_an_unpacked_file_is_scored_without_the_package(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +197,37 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(file: Path, tmp_path: Path
             locate(tmp_path / name)
         assert "\n" not in str(caught.value)
     assert not cache.exists() or list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("block_count", 4_000_000, "gives num_hidden_layers as '4000000', which is no number from 1 to 1024"),
+        ("block_count", 1000, "describes a model of 1000 blocks and a width of [0-9]+, which it lacks"),
+        ("embedding_length", 2**20, "and a width of 1048576, which it lacks"),
+        ("feed_forward_length", 2**30, "which it lacks"),
+        ("attention.head_count", 0, "gives num_attention_heads as '0'"),
+    ],
+)
+def test_counts_beyond_the_file_are_refused(key: str, value: int, sentence: str, file: Path, tmp_path: Path) -> None:
+    content = bytearray(file.read_bytes())
+    at = content.index(f"llama.{key}".encode()) + len(f"llama.{key}") + 4
+    content[at : at + 4] = value.to_bytes(4, "little")
+    (tmp_path / "large.gguf").write_bytes(content)
+    with pytest.raises(InputError, match=sentence):
+        locate(tmp_path / "large.gguf")
+
+
+def test_arrays_of_many_numbers_are_not_read(file: Path, tmp_path: Path) -> None:
+    """The package gguf makes each an object of 700 bytes."""
+    content = file.read_bytes()
+    many = MOST_NUMBERS + 1
+    entry = (1).to_bytes(8, "little") + b"x" + struct.pack("<IIQ", 9, 0, many) + bytes(many)
+    count = int.from_bytes(content[16:24], "little") + 1
+    path = tmp_path / "array.gguf"
+    path.write_bytes(content[:16] + count.to_bytes(8, "little") + entry + content[24:])
+    with pytest.raises(InputError, match="breaks off inside its header"):
+        locate(path)
 
 
 def pre(file: Path) -> str:

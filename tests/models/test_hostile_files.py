@@ -23,9 +23,11 @@ from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
 from llmcompress.errors import InputError
+from llmcompress.models.dense.companions import companions
+from llmcompress.models.dense.config import check_entries, public_entries
 from llmcompress.models.dense.headers import read_headers
 from llmcompress.models.dense.load import load_model
-from llmcompress.models.dense.locate import Place
+from llmcompress.models.dense.locate import Place, _left_out
 from llmcompress.models.dense.model import open_source
 from llmcompress.models.files import tensor_files
 from llmcompress.models.files.checkpoint import MANIFEST, manifest
@@ -173,6 +175,34 @@ def test_a_manifest(packed: Path, tmp_path: Path, damage: Any) -> None:
     shutil.copytree(packed, tmp_path / "copy")
     damage(tmp_path / "copy" / MANIFEST)
     assert MANIFEST in refused(opened, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("name", ["../outside", "/proc/version", "a/../../outside", "a\nb", "", "a//b"])
+def test_a_manifest_that_leads_out(packed: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(packed, tmp_path / "copy")
+    (tmp_path / "outside").write_text("not ours")
+    entries = json.loads((tmp_path / "copy" / MANIFEST).read_text())
+    entries["sha256"][name] = "0"
+    (tmp_path / "copy" / MANIFEST).write_text(json.dumps(entries))
+    assert "which is no file in its folder" in refused(opened, tmp_path / "copy")
+
+
+def test_a_name_in_a_manifest_is_no_pattern_of_the_hub(packed: Path, tmp_path: Path) -> None:
+    shutil.copytree(packed, tmp_path / "copy")
+    (tmp_path / "copy" / MANIFEST).write_text(json.dumps({"sha256": {"*": "0", "a.b": "0"}}))
+    assert _left_out(tmp_path / "copy") == ["[*]", "a.b"]
+
+
+def test_names_of_another_kind_in_configs(dense: Path, tmp_path: Path) -> None:
+    wrong: list[dict[str, Any]] = [{"auto_map": {"AutoConfig": "a.B"}, "architectures": [{}]}, {"model_type": []}]
+    for entries in wrong:
+        folder = copied(dense, tmp_path)
+        write_config(folder, **entries)
+        (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["a.B", None]}}))
+        for load in OF_DENSE:
+            refused(load, folder)
+        with pytest.raises(InputError):
+            companions(folder)
 
 
 @pytest.mark.parametrize("damage", IRREGULAR)
@@ -337,6 +367,27 @@ def test_impossible_sizes_in_transformers(packed: Path, tmp_path: Path, key: str
     folder = copied(packed, tmp_path)
     write_config(folder, **{key: size})
     assert key in refused(by_transformers, folder)
+
+
+def test_impossible_sizes_of_a_config_inside(packed: Path, dense: Path, tmp_path: Path) -> None:
+    inside = {"model_type": "gemma3_text", "num_hidden_layers": 10**6}
+    for whole, load in ((dense, by_us), (dense, as_source), (packed, by_us), (packed, opened)):
+        folder = copied(whole, tmp_path)
+        write_config(folder, model_type="gemma3", text_config=inside)
+        assert "num_hidden_layers as '1000000'" in refused(load, folder)
+
+
+def test_weights_that_transformers_would_load_elsewhere(packed: Path, dense: Path, tmp_path: Path) -> None:
+    """The file that is compressed, counted and exported is the one that is loaded and scored."""
+    for whole, loads in ((dense, OF_DENSE), (packed, OF_COMPRESSED)):
+        folder = copied(whole, tmp_path)
+        shutil.copyfile(sorted(folder.glob("*.safetensors"))[0], folder / "other.safetensors")
+        write_config(folder, transformers_weights="other.safetensors")
+        for load in loads:
+            assert "load the weights in 'other.safetensors'" in refused(load, folder)
+    entries = {"model_type": "llama", "transformers_weights": SINGLE}
+    check_entries(entries, "config.json")
+    assert public_entries(entries) == {"model_type": "llama"}, "outputs have names of their own"
 
 
 def test_weights_that_are_missing_are_not_drawn_at_random(dense: Path, tmp_path: Path) -> None:

@@ -205,9 +205,15 @@ def drawn(model: Any) -> Any:
 
 
 def test_what_is_folded_has_kernels(folder: Path) -> None:
-    folded = lc.fold(get_peft_model(compressed(folder), LoraConfig(r=2, target_modules=TARGETS, task_type="CAUSAL_LM")))
-    fast = {name for name, layer in compressed_linears(folded).items() if layer.fast is not None}
-    assert fast == set(accelerate(folded).kernels) and any("v_proj" in name for name in fast)
+    """In the mode of before."""
+    model = compressed(folder)
+    accelerate(model, "int8")
+    folded = lc.fold(get_peft_model(model, LoraConfig(r=2, target_modules=TARGETS, task_type="CAUSAL_LM")))
+    fast: dict[str, Any] = {
+        name: layer.fast for name, layer in compressed_linears(folded).items() if layer.fast is not None
+    }
+    assert {each.mode for each in fast.values()} == {"int8"} and any("v_proj" in name for name in fast)
+    assert fast.keys() == set(accelerate(folded).kernels)
 
 
 def test_several_active_adapters_are_folded(folder: Path) -> None:

@@ -32,6 +32,7 @@ from llmcompress.evaluation.protocol import Protocol
 from llmcompress.models.dense import packed
 from llmcompress.models.dense.model import resolve
 from llmcompress.models.dense.packed import describe_few_bits
+from llmcompress.surgery.block_choice import alike_blocks
 from llmcompress.surgery.drop import drop_blocks
 from tests.tiny import save_tiny
 from tests.zoo import expert_slices, save_zoo
@@ -106,7 +107,7 @@ def blocks(tmp_path: Path) -> Path:
 def test_fp8_is_read_as_transformers_dequantizes_it(blocks: Path) -> None:
     reads(blocks, AutoModelForCausalLM.from_pretrained(blocks, dtype=torch.float32))
     source = resolve(blocks)
-    assert source.notes == (describe_few_bits("FP8 in blocks"),)
+    assert source.notes == (describe_few_bits("FP8 in blocks, whose rounding of inputs is left out"),)
     assert "quantization_config" not in source.config_entries() and not hasattr(source.config, "quantization_config")
 
 
@@ -147,7 +148,8 @@ def test_one_scale_of_a_matrix_and_powers_of_two(tmp_path: Path) -> None:
     )
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(resolve(folder).read(name), before[name] / 2)
-    assert resolve(folder).notes == (describe_few_bits("FP8 of one scale"),), "scales of inputs belong to the model"
+    form = "FP8 of one scale, whose rounding of inputs is left out"
+    assert resolve(folder).notes == (describe_few_bits(form),), "scales of inputs belong to the model"
     exponents = torch.full((-(-96 // 128), -(-64 // 128)), 130, dtype=torch.uint8)
     change(folder, lambda tensors: tensors.__setitem__(f"{name}_scale_inv", exponents))
     assert torch.equal(resolve(folder).read(name), before[name] * 8)
@@ -176,7 +178,8 @@ def test_a_packed_model_is_compressed_as_its_numbers(blocks: Path, tmp_path: Pat
     ]
     ours, theirs = (load_file(tmp_path / name / WEIGHTS) for name in ("from-fp8", "from-plain"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], value) for name, value in theirs.items())
-    assert describe_few_bits("FP8 in blocks") in results[0].report.warnings
+    form = "FP8 in blocks, whose rounding of inputs is left out"
+    assert describe_few_bits(form) in results[0].report.warnings
     packing = json.loads((tmp_path / "from-fp8" / "config.json").read_text())["quantization_config"]
     assert packing["quant_method"] == "llmcompress" and "weight_block_size" not in packing
     shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "from-fp8")]).output
@@ -314,6 +317,21 @@ def test_compressed_tensors_is_read_as_transformers_dequantizes_it(name: str, tm
     reads(folder, expected)
     [note] = resolve(folder).notes
     assert "of compressed-tensors" in note and ("rounding of inputs" in note) == (name in ("FP8_DYNAMIC", "FP8_BLOCK"))
+
+
+@pytest.mark.parametrize("name", ["FP8_DYNAMIC", "NVFP4"])  # one has codes as weights, one has no weights
+def test_blocks_that_round_their_inputs_run_one_by_one(name: str, tmp_path: Path) -> None:
+    folder = ct_folder(name, tmp_path / name)
+    if name == "NVFP4":  # whose inputs have a scale
+        parts = [key for key in load_file(folder / WEIGHTS) if key.endswith("weight_packed")]
+        scales = {key.replace("weight_packed", "input_global_scale"): torch.tensor([100.0]) for key in parts}
+        change(folder, lambda tensors: tensors.update(scales))
+    source, plain = resolve(folder), shutil.copytree(folder, tmp_path / "plain")
+    save_file({key: source.read(key) for key in source.tensors}, plain / WEIGHTS, metadata={"format": "pt"})
+    configure(plain, quantization_config=None)
+    blocks = lc.drift(folder, plain, Protocol(windows=1, length=32)).blocks
+    assert blocks[0].error == 0 and all(0 < (block.error or 0) < 0.5 for block in blocks[1:])
+    assert len(alike_blocks(folder, 1).cosines) == 2
 
 
 def test_groups_of_two_forms_are_read_by_their_own(tmp_path: Path) -> None:

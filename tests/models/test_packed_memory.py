@@ -1,8 +1,9 @@
-"""Compressing a model that is stored in few bits never holds more of its numbers than about one block has."""
+"""A model stored in few bits: compressing it holds the numbers of about one block, loading some of them all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import llmcompress as lc
+from llmcompress.errors import MemoryLimitError
 from llmcompress.models.dense.headers import Packing
+from llmcompress.models.dense.load import check_fits
+from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import DenseModel, resolve
 from tests.models.test_experts import save_mxfp4
-from tests.models.test_packed import by_compressed_tensors, configure, fp8, scheme, store
+from tests.models.test_packed import bnb_folder, by_compressed_tensors, configure, ct_folder, fp8, scheme, store
 from tests.tiers import tiered
 from tests.tiny import save_tiny
 
@@ -85,3 +89,19 @@ def test_about_one_block_of_numbers_is_held(
     assert len(live) >= 7 * BLOCKS and max(live) <= SHARE * block
     if with_text and save is not in_mxfp4:  # experts are copied into their stack as they are read
         assert max(live) > 0.5 * block, "what readers made is what the walk holds"
+
+
+@pytest.mark.parametrize("kind", ["rounds its inputs", "an adapter on one that does"])
+def test_what_is_loaded_as_numbers_is_counted_as_numbers(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "rounds its inputs":
+        place = locate(ct_folder("FP8_DYNAMIC", tmp_path / "packed"))
+    else:
+        place = replace(locate(bnb_folder("int8", tmp_path / "packed")), adapter=tmp_path)
+    whole = 4 * resolve(place.folder).parameters
+    monkeypatch.setattr("llmcompress.models.dense.load.total_memory", lambda: whole)
+    check_fits("cpu", "scoring", passing=[place])
+    monkeypatch.setattr("llmcompress.models.dense.load.total_memory", lambda: whole - 1)
+    with pytest.raises(MemoryLimitError, match="scoring holds"):
+        check_fits("cpu", "scoring", passing=[place])

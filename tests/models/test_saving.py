@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,10 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 import llmcompress as lc
-from llmcompress.errors import InputError
+from llmcompress.errors import InputError, RecipeError
+from llmcompress.evaluation.verify import UNCHECKED, verify
+from llmcompress.models.files.checkpoint import add_file, check_can_add
+from llmcompress.models.files.file_names import RECIPE, REPORT, SCORES
 from llmcompress.models.files.integrity import weight_files
 from llmcompress.weight.modules import CompressedLinear
 from llmcompress.weight.nodes import Dense
@@ -185,8 +189,9 @@ def test_the_blocks_of_a_mixture_are_saved(tmp_path: Path) -> None:
 
 
 def test_a_model_is_saved_over_its_own_folder(folder: Path, tmp_path: Path) -> None:
-    """In one file or in several; nothing stays of what was there."""
+    """In one file or in several; nothing stays of what was there, nor of what was measured of it."""
     own = Path(shutil.copytree(folder, tmp_path / "own"))
+    add_file(own, SCORES, "{}")
     for size in ("8KB", "4KB", "1GB"):
         model = AutoModelForCausalLM.from_pretrained(own)
         trained_norm(model)
@@ -194,6 +199,25 @@ def test_a_model_is_saved_over_its_own_folder(folder: Path, tmp_path: Path) -> N
         model.save_pretrained(own, max_shard_size=size)
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(own)), expected)
         assert (len(weight_files(own)) > 1) == (size != "1GB")
+        assert not {SCORES, REPORT} & set(os.listdir(own)) and (own / RECIPE).is_file()
+    (own / REPORT).write_text("{}")
+    model.save_pretrained(own)
+    assert (own / REPORT).is_file(), "somebody else's, in a folder without a manifest"
+
+
+def test_a_model_is_pushed_over_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    """As `push_to_hub` does, which adds files and removes none: what stays tells nothing of the new weights."""
+    own = Path(shutil.copytree(folder, tmp_path / "own"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    own_compressed_head(model)
+    model.save_pretrained(tmp_path / "saved")
+    shutil.copytree(tmp_path / "saved", own, dirs_exist_ok=True)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(own)), logits(model))
+    assert verify(own).notes == (UNCHECKED,)
+    with pytest.raises(RecipeError, match="results are kept in no other"):
+        check_can_add(own)
+    with pytest.raises(InputError, match="push a folder that compress wrote"):
+        lc.push(own, "me/small", dry_run=True)
 
 
 def test_tensors_that_the_model_has_not_are_not_saved(folder: Path, tmp_path: Path) -> None:

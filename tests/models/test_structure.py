@@ -111,6 +111,7 @@ def test_fewer_blocks_are_saved_and_loaded(model: PreTrainedModel, tmp_path: Pat
     "name, size, sentence",
     [
         ("model.layers.1.mlp.up_proj", [20, 32], "sizes that do not fit each other"),
+        ("model.layers.1.mlp.gate_proj", [1, 32], "sizes that do not fit each other"),
         ("model.layers.1.mlp.middle_proj", [20, 32], "which is no matrix of a LlamaForCausalLM"),
         ("model.embed_tokens", [20, 32], "the size .20, 32., which it does not have"),
     ],

@@ -230,7 +230,21 @@ def test_the_plan_says_what_follows(place: Path, tmp_path: Path) -> None:
     (tmp_path / "both.yaml").write_text(yaml.safe_dump(recipe(place)))
     shown = invoke("plan", place / "dense", tmp_path / "both.yaml").stdout
     assert "then    distillation both: norms, scales by forward_kl · 28 x 32 tokens" in shown
+    blocks = invoke("plan", place / "dense", tmp_path / "both.yaml", "--set", "distill.phases=[{kind: blockwise}]")
+    assert "norms, scales by outputs of each block · 28" in blocks.stdout
     assert lc.plan(place / "dense", {**recipe(place), "distill": None}).distillation is None
+
+
+@pytest.mark.parametrize("factor_bits", [16, 8])
+def test_the_plan_counts_the_terms_that_follow(factor_bits: int, place: Path, tmp_path: Path) -> None:
+    terms = {"match": ["*.mlp.*"], "rank": 3, "factor_bits": factor_bits}
+    asked = recipe(place, adapt=terms, rates={"factors": 1e-3}, steps=2)
+    planned, report = lc.plan(place / "dense", asked), lc.compress(place / "dense", asked, tmp_path / "out").report
+    assert planned.bpw == pytest.approx(report.bpw) and planned.bytes == pytest.approx(report.bytes, rel=0.05)
+    assert [(row.name, row.bpw, row.description) for row in planned.layers] == [
+        (row.name, row.bpw, row.stored) for row in report.layers
+    ]
+    assert sum("rank 3" in row.description for row in planned.layers) == 6
 
 
 def test_recipes_with_a_section_are_written_and_read_back(place: Path) -> None:

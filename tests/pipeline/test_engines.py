@@ -261,6 +261,24 @@ def test_blocks_of_their_own_widths_go_to_no_other_engine(dense: Path, tmp_path:
         plan_for("vllm", tmp_path / "slim", recipe("vllm"))
 
 
+def test_vllm_gets_heads_as_wide_as_it_takes_them_to_be(tmp_path: Path) -> None:
+    """For Qwen2 it does not read the `head_dim` of fewer heads; transformers does."""
+    for family in ("qwen2", "qwen3"):
+        source = save_tiny(family, tmp_path / family, **SIZES | {"num_key_value_heads": 2})
+        assert plan_for("vllm", source, recipe("vllm")).bytes
+        lc.narrow(source, tmp_path / f"{family}-slim", kv_heads=1, by="random")
+    assert plan_for("vllm", tmp_path / "qwen3-slim", recipe("vllm")).bytes
+    with pytest.raises(InputError, match="vLLM does not load .*: it takes heads of qwen2 to fill the width, and there"):
+        compress_for("vllm", tmp_path / "qwen2-slim", recipe("vllm"), tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out.*"))
+    ours = lc.compress(tmp_path / "qwen2-slim", one_matrix({"method": "rtn", "narrow_range": True}), tmp_path / "ours")
+    done = lc.export(ours.folder, tmp_path / "theirs", "compressed-tensors")
+    assert done.changed == (
+        "vLLM will not load this: it takes heads of qwen2 to fill the width, and there are 2 heads of 32 numbers, not "
+        "of 128 in all",
+    )
+
+
 def test_a_sweep_for_an_engine_needs_a_model_that_it_runs(tmp_path: Path) -> None:
     place = save_tiny("gpt_neo", tmp_path / "dense")
     asked = read_recipe(
@@ -346,19 +364,23 @@ def test_the_command_refuses_other_engines(dense: Path, tmp_path: Path) -> None:
 
 
 def one_matrix(step: dict[str, Any]) -> Recipe:
-    return read_recipe({"version": 1, "rules": [{"match": "*.0.*.q_proj", "steps": [step]}]})
+    return read_recipe({"version": 1, "rules": [{"match": "*.0.*.o_proj", "steps": [step]}]})
 
 
 def test_a_folder_for_another_engine_is_one_sentence(dense: Path, tmp_path: Path) -> None:
-    """It is a model to score and to compress, but no checkpoint to export."""
-    for engine, name, step in (("mlx", "mlx", {"method": "rtn"}), ("exllamav3", "exl3", {"method": "exl3"})):
+    """It is a model to score and to compress, but no checkpoint to export, and its speed is that of its engine."""
+    for engine, name, step in (
+        ("mlx", "mlx", {"method": "rtn"}),
+        ("exllamav3", "exl3", {"method": "exl3"}),
+        ("vllm", "compressed-tensors", {"method": "rtn", "bits": 4, "group_size": 32, "narrow_range": True}),
+    ):
         done = compress_for(engine, dense, one_matrix(step), tmp_path / engine)
         with pytest.raises(InputError, match=f"holds a model stored by {name}; give the folder that compress wrote"):
             lc.export(done.folder, tmp_path / "other", "gguf")
-        with pytest.raises(InputError, match=f"is for {name}, and bench runs transformers and llama.cpp; measure it"):
+        with pytest.raises(InputError, match=f"stored by {name}, whose codes transformers does not multiply on a proc"):
             lc.bench([done.folder], SpeedProtocol((1,)))
         planned = plan_for("vllm", done.folder, recipe("vllm"))
-        assert any(f"of {name.upper()}: what rounds" in note for note in planned.warnings)
+        assert any(f"of {name}: what rounds" in note.lower() for note in planned.warnings)
 
 
 def test_transformers_gets_our_own_files(dense: Path, tmp_path: Path) -> None:

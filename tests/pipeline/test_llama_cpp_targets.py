@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import llmcompress as lc
 from llmcompress.allocation import target_formats
 from llmcompress.allocation.choices import Choices, find_choices
-from llmcompress.allocation.file_sizes import Shape, Steps, gguf_type
+from llmcompress.allocation.gguf_sizes import Shape, Steps, gguf_type
 from llmcompress.cli.app import app
 from llmcompress.compression.job import prepare
 from llmcompress.errors import InputError, RecipeError
@@ -47,6 +47,8 @@ EVERYTHING = {
     ],
     "embeddings": [{"method": "gguf", "type": "Q8_0"}],
 }
+
+TERMS = {8: ["*.mlp.*"], 4: ["*.q_proj"]}  # patterns by the rank of a term
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,33 @@ def test_the_plan_has_the_size_of_the_file(case: tuple[str, int], tmp_path: Path
     assert planned.bpw == pytest.approx(report.bpw) and planned.model_bpw == pytest.approx(report.model_bpw)
     compressed = [size for kind, size in written.values() if kind in ("IQ4_NL", "Q8_0")]
     assert sum(row.bits for row in planned.layers) == 8 * sum(compressed)
+
+
+@pytest.mark.parametrize("target", [None, pytest.param({"kl": 0.5}, marks=pytest.mark.slow)])
+def test_terms_of_a_distillation_count_in_every_size(
+    target: dict[str, Any] | None, dense: Path, tmp_path: Path
+) -> None:
+    """In a file beside the model, in float32, all of the largest rank."""
+    text = {"dataset": "builtin", "samples": 6, "length": 32, "held_out": 2}
+    phases = [{"kind": "end_to_end", "adapt": {"rank": rank, "match": match}} for rank, match in TERMS.items()]
+    distill = {"phases": phases, "rates": {"factors": 1e-3}, "data": text, "steps": 2, "batch": 2, "micro_batch": 2}
+    asked = EVERYTHING | {"calibration": text, "distill": distill}
+    if target is not None:
+        kinds = [[{"method": "gguf", "type": kind}] for kind in ("Q4_0", "Q8_0")]
+        asked |= {"target": target, "rules": [], "options": kinds}
+    planned = plan_for("llama.cpp", dense, read_recipe(asked))
+    report = compress_for("llama.cpp", dense, read_recipe(asked), tmp_path / "out").report
+    lora, main = types(tmp_path / "out" / "lora.gguf"), types(tmp_path / "out" / "model.gguf")
+    packed = [size for kind, size in main.values() if kind not in ("F32", "BF16")]
+    linears = sum(packed) - main["token_embd.weight"][1] + sum(size for _, size in lora.values())
+    weights = sum(prod(row.shape) for row in report.layers if "layers" in row.name)
+    assert report.bpw == pytest.approx(8 * linears / weights)
+    added = [row for row in report.layers if "mlp" in row.name or "q_proj" in row.name]
+    assert sum(size for _, size in lora.values()) == sum(4 * max(TERMS) * sum(row.shape) for row in added)
+    assert all(f" + rank {8 if 'mlp' in row.name else 4} (float32 | float32)" in row.stored for row in added)
+    assert sum("rank" in row.stored for row in report.layers) == len(added) == 8
+    if target is None:
+        assert planned.bytes == report.bytes and planned.bpw == pytest.approx(report.bpw)
 
 
 @pytest.mark.slow

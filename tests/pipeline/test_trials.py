@@ -11,11 +11,13 @@ from typer.testing import CliRunner
 
 import llmcompress as lc
 from llmcompress.cli.app import app
+from llmcompress.distillation.parallel.launch import _check_shares
 from llmcompress.errors import GateError, RecipeError
 from llmcompress.recipe.calibration import TRIAL, Calibration, shorten_text
-from llmcompress.recipe.distillation import FEWEST, Distillation
+from llmcompress.recipe.distillation import Distillation
 from llmcompress.recipe.library import library
 from llmcompress.recipe.read import Change, read_as, read_recipe
+from llmcompress.recipe.trial import FEWEST
 from llmcompress.reporting import report as reports
 from tests.tiers import tiered
 from tests.tiny import save_tiny
@@ -76,6 +78,14 @@ def test_a_recipe_that_shares_out_its_batch_has_a_trial(asked: dict[str, Any]) -
         "losses": [{"of": {"loss": "reverse_kl"}}],
     }
     assert isinstance(read_as(Distillation, recipe | asked, (), [SHORT]), Distillation)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("changes", [{}, {"micro_batch": 1}, {"phases": [{"kind": "end_to_end", "micro_batch": 1}]}])
+def test_processes_can_share_a_trial(processes: int, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    recipe = {"version": 1, "data": {"dataset": "stdlib", "samples": 900}, "batch": 64} | changes
+    _check_shares(read_as(Distillation, recipe, (), [SHORT]), processes)
 
 
 def test_a_trial_keeps_a_smaller_micro_batch_and_leaves_something_to_write() -> None:

@@ -189,6 +189,12 @@ def test_a_page_says_what_the_files_say(tmp_path: Path) -> None:
     assert "somebody" not in page  # nobody's folders
 
 
+@pytest.mark.parametrize(("limit", "said"), [(None, "all items"), (100, "a limit of 100 items"), (0.07, "7% of the")])
+def test_tasks_of_some_items_say_how_many(limit: float | None, said: str, tmp_path: Path) -> None:
+    page = page_of(checkpoint(tmp_path / "scored", SCORES=SCORES | {"limit": limit}))
+    assert f"; tasks with {said}" in page
+
+
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "bare", RECIPE=None)
     written = write_page(folder, tmp_path / "bare.html")

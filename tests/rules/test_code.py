@@ -10,6 +10,8 @@ from tests.rules.source_tree import Module, functions, modules
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 60
 BROAD = {"Exception", "BaseException"}
+FILLED = {"empty", "zeros", "ones", "full", "rand", "randn", "eye", "linspace"}  # of torch: in its default dtype
+CHOSEN = {name: {"dtype", "device"} for name in FILLED} | {"arange": {"device"}, "tensor": {"device"}}
 
 
 def test_files_are_short() -> None:
@@ -35,6 +37,15 @@ def test_no_assert() -> None:
     assert not found, f"{found}: raise one of errors.py; asserts vanish under -O"
 
 
+def test_kernels_choose_dtypes_and_devices() -> None:
+    """As torch's defaults are the caller's, and those of any thread that loads a model."""
+    kernels = (
+        module for module in modules() if module.name.startswith(("llmcompress.kernels.cpu", "llmcompress.kernels.gpu"))
+    )
+    found = [f"{m}:{line}" for m in kernels for line in _default_lines(m.tree)]
+    assert not found, f"{found}: name dtype and device, or take a tensor's by new_empty"
+
+
 def test_public_things_are_documented() -> None:
     silent = [f"{m}: {name}" for m in modules() for name, node in _public(m) if not ast.get_docstring(node)]
     assert not silent, f"no docstring on {silent}; say what comes back: shape, unit, errors raised"
@@ -48,6 +59,15 @@ def _broad_lines(tree: ast.Module) -> Iterator[int]:
                 yield node.lineno
             case ast.Call(ast.Name("suppress") | ast.Attribute(attr="suppress"), kinds):
                 if any(_names(kind) & BROAD for kind in kinds):
+                    yield node.lineno
+
+
+def _default_lines(tree: ast.Module) -> Iterator[int]:
+    """The lines at which torch's defaults decide on a new tensor."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(ast.Attribute(ast.Name("torch"), name), _, keywords):
+                if CHOSEN.get(name, set()) - {keyword.arg for keyword in keywords}:
                     yield node.lineno
 
 

@@ -135,6 +135,19 @@ def test_deep_layouts_are_refused(depth: int) -> None:
         check({"size": [1, 1], "header": header, "tensors": []})
 
 
+def test_a_rank_beyond_both_sides_is_refused() -> None:
+    """Zeros take no room in a file, and all of theirs in a product."""
+    left, right = ({"node": "zero", "shape": size} for size in ([64, 2**24], [2**24, 64]))
+    entry = {"size": [64, 64], "header": {"node": "low_rank", "left": left, "right": right}, "tensors": []}
+    with pytest.raises(ValueError, match="its rank 16777216 is larger than"):
+        check(entry)
+
+
+def test_inputs_that_are_null_are_none() -> None:
+    entry = WEIGHTS[0].layout.to_json()
+    assert Layout.from_json(entry | {"inputs": None}) == Layout.from_json(entry)
+
+
 def trellises() -> Iterator[Trellis]:
     """Every trellis that a header can name, of both codes."""
     for bits in range(1, 8):

@@ -67,7 +67,7 @@ def _entries(model: PreTrainedModel, names: Sequence[str]) -> Iterator[float]:
     """Yield the numbers under these names in a model's config, or in that of its text part if the model reads them."""
     config = model.config
     if hasattr(config, "get_text_config") and (text := config.get_text_config(decoder=True)) is not config:
-        config, code = text, getsource(type(model).forward)
+        config, code = text, getsource(getattr(model, "original", type(model)).forward)
         names = [name for name in names if name in code]
     for name in names:
         if isinstance(value := getattr(config, name, None), int | float):

@@ -4,11 +4,14 @@ the environment alone, and the refusal of settings that cannot work, before any 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
@@ -32,6 +35,8 @@ FOREIGN = {
 }
 SHARDING = "ACCELERATE_USE_FSDP"
 PARTITIONING = "ACCELERATE_USE_DEEPSPEED"
+LAUNCHED = {"LOCAL_RANK", "WORLD_SIZE"}  # variables that launchers set
+STATES = (AcceleratorState, GradientState, PartialState)
 ZERO_STAGES = (1, 2)
 PATIENCE = timedelta(days=7)  # of the processes that wait for the one that caches the teacher; if it fails, all end
 
@@ -39,6 +44,27 @@ PATIENCE = timedelta(days=7)  # of the processes that wait for the one that cach
 def config_file(name: str) -> Path:
     """Return the Accelerate config `name` of the clone or of the installed package."""
     return library_folder() / "accelerate" / name
+
+
+@contextmanager
+def own_accelerate() -> Iterator[None]:
+    """Give a process that no launcher started a state of Accelerate's of its own, and put back the one from before.
+
+    The state belongs to the whole of Python: a trainer of before has set a device and a precision, and one of
+    afterwards would find ours.
+    """
+    if LAUNCHED & os.environ.keys():
+        yield
+        return
+    kept = [(state._shared_state, dict(state._shared_state)) for state in STATES]
+    for shared, _ in kept:
+        shared.clear()
+    try:
+        yield
+    finally:
+        for shared, before in kept:
+            shared.clear()
+            shared.update(before)
 
 
 def launched_accelerator(device: str, recipe: Distillation, output: Path) -> Accelerator:

@@ -88,6 +88,7 @@ class DenseStudent:
         text = (self.folder / "config.json").read_text(encoding="utf-8")
         entries = json.loads(text)
         published = public_entries(entries, needs_code(self.folder, MODEL))
+        source.origin.write(writer)
         writer.write("config.json", text if published == entries else json.dumps(published, indent=1))
 
 

@@ -40,7 +40,7 @@ class LearnedMask(TensorForm):
         super().__init__()
         out, width = self.size = mask.inside.shape[0], mask.inside.shape[1]
         rank, device = min(rank, out, width), values.device
-        drawn = torch.randn(out, rank, generator=torch.Generator().manual_seed(0)) / rank**0.5
+        drawn = torch.randn(out, rank, dtype=torch.float32, generator=torch.Generator().manual_seed(0)) / rank**0.5
         self.like = mask
         self.register_buffer("columns_norm", norms.sqrt().to(device))
         self.unit = float((values.view(self.size).abs() * self.columns_norm).mean()) or 1.0

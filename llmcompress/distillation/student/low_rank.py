@@ -58,7 +58,9 @@ def add_terms(
     targets = teacher_weights(model, teacher()) if options.start == "residual" else None
     for name in chosen:
         layer, target = layers[name], None if targets is None else targets(name)
-        term = _starting_term(name, layer.dequantize(), options.rank, target, seed)
+        earlier = len(list(term_ends(layer.expression())))  # a second draw of the same rows would add nothing
+        random = generator(seed, "adapt", name, *([earlier] if earlier else []))
+        term = _starting_term(name, layer.dequantize(), options.rank, target, random)
         put(model, name, CompressedLinear.of(add_term(layer.expression(), term), layer.bias, layer.layout.inputs))
     return tuple(chosen)
 
@@ -130,7 +132,7 @@ def teacher_weights(student: PreTrainedModel, teacher: PreTrainedModel) -> Calla
     return weight
 
 
-def _starting_term(name: str, value: Tensor, rank: int, target: Tensor | None, seed: int) -> LowRank:
+def _starting_term(name: str, value: Tensor, rank: int, target: Tensor | None, random: torch.Generator) -> LowRank:
     """Return the term that a linear of the weight `value [out, in]` starts with."""
     out, width = value.shape
     if rank > min(out, width):
@@ -138,7 +140,7 @@ def _starting_term(name: str, value: Tensor, rank: int, target: Tensor | None, s
     if target is not None:
         return _best_term(name, target.to(value.device) - value, rank, 16)
     size = (float(value.square().mean().sqrt()) or 1.0) / math.sqrt(rank)
-    right = torch.randn(rank, width, generator=generator(seed, "adapt", name)) * size
+    right = torch.randn(rank, width, dtype=torch.float32, generator=random) * size
     left = torch.zeros(out, rank, dtype=torch.bfloat16)
     return LowRank(Dense(left.to(value.device)), Dense(right.to(value.device, torch.bfloat16)))
 

@@ -97,11 +97,11 @@ def regrown_share(layers: Mapping[str, Multiplying], masks: Masks) -> float:
 def input_norms(
     model: PreTrainedModel, names: Collection[str], text: Batch, autocast: Callable[[], AbstractContextManager[None]]
 ) -> dict[str, Tensor]:
-    """Return the squared norms `[in]` of the inputs of the linears `names`, float32, over the first sequences of
-    `text`; ones for an expert that none of their tokens reaches."""
+    """Return the squared norms `[in]` of the inputs of the linears `names`, float32, over `text`; ones for an expert
+    that none of its tokens reaches."""
     norms: dict[str, Tensor] = {}
     with decoded(model), autocast(), _add_squares(model, names, norms):
-        for part in text[:SEQUENCES].chunks(1):
+        for part in text.chunks(1):
             batch = part.trim().to(next(model.parameters()).device)
             hidden_states(model, batch)
     layers = compressed_linears(model)

@@ -3,7 +3,7 @@ cache on disk (`cache.py`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Protocol, cast
@@ -145,20 +145,30 @@ class OnlineTeacher:
         return Online(hidden_states(self.model, batch)[batch.predicting], head_of(self.model))
 
 
+@dataclass(frozen=True)
+class NoTeacher:
+    """Stands for a teacher of `classes` tokens where no loss reads one."""
+
+    classes: int
+
+    def predictions(self, batch: Batch) -> NoPredictions:
+        """See `TeacherSource.predictions`."""
+        return NoPredictions(batch.targets, self.classes)
+
+
 @dataclass(frozen=True, eq=False)
 class TruncatedTeacher:
     """A teacher of `classes` tokens that predicts nothing. It reads up to the input of `block`, the last that a loss
-    compares (DMAE, arXiv 2208.12256: early features for a part of the teacher's time); None: it does not run."""
+    compares (DMAE, arXiv 2208.12256: early features for a part of the teacher's time)."""
 
     model: PreTrainedModel
-    block: int | None
+    block: int
     classes: int
 
     @torch.no_grad()
     def predictions(self, batch: Batch) -> NoPredictions:
         """See `TeacherSource.predictions`."""
-        if self.block is not None:
-            run_until(self.model, self.block, lambda: hidden_states(self.model, batch))
+        run_until(self.model, self.block, lambda: hidden_states(self.model, batch))
         return NoPredictions(batch.targets, self.classes)
 
 
@@ -166,12 +176,12 @@ class HeldOutTeacher(nn.Module):
     """Stands for a teacher on the held-out `sequences` alone: its last hidden states there, and its output head.
 
     That is little compared with the model or with its logits, and measures the same distances, to the bit. It has the
-    parts that `hidden_states` and `head_of` read of a model.
+    parts that `hidden_states` and `head_of` read of a model; `original` is the class of that model.
     """
 
     def __init__(self, model: PreTrainedModel, sequences: Sequence[Batch]) -> None:
         super().__init__()
-        self.config = model.config
+        self.config, self.original = model.config, type(model)
         self.linear = cast(nn.Module, model.get_output_embeddings())
         self.hidden: dict[bytes, Tensor] = {}
         for each in chain.from_iterable(part.chunks(1) for part in sequences):
@@ -183,6 +193,10 @@ class HeldOutTeacher(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         """Return the model's output head."""
         return self.linear
+
+    def get_decoder(self) -> Callable[..., tuple[Tensor]]:
+        """Return the text part, of a model that reads more than text."""
+        return self.base_model
 
     def base_model(self, input_ids: Tensor, use_cache: bool, position_ids: Tensor | None = None) -> tuple[Tensor]:
         """Return the last hidden states [1, length, width]. Raises KeyError for any other sequence."""

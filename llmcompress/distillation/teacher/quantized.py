@@ -23,6 +23,7 @@ from torch import nn
 from llmcompress.distillation.context import DistillationJob
 from llmcompress.distillation.held_out import Distances, distances
 from llmcompress.errors import InputError, NumericsError
+from llmcompress.models.dense.config import MODEL, packing_entry, read_entries
 from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import Place
 
@@ -32,16 +33,9 @@ if TYPE_CHECKING:
 Bits = Literal[8, 4]
 
 
-def check_teacher(teacher: PreTrainedModel, bits: Bits | None) -> None:
-    """Raise InputError for a teacher stored as bitsandbytes quantized it, since its weights are gone, and for any
-    compressed teacher if `bits` are given."""
-    method = getattr(teacher, "quantization_method", None)
-    if method == "bitsandbytes":
-        raise InputError(
-            "the teacher is stored as bitsandbytes quantized it; give the model that it was made from, and "
-            "`teacher: {bits: 4}` or 8 in the recipe"
-        )
-    if bits is not None and method is not None:
+def check_teacher(teacher: Place, bits: Bits | None) -> None:
+    """Raise InputError for a compressed teacher if `bits` are given."""
+    if bits is not None and packing_entry(read_entries(teacher.folder / MODEL, teacher.folder)):
         raise InputError(f"the teacher is compressed already, so it cannot be quantized to {bits} bits; leave bits out")
 
 

@@ -106,7 +106,7 @@ def to_gguf(
         plan = plan_file(opened, model, FilePlan(allow_dense, ROUNDABLE[round_to] if round_to else None))
         size = _write_model(staged.folder / MODEL, plan.tensors, head)
         if plan.factors:
-            size += _write_adapter(staged.folder / ADAPTER, plan.factors, model)
+            size += write_adapter(staged.folder / ADAPTER, plan.factors, model)
     held = f"the vocabulary of {len(vocabulary.tokens)} tokens, as {vocabulary.model} ({vocabulary.pre})"
     changed = (*_changes(plan, output), *model.rotary.notes(), *vocabulary.notes)
     return ExportReport("gguf", str(output), opened.bytes, size, (*_held_exactly(plan), held), changed)
@@ -236,7 +236,7 @@ def _write_model(path: Path, tensors: list[PlannedTensor], head: FileHead) -> in
     return path.stat().st_size
 
 
-def _write_adapter(path: Path, factors: dict[str, Factors], model: GGUFModel) -> int:
+def write_adapter(path: Path, factors: dict[str, Factors], model: GGUFModel) -> int:
     """Write the low-rank terms as a LoRA adapter; return the bytes of the file.
 
     llama.cpp multiplies by alpha / rank, one alpha for all: smaller ranks are padded with zeros.

@@ -162,6 +162,11 @@ class PayloadMethod(LinearMethodBase):
 
         weight: Tensor = layer.get_parameter("weight").data
         parts = [weight[start:stop] for start, stop in self._places()]
+        for layout, part in zip(self.layouts, parts, strict=True):
+            try:
+                layout.check(part)
+            except ValueError as error:
+                raise InputError(f"the payload of {self.prefix} is damaged ({error}); {MENDING}") from error
         made = [CompressedLinear(layout, part) for layout, part in zip(self.layouts, parts, strict=True)]
         like = getattr(layer, LIKE, None)
         table = None if like is None else CompressedEmbedding(self.layouts[0], parts[0], like.dtype)

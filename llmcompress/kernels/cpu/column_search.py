@@ -312,12 +312,12 @@ def choose(block: ColumnBlock, numbers: Numbers, states: Tensor, errors: Tensor,
     sizes, most = numbers.trellis, longest_stream(block)
     feeds, again = block.shares is not None, block.before is not None
     kernel = ColumnSearch(sizes.bits, sizes.values, sizes.memory, sizes.ring, feeds, again)
-    table, oldest = order_numbers(kernel, numbers.table), (torch.arange(kernel.rest) // kernel.inner).int()
-    edges = torch.tensor([*block.edges, most], dtype=torch.int32)
-    room = torch.empty(len(streams) * kernel.room(most), dtype=torch.uint8)
+    table, oldest = order_numbers(kernel, numbers.table), torch.arange(kernel.rest, device="cpu") // kernel.inner
+    edges = torch.tensor([*block.edges, most], dtype=torch.int32, device="cpu")
+    room = table.new_empty(len(streams) * kernel.room(most), dtype=torch.uint8)
     tensors = (
         *(block.current, block.before, block.weights, block.factors, block.shares),
-        *(table, numbers.table, oldest, edges, block.ends, states, errors, room),
+        *(table, numbers.table, oldest.int(), edges, block.ends, states, errors, room),
     )
     top = struct.unpack("i", struct.pack("f", numbers.top))[0]
     values = own_values([*map(address_of, tensors), *states.shape, len(block.edges) - 1, streams.start, top])

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from enum import IntEnum, auto
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmcompress.kernels.column_block import GridBlock
@@ -110,7 +109,7 @@ class GridColumns:
 def round_columns(block: GridBlock, errors: Tensor) -> None:
     """Round the columns of a block; see `GridBlock`."""
     (columns, out), blocks = block.current.shape, -(-block.current.shape[1] // ROWS)
-    room = torch.empty(blocks * columns * ROWS)
+    room = block.current.new_empty(blocks * columns * ROWS)
     tensors = (block.current, *block.parameters, block.groups, block.shares, errors)
     sizes = len(block.groups), columns, out, block.levels - 1
     values = own_values([*map(address_of, tensors), *sizes, *map(address_of, (room, block.before))])

@@ -32,6 +32,8 @@ from llmcompress.weight.trellis import cuts, linear_code
 BEFORE = 2  # units before a block that windows may reach into
 AT_ONCE = 2048  # rows repacked at a time, since bytes of single bits take many times the memory
 SLACK = 64  # bytes that a kernel may read behind the last code
+LONGEST_VECTOR = 16  # of a codebook: code for each of its numbers is compiled
+FEWEST_NUMBERS = 64  # of a linear code: what a lookup takes
 STEPS = {"e2m1": 2, "e2m3": 8}  # of floats that are multiples of a step: steps in 1
 Bytes = NDArray[np.uint8]
 Leaf = Grid | TrellisCodes | Codebook | Minifloat
@@ -109,12 +111,16 @@ class KernelMatrix:
 
 def form_of(w: Leaf) -> IntegerPlanes | Streams | None:
     """Return the run-time form of a leaf; None if no kernel has its sizes or formats."""
+    if not isinstance(w, Minifloat) and w.scale.dtype != torch.float16:
+        return None  # kernels would take the bits for float16
     match w:
         case Grid():
             group, bits = _group(w), max(1, (w.levels - 1).bit_length())
             return None if group % 32 else IntegerPlanes(bits, group, w.zero is not None, (w.levels - 1) / 2)
         case Codebook(centroids=centroids):
             entries, length = centroids.shape
+            if length > LONGEST_VECTOR:
+                return None
             return BookCodes(max(1, (entries - 1).bit_length()), 0, False, 0.0, length=length)
         case Minifloat():
             return _float_form(w)
@@ -123,6 +129,8 @@ def form_of(w: Leaf) -> IntegerPlanes | Streams | None:
                 form: Streams = TableStreams.of(trellis)
             else:
                 code = linear_code(trellis.bits, trellis.values, trellis.memory)
+                if len(code.numbers[0]) < FEWEST_NUMBERS:
+                    return None
                 numbers = tuple(tuple(part.tolist()) for part in code.numbers)
                 form = Streams(trellis.bits, trellis.values, trellis.memory, code.masks, numbers)
             return form if w.run % form.block_rows == 0 or w.run >= shape(w)[0] else None
@@ -200,7 +208,7 @@ def _pack_grid(w: Grid, form: IntegerPlanes) -> KernelMatrix:
 def _pack_book(w: Codebook, form: BookCodes) -> KernelMatrix:
     rows, vectors = w.codes.shape
     codes = _pack_grid(Grid(w.codes, w.scale, None, len(w.centroids), vectors), form)
-    table = torch.zeros(form.length, form.entries)
+    table = w.centroids.new_zeros(form.length, form.entries, dtype=torch.float32)
     table[:, : len(w.centroids)] = w.centroids.T
     return replace(codes, size=(rows, w.width), table=table)
 
@@ -279,7 +287,7 @@ def _pack_block(units: Bytes, form: Streams) -> Bytes:
 
 def _by_tile(form: Format, values: Tensor, rows: int) -> Tensor:
     """Return numbers `[out, groups]` by the lanes of tiles: `[tiles, groups, 16]`, 0 for rows that do not exist."""
-    full = torch.zeros(rows, values.shape[1], dtype=values.dtype)
+    full = values.new_zeros(rows, values.shape[1])
     full[: len(values)] = values
     ordered = full.reshape(-1, form.block_rows, values.shape[1])[:, form.order]
     lanes = ordered.repeat_interleave(shares(form), 1).reshape(-1, LANES, values.shape[1])

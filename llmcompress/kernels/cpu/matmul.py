@@ -102,7 +102,7 @@ def _add_packed(
     inputs = _prepare_inputs(term.basis, packed.input_block, x, numbers, known)
     tokens = len(inputs.tensors[0])
     if y is None or y.shape != (tokens, packed.rows):
-        before, y = y, torch.zeros(tokens, packed.rows)
+        before, y = y, x.new_zeros(tokens, packed.rows, dtype=torch.float32)
         if before is not None:
             size = min(tokens, len(before)), min(packed.rows, before.shape[1])
             y[: size[0], : size[1]] += before[: size[0], : size[1]]
@@ -120,7 +120,7 @@ def _multiply_lists(term: ScatteredMatrix, x: Tensor, known: dict[object, InputB
     inputs = _prepare_inputs(term.basis, BLOCK, x, 0, known)
     lists, (tokens, columns) = term.lists, inputs.tensors[0].shape
     kernel = build.load_kernel(ListProduct(lists.kind, min(tokens, AT_ONCE)))
-    y = torch.empty(tokens, LANES * lists.tiles)
+    y = x.new_empty(tokens, LANES * lists.tiles, dtype=torch.float32)
     for first in range(0, tokens, AT_ONCE):
         address = inputs.tensors[0][first].data_ptr()
         matrix = (lists.steps.data_ptr(), lists.heads.data_ptr(), lists.starts.data_ptr())
@@ -218,7 +218,7 @@ def multiply_token(term: KernelTerm, x: Tensor, numbers: int) -> Tensor:
         plan.x_values[INPUTS] = x.data_ptr()
         plan.prepare(ctypes.addressof(plan.x_values), 0, 1)
         inputs.x, inputs.version = x, version
-    y = torch.empty((1,) * (x.ndim - 1) + (plan.rows,), dtype=torch.bfloat16)
+    y = x.new_empty((1,) * (x.ndim - 1) + (plan.rows,))
     plan.values[OUTPUTS] = y.data_ptr()
     launch(plan.product, plan.values, plan.blocks, plan.weights)
     return y

@@ -25,13 +25,13 @@ APART = 32  # numbers between their columns, or these would all lie in the same 
 class _TileBuffer(threading.local):
     """A thread's memory for decoded rows, used again: new memory costs as much as decoding into it."""
 
-    tile: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    tile: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8, device="cpu"))
 
     def view(self, columns: int, stride: int, kind: torch.dtype) -> Tensor:
         """Return memory `[columns, stride]`, valid until the next call."""
         count = columns * stride * kind.itemsize
         if self.tile.numel() < count:
-            self.tile = torch.empty(count, dtype=torch.uint8)
+            self.tile = self.tile.new_empty(count)
         return self.tile[:count].view(kind).view(columns, stride)
 
 
@@ -67,8 +67,8 @@ def _rotate_inputs(basis: Basis, x: Tensor) -> Tensor:
     x, dtype = x if basis.columns is None else x[:, basis.columns], x.dtype
     bfloat16, blocks = dtype == torch.bfloat16, -(-basis.width // BLOCK)
     x = x.contiguous() if bfloat16 else x.float().contiguous()
-    y = torch.empty(len(x), blocks * BLOCK, dtype=x.dtype)
-    work, total = torch.empty(len(x), blocks * BLOCK), torch.empty(len(x), blocks)
+    y = x.new_empty(len(x), blocks * BLOCK)
+    work, total = (x.new_empty(len(x), count, dtype=torch.float32) for count in (blocks * BLOCK, blocks))
     addresses = (y.data_ptr(), 0, total.data_ptr(), work.data_ptr())
     values = input_values(basis.all_factors, x.data_ptr(), addresses)
     launch(build.load_kernel(basis.inputs(BLOCK, 0, bfloat16, rounded=bfloat16)), values, len(x), x.numel())
@@ -97,7 +97,7 @@ def _multiply_lists(lists: ElementLists, x: Tensor) -> Tensor:
     kernel = build.load_kernel(ListDecoding(lists.kind, bfloat16))
     for first in range(0, lists.tiles, at_once):
         last = min(first + at_once, lists.tiles)
-        tile = torch.zeros(LANES * (last - first), width + 1, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+        tile = x.new_zeros(LANES * (last - first), width + 1, dtype=torch.bfloat16 if bfloat16 else torch.float32)
         places = lists.steps.data_ptr(), lists.heads[first].data_ptr(), lists.starts[first:].data_ptr()
         launch(kernel, Values(*places, 0, 0, 0, tile.data_ptr(), width + 1), last - first, tile.numel())
         y[:, order[LANES * first : LANES * last]] = torch.nn.functional.linear(x, tile[:, :width].to(x.dtype))
@@ -124,7 +124,7 @@ def decode_columns(packed: KernelMatrix, first: int, last: int, dtype: torch.dty
 def decode_rows(term: KernelTerm, places: Sequence[int]) -> Tensor:
     """Return the rows at `places` of a matrix that one kernel multiplies by, float32 `[places, in]`."""
     packed, basis, width = term.packed, term.basis, term.packed.size[1]
-    rows = torch.empty(len(places), width)
+    rows = packed.codes.new_empty(len(places), width, dtype=torch.float32)
     for row, place in zip(rows, places):
         first = place // packed.form.block_rows * packed.form.block_rows
         row.copy_(decode_columns(packed, first, first + packed.form.block_rows, torch.float32)[:width, place - first])

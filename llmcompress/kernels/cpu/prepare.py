@@ -65,7 +65,9 @@ class Basis:
         """Factors, signs, and the normalisation of the rotation, in one: float32 `[width]`."""
         if self.factors is None and self.signs is None:
             return None
-        factors = torch.ones(self.width) if self.factors is None else self.factors.float()
+        factors = (
+            torch.ones(self.width, dtype=torch.float32, device="cpu") if self.factors is None else self.factors.float()
+        )
         if self.signs is not None:
             factors = factors * (self.signs.float() * 2 - 1) * self.block**-0.5
         return factors.contiguous()
@@ -257,7 +259,7 @@ def _grid_elements(w: Grid, shown: Tensor, basis: Basis) -> KernelTerm | Scatter
     rows = len(w.codes)
     if w.scale.shape[1] > 1:
         return ScatteredMatrix(basis, list_elements(dense(w), shown))
-    centre = torch.tensor([[(w.levels - 1) / 2]]) if w.zero is None else w.zero
+    centre = w.scale.new_full((1, 1), (w.levels - 1) / 2, dtype=torch.float32) if w.zero is None else w.zero
     lists = list_elements(w.codes, shown, w.scale.expand(rows, 1)[:, 0], centre.expand(rows, 1)[:, 0])
     return ScatteredMatrix(basis, lists)
 

@@ -178,8 +178,9 @@ class InputBuffers:
         """Return memory for so many tokens of `width` columns, in blocks of `block` columns."""
         blocks = -(-width // block)
         columns = blocks * block
-        x = torch.empty(tokens, columns * max(numbers, 1), dtype=torch.int8 if numbers else torch.float32)
-        tensors = (x, *(torch.empty(tokens, count) for count in (blocks, blocks, columns)))
+        x = torch.empty(tokens, columns * max(numbers, 1), dtype=torch.int8 if numbers else torch.float32, device="cpu")
+        rest = (x.new_empty(tokens, count, dtype=torch.float32) for count in (blocks, blocks, columns))
+        tensors = (x, *rest)
         return InputBuffers(tensors, tuple(tensor.data_ptr() for tensor in tensors))
 
 

@@ -50,7 +50,7 @@ class TokenCalls:
         """Return the address of `count` numbers, which all blocks use by that name."""
         key = (name, count, dtype)
         if key not in _HERE.tensors:
-            _HERE.tensors[key] = torch.empty(count, dtype=dtype)
+            _HERE.tensors[key] = torch.empty(count, dtype=dtype, device="cpu")
         self.sequence.owned.append(_HERE.tensors[key])
         return _HERE.tensors[key].data_ptr()
 
@@ -156,7 +156,7 @@ class _ThreadRoom(threading.local):
 
     tensors: dict[object, Tensor] = field(default_factory=dict)
     inputs: dict[object, InputBuffers] = field(default_factory=dict)
-    scores: Tensor = field(default_factory=lambda: torch.empty(0))
+    scores: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32, device="cpu"))
 
 
 _HERE = _ThreadRoom()
@@ -165,5 +165,5 @@ _HERE = _ThreadRoom()
 def scores_address(count: int) -> int:
     """Return the address of so many float32 numbers of this thread."""
     if len(_HERE.scores) < count:
-        _HERE.scores = torch.empty(2 * count)
+        _HERE.scores = _HERE.scores.new_empty(2 * count)
     return _HERE.scores.data_ptr()

@@ -99,7 +99,7 @@ def binary_low_rank(layer: Layer, config: BinaryLowRank) -> Layer:
     target = base_target(layer)
     rank = config.rank_for((target.shape[0], target.shape[1]))
     problem, rows, columns = balance(target, metric(layer.inputs, target, config.damping), layer.rows)
-    draws = torch.randn(rank, target.shape[1], generator=own_generator(layer, "binary_low_rank"))
+    draws = torch.randn(rank, target.shape[1], dtype=torch.float32, generator=own_generator(layer, "binary_low_rank"))
     found = fit_scales(problem, fit_factors(problem, draws.to(target.device), config.iterations))
     return with_base(layer, store_factors(replace(found, rows=found.rows * rows, columns=found.columns * columns)))
 

@@ -47,8 +47,8 @@ def random_mask(layer: Layer, config: RandomMask) -> Layer:
     Needs no data, and the same seed gives the same weights. Stores Where(keep, Dense, Zero). Random masks with sensible
     shares for the layers come near to chosen ones in large networks that are trained afterwards.
     """
-    target = base_target(layer)
-    scores = torch.rand(target.shape, generator=generator(layer.seed, layer.name, "mask")).to(target.device)
+    target, random = base_target(layer), generator(layer.seed, layer.name, "mask")
+    scores = torch.rand(target.shape, dtype=torch.float32, generator=random).to(target.device)
     return with_base(layer, prune(target, keep_largest(scores, config), config))
 
 

@@ -125,7 +125,7 @@ def feed_back(weight: Tensor, factor: Tensor | None, store: Callable[[Tensor], T
 def _add_errors(share: float, random: torch.Generator, wanted: Tensor) -> Tensor:
     """Return numbers whose squared error is a share of that of the wanted ones, as rate and distortion go."""
     energy = float(wanted.square().mean())
-    noise = torch.randn(wanted.shape, generator=random).to(wanted)
+    noise = torch.randn(wanted.shape, dtype=torch.float32, generator=random).to(wanted)
     return (1 - share) * wanted + (share * (1 - share) * energy) ** 0.5 * noise
 
 
@@ -151,7 +151,7 @@ def _numbers(bits: int, device: torch.device) -> Numbers:
 def _random_factors(energy: Tensor, random: torch.Generator) -> Tensor:
     """Return float16 factors of random sign, the roots of `energy`; 1 where there is none."""
     size = torch.where(energy > 0, energy, 1.0).sqrt().clamp(2.0**-14, torch.finfo(torch.float16).max)
-    signs = torch.rand(len(size), generator=random) < 0.5
+    signs = torch.rand(len(size), dtype=torch.float32, generator=random) < 0.5
     return torch.where(signs.to(size.device), size, -size).half()
 
 

@@ -32,7 +32,7 @@ from llmcompress.models.files.integrity import INDEX
 from llmcompress.models.files.reading import read_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 LOG = logging.getLogger(__name__)
 LARGEST = 500_000_000  # bytes; the largest known tokenizer has 40 MB
@@ -56,6 +56,7 @@ OURS = {  # written by llmcompress, or written anew
         file_names.GENERATIONS,
         file_names.METRICS,
         file_names.GGUF_SOURCE,
+        file_names.ORIGIN,
     ),
 }
 
@@ -127,7 +128,7 @@ def companions(folder: Path, trust_remote_code: bool = False) -> Companions:
         _check_file(files[name], folder)
     for name in sorted(wanted.intersection((GENERATION, *PROCESSORS, *TOKENIZER, "chat_template.json"))):
         read_json(folder / name, WAY_OUT, LARGEST)
-    check_generation_config(folder)
+    read_generation_config(folder)
     tokenizer = _tokenizer(folder, wanted, trust_remote_code)
     vocabulary = set() if tokenizer is None else {name for name in tokenizer.vocab_files_names.values() if name}
     for name in sorted(files.keys() & vocabulary - wanted):
@@ -171,14 +172,14 @@ def _fits(path: Path) -> bool:
     return path.stat().st_size <= LARGEST
 
 
-def check_generation_config(folder: Path) -> None:
-    """Raise InputError for a generation config in `folder` that transformers cannot read."""
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """Return the generation config in `folder`, if any. Raises InputError for one that transformers cannot read."""
     from transformers import GenerationConfig
 
     if not (folder / GENERATION).is_file():
-        return
+        return None
     try:
-        GenerationConfig.from_pretrained(folder, local_files_only=True)
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{folder / GENERATION} is broken ({first_line(error)}); {WAY_OUT}") from error
 
@@ -199,7 +200,9 @@ def _check_templates(tokenizer: PreTrainedTokenizerBase | None, folder: Path) ->
     environment = ImmutableSandboxedEnvironment(extensions=[_Generation, loopcontrols])
     for template in templates.values() if isinstance(templates, dict) else [templates]:
         try:
-            environment.compile(template)
+            if not isinstance(template, str):
+                raise TypeError("it is no text")
+            environment.parse(template)  # to compile it would compute its constants, as large as they may be
         except (TemplateError, RecursionError, TypeError, ValueError) as error:
             raise InputError(f"a chat template in {folder} is broken ({first_line(error)}); {WAY_OUT}") from error
 

@@ -26,6 +26,9 @@ REFERENCE = re.compile(r"([A-Za-z_]\w*)\.([A-Za-z_]\w*)")  # a module beside the
 # Entries that no output has: code in the folder or in another repository, and paths that older releases of transformers
 # left there; it sets or looks up all of them anew.
 PRIVATE = {AUTO_MAP, "custom_pipelines", "_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file"}
+WEIGHTS = "transformers_weights"  # a file that transformers would load in place of model.safetensors
+PRIVATE |= {WEIGHTS}
+FUSED = "llmcompress_fused"  # an entry: what was fused into the model before it was compressed
 DEEPER = ("*/config.json", "snapshots/*/config.json", "*/adapter_config.json")
 MOST_LAYERS = 1024
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -97,6 +100,23 @@ def config_errors() -> tuple[type[Exception], ...]:
     values = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
     code = (NameError, SyntaxError)  # of a model's own
     return (*values, *code, OSError, ImportError, MemoryError, StrictDataclassError)
+
+
+def check_entries(entries: Mapping[str, Any], place: str) -> None:
+    """Raise InputError for sizes that no model has, in a config.json or a config in it, and for weights elsewhere.
+
+    `place`: the config's name in the message.
+    """
+    if (named := entries.get(WEIGHTS)) not in (None, "model.safetensors"):
+        raise InputError(
+            f"{place} has transformers load the weights in {str(named)[:50]!r}; rename them to model.safetensors, and "
+            f"remove {WEIGHTS}"
+        )
+    found = [entries]
+    for each in found:  # which grows
+        check_numbers(each.get, place)
+        inner = (value for key, value in each.items() if key.endswith("_config") and key != "quantization_config")
+        found += [value for value in inner if isinstance(value, dict)]
 
 
 def check_numbers(number_of: Callable[[str], Any], place: str) -> None:
@@ -195,7 +215,8 @@ def _is_known_model(entries: dict[str, Any]) -> bool:
     """True if transformers has the model type of a config, and all its architectures."""
     classes = entries.get("architectures") or []
     is_known = is_known_type(entries.get("model_type"))
-    return is_known and (not isinstance(classes, list) or all(name in _transformers_names() for name in classes))
+    names = _transformers_names()
+    return is_known and (not isinstance(classes, list) or all(isinstance(x, str) and x in names for x in classes))
 
 
 @lru_cache(maxsize=1)
@@ -212,7 +233,8 @@ def _is_known_tokenizer(entries: dict[str, Any], model: dict[str, Any]) -> bool:
 
     name = entries.get("tokenizer_class")
     if not isinstance(name, str):
-        return model.get("model_type") in TOKENIZER_MAPPING_NAMES
+        kind = model.get("model_type")
+        return isinstance(kind, str) and kind in TOKENIZER_MAPPING_NAMES
     slow = name.removesuffix("Fast")
     return any(tokenizer_class_from_name(each) is not None for each in (slow, f"{slow}Fast"))
 

@@ -20,7 +20,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.errors import DiskError, InputError, first_line
+from llmcompress.errors import DiskError, InputError, first_line, is_out_of_memory
+from llmcompress.models.dense.config import check_numbers, config_errors
 from llmcompress.models.dense.packed import describe_few_bits
 from llmcompress.models.files.file_names import GGUF_SOURCE
 from llmcompress.models.files.gguf_header import ENDS, FLOATS, ORIGINAL, GGUFHeader, read_gguf_header
@@ -38,6 +39,15 @@ CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # types of tokens
 PADDING = re.compile(r"\[+PAD\d+\]+")  # names of the rows of a token table that no token has
 NAMED_TEMPLATE = re.compile(r"tokenizer\.chat_template\.([A-Za-z0-9_]+)")  # the name becomes that of a file
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+COUNTS = {  # names of config.json by those of entries
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "max_position_embeddings": "context_length",
+    "vocab_size": "vocab_size",
+}
 SENTENCES = (  # that a tokenizer must read and write unchanged
     "Water boils at 100 degrees.",
     "  two  spaces,\n\n\ta tab and 1234567 digits",
@@ -138,8 +148,21 @@ def stored_bytes(file: Path, names: Sequence[str]) -> int:
     return sum(header.sizes[known.get_name(name, try_suffixes=(".weight",)) or ""] for name in names)
 
 
+def _check_counts(file: Path, header: GGUFHeader) -> None:
+    """Raise InputError for entries of a model that is larger than the file, before transformers builds it."""
+    kind = header.entries.get("general.architecture")
+    counts = {name: header.entries.get(f"{kind}.{key}") for name, key in COUNTS.items()}
+    check_numbers(counts.get, str(file))
+    blocks, width, inner = ((counts[name] or 1) for name in ("num_hidden_layers", "hidden_size", "intermediate_size"))
+    if blocks > len(header.sizes) or width * max(inner, header.vocabulary) > sum(header.types.values()):
+        raise InputError(
+            f"{file} describes a model of {blocks} blocks and a width of {width}, which it lacks; {ORIGINAL}"
+        )
+
+
 def _write_model(file: Path, header: GGUFHeader, name: str, folder: Path) -> None:
     """Write the model in a GGUF file as an ordinary bfloat16 Hugging Face folder."""
+    _check_counts(file, header)
     if find_spec("gguf") is None:
         raise InputError(f"reading {file.name} needs the package gguf; run `pip install gguf`")
     import torch
@@ -157,7 +180,9 @@ def _write_model(file: Path, header: GGUFHeader, name: str, folder: Path) -> Non
             loaded = transformers.AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=torch.bfloat16, output_loading_info=True, **dequantize
             )
-        except (ValueError, KeyError, NotImplementedError, RuntimeError, OSError, TypeError, AttributeError) as error:
+        except config_errors() as error:
+            if is_out_of_memory(error):
+                raise
             raise InputError(
                 f"transformers {transformers.__version__} does not read {file} ({first_line(error)}); {ORIGINAL}"
             ) from error

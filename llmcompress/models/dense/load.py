@@ -15,7 +15,7 @@ from llmcompress.errors import InputError, MemoryLimitError, is_out_of_memory
 from llmcompress.models.dense.adapter import check_alone
 from llmcompress.models.dense.config import (
     MODEL,
-    check_numbers,
+    check_entries,
     config_errors,
     load_config,
     model_code,
@@ -25,13 +25,12 @@ from llmcompress.models.dense.config import (
 )
 from llmcompress.models.dense.experts import experts_of
 from llmcompress.models.dense.families import block_stack
-from llmcompress.models.dense.headers import has_weights, read_headers
+from llmcompress.models.dense.headers import has_weights, model_files, read_headers
 from llmcompress.models.dense.locate import Place
 from llmcompress.models.dense.model import missing_weights, open_source
 from llmcompress.models.dense.packed import OF_ENGINES, packing_method, rounds_inputs
 from llmcompress.models.dense.sizes import is_dense, own_sizes, sized_outline
 from llmcompress.models.dense.skeleton import auto_class, folder_skeleton
-from llmcompress.models.files.integrity import weight_files
 from llmcompress.models.files.reading import error_text
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.memory import total_memory
@@ -52,8 +51,8 @@ def load_model(
 
     The host's memory holds one tensor at a time on its way to another device. On the CPU a tensor whose stored dtype is
     `dtype` is a window into its file, which all processes share. `quantization`: to quantize a dense model while it is
-    loaded. `numbers`: True to read FP8 and compressed-tensors as numbers, and leave out that they round inputs. Raises
-    InputError for a model that cannot be loaded, RecipeError for a missing device.
+    loaded. `numbers`: True to read FP8, bitsandbytes and compressed-tensors as numbers, and leave out that they round
+    inputs. Raises InputError for a model that cannot be loaded, RecipeError for a missing device.
     """
     target = device_of(device)
     if place.adapter is not None or _is_wrapped(place.folder):
@@ -87,6 +86,8 @@ def load_model(
     if quantization is None and info["missing_keys"] and is_dense(read_entries(place.folder / MODEL, place.folder)):
         # transformers has drawn random numbers for them
         raise missing_weights(place.folder, sorted(info["missing_keys"]))
+    if hasattr(model, "ct_decompress_hook"):  # which would wait for a forward of the whole model
+        _decompress(model, dtype)
     module: nn.Module = model
     if quantization is None and model.device != target:  # what other tools quantized refuses to be moved
         module.to(target)
@@ -104,7 +105,9 @@ def _is_numbers(folder: Path, alone: bool) -> bool:
     method = packing_method(entries)
     if method in OF_ENGINES:
         return True
-    return (alone and method == "fp8") or (method == "compressed-tensors" and (alone or not rounds_inputs(entries)))
+    if alone and method in ("fp8", "bitsandbytes", "compressed-tensors"):
+        return True
+    return method == "compressed-tensors" and not rounds_inputs(entries)
 
 
 def _rounds_here(place: Place) -> bool:
@@ -134,6 +137,14 @@ def _load_rounding(place: Place, device: str, dtype: torch.dtype) -> PreTrainedM
     return model
 
 
+def _decompress(model: Any, dtype: torch.dtype) -> None:
+    """Let compressed-tensors unpack a model now, into a `dtype`."""
+    model.hf_quantizer.compressor.decompress_model(model)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():  # what was NVFP4 is bfloat16
+            parameter.data = parameter.data.to(dtype)
+
+
 def check_outline(place: Place) -> PreTrainedModel | None:
     """Check a config against the tensors beside it, before transformers builds a model.
 
@@ -143,7 +154,7 @@ def check_outline(place: Place) -> PreTrainedModel | None:
     folder = place.folder
     check_alone(folder)
     entries = read_entries(folder / MODEL, folder)
-    check_numbers(entries.get, str(folder / MODEL))
+    check_entries(entries, str(folder / MODEL))
     packing = packing_entry(entries) or {}
     if not isinstance(packing, dict):
         raise InputError(f"{folder / MODEL} has a quantization_config that is no object; download or write it again")
@@ -198,7 +209,7 @@ def _bytes_held(place: Place, whole: bool, each: int) -> int:
     model = check_outline(place)
     if model is None:
         return 0
-    if whole:
+    if whole or _is_unpacked(place):
         return each * _weights(model)
     try:
         blocks = model.get_submodule(block_stack(model.config, model))
@@ -206,8 +217,16 @@ def _bytes_held(place: Place, whole: bool, each: int) -> int:
         return each * _weights(model)  # it cannot pass block by block
     largest = max(map(_weights, blocks.children()))
     tables = [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
-    stored = 0 if passes_by_block(place.folder) else sum(path.stat().st_size for path in weight_files(place.folder))
+    stored = 0 if passes_by_block(place.folder) else sum(path.stat().st_size for path in model_files(place.folder))
     return stored + each * max(largest, *map(_weights, tables))
+
+
+def _is_unpacked(place: Place) -> bool:
+    """True for a model in few bits that `load_model` holds as numbers, all at once."""
+    if passes_by_block(place.folder):
+        return False
+    method = packing_method(read_entries(place.folder / MODEL, place.folder))
+    return place.adapter is not None or method == "compressed-tensors"
 
 
 def _weights(module: nn.Module) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from glob import escape
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,6 +62,7 @@ HUB_PAGE = re.compile(r"(?:(?:https?://)?(?:huggingface\.co|hf\.co)/|hf://)([\w.
 FileNames = Callable[[Path], list[str]]
 HUB_GGUF = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?/([\w./-]+\.gguf)")
 EMBEDDED = "smollm2"
+SAME_NAME = "is read as a folder of this machine, not as the Hub model of that name"
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,12 @@ def locate(
 
     Raises InputError for an unknown model, DiskError for a cache that cannot be written.
     """
+    place = _locate_alone(model, revision, trust_remote_code, names)
+    return _place_of_adapter(place) if is_adapter(place.folder) else place
+
+
+def _locate_alone(model: str | Path, revision: str | None, trust_remote_code: bool, names: FileNames | None) -> Place:
+    """Do as `locate`, without the base of an adapter."""
     if not isinstance(model, str | Path):
         raise InputError(
             f"the model is an object of type {type(model).__name__}, and models are read from disk; give a folder, a "
@@ -123,14 +131,14 @@ def locate(
             return _place_of_file(files[0], model)
         check_folder(path)
         if is_adapter(path):
-            return _place_of_adapter(Place(model, path, trust_remote_code=trust_remote_code))
+            return Place(model, path, trust_remote_code=trust_remote_code)
         if files:
             raise InputError(
                 f"{model} holds several GGUF files ({list_names(sorted(file.name for file in files))}), and one is "
                 f"read, without low-rank terms beside it; give that file, or the checkpoint that was exported"
             )
         same = HUB_ID.fullmatch(model) and not model.startswith(".")
-        note = f"{path.name} is read as a folder of this machine, not as the Hub model of that name"
+        note = f"{path.name} {SAME_NAME}"
         return Place(model, path, notes=(note,) if same else (), trust_remote_code=trust_remote_code)
     if os.path.isfile(path):
         return _place_of_file(path, model)
@@ -193,8 +201,7 @@ def download(name: str, revision: str | None, trust_remote_code: bool = False, n
             more = [*more, HUB_TEMPLATES, *_left_out(folder)]
         if more:
             snapshot_download(name, revision=commit, allow_patterns=more)
-    place = Place(name, folder, revision=commit, hub_id=name, trust_remote_code=trust_remote_code)
-    return _place_of_adapter(place) if is_adapter(folder) else place
+    return Place(name, folder, revision=commit, hub_id=name, trust_remote_code=trust_remote_code)
 
 
 def _left_out(folder: Path) -> list[str]:
@@ -206,17 +213,18 @@ def _left_out(folder: Path) -> list[str]:
     packing = packing_entry(read_json(folder / "config.json"))
     if not isinstance(packing, dict) or packing.get("quant_method") != NAME:
         return []
-    return sorted(name for name in manifest(folder) or {} if not (folder / name).exists())
+    return sorted(escape(name) for name in manifest(folder) or {} if not (folder / name).exists())
 
 
 def _place_of_adapter(place: Place) -> Place:
     """Return the place of the base that the adapter at a place names, with the adapter."""
     name, revision = base_of(place.folder)
+    revision = None if os.path.isdir(os.path.expanduser(name)) else revision
     try:
-        base = locate(name, revision if not os.path.isdir(os.path.expanduser(name)) else None, place.trust_remote_code)
+        base = _locate_alone(name, revision, place.trust_remote_code, None)
     except InputError as error:
         raise InputError(f"{error} as base_model_name_or_path of the adapter {place.name}") from error
-    if base.adapter is not None:
+    if is_adapter(base.folder):  # itself perhaps
         raise InputError(f"{place.name} is an adapter of {name}, which is one itself; merge that one with PEFT first")
     note = f"the adapter {place.public_name} is merged into {base.public_name}, whose tokenizer and chat template stay"
     changed = replace(base, name=place.name, revision=place.revision, hub_id=place.hub_id, adapter=place.folder)

@@ -7,6 +7,7 @@ be compressed before any work is done; `DenseModel.read` opens one file, copies 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -19,10 +20,11 @@ from yaml import YAMLError
 
 from llmcompress.errors import InputError, list_names
 from llmcompress.models.dense.adapter import ADAPTER, check_alone, merge_headers
+from llmcompress.models.dense.companions import read_generation_config
 from llmcompress.models.dense.config import (
     AUTO_MAP,
     MODEL,
-    check_numbers,
+    check_entries,
     code_files,
     is_known_type,
     model_code,
@@ -33,13 +35,17 @@ from llmcompress.models.dense.config import (
     valid_config,
 )
 from llmcompress.models.dense.headers import BUFFERS, FLOATS, Header, read_headers, read_tensor
-from llmcompress.models.dense.locate import Place, locate, public_name
+from llmcompress.models.dense.locate import SAME_NAME, Place, locate, public_name
 from llmcompress.models.dense.packed import READERS, describe_few_bits, packing_method, unpack_headers
 from llmcompress.models.dense.sizes import own_sizes, sized_outline, with_sizes
 from llmcompress.models.dense.skeleton import architectures, class_names, dense_skeleton, is_causal
 from llmcompress.models.dense.stored_names import rename_headers
 from llmcompress.models.dense.tokenizer import load_tokenizer
+from llmcompress.models.files.checkpoint import Writer
+from llmcompress.models.files.file_names import ORIGIN
 from llmcompress.models.files.identity import content_digest, tokenizer_digest
+from llmcompress.models.files.reading import read_json
+from llmcompress.runtime.json_values import JsonRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -49,13 +55,29 @@ TIES = "tie_word_embeddings"
 RENAMED = {"lm_head.weight": "embed_out.weight"}  # model's name -> name on disk; GPT-NeoX
 
 
+@dataclass(frozen=True)
+class ModelOrigin(JsonRecord):
+    """The Hub model that a dense model is, or was made from. `notes`: on where its weights are from, and its terms."""
+
+    base_model: str | None = None
+    revision: str | None = None
+    license: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def write(self, writer: Writer) -> None:
+        """Write it beside the weights of what was made from the model, if anything is known."""
+        if self != ModelOrigin():
+            writer.write(ORIGIN, json.dumps(self.to_json(), indent=1))
+
+
 @dataclass(frozen=True, eq=False)
 class DenseModel:
     """A dense model on disk.
 
     `tensors`: headers by the model's own names, whatever the file calls them. `tied`: names to the ones they are stored
-    under (mostly the output head). `revision`: the Hub commit. `notes`: for the report. `trust_remote_code`: as in
-    `Place`, and `adapter`. `sizes`: `[out, in]` by name of linears whose size the rest of the config does not give.
+    under (mostly the output head). `revision`: the Hub commit. `notes`: for the report. `trust_remote_code`,
+    `adapter`, `file`: as in `Place`. `sizes`: `[out, in]` by name of linears whose size the rest of the config does not
+    give. `origin`: for what is made from it.
     """
 
     name: str
@@ -70,11 +92,14 @@ class DenseModel:
     trust_remote_code: bool = False
     sizes: Mapping[str, list[int]] = field(default_factory=dict)
     adapter: Path | None = None
+    file: Path | None = None
+    origin: ModelOrigin = field(default_factory=ModelOrigin)
 
     @property
     def place(self) -> Place:
         """The place that it was opened at, without the entries for its report."""
-        return Place(self.name, self.folder, trust_remote_code=self.trust_remote_code, adapter=self.adapter)
+        code = self.trust_remote_code
+        return Place(self.name, self.folder, trust_remote_code=code, adapter=self.adapter, file=self.file)
 
     @property
     def code(self) -> tuple[str, ...]:
@@ -102,7 +127,8 @@ class DenseModel:
 
     def content(self) -> dict[str, str]:
         """Return digests of the files that decide the result of a run: weights, config, tokenizer, own code."""
-        weights = sorted({source.file for header in self.tensors.values() for source in header.sources})
+        files = {source.file for header in self.tensors.values() for source in header.sources}
+        weights = sorted(files, key=lambda file: (file.parent != self.folder, file.name))  # wherever an adapter lies
         configs = [self.folder / MODEL, *([] if self.adapter is None else [self.adapter / ADAPTER])]
         code = {"the model's code": content_digest([self.folder / name for name in self.code])} if self.code else {}
         return {
@@ -127,6 +153,8 @@ class DenseModel:
     def load(self, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """Return the whole model in a `dtype`, its linears as `skeleton` has them. Raises what `read` raises."""
         model, values = self.skeleton(), dict[str, Tensor]()
+        if model.can_generate() and (generation := read_generation_config(self.folder)) is not None:
+            model.generation_config = generation
         for name, held in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
             owner, _, leaf = name.rpartition(".")
             origin = self.tied.get(name, name)
@@ -165,7 +193,13 @@ def open_source(place: Place) -> DenseModel:
     tensors, tied, unused = _match(model, stored, place.folder)
     if place.adapter is not None:
         tensors = merge_headers(model, tensors, tied, place.adapter, place.folder)
-    notes = [*place.notes, *([describe_few_bits(forms)] if forms else [])]
+    before, here = _read_origin(place.folder), [*place.notes, *([describe_few_bits(forms)] if forms else [])]
+    told = (*before.notes, *(note for note in here if SAME_NAME not in note))
+    hub = (place.hub_id, place.revision) if place.hub_id else (before.base_model, before.revision)
+    origin = ModelOrigin(*hub, place.license or _license(place.folder) or before.license, told)
+    notes = [*before.notes, *here]
+    if before.base_model is not None:
+        notes.append(f"the dense model was made by llmcompress from {before.base_model}")
     if model.all_tied_weights_keys and not tied:
         config = untie_config(config)
         notes.append("config.json ties the output head to the token table, but the files hold two: they stay apart")
@@ -185,11 +219,25 @@ def open_source(place: Place) -> DenseModel:
         tied,
         tuple(notes),
         hub_id=place.hub_id,
-        license=place.license or _license(place.folder),
+        license=origin.license,
         trust_remote_code=place.trust_remote_code,
         sizes=sizes,
         adapter=place.adapter,
+        file=place.file,
+        origin=origin,
     )
+
+
+def _read_origin(folder: Path) -> ModelOrigin:
+    """Return the origin that the file in `folder` tells, an empty one without it. Raises InputError for damage."""
+    if not (path := folder / ORIGIN).is_file():
+        return ModelOrigin()
+    entries = read_json(path, way_out := "write the model again, or remove that file")
+    base, revision, terms = (entries.get(name) for name in ("base_model", "revision", "license"))
+    texts, notes = [*filter(None, (base, revision, terms))], entries.get("notes", [])
+    if not isinstance(notes, list) or not all(isinstance(text, str) for text in texts + notes):
+        raise InputError(f"{path} tells no origin of a model; {way_out}")
+    return ModelOrigin(base, revision, terms, tuple(notes))
 
 
 def untie_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -234,7 +282,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
             f"{folder / MODEL} names model_type {kind!r}, which the installed transformers does not know; install a "
             f"newer transformers or choose another model"
         )
-    check_numbers(entries.get, str(folder / MODEL))
+    check_entries(entries, str(folder / MODEL))
     config = valid_config(folder, trust_remote_code)
     _check_task(config, folder)
     if sizes or is_packed:

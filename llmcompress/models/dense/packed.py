@@ -115,7 +115,9 @@ def _fp8(folder: Folder) -> Packings:
         folder.require(bool(blocks) and (scales.shape == blocks or is_whole), key, f"FP8 in blocks of {list(block)}")
         parts = {"weight": codes, "weight_scale_inv": scales}
         unpack = partial(_unpack_fp8, block=None if is_whole else block)
-        packings[key] = Packing("FP8 of one scale" if is_whole else "FP8 in blocks", codes.shape, parts, unpack)
+        form = "FP8 of one scale" if is_whole else "FP8 in blocks"
+        rounds = bool(folder.settings.get("activation_scheme"))
+        packings[key] = Packing(form, codes.shape, parts, unpack, "unknown" if rounds else None)
     return packings
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.models.files.file_names import REPORT
-from llmcompress.models.files.integrity import INDEX, MENDING
+from llmcompress.models.files.integrity import INDEX, MENDING, read_binding
 from llmcompress.models.files.output import (
     check_writable,
     claim_folder,
@@ -37,7 +37,7 @@ from llmcompress.models.files.output import (
     sync,
 )
 from llmcompress.models.files.reading import check_regular, open_tensors, read_json
-from llmcompress.models.files.tensor_files import data_bytes, merge_parts, part_file, write_tensors
+from llmcompress.models.files.tensor_files import data_bytes, merge_parts, part_file, shard_files, write_tensors
 from llmcompress.runtime.progress import count_each, digest_file
 
 FORMAT_VERSION = 3  # 2: digests in the weight files, every layout listed once; 3: a weight is one tensor
@@ -180,7 +180,7 @@ def check_outside(output: Path, *folders: str | Path) -> None:
 
 def check_can_add(folder: Path) -> None:
     """Raise RecipeError for a folder that is not as `compress` writes it, DiskError for one that is read-only."""
-    if not all((folder / name).is_file() for name in (MANIFEST, REPORT)):
+    if manifest(folder) is None or not (folder / REPORT).is_file():
         raise RecipeError(
             f"{folder} is no folder with {MANIFEST} and {REPORT}, as compress writes it, and results are kept in no "
             f"other; give such a folder, or leave out --save"
@@ -269,8 +269,21 @@ def check_config(folder: Path) -> None:
 
 
 def manifest(folder: Path) -> dict[str, str] | None:
-    """Return SHA-256 by file name from the folder's manifest, None without one. Raises InputError for a broken one."""
-    return _read_manifest(folder / (NEXT_MANIFEST if _is_next(folder) else MANIFEST))
+    """Return SHA-256 by file name from the folder's manifest; None without one of these weights.
+
+    Raises InputError for a broken one.
+    """
+    written = _read_manifest(folder / (NEXT_MANIFEST if _is_next(folder) else MANIFEST))
+    return None if written is None or _is_saved_since(folder) else written
+
+
+def _is_saved_since(folder: Path) -> bool:
+    """True if transformers has put its weights beside a manifest, as `push_to_hub` does; these name no tokenizer."""
+    try:
+        entries = [read_binding(path) for path in shard_files(folder)[:1]]
+    except InputError:  # the manifest tells of the damage
+        return False
+    return any("config" in entry and "tokenizer" not in entry for entry in entries)
 
 
 def _is_next(folder: Path) -> bool:
@@ -287,6 +300,10 @@ def _read_manifest(path: Path) -> dict[str, str] | None:
     if not path.is_file():
         return None
     try:
-        return {str(name): str(value) for name, value in read_json(path)["sha256"].items()}
+        written = {str(name): str(value) for name, value in read_json(path)["sha256"].items()}
+        outside = [name for name in written if "\n" in name or not {"", ".", ".."}.isdisjoint(name.split("/"))]
+        if outside:
+            raise ValueError(f"it lists {outside[0][:80]!r}, which is no file in its folder")
+        return written
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} cannot be read ({type(error).__name__}: {error}); {MENDING}") from error

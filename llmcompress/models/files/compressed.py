@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from glob import escape
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor
 
 from llmcompress.errors import InputError, RecipeError, list_names
-from llmcompress.models.dense.companions import check_generation_config
+from llmcompress.models.dense.companions import read_generation_config
 from llmcompress.models.dense.config import (
     MODEL,
-    check_numbers,
+    check_entries,
     load_config,
     model_code,
     needs_code,
@@ -30,8 +31,8 @@ from llmcompress.models.dense.model import DenseModel
 from llmcompress.models.dense.skeleton import dense_skeleton, folder_skeleton, transposed_linears
 from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.models.files.checkpoint import MANIFEST, PART, check_manifest, manifest
-from llmcompress.models.files.identity import tokenizer_files
-from llmcompress.models.files.integrity import DIGESTS, MENDING, files_beyond, weight_files
+from llmcompress.models.files.identity import check_binding, tokenizer_files
+from llmcompress.models.files.integrity import DIGESTS, MENDING, digest, files_beyond, read_digests, weight_files
 from llmcompress.models.files.reading import check_folder, open_tensors, read_json
 from llmcompress.models.files.tensor_files import shards
 from llmcompress.models.transformers.hf_quantizer import NAME, LLMCompressConfig, LLMCompressQuantizer
@@ -63,11 +64,12 @@ class CompressedCheckpoint:
     def __init__(self, folder: Path, trust_remote_code: bool = False, rank: int | None = None) -> None:
         check_kind(folder)
         beyond = files_beyond(folder, rank)
-        check_manifest(folder, beyond)
+        is_checked = check_manifest(folder, beyond)
         model_code(folder, trust_remote_code)  # raises unless it is trusted
         self.folder, self.trust_remote_code, self.rank = folder, trust_remote_code, rank
-        self.config = public_entries(read_json(folder / MODEL), needs_code(folder, MODEL))
-        check_numbers(self.config.get, str(folder / MODEL))
+        entries = read_json(folder / MODEL)
+        check_entries(entries, str(folder / MODEL))
+        self.config = public_entries(entries, needs_code(folder, MODEL))
         quantization = LLMCompressConfig(**self.config.pop("quantization_config") | {"rank": rank})
         self.levels, self.ties = quantization.levels(), quantization.ties
         self.stored_layouts = self.levels[-1]
@@ -86,6 +88,8 @@ class CompressedCheckpoint:
                 self.files.update(dict.fromkeys(file.keys(), path))
                 self.digests[path.name] = (file.metadata() or {}).get(DIGESTS, "")
         self.paths = set(self.files.values())
+        if not is_checked:
+            check_binding(sorted(self.paths))
         if lacking := [name for name in self.stored_layouts if not self._pieces(name).keys() <= self.files.keys()]:
             raise InputError(f"{folder} lacks the weights of {list_names(lacking)}; {MENDING}")
         self._files, parts = self.files, {name for layer in self.stored_layouts for name in self._pieces(layer)}
@@ -114,11 +118,14 @@ class CompressedCheckpoint:
     def read(self, name: str) -> Tensor:
         """Return one stored tensor, or a whole payload. Raises InputError if its file is damaged."""
         layer = name.removesuffix(".weight")
-        parts = list(self._pieces(layer)) if name != layer and layer in self.stored_layouts else [name]
+        parts = self._pieces(layer) if name != layer and layer in self.stored_layouts else {}
         tensors: list[Tensor] = []
-        for part in parts:
-            with open_tensors(self._files[part], MENDING) as file:
+        for part in parts or [name]:
+            with open_tensors(path := self._files[part], MENDING) as file:
                 tensors.append(file.get_tensor(part))
+                written = read_digests(path, file.metadata())
+            if digest(tensors[-1], parts[part].layout.text if parts else "") != written.get(part):
+                raise InputError(f"{path}: {part} is not as it was written, so the file is damaged; {MENDING}")
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     def read_plain(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -197,7 +204,7 @@ def locate_size(model: str | Path, rank: int, trust_remote_code: bool = False) -
 
     def names(folder: Path) -> list[str]:
         check_kind(folder)
-        return sorted({MANIFEST, *(manifest(folder) or {})} - files_beyond(folder, rank))
+        return sorted(map(escape, {MANIFEST, *(manifest(folder) or {})} - files_beyond(folder, rank)))
 
     return locate(model, trust_remote_code=trust_remote_code, names=names)
 
@@ -264,4 +271,4 @@ def check_written(folder: Path, trust_remote_code: bool = False) -> None:
     quantizer.preprocess_model(model, checkpoint_files=[str(path) for path in weight_files(folder)])
     if tokenizer_files(folder):
         load_tokenizer(folder, trust_remote_code)
-    check_generation_config(folder)
+    read_generation_config(folder)

@@ -9,6 +9,7 @@ ALLOCATION = "allocation.json"  # prices behind a target's plan, predicted and m
 EXPERTS = "experts.json"  # fate of every expert of a mixture that was pruned, condensed or replaced
 GGUF_SOURCE = "gguf_source.json"  # in an unpacked folder: the types in which its weights were stored
 NARROWED = "narrowed.json"  # neurons and heads that stay in every block of a narrower model
+ORIGIN = "origin.json"  # of a changed dense model: Hub id, commit, licence and notes of what it was made from
 DISTILLATION = "distillation.json"  # result of `distill`, its recipe, and its curve
 DISTILLATION_RECIPE = "distillation.yaml"
 DISTILLATION_PLOT = "distillation.png"

@@ -24,6 +24,7 @@ VALUES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q
 STRING, ARRAY = 8, 9
 ALIGNMENT = 32
 LONGEST = 2**26  # bytes of a string, entries, dimensions: more is damage
+MOST_NUMBERS = 2**22  # of an array, each of which the package gguf makes an object
 TYPES = {  # of tensors, by their numbers
     0: "F32",
     1: "F16",
@@ -163,6 +164,8 @@ def _read_value(file: BinaryIO, kind: int) -> Any:
     if kind == ARRAY:
         inner, count = _unpack(file, "IQ")
         if inner in VALUES:
+            if count > MOST_NUMBERS:
+                raise EOFError
             _read_bytes(file, count * struct.calcsize(VALUES[inner]))
         elif inner == STRING:
             for _ in range(_plausible(count)):

@@ -18,8 +18,8 @@ from llmcompress.errors import InputError
 from llmcompress.models.dense.adapter import adapter_files
 from llmcompress.models.dense.config import code_files
 from llmcompress.models.dense.headers import model_files
-from llmcompress.models.files.integrity import BINDING, MENDING
-from llmcompress.models.files.reading import error_text, open_tensors, read_json
+from llmcompress.models.files.integrity import BINDING, MENDING, read_binding
+from llmcompress.models.files.reading import read_json
 from llmcompress.models.files.tensor_files import shard_files
 from llmcompress.runtime.progress import digest_file
 
@@ -83,16 +83,6 @@ def check_tokenizer(folder: Path) -> None:
         entry = read_binding(path)
         if "tokenizer" in entry and entry["tokenizer"] != tokenizer_digest(folder):
             raise InputError(f"the tokenizer in {folder} is not the one that its weights were written with; {MENDING}")
-
-
-def read_binding(path: Path) -> dict[str, str]:
-    """Return the entry of a weight file; empty for one without. Raises InputError for a damaged file."""
-    with open_tensors(path, MENDING) as file:
-        text = (file.metadata() or {}).get(BINDING, "{}")
-    try:
-        return {str(key): str(value) for key, value in json.loads(text).items()}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error_text(error)}); {MENDING}") from error
 
 
 def content_digest(files: Iterable[Path]) -> str:

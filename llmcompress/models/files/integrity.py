@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmcompress.errors import InputError, list_names
-from llmcompress.models.files.reading import MENDING, open_tensors, read_json
+from llmcompress.models.files.reading import MENDING, error_text, open_tensors, read_json
 from llmcompress.weight.layout import piece_level
 
 INDEX = "model.safetensors.index.json"
@@ -168,7 +168,7 @@ def check_tensors(files: Sequence[Path], expected: Mapping[str, TensorSpec], opt
 def _check_file(path: Path, expected: Mapping[str, TensorSpec]) -> set[str]:
     """Return the names of the tensors in one file. Raises InputError unless each is expected and undamaged."""
     with open_tensors(path, MENDING) as file:
-        written = _read_digests(path, file.metadata())
+        written = read_digests(path, file.metadata())
         names = set(file.keys())
         for name in sorted(names):
             wanted = _requirement(path, name, file.get_slice(name), expected)
@@ -181,8 +181,18 @@ def _check_file(path: Path, expected: Mapping[str, TensorSpec]) -> set[str]:
     return names
 
 
-def _read_digests(path: Path, metadata: dict[str, str] | None) -> dict[str, str]:
-    """Return the digests in a file's header."""
+def read_binding(path: Path) -> dict[str, str]:
+    """Return the entry BINDING of a weight file; empty for one without. Raises InputError for a damaged file."""
+    with open_tensors(path, MENDING) as file:
+        text = (file.metadata() or {}).get(BINDING, "{}")
+    try:
+        return {str(key): str(value) for key, value in json.loads(text).items()}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error_text(error)}); {MENDING}") from error
+
+
+def read_digests(path: Path, metadata: dict[str, str] | None) -> dict[str, str]:
+    """Return the digests in a file's header. Raises InputError for one without."""
     try:
         return {str(name): str(value) for name, value in json.loads((metadata or {})[DIGESTS]).items()}
     except (KeyError, ValueError, AttributeError, RecursionError) as error:

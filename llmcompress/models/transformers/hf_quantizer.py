@@ -22,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmcompress.errors import InputError
-from llmcompress.models.dense.config import check_numbers
+from llmcompress.models.dense.config import check_entries, check_numbers
 from llmcompress.models.dense.experts import unfuse
 from llmcompress.models.dense.skeleton import check_buffers
 from llmcompress.models.files.checkpoint import FORMAT_VERSION, check_config
@@ -191,6 +191,7 @@ class LLMCompressQuantizer(HfQuantizer):
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """Refuse sizes that no model has, and say which is wanted: transformers calls this before it fetches one."""
         entries = config.to_dict()  # a config with a number for each layer refuses to be asked for one
+        check_entries(entries, "config.json")
         check_numbers(lambda key: entries.get(config.attribute_map.get(key, key)), "config.json")
         RANK.set(self.quantization_config.rank)
         return config

@@ -26,6 +26,7 @@ from llmcompress.weight.modules import (
     CompressedLinear,
     CompressedModule,
     compressed_modules,
+    multiplying,
     put,
     with_weight,
 )
@@ -104,6 +105,7 @@ def fold(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
             f"the adapter {list_names(adapters)} touches no layer of the model; load the one that was trained"
         )
     terms = {name: _terms(name, module, adapters) for name, module in adapted.items()}
+    fast: list[Any] = [layer.fast for layer in multiplying(base).values() if layer.fast is not None]
     for name, module in adapted.items():
         put(base, name, module.get_base_layer())  # which knows what it has in common with others
         put(base, name, _fold_layer(module, terms[name], adapters))
@@ -113,9 +115,10 @@ def fold(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
     base._hf_peft_config_loaded = False
     _untie(base)
     base.config.quantization_config = base.hf_quantizer.quantization_config = describe_modules(base)
-    from llmcompress.kernels.accelerate import accelerate_loaded  # a compiler is for those who run a model
+    if fast:
+        from llmcompress.kernels.accelerate import accelerate  # a compiler is for those who run a model
 
-    accelerate_loaded(base)  # the layers are new
+        accelerate(base, fast[0].mode)  # the layers are new
     found: PreTrainedModel = base
     return found
 

@@ -38,6 +38,12 @@ def resize(model: PreTrainedModel, sizes: Mapping[str, Sequence[int]]) -> None:
     for attention in model.modules():
         if hasattr(attention, "num_key_value_groups") and hasattr(attention, "k_proj"):
             attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features
+    for name, part in model.named_modules():
+        sides = [getattr(part, side, None) for side in ("gate_proj", "up_proj")]
+        if len({side.out_features for side in sides if isinstance(side, nn.Linear)}) > 1:  # torch broadcasts a 1
+            raise InputError(
+                f"config.json gives gate_proj and up_proj of {name} sizes that do not fit each other; {MENDING}"
+            )
     _check_flow(model)
 
 

@@ -22,6 +22,7 @@ from llmcompress.errors import InputError
 from llmcompress.models.dense.config import config_errors
 from llmcompress.models.dense.experts import unfuse
 from llmcompress.models.files.checkpoint import MANIFEST, NEXT_MANIFEST
+from llmcompress.models.files.file_names import ALLOCATION, DISTILLATION, GENERATIONS, PASSPORT, REPORT, SCORES
 from llmcompress.models.files.integrity import EXPONENTS, INDEX, MENDING, SINGLE, all_finite, weight_map
 from llmcompress.models.files.reading import error_text
 from llmcompress.models.transformers.dequantize import skeleton
@@ -45,6 +46,7 @@ from llmcompress.weight.modules import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+RESULTS = (REPORT, SCORES, ALLOCATION, DISTILLATION, GENERATIONS, PASSPORT)  # what was measured of a checkpoint
 PLAIN: dict[type, tuple[type, ...]] = {  # the modules that compressed ones stand for
     CompressedLinear: (nn.Linear, Conv1D),
     CompressedEmbedding: (nn.Embedding,),
@@ -75,7 +77,8 @@ def describe_while_saving(model: PreTrainedModel, given: Mapping[str, Tensor]) -
 
 def remove_stale_files(folder: Path) -> None:
     """Remove what a save has left of another checkpoint in its folder, which a load would take for a part of this."""
-    stale = [folder / name for name in (MANIFEST, NEXT_MANIFEST)]
+    results = RESULTS if (folder / MANIFEST).is_file() else ()  # of other weights from now on
+    stale = [folder / name for name in (MANIFEST, NEXT_MANIFEST, *results)]
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file() and index.is_file():
         is_whole = all((folder / name).is_file() for name in weight_map(index).values())  # else transformers cleared it

@@ -19,7 +19,15 @@ from llmcompress.reporting.html.charts import Curve, curve
 from llmcompress.reporting.html.layers import layer_context
 from llmcompress.reporting.plots import running_count
 from llmcompress.reporting.report import GateReport, Report
-from llmcompress.reporting.tables import Table, gain_table, loss_sum, score_rows, size_rows, star_numbers
+from llmcompress.reporting.tables import (
+    Table,
+    gain_table,
+    loss_sum,
+    score_rows,
+    size_rows,
+    star_numbers,
+    steps_and_tokens,
+)
 
 Facts = dict[str, Any]
 Generations = Mapping[str, Mapping[str, str]]  # prompt -> model -> its continuation
@@ -158,8 +166,9 @@ def _protocol(scores: Facts) -> str:
     said = f"Perplexity, KL and agreement on {tokens:,} tokens of {without_folders(scores['text'])}"
     said += ", each window behind BOS" if scores.get("bos") else ""
     if scores["compressed"]["tasks"]:
-        limit = "all items" if scores.get("limit") is None else f"a limit of {scores['limit']} items"
-        said += f"; tasks with {limit}, seed {scores.get('seed', 0)}"
+        limit = scores.get("limit")
+        some = f"{100 * limit:g}% of the items" if limit is not None and limit < 1 else f"a limit of {limit} items"
+        said += f"; tasks with {'all items' if limit is None else some}, seed {scores.get('seed', 0)}"
     return f"{said}. ± is one standard error."
 
 
@@ -187,8 +196,8 @@ def _distillation(done: Facts) -> Facts:
         ("teacher", done["teacher_id"] or without_folders(done["teacher"])),
         ("text", ", ".join(map(without_folders, sources))),
         ("trained", trained),
-        ("steps", f"{done['steps']:,} on {done['tokens']:,} tokens in {duration(done['seconds'])}"),
-        ("losses", loss_sum(done["losses"])),
+        ("training", f"{steps_and_tokens(done)} in {duration(done['seconds'])}"),
+        ("losses", loss_sum(done)),
     ]
     if done["bytes_before"] != done["bytes_after"]:
         cost.append(("compressed weights", f"{done['bytes_before']:,} bytes before, {done['bytes_after']:,} after"))

@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
+from llmcompress.kernels.accelerate import accelerate
 from llmcompress.kernels.cpu import matmul, prefill
 from llmcompress.kernels.cpu.emit import LANES
 from llmcompress.kernels.cpu.layouts import pack_matrix
@@ -14,8 +16,10 @@ from llmcompress.kernels.cpu.prepare import is_supported, prepare
 from llmcompress.kernels.cpu.tables import TILES
 from llmcompress.weight.encoding import encode
 from llmcompress.weight.expression import dense
-from llmcompress.weight.nodes import Codebook, FloatFormat, Minifloat, Weight
-from tests.builders import codebook, minifloat, payload_bits, seeded, tensor_bytes
+from llmcompress.weight.modules import CompressedLinear
+from llmcompress.weight.nodes import Bitmap, Codebook, FloatFormat, Minifloat, Weight, Where
+from llmcompress.weight.trellis import Trellis
+from tests.builders import codebook, grid, minifloat, payload_bits, seeded, streams, tensor_bytes
 from tests.kernels.cpu.test_products import distance, every_tier, on_tier  # noqa: F401  (a fixture)
 
 DECODED = [codebook((33, 300), 256, 4, 1), codebook((17, 100), 16, 1, 2), codebook((50, 77), 5, 3, 3)]
@@ -72,3 +76,42 @@ def test_floats_that_are_no_small_integers_have_no_kernel(
 ) -> None:
     w = minifloat((20, 64), form, scales, group_size, 1)
     assert not is_supported(w) and prepare(w) is None
+
+
+@pytest.mark.parametrize(
+    "w",
+    [
+        codebook((20, 70), 2, 17, 1),  # every number of a vector is compiled
+        replace(codebook((20, 64), 16, 4, 1), scale=torch.full((20, 1), 0.01, dtype=torch.bfloat16)),
+        replace(grid((20, 64), 16, 32, 1, True), scale=torch.full((20, 2), 0.01, dtype=torch.bfloat16)),
+        replace(grid((20, 64), 16, 32, 1, True), scale=torch.full((20, 2), 0.01)),
+        replace(streams(Trellis(2, 1, 12), 64, 10, 768), scale=torch.full((64, 1), 0.01)),
+        streams(Trellis(1, 1, 4, "linear"), 64, 10, 768),  # 16 numbers
+    ],
+    ids=["long vectors", "codebook", "grid", "float32", "trellis", "few numbers"],
+)
+def test_what_kernels_would_misread_has_none(w: Weight) -> None:
+    """They read scales as float16: a model is what it is decoded to, also where it multiplies."""
+    layer = CompressedLinear.of(w)
+    x = torch.randn(3, layer.in_features, generator=seeded(1))
+    assert layer.layout.from_json(layer.layout.to_json()) == layer.layout
+    torch.testing.assert_close(accelerated(layer)(x), x @ dense(w).T, rtol=1e-4, atol=1e-4)
+    assert not is_supported(w) and prepare(w) is None
+
+
+def test_elements_with_scales_of_another_dtype_are_what_they_decode_to() -> None:
+    size = (40, 128)
+    for share in (0.1, 0.5):
+        inside = Bitmap(torch.rand(size, generator=seeded(1)) < share)
+        part = grid(size, 16, 32, 1, True)
+        w = Where(inside, replace(part, scale=part.scale.bfloat16()), grid(size, 2, 32, 2, True))
+        x = torch.randn(3, 128, generator=seeded(1))
+        found = accelerated(CompressedLinear.of(w))(x)
+        torch.testing.assert_close(found, x @ dense(w).T, rtol=1e-4, atol=1e-3)
+
+
+@torch.no_grad()
+def accelerated(layer: CompressedLinear) -> nn.Module:
+    model = nn.Sequential(layer).eval()
+    accelerate(model, "exact")
+    return model

@@ -30,10 +30,10 @@ class Offsets(TensorForm):
         super().__init__()
         (out, width), self.cells = cells.size, cells
         rank = min(rank, out, width)
-        drawn = torch.randn(out, rank, generator=torch.Generator().manual_seed(0)) / rank**0.5
+        drawn = torch.randn(out, rank, dtype=torch.float32, generator=torch.Generator().manual_seed(0)) / rank**0.5
         self.register_buffer("start", start)
         self.left = nn.Parameter(drawn.to(start.device))
-        self.right = nn.Parameter(torch.zeros(rank, width, device=start.device))
+        self.right = nn.Parameter(torch.zeros(rank, width, dtype=torch.float32, device=start.device))
 
     def forward(self) -> Tensor:
         """Return the latents, flat float32."""
