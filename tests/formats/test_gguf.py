@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -29,6 +31,7 @@ from llmcompress.formats.peft import split_low_rank
 from llmcompress.models.dense.gguf_model import PRE_TOKENIZERS, Steps
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.files.compressed import CompressedCheckpoint
+from llmcompress.models.files.integrity import BINDING
 from llmcompress.weight.expression import dense
 from llmcompress.weight.nodes import Dense, Grid, LowRank, RotatedInputs, Sum, Weight, Zero
 from tests.builders import grid
@@ -201,10 +204,13 @@ def with_tokenizer(checkpoint: Path, place: Path, tokenizer: PreTrainedTokenizer
 
 
 def with_config(checkpoint: Path, place: Path, **changes: Any) -> Path:
-    """A copy of a checkpoint with another config, without a manifest."""
+    """A copy of a checkpoint with another config, without a manifest and the digest of its config."""
     shutil.copytree(checkpoint, place, ignore=shutil.ignore_patterns("manifest.json"))
-    path = place / "config.json"
+    path, weights = place / "config.json", place / "model.safetensors"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with safe_open(weights, "pt") as file:
+        texts = {name: text for name, text in file.metadata().items() if name != BINDING}
+    save_file(load_file(weights), weights, texts)
     return place
 
 

@@ -308,7 +308,7 @@ REFUSED: dict[Change, str] = {
     fewer_blocks_untold: r"model\.layers\.1 is missing where a load would make it a LlamaDecoderLayer",
     other_width: r"config\.json gives model\.embed_tokens the size \[264, 32\], which it does not have; put back",
     no_config: r"its config describes no model",
-    misfit: r"config\.json gives layers sizes that do not fit each other",
+    misfit: r"config\.json gives gate_proj and up_proj of .* sizes that do not fit each other",
     head_untold: r"lm_head\.weight is no longer model\.embed_tokens\.weight.*set model\.config\.tie_word_embeddings",
     matrix_in_payload: r"up_proj\.weight is torch\.float32 \[48, 32\] where a load asks for U8 \[\d+\]",
     cut_payload: r"up_proj\.weight is torch\.uint8 \[\d+\] where a load asks for U8 \[\d+\]",
