@@ -278,7 +278,9 @@ class VLLMSizes(SeveralSizes):
             return describe_rounded(stored, inputs)
         group = "row" if stored.group_size >= size[1] else f"g{stored.group_size}"
         text = f"{integer_bits(stored)}-bit integers {group}"
-        return text if inputs is None else f"{text}{' in bytes' if inputs.format == 'int8' else ''}, {inputs}"
+        if inputs is None:
+            return text
+        return f"{text}{' in bytes' if inputs.format == 'int8' and integer_bits(stored) < 8 else ''}, {inputs}"
 
     def bits(self, name: str, size: Shape, steps: Steps) -> int:
         """See `FileSizes.bits`."""

@@ -30,7 +30,7 @@ FORMS: dict[str, tuple[dict[str, Any], dict[str, Any] | None, str]] = {
     "8 bits, int8": (
         ROWS,
         {"format": "int8", "scale": "tensor"},
-        "8-bit integers row in bytes, int8 inputs with a scale for all",
+        "8-bit integers row, int8 inputs with a scale for all",
     ),
     "4 bits, fp8": (GRID | {"group_size": 128}, {"format": "fp8"}, "4-bit integers "),
     "fp8": ({"method": "mxfp", "format": "fp8"}, {"format": "fp8", "scale": "tensor"}, "e4m3 floats row, scales"),
