@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 NOTHING = -1  # behind the end of a sequence that a model went on with
 ROWS = 16  # sequences written side by side; part of what the seed means
+LIKELIEST = 1024  # tokens that mostly hold `top_p`: sorting a whole vocabulary takes ten times as long
 MARK = "llmcompress"  # an answer whose end is looked for in the chat template
 GRAM, SHORT, VARIED = 4, 40, 0.25  # tokens; below so many nothing is called repetition; the least share of new grams
 PROMPTS = (
@@ -190,7 +191,9 @@ def token_chances(logits_BV: Tensor, temperature: float, top_p: float) -> Tensor
         raise NumericsError("the model's logits are NaN or infinite while it writes text; check its weights")
     chances = (logits / temperature).softmax(-1)
     if top_p < 1:
-        ordered, index = chances.sort(-1, descending=True)
+        ordered, index = chances.topk(min(LIKELIEST, chances.shape[-1]))
+        if bool((ordered.sum(-1) < top_p).any()):
+            ordered, index = chances.sort(-1, descending=True)
         ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
         chances = torch.zeros_like(chances).scatter_(-1, index, ordered)
     return chances
@@ -333,10 +336,10 @@ class _Draw:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores [rows, vocabulary] with -inf for all but one token of each row."""
         sampling = self.sampling
-        chances = token_chances(scores, sampling.temperature or 1.0, sampling.top_p)
         if sampling.temperature == 0:
-            tokens = chances.argmax(-1, keepdim=True)
+            tokens = token_chances(scores, 1.0, 1.0).argmax(-1, keepdim=True)
         else:
+            chances = token_chances(scores, sampling.temperature, sampling.top_p)
             tokens = torch.stack([torch.multinomial(row, 1, generator=g) for row, g in zip(chances, self.generators)])
         return torch.full_like(scores, -torch.inf).scatter(-1, tokens.to(scores.device), 0.0)
 

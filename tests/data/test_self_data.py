@@ -90,6 +90,16 @@ def test_chances_are_those_of_the_temperature_of_the_likeliest_tokens() -> None:
     torch.testing.assert_close(of_both(0.5, 0.9), cooler * torch.tensor([[0, 1, 0, 1], [1, 0, 0, 0]]))
 
 
+def test_chances_of_a_large_vocabulary_are_those_of_sorting_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)) * torch.tensor([[0.1], [3.0], [8.0]])
+    for rows in (logits, logits[1:]):  # some hold their share in the likeliest tokens, or all do
+        few = generate.token_chances(rows, 1.0, 0.95)
+        with monkeypatch.context() as patched:
+            patched.setattr(generate, "LIKELIEST", 5000)
+            assert torch.equal(few, generate.token_chances(rows, 1.0, 0.95))
+        assert bool((few.sum(-1) >= 0.95).all())
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_answers_are_those_of_a_loop_that_reads_everything_again(temperature: float) -> None:
     """No cache, no padding: the model reads the whole text for every token."""
