@@ -21,6 +21,7 @@ from llmcompress.kernels.column_block import CAP, COST, EVERY, SEAM, WHOLE, WIDE
 from llmcompress.kernels.cpu.build import load_kernel
 from llmcompress.kernels.cpu.calls import OWN, KernelFunction, address_of, launch, own_values
 from llmcompress.kernels.cpu.emit import F32, I8, I32, I64, LANES, Value, vector
+from llmcompress.kernels.cpu.instruction_sets import TILE
 
 WIDE = 4  # bits of a code from which on vectors run along the newest codes
 
@@ -191,7 +192,8 @@ class ColumnSearch:
     def _move_narrow(self, f: KernelFunction, rows: tuple[Value, Value, Value], costs: _Costs) -> None:
         """One step, vectors along butterflies."""
         before_step, after_step, oldest = rows
-        lanes = min(LANES, self.inner)
+        few = self.bits > 1 and f.target.tier.shuffle < TILE  # 16 numbers of each of 4 codes overflow narrow registers
+        lanes = min(LANES // 2 if few else LANES, self.inner)
         kind = vector(I32, lanes)
         with f.loop(0, self.inner, lanes) as middle:
             before = [f.load(before_step, kind, (middle + old * self.inner) * 4) for old in range(self.parts)]
