@@ -13,7 +13,8 @@ layer norms, and not done here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,24 +102,15 @@ def rotated_source(source: DenseModel, seed: int, untie: bool) -> DenseModel:
     notes = ["the residual stream is in a random basis, so hidden states and adapters of the dense model do not fit"]
     if tied:
         notes.append(f"the output head is a matrix of its own since the rotation, {size} more before it is compressed")
-    return RotatedSource(
-        source.name,
-        source.folder,
-        source.revision,
-        untie_config(source.config),
-        {**source.tensors, head: table} if tied else source.tensors,
-        {alias: origin for alias, origin in source.tied.items() if alias != head},
-        (*source.notes, *notes),
-        source.hub_id,
-        source.license,
-        source.trust_remote_code,
-        source.sizes,
-        source.adapter,
-        origin=source.origin,
-        dense=source,
-        turns=turns,
-        signs=torch.rand(table.shape[1], dtype=torch.float32, generator=generator("fused rotation", seed)) < 0.5,
-    )
+    same: dict[str, Any] = {each.name: getattr(source, each.name) for each in fields(DenseModel)}
+    changed = {
+        "config": untie_config(source.config),
+        "tensors": {**source.tensors, head: table} if tied else source.tensors,
+        "tied": {alias: origin for alias, origin in source.tied.items() if alias != head},
+        "notes": (*source.notes, *notes),
+    }
+    signs = torch.rand(table.shape[1], dtype=torch.float32, generator=generator("fused rotation", seed)) < 0.5
+    return RotatedSource(**same | changed, dense=source, turns=turns, signs=signs)
 
 
 def _turns(arch: Architecture) -> dict[str, Turn]:

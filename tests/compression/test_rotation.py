@@ -81,8 +81,9 @@ def test_outlying_channels_of_the_stream_are_gone(tmp_path: Path) -> None:
 
 
 def test_what_opens_the_model_again_stays(tmp_path: Path) -> None:
-    """The gates compare with the dense model at this place, which an adapter may be merged into."""
+    """The gates compare with the dense model at this place: an adapter may be merged into it, or a file hold it."""
     source = replace(resolve(save_tiny("llama", tmp_path / "dense")), trust_remote_code=True, adapter=tmp_path)
+    source = replace(source, file=tmp_path / "model.gguf")
     assert rotated_source(source, 0, untie=True).place == source.place
 
 
