@@ -20,7 +20,7 @@ from llmcompress.compression.layers import describe_rounded
 from llmcompress.compression.memory_estimate import peak_bytes
 from llmcompress.errors import MemoryLimitError, RecipeError, list_names
 from llmcompress.methods.layer import StepConfig, base_and_term, methods, sketch
-from llmcompress.methods.low_rank.factors import SVD
+from llmcompress.methods.low_rank.factors import LQER, SVD, EoRA
 from llmcompress.models.dense.skeleton import is_causal
 from llmcompress.recipe.rules import matches
 from llmcompress.reporting.report import UNGATED
@@ -180,6 +180,9 @@ def _warnings(job: Job, rows: Sequence[LayerPlan], dense_bytes: int, total: int)
     yield from _ragged_groups(job, widths)
     for name, steps in job.all_steps.items():
         yield from (f"{name}: {why}" for step in steps if (why := step.substitute(widths[name])))
+        first, *later = [step for step in steps if step.method not in ("rotate", "presume")] or [None]
+        if later and isinstance(first, (SVD, LQER, EoRA)):
+            yield f"{name}: {first.method} comes before anything is lost, so its term holds nothing; put it last"
     used = {step.method for steps in job.all_steps.values() for step in steps}
     able = sorted(name for name in used if methods()[name].needs)
     if job.recipe.calibration is None and able:

@@ -212,6 +212,7 @@ def source_documents(config: Calibration, reading: Reading) -> Iterable[Document
         split=config.split,
         column=config.column,
         streaming=config.streaming,
+        in_turn=config.shuffle,
         reading=reading,
     )
     return shuffle(documents, config.seed) if config.shuffle else documents

@@ -44,8 +44,10 @@ def read_text(path: Path) -> str:
         raise _unreadable(path, error) from error
 
 
-def file_rows(path: Path) -> Iterator[Any]:
+def file_rows(path: Path, longest: int | None = None) -> Iterator[Any]:
     """Yield the rows of a text file, or of a folder that `save_to_disk` of `datasets` wrote; one row for plain text.
+
+    longest: bytes of a row of plain text, by default LONGEST_TEXT; a longer file has several.
 
     Raises InputError for one that cannot be read.
     """
@@ -56,7 +58,7 @@ def file_rows(path: Path) -> Iterator[Any]:
     try:
         match file_kind(path.name):
             case ".txt":
-                yield from _texts(path)
+                yield from _texts(path, longest or LONGEST_TEXT)
             case ".jsonl":
                 yield from _json_rows(path)
             case ".json":
@@ -92,12 +94,12 @@ def parse_line(line: bytes | str, where: str, advice: str = "write one object pe
         raise InputError(f"{where} is not JSON ({error}); {advice}") from error
 
 
-def _texts(path: Path) -> Iterator[str]:
-    """Yield a text: whole, or cut behind a line, a word, or at least a character near every LONGEST_TEXT bytes."""
+def _texts(path: Path, longest: int) -> Iterator[str]:
+    """Yield a text: whole, or cut behind a line, a word, or at least a character near every `longest` bytes."""
     with _open(path) as file:
         start, rest = 0, b""
-        while data := rest + file.read(LONGEST_TEXT - len(rest)):
-            end = len(data) if len(data) < LONGEST_TEXT else _end(data)
+        while data := rest + file.read(longest - len(rest)):
+            end = len(data) if len(data) < longest else _end(data)
             yield _decode(data[:end], path, start)
             start, rest = start + end, data[end:]
 

@@ -5,9 +5,10 @@ Nothing here tokenizes. A `Reading` counts what was understood of a source, for 
 
 import logging
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from llmcompress.recipe.yaml import shorten
 
 LOG = logging.getLogger("llmcompress")
 EXAMPLE = 100  # characters of the first document to show
+TURNS = 32  # files that are read in turn; the next one begins when one ends
+PART = 1 << 14  # bytes of a document of plain text where several files are read in turn
 PATIENCE = 1000  # rows without the columns of a text before it is given up
 SHUFFLE_BUFFER = 4096  # documents held while shuffling; a smaller source is shuffled completely
 HELD_CHARACTERS = 1 << 28  # of them; fewer documents are held where they are longer
@@ -33,14 +36,16 @@ class Reading:
     """The understanding of a text so far.
 
     rows: number of rows read, `empty` of them without text; unread: number of messages by what was left out of them;
-    kinds: number of documents by the columns that they were read from; cuts: notes on documents that were cut, and on
-    files that were not read; absence: the sentence on the first row that lacks the columns.
+    kinds: number of documents by the columns that they were read from; rows_by_place: number of rows by the file, or
+    data set, that has them; cuts: notes on documents that were cut, and on files that were not read; absence: the
+    sentence on the first row that lacks the columns.
     """
 
     rows: int = 0
     empty: int = 0
     unread: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
+    rows_by_place: dict[str, int] = field(default_factory=dict)
     cuts: set[str] = field(default_factory=set)
     absence: str = ""
 
@@ -62,6 +67,9 @@ class Reading:
             f"rows of {source} were read in several ways: {list_names(counts)}": len(counts) > 1,
             f"{self.empty:,} of {self.rows:,} rows of {source} have no text and were left out": self.empty,
         }
+        if not all(self.rows_by_place.values()):
+            names = [Path(place).name for place, rows in self.rows_by_place.items() if not rows]
+            notes[f"{list_names(names)} of {source} gave no text: the others were enough, or these are empty"] = True
         unread = [f"{name} of {count:,} messages of {source} were left out" for name, count in self.unread.items()]
         return [*(note for note, holds in notes.items() if holds), *unread, *sorted(self.cuts)]
 
@@ -79,33 +87,57 @@ def read_documents(
     split: str | None = None,
     column: str | tuple[str, str] | None = None,
     streaming: bool = True,
+    in_turn: bool = False,
     reading: Reading | None = None,
 ) -> Iterator[Document]:
     """Yield the documents of "builtin", "stdlib", local files as `list_files` names them, or a data set by name.
 
-    A .txt file is one document. Blank documents are left out; `reading` counts them. How rows are understood is logged
-    once, at INFO, as a record with a `note`. Raises InputError for text that cannot be read.
+    A .txt file is one document. `in_turn`: take a document of each of several files in turn, so that none is left out
+    where few documents are read; .txt files are then cut into short ones. Blank documents are left out; `reading`
+    counts them. How rows are understood is logged once, at INFO, as a record with a `note`. Raises InputError for text
+    that cannot be read.
     """
     reading = Reading() if reading is None else reading
-    for place, rows in _sources(dataset, subset, revision, split, streaming, reading.cuts):
-        for number, row in enumerate(rows, start=1):
-            reading.rows += 1
-            where = f"{place}, row {number}"
-            document, columns = read_row(row, column, where)
-            if document is None:
-                reading.absence = reading.absence or describe_absence(row, column, where)
-            if not document or (isinstance(document, str) and document.isspace()):
-                reading.empty += 1
-                if reading.empty == PATIENCE:
-                    reading.check()
-                continue
-            reading.count(row, document, columns)
-            if reading.kinds.total() == 1 and dataset not in OFFLINE:
-                LOG.info("%s", _describe(dataset, reading, row, document, columns), extra={"note": True})
-            if number == 2 and file_kind(place) == ".txt" and place.lower().endswith(PACKED_KINDS):
-                reading.cuts.add(f"{place} is read as documents of at most {LONGEST_TEXT:,} bytes")
-            yield document
+    files = list_files(dataset) if is_file(dataset) else []
+    several = in_turn and len(files) > 1
+    reading.rows_by_place.update(dict.fromkeys(map(str, files), 0))
+    if files:
+        sources = ((str(path), file_rows(path, PART if several else None)) for path in files)
+    else:
+        sources = iter([(dataset, _named_rows(dataset, subset, revision, split, streaming, reading.cuts))])
+    for place, number, row in _take_turns(sources, TURNS if several else 1):
+        reading.rows += 1
+        reading.rows_by_place[place] = number
+        where = f"{place}, row {number}"
+        document, columns = read_row(row, column, where)
+        if document is None:
+            reading.absence = reading.absence or describe_absence(row, column, where)
+        if not document or (isinstance(document, str) and document.isspace()):
+            reading.empty += 1
+            if reading.empty == PATIENCE:
+                reading.check()
+            continue
+        reading.count(row, document, columns)
+        if reading.kinds.total() == 1 and dataset not in OFFLINE:
+            LOG.info("%s", _describe(dataset, reading, row, document, columns), extra={"note": True})
+        if number == 2 and not several and file_kind(place) == ".txt" and place.lower().endswith(PACKED_KINDS):
+            reading.cuts.add(f"{place} is read as documents of at most {LONGEST_TEXT:,} bytes")
+        yield document
     reading.check()
+
+
+def _take_turns(sources: Iterator[tuple[str, Iterable[Any]]], width: int) -> Iterator[tuple[str, int, Any]]:
+    """Yield (place, number of the row, row): a row of each source in turn, of at most `width` of them at a time."""
+    unfinished: deque[tuple[str, Iterator[tuple[int, Any]]]] = deque()
+    while True:
+        more = islice(sources, width - len(unfinished))
+        unfinished.extend((place, enumerate(rows, start=1)) for place, rows in more)
+        if not unfinished:
+            return
+        place, rows = unfinished.popleft()
+        for number, row in islice(rows, 1):
+            yield place, number, row
+            unfinished.append((place, rows))
 
 
 def preview_text(config: Calibration) -> None:
@@ -118,18 +150,16 @@ def preview_text(config: Calibration) -> None:
             LOG.warning("%s", error)
 
 
-def _sources(
+def _named_rows(
     dataset: str, subset: str | None, revision: str | None, split: str | None, streaming: bool, cuts: set[str]
-) -> Iterator[tuple[str, Iterable[Any]]]:
-    """Yield the places that a text is read from, and their rows; `cuts` receives a note on files that are not read."""
-    if dataset == "builtin":
-        yield dataset, builtin_documents()
-    elif dataset == "stdlib":
-        yield dataset, (text for _, text in stdlib_documents(split or "train"))
-    elif is_file(dataset):
-        yield from ((str(path), file_rows(path)) for path in list_files(dataset))
-    else:
-        yield dataset, _hub_rows(dataset, subset, revision, split or "train", streaming, cuts)
+) -> Iterable[Any]:
+    """Return the rows of a text that is no file; `cuts` receives a note on files that are not read."""
+    match dataset:
+        case "builtin":
+            return builtin_documents()
+        case "stdlib":
+            return (text for _, text in stdlib_documents(split or "train"))
+    return _hub_rows(dataset, subset, revision, split or "train", streaming, cuts)
 
 
 def _describe(dataset: str, reading: Reading, row: Any, document: Document, columns: tuple[str, ...]) -> str:

@@ -128,7 +128,7 @@ def _document_windows(
     """Do as `text_windows` for files of documents, which are joined as in calibration, without EOS."""
     _check_windows(windows, length, readers)
     reading, bos = Reading(), bos_token(tokenizer)
-    documents = read_documents(dataset, reading=reading)
+    documents = read_documents(dataset, in_turn=True, reading=reading)
     pieces = (document_tokens(each, tokenizer, "auto", None, True, reading.cuts) for each in documents)
     tokens = (count_all(_strip_bos(each, bos)) for each in pieces)
     rows = pack_documents(tokens, bos, length, windows).sequences.ids

@@ -73,7 +73,8 @@ class Calibration(BaseModel, extra="forbid", frozen=True, use_attribute_docstrin
     held_out: float = Field(default=0.125, ge=0, allow_inf_nan=False)
     """Sequences to hold out: a number, or a share below 1 (at least one if there are two)."""
     shuffle: bool = True
-    """Read documents in random order."""
+    """Read documents in random order, those of several files in turn. 4,096 documents are in memory to draw from, so a
+    long file is read from its start."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Random seed for the order of documents, for the text of dataset self, and for the tokens of dataset random."""
     temperature: float = Field(default=1.0, gt=0, le=10)
@@ -125,10 +126,7 @@ class TokenWeights(BaseModel, extra="forbid", frozen=True):
 
 
 class TextSource(Calibration):
-    """A text that a distillation reads as calibration does, and which of its tokens count.
-
-    With `shuffle`, the `samples` sequences are a random part of the data.
-    """
+    """A text that a distillation reads as calibration does, and which of its tokens count."""
 
     packing: bool = True
     """True: join documents and cut them into sequences. False: one document per sequence, cut or padded to `length`."""

@@ -83,6 +83,20 @@ def test_what_becomes_larger_is_told_by_plan_and_report(tmp_path: Path) -> None:
         assert {one for one in warnings if "sparsity" in one or "bits per weight" in one} == expected
 
 
+def test_a_term_for_what_is_lost_before_anything_is_lost_is_told(tmp_path: Path) -> None:
+    folder, turn, svd = save_tiny("llama", tmp_path), {"method": "rotate"}, {"method": "svd", "rank": 1}
+    empty = {"*.q_proj": [svd, GRID], "*.k_proj": [turn, svd, GRID]}
+    useful = {"*.v_proj": [turn, GRID, svd], "*.o_proj": [PRUNED | {"sparsity": 0.5}, svd, GRID]}
+    rules = [{"match": match, "steps": steps} for match, steps in (empty | useful | {"*": [GRID]}).items()]
+    warnings = lc.plan(str(folder), {"version": 1, "rules": rules}).warnings
+    assert [sentence for sentence in warnings if "is lost" in sentence] == [
+        f"model.layers.{block}.self_attn.{name}: svd comes before anything is lost, so its term holds nothing; "
+        f"put it last"
+        for block in (0, 1)
+        for name in ("q_proj", "k_proj")
+    ]
+
+
 def test_substitutes_of_types_are_told_by_plan_and_report(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path / "model", intermediate_size=256)
     steps = {"*.down_proj": [{"method": "gguf", "type": "IQ4_XS"}], "*.up_proj": [{"method": "gguf", "type": "IQ4_XS"}]}

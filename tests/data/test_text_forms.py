@@ -8,6 +8,7 @@ import json
 import logging
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import pyarrow
 import pytest
 
 from llmcompress.data import files
-from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
+from llmcompress.data import text as sources
+from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, source_documents
 from llmcompress.data.distillation import read_data
 from llmcompress.data.files import read_text
 from llmcompress.data.self_data import Answering, prompts
@@ -262,6 +264,35 @@ def test_files_are_read_in_the_order_of_their_names_and_lists_in_their_own(tmp_p
         Calibration(dataset=[str(odd)])
 
 
+def test_several_files_are_read_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the first of them is not all that a short calibration reads."""
+    for name, count in (("a", 4), ("b", 2), ("c", 1)):
+        (tmp_path / f"{name}.jsonl").write_bytes(lines([{"text": f"{name}{number}"} for number in range(count)]))
+    rows = partial(read_documents, f"{tmp_path}/*.jsonl")
+    assert list(rows(in_turn=True)) == ["a0", "b0", "c0", "a1", "b1", "a2", "a3"]
+    assert list(rows()) == ["a0", "a1", "a2", "a3", "b0", "b1", "c0"]
+    monkeypatch.setattr(sources, "TURNS", 2)  # as many files as may be open
+    assert list(rows(in_turn=True)) == ["a0", "b0", "a1", "b1", "a2", "a3", "c0"]
+    reading = Reading()
+    assert next(rows(in_turn=True, reading=reading)) == "a0"
+    assert reading.notes("*.jsonl") == [
+        "b.jsonl, c.jsonl of *.jsonl gave no text: the others were enough, or these are empty"
+    ]
+
+
+def test_plain_text_of_several_files_is_cut_to_be_read_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "PART", 8)
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("".join(f"line {name}{number}\n" for number in range(3)))
+    parts = list(read_documents(f"{tmp_path}/a.txt,{tmp_path}/b.txt", in_turn=True))
+    assert parts == [f"line {name}{number}\n" for number in range(3) for name in "ab"]
+    assert list(read_documents(f"{tmp_path}/a.txt", in_turn=True)) == ["line a0\nline a1\nline a2\n"]
+    config = Calibration(dataset=f"{tmp_path}/*.txt", samples=2, length=8, held_out=0, shuffle=False)
+    assert list(source_documents(config, Reading())) == [(tmp_path / f"{name}.txt").read_text() for name in "ab"]
+    both = source_documents(config.model_copy(update={"shuffle": True}), Reading())
+    assert sorted(map(str, both)) == sorted(parts)
+
+
 def test_recipes_in_outputs_name_the_files_without_folders(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_bytes(lines([{"text": name * 99}]))
@@ -390,7 +421,7 @@ def test_evaluation_reads_documents_as_calibration_does(tmp_path: Path, caplog: 
     packed.write_bytes(gzip.compress(text.encode()))
     plain.write_text(text)
     expected = text_windows(tokenizer, text, 5, 16)
-    for path in (rows, packed, plain, Path(f"{tmp_path}/pl*.txt"), Path(f"{rows},{plain}")):
+    for path in (rows, packed, plain, Path(f"{tmp_path}/pl*.txt")):
         assert evaluation_windows(tokenizer, Protocol(path, 5, 16)).equal(expected)
     with caplog.at_level(logging.INFO, "llmcompress"):
         evaluation_windows(tokenizer, Protocol(rows, 99, 16))

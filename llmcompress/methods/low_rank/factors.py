@@ -31,7 +31,7 @@ def svd(layer: Layer, config: SVD) -> Layer:
 
     Minimises |E - B A|^2 and ignores activations; the baseline of low-rank compensation. Stores Sum(base, LowRank).
     """
-    return compensate(layer, config, torch.eye(layer.weight.shape[1], dtype=torch.float64, device=layer.weight.device))
+    return compensate(layer, config, torch.ones(layer.weight.shape[1], dtype=torch.float64, device=layer.weight.device))
 
 
 class LQER(LowRankConfig):
@@ -49,7 +49,7 @@ def lqer(layer: Layer, config: LQER) -> Layer:
     Minimises |(E - B A) diag(s)|^2 with s the root mean square of each input channel, which is optimal for uncorrelated
     channels (QERA, arXiv 2410.06040); the paper takes the mean |x|. Stores Sum(base, LowRank).
     """
-    return compensate(layer, config, torch.diag(channel_energy(layer.inputs)))
+    return compensate(layer, config, channel_energy(layer.inputs))
 
 
 class EoRA(LowRankConfig):

@@ -22,7 +22,7 @@ from torch import Tensor
 from llmcompress.methods.layer import Layer, StepConfig, base_target, with_base
 from llmcompress.methods.solvers.feedback import Projection, feedback
 from llmcompress.methods.solvers.grid import GridFormat, fit_grid, float16_scale, grid_sketch
-from llmcompress.methods.solvers.hessian import add_damping, channel_energy, inverse_factor, second_moment
+from llmcompress.methods.solvers.hessian import channel_energy, inverse_factor, metric
 from llmcompress.methods.solvers.scales import ColumnScales, added_grids, refit_scales
 from llmcompress.weight.nodes import Grid, ScaledInputs, Sum, Weight, shape
 
@@ -165,7 +165,7 @@ def quantize_to_planes(
     projection = ColumnScales(make, energy, pivots, config.rounds) if columns else make(energy, pivots)
     base = feedback(target, factor if config.feedback else None, projection)
     if config.rounds:
-        hessian = add_damping(second_moment(layer.inputs), config.damping).float()
+        hessian = metric(layer.inputs, target, config.damping)
         for _ in range(TURNS if columns else 1):
             base = refit_scales(base, target, hessian)
     return with_base(layer, base, notes)

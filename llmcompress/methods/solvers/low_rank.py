@@ -67,7 +67,7 @@ class LowRankConfig(StepConfig):
 def compensate(layer: Layer, config: LowRankConfig, metric: Tensor) -> Layer:
     """The layer with a new low-rank term for what its base lost, best in the norm tr(E metric E^T).
 
-    `metric [in, in]` float64 is S S^T. Replaces the term that was there.
+    `metric` float64 is S S^T, `[in, in]`, or the diagonal of a diagonal one, `[in]`. Replaces the term that was there.
     """
     base = base_and_term(layer.approx)[0]
     lost = (layer.weight - dense(base)).double()
@@ -77,12 +77,15 @@ def compensate(layer: Layer, config: LowRankConfig, metric: Tensor) -> Layer:
 
 
 def leading_directions(lost: Tensor, metric: Tensor, rank: int) -> Tensor:
-    """The `rank` leading left singular vectors `[out, rank]` of `lost [out, in] @ S`, where `metric = S S^T`."""
+    """The `rank` leading left singular vectors `[out, rank]` of `lost [out, in] @ S`; `metric` as in `compensate`."""
     if len(lost) <= lost.shape[1]:
-        return torch.linalg.eigh(lost @ metric @ lost.T).eigenvectors[:, -rank:].flip(1)
+        return torch.linalg.eigh(_weigh(lost, metric) @ lost.T).eigenvectors[:, -rank:].flip(1)
     # fewer columns than rows: the right singular vectors are the smaller problem
-    values, vectors = torch.linalg.eigh(metric)
-    whitened = lost @ (vectors * values.clamp_min(0).sqrt())
+    if metric.ndim == 1:
+        whitened = lost * metric.clamp_min(0).sqrt()
+    else:
+        values, vectors = torch.linalg.eigh(metric)
+        whitened = lost @ (vectors * values.clamp_min(0).sqrt())
     right = torch.linalg.eigh(whitened.T @ whitened).eigenvectors[:, -rank:].flip(1)
     return torch.linalg.qr(whitened @ right).Q
 
@@ -113,5 +116,10 @@ def factors(lost: Tensor, directions: Tensor, metric: Tensor, factor_bits: int) 
 
 def _solve_left(lost: Tensor, right: Tensor, metric: Tensor) -> Tensor:
     """The left factor `[out, rank]` with the least tr(E metric E^T) for a given right factor `[rank, in]`."""
-    gram = right @ metric @ right.T
-    return lost @ metric @ right.T @ torch.linalg.pinv(gram, hermitian=True)
+    seen = _weigh(right, metric)
+    return lost @ seen.T @ torch.linalg.pinv(seen @ right.T, hermitian=True)
+
+
+def _weigh(matrix: Tensor, metric: Tensor) -> Tensor:
+    """Return `matrix [rows, in]` times the metric."""
+    return matrix * metric if metric.ndim == 1 else matrix @ metric

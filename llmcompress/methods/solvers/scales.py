@@ -134,9 +134,10 @@ class ColumnScales:
         factors = rank_one(current[part].abs(), energy[part], self.rounds)
         self.columns[part] = factors.to(torch.float16)
         self.energy[part], self.pivots[part] = energy[part] * factors.square(), pivots[part] / factors.square()
-        bare = current.clone()
-        bare[part] /= factors[:, None]
-        self.inner.begin(column, bare)
+        if not column:
+            self.bare = torch.empty_like(current)  # of which one run at a time is filled
+        torch.div(current[part], factors[:, None], out=self.bare[part])
+        self.inner.begin(column, self.bare)
 
     def project(self, column: int, values: Tensor) -> Tensor:
         """Return the nearest values, under the factor that fits them best."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from llmcompress.errors import RecipeError
 from llmcompress.methods.layer import Layer, base_and_term, methods, relative_error, step
 from llmcompress.methods.solvers.hessian import add_damping, second_moment
-from llmcompress.methods.solvers.low_rank import leading_directions
+from llmcompress.methods.solvers.low_rank import factors, leading_directions
 from llmcompress.weight.expression import bits, dense
 from llmcompress.weight.nodes import Dense, Grid, LowRank, Where
 from tests.builders import compressed, correlated, gaussian, moments, seeded
@@ -108,6 +108,17 @@ def test_stored_factors_lose_little_against_the_exact_ones(method: str) -> None:
         step = {"method": method, "rank": 6, "factor_bits": factor_bits}
         stored = weight.double() - dense(compressed(weight, inputs, RTN, step).approx).double()
         assert exact * (1 - 1e-9) <= loss(stored, metric) <= allowed * exact, f"{factor_bits} bits"
+
+
+@pytest.mark.parametrize("factor_bits", [4, 8, 16])
+@pytest.mark.parametrize("size", [(24, 40), (40, 24)])
+def test_a_diagonal_metric_gives_what_its_matrix_gives(size: tuple[int, int], factor_bits: int) -> None:
+    weight, diagonal = gaussian(*size).double(), torch.rand(size[1], dtype=torch.float64) + 0.1
+    terms = []
+    for metric in (diagonal, torch.diag(diagonal)):
+        directions = leading_directions(weight, metric, 5)
+        terms.append(dense(factors(weight, directions, metric, factor_bits)))
+    torch.testing.assert_close(*terms)
 
 
 @pytest.mark.parametrize("method", ["svd", "eora"])
