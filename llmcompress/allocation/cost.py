@@ -122,11 +122,12 @@ def _probing_work(job: Job, choices: Choices, tokens: int, shares: dict[str, flo
     for layout in job.arch.blocks:
         begun += sum(changes.get(linear.name, 0) for group in layout.groups for linear in group)
         weights += begun * weights_of(layout, shares)
-    tables = sum(changes[matrix.name] for matrix in choices.matrices if matrix.is_table)
+    ends = {matrix.name: changes[matrix.name] for matrix in choices.matrices if matrix.is_table}
+    tables = sum(count for name, count in ends.items() if name != job.arch.head)  # the model is read for each
     # twice when all is done: the dense and the finished model
     weights += (tables + 2) * sum(weights_of(layout, shares) for layout in job.arch.blocks)
     rows, width = job.source.tensors[f"{job.arch.embedding}.weight"].shape
-    logits = (begun + tables + 2) * tokens * rows
+    logits = (begun + sum(ends.values()) + 2) * tokens * rows
     reads = tables * READ * job.source.parameters
     return Work(2 * tokens * weights, 2 * logits * width, LOGIT * logits + reads)
 

@@ -16,10 +16,11 @@ from llmcompress.compression.plan import added_terms
 from llmcompress.formats.engine_files import UnfitError
 from llmcompress.formats.gguf.head import FileHead, FileOrigin, PlannedTensor, pad, read_head
 from llmcompress.formats.gguf.tensor_types import FLOATS, TensorType, presumed_type, type_called
-from llmcompress.formats.gguf.write import ADAPTER, expert_stacks, write_adapter
+from llmcompress.formats.gguf.write import expert_stacks, write_adapter
 from llmcompress.methods.grids.gguf import FORMS, GGUF, fitting
 from llmcompress.methods.layer import sketch
 from llmcompress.models.dense.headers import Header
+from llmcompress.models.files.file_names import TERMS
 from llmcompress.weight.nodes import Weight, shape
 
 FACTOR = 4  # bytes of a number in the file beside the model for low-rank terms
@@ -96,7 +97,7 @@ class GGUFSizes:
             for name, (out, width) in sizes.items()
         }
         with TemporaryDirectory(prefix="llmcompress-") as place:
-            size = write_adapter(Path(place) / ADAPTER, factors, self.head.model)
+            size = write_adapter(Path(place) / TERMS, factors, self.head.model)
         return size - sum(pad(FACTOR * side) for sides in sizes.values() for side in sides)
 
 

@@ -16,7 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from llmcompress.calibration.streaming import from_disk, run_block
+from llmcompress.calibration.streaming import StreamedModel, from_disk, run_block
 from llmcompress.calibration.walk import Block
 from llmcompress.compression.time_estimate import EXPERT
 from llmcompress.data.calibration import CalibrationTokens
@@ -93,7 +93,7 @@ class Probe:
     def exchange(self, block: Block, name: str, weight: Tensor) -> int:
         """Put `weight [out, in]` into the linear or table at module path `name`; return the number of the change.
 
-        For a table the model is read once more.
+        For a token table the model is read once more; a head of its own gets the states that are known.
         """
         number = len(self.streams)
         if block.path:
@@ -101,9 +101,14 @@ class Probe:
                 self.waiting[number] = self._run_block(block, self.states.hidden)
             self.streams.append(self.waiting[number])
         else:
-            instead = {f"{name}.weight": weight}
-            changed = OnDisk(ExchangedSource(**vars(self.source), instead=instead), str(self.device))
-            self.streams.append(self.dense.divergence(window_logits(changed, self.windows, AT_ONCE)))
+            changed = ExchangedSource(**vars(self.source), instead={f"{name}.weight": weight})
+            if name == self.arch.head:
+                model = from_disk(changed, self.device)
+                with model.at_the_end():
+                    self.streams.append(self.dense.divergence(self._logits(model, self.states.hidden)))
+            else:
+                logits = window_logits(OnDisk(changed, str(self.device)), self.windows, AT_ONCE)
+                self.streams.append(self.dense.divergence(logits))
         return number
 
     @torch.no_grad()
@@ -125,7 +130,9 @@ class Probe:
         divergences = []
         with self.model.at_the_end():
             for stream in self.streams:
-                divergences.append(stream if isinstance(stream, float) else dense.divergence(self._logits(stream)))
+                divergences.append(
+                    stream if isinstance(stream, float) else dense.divergence(self._logits(self.model, stream))
+                )
                 count()
         return divergences
 
@@ -133,12 +140,12 @@ class Probe:
     def dense(self) -> DensePredictions:
         """The predictions of the model as it is, once the last block was left."""
         with self.model.at_the_end():
-            return DensePredictions(self.windows, self._logits(self.states.hidden))
+            return DensePredictions(self.windows, self._logits(self.model, self.states.hidden))
 
-    def _logits(self, hidden: Tensor) -> Logits:
+    def _logits(self, model: StreamedModel, hidden: Tensor) -> Logits:
         for start in range(0, len(self.windows), AT_ONCE):
             rows = slice(start, start + AT_ONCE)
-            yield self.windows[rows], self.model.predict_parts(self.states, hidden[rows], rows)
+            yield self.windows[rows], model.predict_parts(self.states, hidden[rows], rows)
 
     def _run_block(self, block: Block, hidden: Tensor) -> Tensor:
         return run_block(block.module, block.index, self.states, hidden, slice(0, len(hidden)))

@@ -180,9 +180,9 @@ def _warnings(job: Job, rows: Sequence[LayerPlan], dense_bytes: int, total: int)
     yield from _ragged_groups(job, widths)
     for name, steps in job.all_steps.items():
         yield from (f"{name}: {why}" for step in steps if (why := step.substitute(widths[name])))
-        first, *later = [step for step in steps if step.method not in ("rotate", "presume")] or [None]
-        if later and isinstance(first, (SVD, LQER, EoRA)):
-            yield f"{name}: {first.method} comes before anything is lost, so its term holds nothing; put it last"
+        lossy = [step for step in steps if step.method not in ("rotate", "presume")]
+        if len(lossy) > 1 and isinstance(lossy[0], (SVD, LQER, EoRA)):
+            yield f"{name}: {lossy[0].method} comes before anything is lost, so its term holds nothing; put it last"
     used = {step.method for steps in job.all_steps.values() for step in steps}
     able = sorted(name for name in used if methods()[name].needs)
     if job.recipe.calibration is None and able:

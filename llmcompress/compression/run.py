@@ -135,6 +135,8 @@ def _compress_blocks(
         seconds, peak = time.monotonic() - started, peak_memory()
         run.entries.append(replace(result.entry, seconds=seconds, peak=peak, phases=phases.seconds()))
         run.ranks.first(partial(files.add, run.entries[-1], result.closed, result.pending))
+        with run.ranks.agree_on_errors():
+            _check_fallbacks(run)
         note = slow.end_block(tuple(row.shape for row in result.entry.rows))
         if note is not None and run.ranks.count == 1:  # other processes of the run are no other work
             LOG.warning(note)
@@ -176,12 +178,13 @@ def _walk_blocks(
 
 def _check_fallbacks(run: CompressionState) -> None:
     """Raise NumericsError if more layers needed a fallback than the recipe allows."""
-    rows = run.rows
-    fallbacks = [row for row in rows if row.fallback]
-    if len(fallbacks) > run.job.recipe.gates.max_fallback_layers * len(rows):
+    layers, share = len(run.job.all_steps), run.job.recipe.gates.max_fallback_layers
+    fallbacks = [row for row in run.rows if row.fallback]
+    if len(fallbacks) > share * layers:
         raise NumericsError(
-            f"{len(fallbacks)} of {len(rows)} layers needed a fallback, {fallbacks[0].name} first "
-            f"({fallbacks[0].fallback}); calibrate on more text"
+            f"{len(fallbacks)} of {layers} layers needed a fallback, {fallbacks[0].name} first "
+            f"({fallbacks[0].fallback}), and gates.max_fallback_layers allows a share of {share:g}; calibrate on more "
+            f"text, or allow more"
         )
 
 

@@ -101,6 +101,7 @@ def read_documents(
     files = list_files(dataset) if is_file(dataset) else []
     several = in_turn and len(files) > 1
     reading.rows_by_place.update(dict.fromkeys(map(str, files), 0))
+    sources: Iterator[tuple[str, Iterable[Any]]]
     if files:
         sources = ((str(path), file_rows(path, PART if several else None)) for path in files)
     else:

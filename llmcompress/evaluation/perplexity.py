@@ -31,7 +31,7 @@ from llmcompress.models.dense.config import context_length
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-AT_ONCE = 1 << 24  # characters that are tokenized at once
+AT_ONCE = 1 << 20  # characters that are tokenized at once: the standard text in one piece
 BINS = 15  # of equal width, for the calibration error
 EVALUATED = "the evaluation text"
 POSITIONS = 32  # with log-probabilities in memory at once: 32 * 49152 * 4 bytes = 6 MB, which caches hold

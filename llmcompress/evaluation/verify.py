@@ -25,7 +25,7 @@ from llmcompress.models.dense.skeleton import check_causal, is_causal
 from llmcompress.models.dense.tokenizer import check_vocabularies, load_tokenizer
 from llmcompress.models.files.checkpoint import MANIFEST, check_manifest, manifest
 from llmcompress.models.files.compressed import stored_by
-from llmcompress.models.files.file_names import REPORT
+from llmcompress.models.files.file_names import REPORT, TERMS
 from llmcompress.models.files.gguf_header import read_gguf_header
 from llmcompress.models.files.integrity import weight_files
 from llmcompress.models.files.reading import MENDING
@@ -93,6 +93,9 @@ def verify(
     home = folder.parent if folder.is_file() else folder
     notes = () if check_manifest(home) else (UNCHECKED,)
     gguf = [folder] if folder.is_file() else [] if (folder / MODEL).is_file() else sorted(folder.glob("[!.]*.gguf"))
+    if (home / TERMS).is_file() and (beside := [path for path in gguf if path.name != TERMS]) and len(beside) == 1:
+        gguf, folder = [*beside, home / TERMS], beside[0]
+        notes = (*notes, f"{folder.name} alone was run, without the low-rank terms of {TERMS}")
     engine = _open_for_engine(folder, bool(gguf), trust_remote_code)
     place = Place(str(folder), folder, trust_remote_code=trust_remote_code) if engine is None else engine.place
     references = [] if against is None else [locate(against, trust_remote_code=trust_remote_code)]
@@ -148,7 +151,7 @@ def _read_tensors(source: DenseModel, home: Path, files: Sequence[Path]) -> int:
         if not bool(source.read(name).isfinite().all()):
             raise InputError(f"{home}: {name} holds NaN or Inf; compress or train the model again")
     if source.folder != home:
-        return sum(read_gguf_header(path).packed for path in files)
+        return sum(read_gguf_header(path).packed for path in files if path.name != TERMS)
     return sum(header.packing is not None for header in source.tensors.values())
 
 

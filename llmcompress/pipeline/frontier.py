@@ -4,8 +4,9 @@
     OUT/bpw-1.25, OUT/bpw-2, ...      ordinary checkpoints, each with its plan and its scores
     OUT/frontier.json, .md, .png, .svg
 
-With several recipes, prices and checkpoints lie in OUT/<name of the recipe>. Finished parts of an interrupted sweep
-stay, and the next sweep with the same recipe, model, text and versions does not repeat them.
+With several recipes, prices and checkpoints lie in OUT/<name of the recipe>, but for a recipe that was alone there
+before. Finished parts of an earlier sweep stay: the next one with the same recipe, model, text and versions does not
+repeat them, and its table and plot have their points, too.
 """
 
 from __future__ import annotations
@@ -135,8 +136,8 @@ def sweep(
 ) -> dict[str, Any]:
     """Run `frontier` on an opened model, in each of the processes `ranks`."""
     ranks.first(partial(_check_output, output))
-    folders = [output if len(recipes) == 1 else output / recipe.name for recipe in recipes]
     with ranks.agree_on_errors():
+        folders = [_folder_of(recipe.name, output, len(recipes) == 1) for recipe in recipes]
         lines = [_line(dense, recipe, sizes, folder) for recipe, folder in zip(recipes, folders, strict=True)]
         for line in lines:
             check_ranks(line.job, ranks, output)
@@ -169,6 +170,14 @@ def _check_output(output: Path) -> None:
     """Raise DiskError for a folder with other contents."""
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / FILE).is_file())):
         raise DiskError(f"{output} exists and is not an earlier sweep; remove it or choose another output folder")
+
+
+def _folder_of(recipe: str, output: Path, is_alone: bool) -> Path:
+    """Return the folder of a recipe's prices and checkpoints, where an earlier sweep has put them if one has."""
+    first, own = output / PRICES, output / recipe
+    if first.is_file() and read_json(first)["recipe"]["name"] == recipe:
+        return output
+    return output if is_alone and not (own / PRICES).is_file() else own
 
 
 def _identity(judge: Judge, recipes: Sequence[Recipe], sizes: Sequence[Budget]) -> dict[str, Any]:
@@ -218,20 +227,38 @@ def _run_sweep(
         "peers": [_with_ratio(_as_point(peer, dense), dense) for peer in peers],
     }
     ranks.first(lambda: None if (output / FILE).is_file() else write_files(output, {FILE: _json(result)}))
+    earlier: list[dict[str, Any]] = ranks.first(partial(_earlier_series, output, result, len(lines) == 1))
+    names = [line.job.recipe.name for line in lines]
+    result["series"] += [series for series in earlier if series["recipe"] not in names]
     for line in lines:
         recipe = line.job.recipe.name
         callbacks.report_stage(f"{recipe}: prices for {len(sizes)} budgets")
         prices = price_list(line.folder / PRICES, line.job, line.choices, ranks.device, callbacks.pricing, ranks)
         seconds = ranks.first(lambda: prices.seconds)  # noqa: B023 - called at once
-        series: dict[str, Any] = {"recipe": recipe, "pricing_seconds": seconds, "points": []}
+        others = [point for each in earlier if each["recipe"] == recipe for point in each["points"]]
+        others = [point for point in others if point["budget"] not in {budget.name for budget in sizes}]
+        series: dict[str, Any] = {"recipe": recipe, "pricing_seconds": seconds, "points": others}
         result["series"].append(series)
         for number, budget in enumerate(sizes, start=1):
             callbacks.report_stage(f"{recipe}: {budget.name}, {number} of {len(sizes)}")
             folder = line.folder / budget.name
             plan = _compress_budget(folder, budget, prices, callbacks, ranks)
             series["points"].append(ranks.first(partial(_point, folder, budget, plan, judge, dense, callbacks)))
+            series["points"].sort(key=lambda point: point["bytes"])
             ranks.first(partial(_publish, output, result))
     return result
+
+
+def _earlier_series(output: Path, result: dict[str, Any], is_alone: bool) -> list[dict[str, Any]]:
+    """Return the series of an earlier sweep that is comparable and has the same prices, without lost checkpoints."""
+    before, now = read_json(output / FILE), json.loads(_json(result))
+    if any(before.get(key) != value for key, value in now.items() if key not in ("series", "peers")):
+        return []
+    for series in before["series"]:
+        folder = _folder_of(series["recipe"], output, is_alone)
+        has_prices = (folder / PRICES).is_file()
+        series["points"] = [each for each in series["points"] if has_prices and (folder / each["folder"]).is_dir()]
+    return [series for series in before["series"] if series["points"]]
 
 
 def _compress_budget(

@@ -22,7 +22,7 @@ from llmcompress.allocation.distortion import (
 )
 from llmcompress.allocation.file_sizes import payload_bytes
 from llmcompress.allocation.prices import statistics_needs
-from llmcompress.allocation.sensitivity import AT_ONCE, WINDOW, WINDOWS, Probe, probe_windows
+from llmcompress.allocation.sensitivity import AT_ONCE, WINDOW, WINDOWS, ExchangedSource, Probe, probe_windows
 from llmcompress.calibration.gather import Statistics
 from llmcompress.calibration.walk import walk
 from llmcompress.compression.job import Job, prepare
@@ -177,6 +177,15 @@ def test_the_dense_weight_changes_nothing_and_another_what_a_whole_forward_says(
             parameter.data = before
             wanted = (expected.exp() * (expected - changed)).sum(-1).mean().item()
             assert kl == pytest.approx(wanted, rel=1e-3, abs=1e-7), name
+
+
+def test_only_another_token_table_has_the_blocks_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, names = resolve(str(save_tiny("llama", tmp_path, tie_word_embeddings=False))), []
+    read = ExchangedSource.read
+    monkeypatch.setattr(ExchangedSource, "read", lambda self, name: names.append(name) or read(self, name))
+    probed(source, torch.arange(24).reshape(2, 12), 0.9)
+    assert names.count("model.layers.1.mlp.up_proj.weight") == 1
+    assert names.count("lm_head.weight") == 2  # of the table, and of the head
 
 
 def test_probing_tokens_are_held_out_ones() -> None:

@@ -341,7 +341,7 @@ def test_damage_is_a_sentence(damage: str, place: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_gates_may_be_set_anew(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that missed one at its end has done its work: with another gate nothing is compressed again."""
+    """A run ends at the block whose fallbacks are too many: with another gate it goes on behind it."""
     asked = recipe(place)
 
     def fallen(self: block.CompressionState) -> list[LayerReport]:
@@ -349,12 +349,12 @@ def test_gates_may_be_set_anew(place: Path, tmp_path: Path, monkeypatch: pytest.
 
     with monkeypatch.context() as context:
         context.setattr(block.CompressionState, "rows", property(fallen))
-        with pytest.raises(NumericsError, match="layers needed a fallback") as raised:
+        with pytest.raises(NumericsError, match=r"7 of \d+ layers needed a fallback.*allows a share of 0.02") as raised:
             lc.compress(place / "dense", asked, tmp_path / "out")
     assert verdict(raised.value)[1].endswith("from where the same command resumes")  # type: ignore[index]
     compressed = begun(monkeypatch)
     lc.compress(place / "dense", asked | {"gates": {"max_fallback_layers": 0.5}}, tmp_path / "out")
-    assert compressed == []
+    assert compressed[:2] == [1, 2] and 0 not in compressed
 
 
 @pytest.mark.slow

@@ -117,6 +117,9 @@ def test_terms_of_a_distillation_count_in_every_size(
     assert sum(size for _, size in lora.values()) == sum(4 * max(TERMS) * sum(row.shape) for row in added)
     assert all(f" + rank {8 if 'mlp' in row.name else 4} (float32 | float32)" in row.stored for row in added)
     assert sum("rank" in row.stored for row in report.layers) == len(added) == 8
+    for place in (tmp_path / "out", tmp_path / "out" / "model.gguf"):
+        verified = lc.verify(place, windows=2, length=32)
+        assert verified.bytes == report.bytes and "without the low-rank terms of lora.gguf" in verified.notes[-1]
     if target is None:
         assert planned.bytes == report.bytes and planned.bpw == pytest.approx(report.bpw)
 

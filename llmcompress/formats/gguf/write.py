@@ -46,7 +46,7 @@ from llmcompress.weight.nodes import Dense, Weight, shape
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-MODEL, ADAPTER = "model.gguf", "lora.gguf"
+MODEL = "model.gguf"
 TABLE = "token_embd.weight"  # whose low-rank factors llama.cpp reads in another way
 Factors = tuple[Tensor, Tensor]  # A [rank, in], B [out, rank]
 
@@ -106,7 +106,7 @@ def to_gguf(
         plan = plan_file(opened, model, FilePlan(allow_dense, ROUNDABLE[round_to] if round_to else None))
         size = _write_model(staged.folder / MODEL, plan.tensors, head)
         if plan.factors:
-            size += write_adapter(staged.folder / ADAPTER, plan.factors, model)
+            size += write_adapter(staged.folder / file_names.TERMS, plan.factors, model)
     held = f"the vocabulary of {len(vocabulary.tokens)} tokens, as {vocabulary.model} ({vocabulary.pre})"
     changed = (*_changes(plan, output), *model.rotary.notes(), *vocabulary.notes)
     return ExportReport("gguf", str(output), opened.bytes, size, (*_held_exactly(plan), held), changed)
@@ -124,7 +124,7 @@ def _changes(plan: FilePlan, output: Path) -> Iterator[str]:
         most = f"rounded by at most {max(errors.values()):.1e} of their size"
         yield f"{len(errors)} matrices became {kind}, {next(iter(errors))} first, {most}"
     if plan.factors:
-        yield f"{len(plan.factors)} low-rank terms became float32 LoRA factors in {output / ADAPTER}"
+        yield f"{len(plan.factors)} low-rank terms became float32 LoRA factors in {output / file_names.TERMS}"
 
 
 # --- the plan -------------------------------------------------------------------------------------------------------

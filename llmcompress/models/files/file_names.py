@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 REPORT = "report.json"
+TERMS = "lora.gguf"  # low-rank terms beside a GGUF file
 RECIPE = "recipe.yaml"
 SCORES = "eval.json"  # scores of `eval --save`, for the model card
 ALLOCATION = "allocation.json"  # prices behind a target's plan, predicted and measured results
