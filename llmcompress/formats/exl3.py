@@ -9,6 +9,7 @@ GPU and was not run: an independent reader of this form judges the files.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,6 +25,15 @@ from llmcompress.weight.nodes import Tiles, Weight
 from llmcompress.weight.tiles import MULTIPLIER, STEPS
 
 WORD = 16  # bits
+RUN = 8  # rows of tiles packed at once: each bit of a code takes four bytes meanwhile
+
+
+@dataclass(frozen=True)
+class Bits:
+    """The form in which EXL3 stores a matrix: its weights, and bits of each code."""
+
+    weights: int
+    bits: int
 
 
 def to_exl3(opened: CompressedCheckpoint, output: Path, allow_dense: bool = False) -> ExportReport:
@@ -34,8 +44,8 @@ def to_exl3(opened: CompressedCheckpoint, output: Path, allow_dense: bool = Fals
         if not files.packed:
             raise InputError(f"{opened.folder} has no matrix of the method exl3; choose another format")
         size = writer.close()
-        weights = sum(w.codes.numel() for w in files.packed.values())
-        bits = sum(w.codes.numel() * w.bits for w in files.packed.values()) / weights
+        forms = files.packed.values()
+        bits = sum(form.weights * form.bits for form in forms) / sum(form.weights for form in forms)
         packing = {"quant_method": "exl3", "bits": round(bits, 2), "head_bits": 16, "codebook": "mul1"}
         entries = opened.config | read | {"dtype": "float16", "quantization_config": packing}
         writer.write("config.json", json.dumps(entries, indent=1))
@@ -44,16 +54,21 @@ def to_exl3(opened: CompressedCheckpoint, output: Path, allow_dense: bool = Fals
     return ExportReport("exl3", str(output), opened.bytes, size, (kept,), changed)
 
 
-def pack_tiles(layer: str, w: Weight) -> tuple[Tiles, dict[str, Tensor]]:
-    """Return the tiles of a linear, and its tensors. Raises UnfitError for other expressions."""
+def pack_tiles(layer: str, w: Weight) -> tuple[Bits, dict[str, Tensor]]:
+    """Return the form of a linear, and its tensors. Raises UnfitError for other expressions."""
     if not isinstance(w, Tiles):
         raise UnfitError(f"{describe(w)}, no tiles")
     mark = torch.tensor(MULTIPLIER - (1 << 32), dtype=torch.int32)  # its bits, as those of a signed number
-    return w, {"trellis": pack_words(w.codes, w.bits), "suh": w.inputs, "svh": w.outputs, "mul1": mark}
+    tensors = {"trellis": pack_words(w.codes, w.bits), "suh": w.inputs, "svh": w.outputs, "mul1": mark}
+    return Bits(w.codes.numel(), w.bits), tensors
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
-    """Return codes, uint8 `[..., 256]`, as int16 words `[..., 16 * bits]`."""
+    """Return codes, uint8 `[rows, ..., 256]`, as int16 words `[rows, ..., 16 * bits]`."""
+    return torch.cat([_pack_run(run, bits) for run in codes.split(RUN)])
+
+
+def _pack_run(codes: Tensor, bits: int) -> Tensor:
     places = torch.arange(bits - 1, -1, -1, device=codes.device)
     stream = (codes[..., None].int() >> places & 1).reshape(*codes.shape[:-1], STEPS * bits // WORD, WORD)
     words = (stream << torch.arange(WORD - 1, -1, -1, device=codes.device)).sum(-1)

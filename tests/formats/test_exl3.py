@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from transformers import AutoModelForCausalLM
 
 import llmcompress as lc
 from llmcompress.errors import InputError
-from llmcompress.formats.exl3 import pack_words
+from llmcompress.formats.exl3 import Bits, pack_tiles, pack_words
 from llmcompress.formats.export import export
 from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.pipeline.engines import compress_for, plan_for
 from llmcompress.recipe.read import read_recipe
 from llmcompress.weight.expression import dense
+from llmcompress.weight.nodes import Tiles
 from tests.builders import seeded
 from tests.tiny import save_tiny
 from tests.weight.test_tiles import read
@@ -45,10 +47,18 @@ def codes_of(words: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_pack_words_starts_with_the_highest_bit(bits: int) -> None:
-    codes = torch.randint(1 << bits, (2, 3, 256), generator=seeded(bits), dtype=torch.uint8)
+    codes = torch.randint(1 << bits, (10, 3, 256), generator=seeded(bits), dtype=torch.uint8)
     words = pack_words(codes, bits)
-    assert words.dtype == torch.int16 and words.shape == (2, 3, 16 * bits)
+    assert words.dtype == torch.int16 and words.shape == (10, 3, 16 * bits)
     assert np.array_equal(codes_of(words.numpy()), codes.numpy())
+
+
+def test_codes_of_a_packed_matrix_are_let_go() -> None:
+    codes, factors = torch.zeros(8, 8, 256, dtype=torch.uint8), torch.ones(128, dtype=torch.float16)
+    alive = weakref.ref(codes)
+    form, tensors = pack_tiles("layer", Tiles(codes, factors, factors, 2))
+    del codes
+    assert alive() is None and form == Bits(128 * 128, 2) and tensors["trellis"].shape == (8, 8, 32)
 
 
 @pytest.mark.slow
