@@ -139,7 +139,7 @@ def to_compressed_tensors(opened: CompressedCheckpoint, output: Path, allow_dens
     """Write grids and floats as they are; other expressions raise InputError, or become bfloat16 with `allow_dense`."""
     pack = partial(_pack_layer, opened, _linear_names(opened), shared_factors(opened))
     experts, scales = StoredExperts.of(opened), kv_scales(opened.folder)
-    with write_checkpoint(output, opened.dense_bytes) as writer:
+    with write_checkpoint(output, opened.dense_bytes if allow_dense else opened.bytes) as writer:
         files = write_layers(opened, writer, "compressed-tensors", pack, torch.bfloat16, allow_dense, experts.paths)
         if scales:
             pairs = ((at, *pair) for at, own in scales.items() for pair in zip("kv", own, strict=True))

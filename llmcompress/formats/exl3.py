@@ -39,7 +39,7 @@ class Bits:
 def to_exl3(opened: CompressedCheckpoint, output: Path, allow_dense: bool = False) -> ExportReport:
     """Write tiles as they are; other expressions raise InputError, or become float16 with `allow_dense`."""
     read = readable_entries(opened.folder, opened.config, EXL3)
-    with write_checkpoint(output, opened.dense_bytes) as writer:
+    with write_checkpoint(output, opened.dense_bytes if allow_dense else opened.bytes) as writer:
         files = write_layers(opened, writer, EXL3.name, pack_tiles, torch.float16, allow_dense)
         if not files.packed:
             raise InputError(f"{opened.folder} has no matrix of the method exl3; choose another format")

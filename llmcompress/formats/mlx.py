@@ -51,7 +51,7 @@ def to_mlx(opened: CompressedCheckpoint, output: Path, allow_dense: bool = False
     read = readable_entries(opened.folder, opened.config, MLX)
     wide = MLX.families[opened.config["model_type"]].wide
     dtype = torch.bfloat16 if wide else torch.float16
-    with write_checkpoint(output, opened.dense_bytes) as writer:
+    with write_checkpoint(output, opened.dense_bytes if allow_dense else opened.bytes) as writer:
         files = write_layers(opened, writer, MLX.name, pack_matrix, dtype, allow_dense)
         size = writer.close()
         entry = {"quantization": _quantization_entry(files.packed)} if files.packed else {}

@@ -132,11 +132,19 @@ def compress_for(
     job = _open_job(engine, model, aimed, options.get("revision"), trust)
     if form is None:
         return compress(model, aimed, output, resume=resume, **options)
-    check_writable(output, 0)
+    check_writable(output, 0 if aimed.target else _bytes_to_write(engine, job, output))
     staging = output.with_name(output.name + EXPORT)
     is_ours(staging)  # raises now what would be in the way later
     with lock_output(staging, "output folder"):
         return _compress_and_export(engine, form, job, model, output, resume, options)
+
+
+def _bytes_to_write(engine: str, job: Job, output: Path) -> int:
+    """Return the bytes of checkpoint and export, which lie side by side at the end, without those of an earlier run."""
+    planned = plan_of(job)
+    both = planned.bytes + plan_in_files(planned, job, SIZED[engine](job)).bytes
+    beside = [output.with_name(output.name + end) for end in (CHECKPOINT, f"{CHECKPOINT}.partial", EXPORT)]
+    return both - sum(path.stat().st_size for folder in beside for path in folder.rglob("*"))
 
 
 def _compress_and_export(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from llmcompress.cli.app import app
 from llmcompress.errors import DiskError, GateError, InputError, RecipeError
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.files.checkpoint import check_manifest
+from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.pipeline import engines
 from llmcompress.pipeline.engines import ENGINES, compress_for, plan_for
 from llmcompress.pipeline.frontier import frontier
@@ -23,7 +25,7 @@ from llmcompress.pipeline.frontier_inputs import budgets
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.read import read_recipe
 from llmcompress.reporting import report as reports
-from tests.formats.gguf_files import tiny_llama
+from tests.formats.gguf_files import GRID, tiny_llama
 from tests.tiers import tiered, tiered_nightly
 from tests.tiny import save_tiny
 
@@ -92,6 +94,38 @@ def test_a_run_can_start_over(dense: Path, tmp_path: Path, monkeypatch: pytest.M
     lc.compress(dense, "data-free", tmp_path / "out.checkpoint")
     compress_for("vllm", dense, recipe("vllm"), tmp_path / "out", resume=False)
     assert reports.read(tmp_path / "out").recipe == "vllm-4" and not list(tmp_path.glob("out.*"))
+
+
+def free_bytes(count: int, patch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")._replace(free=count)
+    patch.setattr(shutil, "disk_usage", lambda path: usage)
+
+
+def test_checkpoint_and_export_fit_on_the_disk_together(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = lc.plan(dense, recipe("mlx")).bytes, plan_for("mlx", dense, recipe("mlx")).bytes
+    with monkeypatch.context() as patch, pytest.raises(DiskError, match=r"out needs .* and its disk has"):
+        patch.setattr(engines, "compress", lambda *_, **__: pytest.fail("compressed"))
+        free_bytes(ours + theirs - 1, patch)
+        compress_for("mlx", dense, recipe("mlx"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    lc.compress(dense, recipe("mlx"), tmp_path / "out.checkpoint")  # as an earlier run leaves it
+    free_bytes(theirs * 3 // 2, monkeypatch)
+    assert compress_for("mlx", dense, recipe("mlx"), tmp_path / "out").folder.is_dir()
+
+
+@pytest.mark.parametrize("to", ["compressed-tensors", "gguf", "mlx"])
+def test_exports_need_no_disk_for_matrices_of_floats(
+    to: str, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = lc.compress(dense, {"version": 1, "rules": [{"match": "*", "steps": [GRID]}]}, tmp_path / "ours").folder
+    size = CompressedCheckpoint(ours).bytes
+    free_bytes(size // 2, monkeypatch)
+    with pytest.raises(DiskError, match=r"out needs .* and its disk has"):
+        lc.export(ours, tmp_path / "out", to)
+    free_bytes(size * 3 // 2, monkeypatch)
+    assert lc.export(ours, tmp_path / "out", to).bytes_after < size * 3 // 2
 
 
 def test_folders_of_others_stay(dense: Path, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from llmcompress.models.dense.skeleton import transposed_linears
 from llmcompress.models.files import file_names
 from llmcompress.models.files.checkpoint import write_checkpoint
 from llmcompress.models.files.compressed import CompressedCheckpoint
+from llmcompress.models.files.output import check_writable
 from llmcompress.reporting import report
 from llmcompress.runtime.progress import count_each
 from llmcompress.weight.expression import dense
@@ -102,8 +103,10 @@ def to_gguf(
     folder = opened.folder
     head = read_head(folder, opened.config, _origin(folder))
     model, vocabulary = head.model, head.vocabulary
-    with write_checkpoint(output, opened.dense_bytes) as staged:
+    with write_checkpoint(output) as staged:
         plan = plan_file(opened, model, FilePlan(allow_dense, ROUNDABLE[round_to] if round_to else None))
+        factors = sum(factor.numel() for pair in plan.factors.values() for factor in pair)
+        check_writable(output, sum(tensor.bytes for tensor in plan.tensors) + 4 * factors)
         size = _write_model(staged.folder / MODEL, plan.tensors, head)
         if plan.factors:
             size += write_adapter(staged.folder / file_names.TERMS, plan.factors, model)
