@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import llmcompress as lc
 from llmcompress.benchmark.protocol import SpeedProtocol
 from llmcompress.cli.app import app
-from llmcompress.errors import InputError
+from llmcompress.errors import DiskError, InputError, MemoryLimitError
 from llmcompress.models.dense import gguf_model
 from llmcompress.models.dense.companions import companions
 from llmcompress.models.dense.locate import HUB_GGUF, PACKAGED, PackagedModel, _weight_files, locate, pinned_name
@@ -228,6 +228,20 @@ def test_arrays_of_many_numbers_are_not_read(file: Path, tmp_path: Path) -> None
     path.write_bytes(content[:16] + count.to_bytes(8, "little") + entry + content[24:])
     with pytest.raises(InputError, match="breaks off inside its header"):
         locate(path)
+
+
+def test_a_file_too_large_for_memory_or_disk_is_refused(
+    file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = 2 * sum(read_gguf_header(file).types.values())
+    with monkeypatch.context() as patch, pytest.raises(MemoryLimitError, match="unpacking .*; give the model that it"):
+        patch.setattr(gguf_model, "total_memory", lambda: needed - 1)
+        locate(file)
+    usage = shutil.disk_usage(file.parent)._replace(free=needed - 1)
+    with monkeypatch.context() as patch, pytest.raises(DiskError, match="set LLMCOMPRESS_CACHE to another folder"):
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        locate(file)
+    assert list(cache.iterdir()) == []
 
 
 def pre(file: Path) -> str:

@@ -20,13 +20,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.errors import DiskError, InputError, first_line, is_out_of_memory
+from llmcompress.errors import DiskError, InputError, MemoryLimitError, first_line, format_bytes, is_out_of_memory
 from llmcompress.models.dense.config import check_numbers, config_errors
 from llmcompress.models.dense.packed import describe_few_bits
 from llmcompress.models.files.file_names import GGUF_SOURCE
 from llmcompress.models.files.gguf_header import ENDS, FLOATS, ORIGINAL, GGUFHeader, read_gguf_header
 from llmcompress.models.files.output import sync
 from llmcompress.models.files.reading import TokenizerReading
+from llmcompress.runtime.memory import total_memory
 from llmcompress.runtime.progress import digest_file
 
 if TYPE_CHECKING:
@@ -119,7 +120,8 @@ def unpack_to(target: Path, file: Path, name: str) -> UnpackedModel:
     """Return `target` with the model of a GGUF file, called `name` in its config; `file` is read if it is not there.
 
     Raises InputError for a file that is damaged, in parts, of an architecture that transformers does not read, or whose
-    vocabulary does not fit; DiskError when the cache cannot be written.
+    vocabulary does not fit; MemoryLimitError for weights that do not fit into memory; DiskError for those that do not
+    fit on the cache's disk, and when the cache cannot be written.
     """
     if not target.is_dir():
         header = read_gguf_header(file)
@@ -160,9 +162,25 @@ def _check_counts(file: Path, header: GGUFHeader) -> None:
         )
 
 
+def _check_room(file: Path, needed: int, folder: Path) -> None:
+    """Raise MemoryLimitError or DiskError unless `needed` bytes of weights fit into memory and the disk of `folder`."""
+    memory, free = total_memory(), shutil.disk_usage(folder).free
+    if needed > memory:
+        raise MemoryLimitError(
+            f"unpacking {file} holds {format_bytes(needed)} and this machine has {format_bytes(memory)}; give the "
+            f"model that it was made of, or take a larger machine"
+        )
+    if needed > free:
+        raise DiskError(
+            f"unpacking {file} writes {format_bytes(needed)} into {folder.parent}, whose disk has {format_bytes(free)} "
+            f"free; set LLMCOMPRESS_CACHE to another folder"
+        )
+
+
 def _write_model(file: Path, header: GGUFHeader, name: str, folder: Path) -> None:
     """Write the model in a GGUF file as an ordinary bfloat16 Hugging Face folder."""
     _check_counts(file, header)
+    _check_room(file, 2 * sum(header.types.values()), folder)
     if find_spec("gguf") is None:
         raise InputError(f"reading {file.name} needs the package gguf; run `pip install gguf`")
     import torch
