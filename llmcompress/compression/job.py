@@ -17,7 +17,7 @@ from llmcompress.compression.rotation import rotated_source
 from llmcompress.compression.ties import CommonMatrix, common_matrices
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, check_length
 from llmcompress.distillation.requirements import check_fused
-from llmcompress.errors import InputError, RecipeError
+from llmcompress.errors import InputError, MemoryLimitError, RecipeError, format_bytes
 from llmcompress.methods.layer import StepConfig, methods
 from llmcompress.models.dense.config import context_length
 from llmcompress.models.dense.families import Architecture, architecture
@@ -27,6 +27,7 @@ from llmcompress.recipe.calibration import RANDOM, Calibration
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.matching import Assignment, assign
 from llmcompress.recipe.rules import InputRounding
+from llmcompress.runtime.memory import total_memory
 from llmcompress.runtime.phases import phase
 from llmcompress.runtime.precision import product_dtype
 from llmcompress.runtime.ranks import ALONE, Ranks
@@ -126,9 +127,19 @@ class Job:
         source, key = self.source, ("text", text.model_dump_json())
         if key not in self.shared:
             tokenizer = source.tokenizer()
-            self.shared[key] = calibration_tokens(text, tokenizer, source.load, source.config)
+            self.shared[key] = calibration_tokens(text, tokenizer, self._load_writer, source.config)
         tokens: CalibrationTokens = self.shared[key]
         return tokens
+
+    def _load_writer(self) -> PreTrainedModel:
+        """Return the dense model, which writes text on the CPU. Raises MemoryLimitError where it does not fit."""
+        needed, memory = 4 * self.source.parameters, total_memory()
+        if needed > memory:
+            raise MemoryLimitError(
+                f"writing calibration text takes {format_bytes(needed)} for {self.source.name} in float32, and this "
+                f"machine has {format_bytes(memory)}; give another text than dataset: self, or take a larger machine"
+            )
+        return self.source.load()
 
     @property
     def ungated(self) -> str | None:

@@ -47,6 +47,9 @@ def load_pair(
     where = loading_device(accelerator)
     dtype = product_dtype(recipe.compute, accelerator.device) if recipe.teacher.bits is None else torch.float32
     check_fits(where, "distilling", [student, teacher], dtype=dtype)
+    if recipe.teacher.bits is not None:
+        way_out = "leave bits of the teacher out, or take a larger machine"
+        check_fits("cpu", "reading the held-out text beside a GPU", [teacher], way_out=way_out)
     dtypes = (torch.float32, dtype)
     if receives_shares(accelerator):
         dtypes = (stored_dtype(student.folder), stored_dtype(teacher.folder))

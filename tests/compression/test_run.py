@@ -259,6 +259,17 @@ def test_a_machine_with_too_little_memory_is_refused_before_any_work(
     assert not list(tmp_path.glob("out*"))
 
 
+def test_a_host_that_cannot_hold_the_writer_of_text_is_refused(
+    folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the device is."""
+    monkeypatch.setattr("llmcompress.compression.job.total_memory", lambda: 1000)
+    own = {"dataset": "self", "samples": 4, "length": 16, "held_out": 1}
+    job = prepare(resolve(folder), read_recipe(recipe(text, calibration=own)))
+    with pytest.raises(MemoryLimitError, match="writing calibration text takes .*; give another text than dataset: se"):
+        _ = job.tokens
+
+
 def test_processes_of_one_machine_need_what_each_of_them_holds(
     folder: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ from llmcompress.distillation.run import distill
 from llmcompress.distillation.teacher import quantized
 from llmcompress.distillation.teacher.cache import CacheOrigin, open_cache, record_type
 from llmcompress.distillation.teacher.quantized import Bits, load_quantized, silence_bitsandbytes
-from llmcompress.errors import InputError, NumericsError, RecipeError
+from llmcompress.errors import InputError, MemoryLimitError, NumericsError, RecipeError
 from llmcompress.evaluation.distance import kl_divergence
 from llmcompress.formats.model_card import DistillationRecord, _distillation
 from llmcompress.models.dense.locate import Place, locate
@@ -283,6 +283,16 @@ def test_a_missing_package_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(RecipeError, match=sentence):
         check_requirements(Distillation(teacher={"bits": 4}), "cpu")
     check_requirements(Distillation(), "cpu")
+
+
+def test_the_host_holds_the_dense_teacher_beside_a_gpu(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmcompress.models.dense.load.total_memory", lambda: 1000)
+    monkeypatch.setattr(setup, "loading_device", lambda accelerator: "cuda")
+    monkeypatch.setattr(setup, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    student, teacher = locate(str(place / "small")), locate(str(place / "dense"))
+    accelerator: Any = SimpleNamespace()
+    with pytest.raises(MemoryLimitError, match=r"holds .*dense \(0.0 GB\) in float32.*; leave bits of the teacher out"):
+        setup.load_pair(student, teacher, Distillation(teacher={"bits": 4}), accelerator)
 
 
 def test_it_is_not_shared_out() -> None:

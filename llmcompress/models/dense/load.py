@@ -185,11 +185,12 @@ def check_fits(
     whole: Sequence[Place] = (),
     passing: Sequence[Place] = (),
     dtype: torch.dtype = torch.float32,
+    way_out: str = "take a larger machine, or a device with --device",
 ) -> None:
     """Raise MemoryLimitError unless models in a `dtype` fit into the machine's memory together.
 
     `whole` ones are held whole, `passing` ones block by block: a compressed one as it is stored, beside the decoded
-    block. `doing`: the beginning of the message.
+    block. `doing`, `way_out`: the beginning and the end of the message.
     """
     if device.partition(":")[0] != "cpu":
         return
@@ -199,8 +200,7 @@ def check_fits(
         models = " and ".join(f"{name} ({size / 1e9:.1f} GB)" for name, size in sizes.items())
         kind = str(dtype).removeprefix("torch.")
         raise MemoryLimitError(
-            f"{doing} holds {models} in {kind}, and this machine has {memory / 1e9:.1f} GB; take a larger machine, or "
-            f"a device with --device"
+            f"{doing} holds {models} in {kind}, and this machine has {memory / 1e9:.1f} GB; {way_out}"
         )
 
 
