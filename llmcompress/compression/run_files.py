@@ -125,8 +125,10 @@ class RunFiles:
         if self.resume and is_ours(staging) and is_complete(self.output, self.job, self.device):
             remove_folder(staging)
             return reports.read(self.output)
-        check_writable(self.output, self.planned.bytes + self.planned.bytes // 20)
-        for name in _names_outside_blocks(self.job):
+        rest = _names_outside_blocks(self.job)  # one part, of which merging holds a second copy
+        copy = max(self.planned.bytes // 20, sum(self.job.source.tensors[name].bytes_of_numbers for name in rest))
+        check_writable(self.output, self.planned.bytes + copy)
+        for name in rest:
             if not is_finite(self.job.source.read(name)):
                 raise InputError(f"{self.job.source.name}: {name} holds NaN or Inf; use an undamaged checkpoint")
         self._beside = companions(self.job.source.folder, self.job.source.trust_remote_code)

@@ -298,6 +298,19 @@ def test_a_disk_that_is_too_small_is_refused(
     assert not list(tmp_path.glob("out*"))
 
 
+def test_the_disk_has_room_to_merge_what_stays_dense(
+    folder: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    planned = lc.plan(folder, recipe(text))
+    usage = shutil.disk_usage(tmp_path)._replace(free=planned.bytes * 21 // 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(DiskError, match="out needs"):
+        lc.compress(folder, recipe(text), tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_a_failing_run_leaves_nothing(folder: Path, tmp_path: Path, text: Path) -> None:
     from safetensors.torch import load_file, save_file
 
