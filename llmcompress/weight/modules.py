@@ -24,6 +24,7 @@ from llmcompress.weight.nodes import Weight, Zero
 from llmcompress.weight.rows import rows
 
 LIKE = "like"  # an empty parameter of an embedding, stored too: its dtype is that of the rows
+AT_ONCE = 1024  # rows of a table that are decoded together, in some 90 bytes a number
 BASE = "base"  # the attribute by which a linear knows the matrix that it shares with others
 
 
@@ -244,7 +245,8 @@ class CompressedEmbedding(CompressedModule, nn.Embedding):
         for token in tokens[[0, -1]].tolist() if len(tokens) else ():
             if not 0 <= token < self.num_embeddings:
                 raise IndexError(f"token {token} is not in a table of {self.num_embeddings}; pass tokens of this model")
-        return expression.dense(rows(self.layout.header, self.payload(), tokens))[places]
+        payload, parts = self.payload(), tokens.split(AT_ONCE)  # of no tokens, one part
+        return torch.cat([expression.dense(rows(self.layout.header, payload, part)) for part in parts])[places]
 
     def extra_repr(self) -> str:
         """For `print(model)`."""
