@@ -31,7 +31,7 @@ from llmcompress.data.calibration import calibration_tokens
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.models.dense.blocks import body, states_between
 from llmcompress.models.dense.config import context_length
-from llmcompress.models.dense.load import load_model
+from llmcompress.models.dense.load import check_fits, load_model
 from llmcompress.models.dense.locate import Place, locate
 from llmcompress.models.dense.model import open_source
 from llmcompress.recipe.calibration import Calibration
@@ -92,13 +92,17 @@ def block_numbers(text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _read_text(place: Place, count: int, text: str, samples: int) -> tuple[Tensor, str]:
-    """Return tokens `[samples, at most 512]` and their source. Raises RecipeError unless `count` blocks can go."""
+def _read_text(place: Place, count: int, text: str, samples: int, device: str) -> tuple[Tensor, str]:
+    """Return tokens `[samples, at most 512]` and their source.
+
+    Raises RecipeError unless `count` blocks can go, MemoryLimitError unless the model fits into memory.
+    """
     source = open_source(place)
     if not 0 < count < len(blocks_of(source)):
         raise RecipeError(
             f"{count} of the {len(blocks_of(source))} blocks of {source.name} cannot go; choose at least one, not all"
         )
+    check_fits(device, "choosing blocks", [place])
     length = min(LENGTH, context_length(source.config) or LENGTH)
     calibration = Calibration(dataset=text, samples=samples, length=length, held_out=0)
     tokens = calibration_tokens(calibration, source.tokenizer(), lambda: load_model(place), source.config)
@@ -143,10 +147,11 @@ def alike_blocks(
 
     Raises:
         RecipeError: for a model that has no more blocks than `count`.
+        MemoryLimitError: for a model that does not fit into memory.
         InputError: for a model or a text that cannot be read.
     """
     place = locate(model, revision, trust_remote_code)
-    ids, source = _read_text(place, count, text, ALIKE_SAMPLES)
+    ids, source = _read_text(place, count, text, ALIKE_SAMPLES, device)
     cosines = run_cosines(load_model(place, device), ids.to(device), count)
     best = int(cosines.argmax())
     if not bool(cosines.isfinite().all()):
@@ -210,10 +215,11 @@ def least_damage(
 
     Raises:
         RecipeError: for a model that has no more blocks than `count`.
+        MemoryLimitError: for a model that does not fit into memory.
         InputError: for a model or a text that cannot be read, or whose blocks cannot be run one by one.
     """
     place = locate(model, revision, trust_remote_code)
-    ids, source = _read_text(place, count, text, DAMAGE_SAMPLES)
+    ids, source = _read_text(place, count, text, DAMAGE_SAMPLES, device)
     streamed, tried = in_memory(load_model(place, device)), dict[Blocks, float]()
     everything = frozenset(range(streamed.depth))
 

@@ -20,7 +20,7 @@ import llmcompress as lc
 from llmcompress.calibration import streaming
 from llmcompress.calibration.streaming import from_disk, in_memory
 from llmcompress.cli.app import app
-from llmcompress.errors import DiskError, InputError, RecipeError
+from llmcompress.errors import DiskError, InputError, MemoryLimitError, RecipeError
 from llmcompress.models.dense.blocks import KEPT
 from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
@@ -276,6 +276,18 @@ def test_alike_blocks_finds_idle_blocks(tmp_path: Path) -> None:
     assert found.blocks == (2, 3) and abs(found.cosine - 1) < 1e-6 and len(found.cosines) == 4
     with pytest.raises(RecipeError, match="5 of the 5 blocks"):
         lc.alike_blocks(tmp_path / "model", 5)
+
+
+def test_a_model_that_does_not_fit_is_not_loaded_to_choose_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny("llama", tmp_path / "model")
+    monkeypatch.setattr("llmcompress.models.dense.load.total_memory", lambda: 1000)
+    monkeypatch.setattr("llmcompress.surgery.block_choice.load_model", lambda *_: pytest.fail("loaded"))
+    ways: list[Callable[..., object]] = [lc.alike_blocks, lc.least_damage]
+    for choose in ways:
+        with pytest.raises(MemoryLimitError, match="choosing blocks holds .*; take a larger machine"):
+            choose(model, 1, text=str(written(tmp_path)))
 
 
 @pytest.mark.parametrize("words, numbers", [("2", (2,)), ("13-15", (13, 14, 15)), ("4, 7-8", (4, 7, 8))])
