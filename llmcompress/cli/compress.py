@@ -165,7 +165,8 @@ def plan(
 ) -> None:
     """Show what RECIPE or a target would do to MODEL: steps of each layer, sizes, time and memory.
 
-    Reads only the headers of MODEL. The first plan on a machine times it, and keeps the result for later plans.
+    Reads only the headers of MODEL; one on the Hub is downloaded whole first. The first plan on a machine times it, and
+    keeps the result for later plans.
 
     Example: llmcompress plan smollm2 recipe.yaml
     """
