@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -119,6 +120,18 @@ def test_an_output_that_appears_meanwhile(place: Path, tmp_path: Path, monkeypat
     compressed = begun(monkeypatch)
     lc.compress(place / "dense", recipe(place), out)
     assert compressed == []
+
+
+def test_where_a_disk_is_mounted_no_folder_can_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any work, and at its end where the disk is the same, which `ismount` does not see."""
+    out, sentence = tmp_path / "out", "out is where a disk is mounted"
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+        with pytest.raises(DiskError, match=sentence):
+            checkpoint.check_writable(out, 0)
+    monkeypatch.setattr(Path, "rename", nth(0, Path.rename, OSError(errno.EBUSY, "Device or resource busy")))
+    with pytest.raises(DiskError, match=sentence), checkpoint.write_checkpoint(out) as writer:
+        writer.write("config.json", "{}")
 
 
 def test_what_is_not_ours_stays(place: Path, tmp_path: Path) -> None:

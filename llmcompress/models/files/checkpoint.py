@@ -24,6 +24,7 @@ from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.models.files.file_names import REPORT
 from llmcompress.models.files.integrity import INDEX, MENDING, read_binding
 from llmcompress.models.files.output import (
+    MOUNTED,
     check_writable,
     claim_folder,
     clear_folder,
@@ -51,6 +52,7 @@ CHECKPOINT = "checkpoint"  # the folder of unfinished work that becomes the outp
 PART = 2**28  # bytes that are written at a time
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
+MOUNTS = {errno.EBUSY, errno.EXDEV}  # also where `check_writable` sees none: a folder of the same disk
 
 
 class Writer:
@@ -133,7 +135,8 @@ def publish_checkpoint(staging: Path, output: Path, count: int = 0) -> Iterator[
 
 
 def _publish(folder: Path, output: Path) -> None:
-    """Rename the complete `folder` to `output`. Raises DiskError for an output that appeared since it was checked."""
+    """Rename the complete `folder` to `output`. Raises DiskError for an output that appeared since it was checked, or
+    where a disk is mounted."""
     try:
         folder.rename(output)  # an empty folder is replaced
     except OSError as error:
@@ -141,6 +144,8 @@ def _publish(folder: Path, output: Path) -> None:
             raise DiskError(
                 f"{output} has appeared while it was made; move it away, or choose another output folder"
             ) from error
+        if error.errno in MOUNTS:
+            raise DiskError(f"{output} {MOUNTED}") from error
         raise
     sync(output.parent)
 

@@ -19,6 +19,7 @@ from llmcompress.models.files.reading import is_text
 MARK = ".llmcompress"  # a file in a folder of unfinished work, which says that it is ours
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, on Linux's file systems
 BESIDE = 24  # bytes that names beside an output have more than its own, such as ".training.partial.lock"
+MOUNTED = "is where a disk is mounted, whose place no finished folder can take; choose a new folder inside it"
 
 
 @contextmanager
@@ -77,6 +78,8 @@ def check_writable(output: Path, needed: int) -> None:
     check_output_name(output)
     if output.is_symlink():
         raise DiskError(f"{output} is a link; give the folder itself, or choose another output folder")
+    if os.path.ismount(output):
+        raise DiskError(f"{output} {MOUNTED}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DiskError(f"{output} exists already; remove it or choose another output folder")
     parent = _parent(output)
