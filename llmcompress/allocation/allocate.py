@@ -45,6 +45,7 @@ from llmcompress.runtime.phases import time_phases
 from llmcompress.runtime.ranks import ALONE, Ranks
 
 LOG = logging.getLogger("llmcompress")
+CHOICE_KEYS = ("target", "options", "damage", "rules", "embeddings", "head")  # keys of a recipe that a plan replaces
 
 RANGE = (0.55, 1.3)  # of the predicted KL: holds the measured one in 25 of 26 plans of three models, docs/results
 
@@ -102,7 +103,8 @@ class Allocation:
         """Write the price list and the plan into a finished checkpoint. Raises DiskError if it cannot be written."""
         pairs = zip(self.prices, self.chosen, strict=True)
         rows = [matrix.to_json() | {"chosen": option} for matrix, option in pairs]
-        entries = summary | {"fixed_bytes": self.choices.fixed_bytes, "matrices": rows}
+        before = self.job.recipe.model_dump(mode="json", include=set(CHOICE_KEYS))
+        entries = summary | {"asked": before, "fixed_bytes": self.choices.fixed_bytes, "matrices": rows}
         add_file(folder, ALLOCATION, json.dumps(entries, indent=1))
 
 

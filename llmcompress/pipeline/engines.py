@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llmcompress.allocation.allocate import CHOICE_KEYS
 from llmcompress.allocation.file_sizes import SIZED, plan_in_files
 from llmcompress.allocation.target_formats import check_rules, check_source
 from llmcompress.compression.job import Job, prepare
@@ -205,13 +206,15 @@ def _finished_result(folder: Path, job: Job, device: str) -> Result | None:
         return None
     if target is None or not (folder / file_names.ALLOCATION).is_file():
         return None if target else completed_result(folder, job, device)
-    written = read_recipe(folder / file_names.RECIPE)  # the steps that met its target, and texts without their folders
-    texts = {"calibration": job.recipe.calibration, "distill": job.recipe.distill}
-    chosen = job.with_recipe(written.model_copy(update=texts))
-    made_for = read_json(folder / file_names.ALLOCATION)["target"]
-    if made_for != target.model_dump(mode="json", exclude_none=True):
-        raise DiskError(f"{folder} was made for another target; remove it, or choose another output folder")
-    return completed_result(folder, chosen, device)
+    before = job.recipe.model_dump(mode="json", include=set(CHOICE_KEYS))
+    if read_json(folder / file_names.ALLOCATION).get("asked") != before:
+        raise DiskError(
+            f"{folder} was made for another target, or from other rules or options; remove it, or choose another "
+            f"output folder"
+        )
+    written = read_recipe(folder / file_names.RECIPE)  # the steps that met its target
+    settled = job.recipe.model_copy(update={key: getattr(written, key) for key in CHOICE_KEYS})
+    return completed_result(folder, job.with_recipe(settled), device)
 
 
 def _engine_report(report: Report, done: ExportReport, engine: str, job: Job) -> Report:

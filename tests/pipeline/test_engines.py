@@ -80,9 +80,11 @@ def test_a_run_that_ends_in_the_export_goes_on_from_there(
             compress_for("vllm", dense, asked, tmp_path / "out")
         assert error.value.__notes__[0].startswith(f"the compressed model is kept in {tmp_path / 'out.checkpoint'}")
     assert not (tmp_path / "out").exists() and (tmp_path / "out.checkpoint").is_dir()
-    other = read_recipe(text, [*SHORT, *rules, "target.bpw=7"]) if settings else recipe("mlx")
-    with pytest.raises(DiskError, match="another target" if settings else "another recipe"):
-        compress_for("mlx" if not settings else "vllm", dense, other, tmp_path / "out")
+    changes = {"target.bpw=7": "another target", "damage=noise": "other rules or options", "seed=1": "another recipe"}
+    for change, sentence in changes.items() if settings else [("", "another recipe")]:
+        other = read_recipe(text, [*SHORT, *rules, *settings, change]) if settings else recipe("mlx")
+        with pytest.raises(DiskError, match=sentence):
+            compress_for("mlx" if not settings else "vllm", dense, other, tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(engines, "compress", lambda *_, **__: pytest.fail("compressed again"))
         compress_for("vllm", dense, asked, tmp_path / "out")
