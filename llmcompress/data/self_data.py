@@ -25,11 +25,13 @@ from llmcompress.data.columns import Document, Message
 from llmcompress.data.generate import Answer, Answerer, AnswerSampling
 from llmcompress.data.text import Reading, read_documents
 from llmcompress.errors import DiskError, InputError, RecipeError, Termination
-from llmcompress.models.dense.load import load_model
+from llmcompress.models.dense.config import MODEL, read_entries
+from llmcompress.models.dense.load import check_fits, load_model
 from llmcompress.models.dense.locate import Place, locate
+from llmcompress.models.dense.sizes import is_dense
 from llmcompress.models.dense.skeleton import check_causal
 from llmcompress.models.dense.tokenizer import load_tokenizer
-from llmcompress.models.files.identity import teacher_digest
+from llmcompress.models.files.identity import content_digest, teacher_digest, tokenizer_digest
 from llmcompress.models.files.output import check_name, lock_output, sync
 from llmcompress.models.files.store import Store
 from llmcompress.runtime.devices import device_of
@@ -126,6 +128,8 @@ def answer(
     place = locate(model, revision, trust_remote_code)
     next(prompts(settings))  # data that cannot be read, before the model is loaded
     dtype = product_dtype("auto", device_of(device))
+    whole = [place] if is_dense(read_entries(place.folder / MODEL, place.folder)) else []
+    check_fits(device, "answering", whole, [] if whole else [place], dtype)
     loaded, tokenizer = load_model(place, device, dtype), load_tokenizer(place.folder, trust_remote_code)
     check_causal(loaded.config, "answering prompts")
     answerer = Answerer(loaded, tokenizer, settings.sampling)
@@ -191,7 +195,9 @@ def _prompt(number: int, document: Document) -> Prompt | None:
 
 def _store(settings: Answering, place: Place, output: Path, generation: dict[str, Any]) -> Store:
     """Return the store beside `output`: a partial file of one run continues another of the same identity."""
-    model = [teacher_digest(place.folder, place.adapter), *(generation[key] for key in ("model", "revision", "dtype"))]
+    ends = [path for path in [place.folder / "generation_config.json"] if path.is_file()]
+    digests = teacher_digest(place.folder, place.adapter), tokenizer_digest(place.folder), content_digest(ends)
+    model = [*digests, *(generation[key] for key in ("model", "revision", "dtype"))]
     identity = {"model": model, "settings": asdict(settings), "versions": generation["versions"]}
     record = output.with_name(f"{output.name}.partial.json")
     return Store(output.parent, identity, place=record, advice="or choose another output")

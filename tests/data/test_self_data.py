@@ -28,6 +28,7 @@ from llmcompress.errors import (
     InputError,
     LLMCompressError,
     LockedError,
+    MemoryLimitError,
     NumericsError,
     RecipeError,
     Termination,
@@ -323,6 +324,13 @@ def test_what_does_not_continue_is_refused(place: Path) -> None:
         answer(model, request(place), out, progress=stop_at(6, cut))
     with pytest.raises(InputError, match="out.jsonl.partial.json was left by a different run .settings changed"):
         answer(model, request(place, sampling=AnswerSampling(longest=12, seed=1)), out)
+    for name in ("chat_template.jinja", "tokenizer_config.json", "generation_config.json"):
+        path = place / "model" / name
+        content = path.read_bytes()
+        path.write_bytes(content + b"\n")
+        with pytest.raises(InputError, match="was left by a different run .model changed"):
+            answer(model, request(place), out)
+        path.write_bytes(content)
     text = (place / "prompts.jsonl").read_text()
     (place / "prompts.jsonl").write_text(text.replace("Name a river", "Name a brook"))
     with pytest.raises(InputError, match="was left by a different run .prompts changed"):
@@ -356,6 +364,9 @@ def test_what_cannot_be_answered_is_refused(place: Path, monkeypatch: pytest.Mon
     refused(RecipeError, "temperature -1 and top_p 0.95", sampling=AnswerSampling(temperature=-1))
     with FileLock(place / "out.jsonl.partial.lock"):
         refused(LockedError, "is being written by another process")
+    with monkeypatch.context() as patch:
+        patch.setattr("llmcompress.models.dense.load.total_memory", lambda: 1)
+        refused(MemoryLimitError, "answering holds .*model .* and this machine has 0.0 GB")
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         refused(DiskError, "No space left on device")
