@@ -30,7 +30,7 @@ from llmcompress.models.dense.locate import Place, locate
 from llmcompress.models.dense.tokenizer import check_vocabularies, load_tokenizer
 from llmcompress.models.files.checkpoint import check_outside
 from llmcompress.models.files.identity import content_digest, teacher_digest, tokenizer_digest
-from llmcompress.models.files.output import check_writable, claim_folder, lock_output
+from llmcompress.models.files.output import check_writable, claim_folder, clear_folder, lock_output
 from llmcompress.models.files.store import Store
 from llmcompress.recipe.distillation import CONTROLS, Control, Distillation, Teacher
 from llmcompress.recipe.read import dump, hide_folders, read_as
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CONTROL = "control"  # the record of a finished control
+RUN = "run"  # the record of whose work a folder holds, whatever the records of its phases are called
 COMPRESSED_TEACHER = "the teacher is compressed too, so what it lost the student does not learn"
 
 
@@ -119,9 +120,8 @@ def _distill_locked(
     training = target.with_name(target.name + TRAINING)
     identity = _identity(recipe, data, opened, teacher_place)
     ranks.compare(identity)
-    if ranks.rank == 0:
-        claim_folder(training)
     store = Store(training, identity)
+    ranks.first(lambda: _claim_training(store))
     job = DistillationJob(student_place, teacher_place, recipe, target, data, store, accelerator, ranks)
     with ranks.agree_on_errors():
         check_job(job, student, teacher)
@@ -140,6 +140,16 @@ def _distill_locked(
         if recipe.teacher.kind == "cached":
             remove_cache(recipe.teacher, target)
     return result
+
+
+def _claim_training(store: Store) -> None:
+    """Make the folder of a run's states, and clear one without finished work. Raises InputError for that of another."""
+    claim_folder(store.folder)
+    if any(path.suffix in (".json", ".safetensors") and path.stem != RUN for path in store.folder.rglob("*")):
+        store.get(RUN)
+    else:
+        clear_folder(store.folder)  # of metrics
+    store.put(RUN, {})
 
 
 @contextmanager

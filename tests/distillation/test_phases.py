@@ -222,6 +222,19 @@ def test_a_run_interrupted_in_a_phase_resumes_exactly(calls: int, folders: Path,
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
 
 
+def test_work_of_a_recipe_without_phases_is_not_taken_for_that_of_one_with_them(folders: Path, tmp_path: Path) -> None:
+    """Nor are the metrics of one that left no work."""
+    plain = recipe(folders, steps=3, save_every=1)
+    phased = recipe(folders, phases=[{"kind": "blockwise", "steps": 1}, {"kind": "end_to_end", "steps": 1}])
+    cut_short(folders, plain, tmp_path / "out", 2)
+    with pytest.raises(InputError, match="out.training was left by a different run .recipe changed"):
+        distill(folders / "small", folders / "dense", phased, tmp_path / "out")
+    cut_short(folders, plain | {"save_every": 1000}, tmp_path / "other", 1)
+    distill(folders / "small", folders / "dense", phased, tmp_path / "other")
+    rows = map(json.loads, (tmp_path / "other" / "metrics.jsonl").read_text().splitlines())
+    assert {row.get("phase") for row in rows} == {1, 2}
+
+
 def test_an_interrupt_says_where_finished_blocks_are(folders: Path, tmp_path: Path) -> None:
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
