@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CONTROL = "control"  # the record of a finished control
+AROUND = {"controls", "trackers", "save_every", "save_minutes"}  # keys of a recipe that change no state
 RUN = "run"  # the record of whose work a folder holds, whatever the records of its phases are called
 COMPRESSED_TEACHER = "the teacher is compressed too, so what it lost the student does not learn"
 
@@ -119,7 +120,7 @@ def _distill_locked(
     data = _read_data(recipe, tokenizer, teacher, ranks)
     training = target.with_name(target.name + TRAINING)
     identity = _identity(recipe, data, opened, teacher_place)
-    ranks.compare(identity)
+    ranks.compare(identity | {"recipe": recipe.model_dump(mode="json")})
     store = Store(training, identity)
     ranks.first(lambda: _claim_training(store))
     job = DistillationJob(student_place, teacher_place, recipe, target, data, store, accelerator, ranks)
@@ -175,7 +176,7 @@ def _identity(recipe: Distillation, data: Data, student: StudentFolder, teacher:
     digests = sha256(json.dumps(student.digests, sort_keys=True).encode()).hexdigest()
     config = [student.folder / name for name in ("config.json", *code_files(student.folder))]
     return {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": recipe.model_dump(mode="json", exclude=AROUND),
         "data": data.hash,
         "student": [digests, content_digest(config), tokenizer_digest(student.folder)],
         "teacher": teacher_digest(teacher.folder, teacher.adapter),

@@ -75,6 +75,17 @@ def test_a_run_interrupted_anywhere_resumes_exactly(calls: int, folders: Path, t
     assert not (tmp_path / "cut.training").exists()
 
 
+def test_a_finished_training_can_be_had_without_its_controls(folders: Path, tmp_path: Path) -> None:
+    """A run goes on whatever it saves, tracks and compares itself with."""
+    cut_short(folders, settings(folders, save_every=1), tmp_path / "out", 5)
+    asked, reports = settings(folders, controls=[], save_every=2, save_minutes=1), list[Any]()
+    done = distill(
+        folders / "small", folders / "dense", asked, tmp_path / "out", progress=lambda *said: reports.append(said)
+    )
+    assert not reports and done.steps == 3 and not done.controls
+    assert not (tmp_path / "out.training").exists()
+
+
 @pytest.mark.slow
 def test_a_diverging_control_is_reported_and_the_result_stays(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
