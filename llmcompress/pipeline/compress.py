@@ -299,7 +299,7 @@ def compress_job(
         run.check_ranks(job, ranks, output)
     from llmcompress.data.distillation import read_data
     from llmcompress.distillation.requirements import check_requirements
-    from llmcompress.distillation.run import TRAINING, distill
+    from llmcompress.distillation.run import distill
     from llmcompress.distillation.teacher.quantized import check_teacher
 
     check_requirements(wanted, device)
@@ -313,12 +313,11 @@ def compress_job(
     staged = target.with_name(target.name + STAGED)
     may_be_done = resume and staged.is_dir() and (target / file_names.REPORT).is_file()
     if may_be_done and (result := completed_result(target, job, device)) is not None:  # an earlier run just ended
-        _discard(staged, target.with_name(target.name + TRAINING))
         return result
     check_writable(target, 2 * plan_of(first).bytes)
     if not resume or not (staged / file_names.REPORT).is_file():  # or its removal was interrupted
         with lock_output(target, "output folder"), lock_output(staged, "output folder"):  # no other process trains it
-            _discard(staged, target.with_name(target.name + TRAINING))
+            _discard_beside(target)
     if completed_result(staged, first, device) is None:
         if all(text.dataset != "self" for text in wanted.texts()):  # the model would have to write that text first
             read_data(wanted.data, source.tokenizer(), source.load, source.config)  # raises any fault in the data
@@ -331,7 +330,7 @@ def compress_job(
                 partial(attach_note, f"the compressed model is kept in {staged}, from where the same command resumes")
             )
         done = distill(staged, teacher, wanted, target, device=device, progress=training, trust_remote_code=trust)
-    _discard(staged, target.with_name(target.name + TRAINING))
+    _discard_beside(target)
     return Result(target, reports.read(target), temporary, done.to_json())
 
 
@@ -347,10 +346,19 @@ def completed_result(output: Path, job: Job, device: str) -> Result | None:
     wanted = None if job.recipe.distill is None else hide_folders(job.recipe.distill)
     if taught != wanted:
         raise DiskError(f"{output} was distilled with another recipe; remove it, or choose another output folder")
-    with lock_output(output, "output folder") as staging:  # the earlier run may have ended just before removing this
+    with lock_output(output, "output folder") as staging:  # the earlier run may have ended before removing all this
         if is_ours(staging):
             remove_folder(staging)
+        if wanted is not None:
+            _discard_beside(output)
     return Result(output, reports.read(output), distillation=reports.read_distillation(output))
+
+
+def _discard_beside(output: Path) -> None:
+    """Remove what `output` was distilled from, and the state of that training. Raises what `_discard` raises."""
+    from llmcompress.distillation.context import TRAINING
+
+    _discard(output.with_name(output.name + STAGED), output.with_name(output.name + TRAINING))
 
 
 def _discard(staged: Path, training: Path) -> None:

@@ -22,7 +22,8 @@ from llmcompress.evaluation.verify import verify
 from llmcompress.formats.hub import _card, _proof
 from llmcompress.models.dense.locate import Place
 from llmcompress.models.dense.model import resolve
-from llmcompress.pipeline.compress import compress_job
+from llmcompress.models.files.output import claim_folder
+from llmcompress.pipeline.compress import completed_result, compress_job
 from llmcompress.recipe.read import dump, parse_recipe, read_recipe
 from llmcompress.runtime.ranks import Ranks
 from tests.lockstep import in_lockstep
@@ -102,6 +103,17 @@ def test_a_cut_run_goes_on_and_does_not_compress_again(
     assert not calls and seen == [3, 4, 5, 6]
     assert result.distillation is not None and result.distillation["steps"] == 6 and result.folder == out
     assert not (tmp_path / "out.compressed").exists()
+
+
+def test_a_complete_output_leaves_nothing_beside_it(place: Path, tmp_path: Path) -> None:
+    """What a kill leaves at the end of a run to a target, or of a budget of a sweep, goes at the next start."""
+    asked, out = recipe(place, steps=1), tmp_path / "out"
+    lc.compress(place / "dense", asked, out)
+    lc.compress(place / "dense", {key: asked[key] for key in asked.keys() - {"distill"}}, tmp_path / "out.compressed")
+    claim_folder(tmp_path / "out.training")
+    job = prepare(resolve(str(place / "dense")), read_recipe(asked))
+    assert completed_result(out, job, "cpu") is not None
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
 @pytest.mark.slow
