@@ -143,7 +143,10 @@ def replace(
 
 def _show(terminal: Terminal, run: Callable[..., ExpertsReport], model: str, **arguments: Any) -> None:
     """Run a change of experts, and show its report."""
-    report = run(model, progress=terminal.progress, **arguments)
+    from llmcompress.models.files.output import lock_work
+
+    with lock_work(arguments["output"]):
+        report = run(model, progress=terminal.progress, **arguments)
     terminal.warn(merge_sentences(report.warnings))
     terminal.show(report.to_json(), experts_view)
 

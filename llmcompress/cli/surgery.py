@@ -45,7 +45,7 @@ def drop(
 
     Example: llmcompress drop smollm2 --count 6 -o short
     """
-    from llmcompress.models.files.output import check_writable
+    from llmcompress.models.files.output import check_writable, lock_work
     from llmcompress.surgery.block_choice import choose_blocks
     from llmcompress.surgery.drop import drop_blocks
 
@@ -54,8 +54,9 @@ def drop(
     check_writable(output, 0)
     device = access.pop("device")  # dropping itself computes nothing
     reading = {} if text is None else {"text": text}
-    chosen = choose_blocks(model, blocks, count, by, terminal.choosing, device=device, **reading, **access)
-    result = drop_blocks(model, chosen.blocks, output, **access)
+    with lock_work(output):
+        chosen = choose_blocks(model, blocks, count, by, terminal.choosing, device=device, **reading, **access)
+        result = drop_blocks(model, chosen.blocks, output, **access)
     terminal.warn(merge_sentences(result.warnings))
     terminal.show(result.to_json() | {"damage": chosen.damage}, dropped_view)
 
@@ -102,12 +103,15 @@ def narrow(
 
     Example: llmcompress narrow smollm2 --neurons 0.75 -o slim
     """
+    from llmcompress.models.files.output import lock_work
     from llmcompress.surgery.narrow import narrow as run
 
     check_seed(by, seed)
+    target = check_output(output, dry_run)
     choice: dict[str, Any] = {"neurons": neurons, "kv_heads": kv_heads, "per_block": per_block, "by": by}
     choice |= {"text": text, "samples": samples, "seed": seed}
-    report = run(model, check_output(output, dry_run), progress=terminal.progress, **choice, **access)
+    with lock_work(target):
+        report = run(model, target, progress=terminal.progress, **choice, **access)
     terminal.warn(merge_sentences(report.warnings))
     terminal.show(report.to_json(), narrowed_view)
     if report.output is not None:

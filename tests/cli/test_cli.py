@@ -34,6 +34,7 @@ from llmcompress.data.self_data import Answering
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.models.files.file_names import RECIPE
 from llmcompress.models.files.file_names import REPORT as REPORT_FILE
+from llmcompress.models.files.output import lock_work
 from llmcompress.recipe.read import dump, parse_recipe
 from llmcompress.reporting.formatting import duration
 from llmcompress.reporting.report import LayerReport, Report
@@ -537,6 +538,24 @@ def test_errors_are_one_line_and_an_exit_code(
     found = json.loads(done.stdout)["error"]
     assert found["code"] == code
     assert found["message"].startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("words", "work"),
+    [
+        ("drop m --count 2", "block_choice.choose_blocks"),
+        ("narrow m --neurons 0.5 --per-block", "narrow.narrow"),
+        ("experts prune m --keep 2", "experts.prune.prune_experts"),
+    ],
+)
+def test_a_second_change_into_an_output_does_not_begin(
+    words: str, work: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"llmcompress.surgery.{work}", lambda *_, **__: pytest.fail("it has begun"))
+    with lock_work(tmp_path / "out"):
+        done = run(*words.split(), "-o", tmp_path / "out")
+    assert done.exit_code == 6 and "is being written by another process" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_sigterm_unwinds_and_ends_with_143(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,6 +129,20 @@ def lock_output(output: Path, kind: str) -> Iterator[Path]:
         Path(lock.lock_file).unlink(missing_ok=True)
 
 
+@contextmanager
+def lock_work(output: Path | None) -> Iterator[None]:
+    """Keep other processes from the work before `output` is written, which has a lock of its own; None: from nothing.
+
+    Raises what `lock_output` raises.
+    """
+    if output is None:
+        yield
+        return
+    check_name(output)
+    with lock_output(output.with_name(f"{output.name}.change"), "output folder"):
+        yield
+
+
 def claim_folder(staging: Path) -> None:
     """Make the folder `staging`, and mark it as ours. Raises DiskError for one that somebody else made."""
     with disk_errors(staging, "free some space, or choose another output folder"):
