@@ -78,7 +78,8 @@ def test_a_run_interrupted_anywhere_resumes_exactly(calls: int, folders: Path, t
 def test_a_finished_training_can_be_had_without_its_controls(folders: Path, tmp_path: Path) -> None:
     """A run goes on whatever it saves, tracks and compares itself with."""
     cut_short(folders, settings(folders, save_every=1), tmp_path / "out", 5)
-    asked, reports = settings(folders, controls=[], save_every=2, save_minutes=1), list[Any]()
+    asked = settings(folders, controls=[], save_every=2, save_minutes=1)
+    reports: list[Any] = []
     done = distill(
         folders / "small", folders / "dense", asked, tmp_path / "out", progress=lambda *said: reports.append(said)
     )
