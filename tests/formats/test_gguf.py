@@ -465,6 +465,16 @@ def test_all_tokens_that_end_an_answer_are_told(checkpoint: Path, tmp_path: Path
     assert found.special["eos"] == 601 and not found.special.keys() & {"eot", "eom"}
 
 
+def test_ids_that_are_no_tokens_are_left_out(checkpoint: Path, tmp_path: Path) -> None:
+    """Some configs say -1 for none, which a GGUF file cannot hold."""
+    tokenizer = byte_level(("words",))
+    tokenizer.pad_token = None
+    folder = with_tokenizer(checkpoint, tmp_path / "model", tokenizer)
+    assert read_vocabulary(folder, 640, {"pad_token_id": 639, "unk_token_id": [7]}).special.keys() >= {"pad", "unk"}
+    found = read_vocabulary(folder, 640, {"pad_token_id": -1, "unk_token_id": 640})
+    assert not found.special.keys() & {"pad", "unk"}
+
+
 # --- the engine -----------------------------------------------------------------------------------------------------
 
 

@@ -92,7 +92,7 @@ def read_vocabulary(folder: Path, size: int, config: dict[str, Any]) -> Vocabula
     if model.get("type") != "BPE":
         raise InputError(f"{path} holds a {model.get('type')} tokenizer, of which only BPE can go to GGUF")
     tokens, types = _tokens(path, entries, size)
-    ids = {key: _special_id(tokenizer, config, key) for key in ("bos", "eos", "unk", "pad")}
+    ids = {key: _special_id(tokenizer, config, key, size) for key in ("bos", "eos", "unk", "pad")}
     special = {key: number for key, number in ids.items() if number is not None}
     if "eos" not in special:
         raise InputError(f"{folder} names no token that ends a text; name one (eos_token) in tokenizer_config.json")
@@ -153,11 +153,12 @@ def _tokens(path: Path, entries: dict[str, Any], size: int) -> tuple[list[str], 
     return [texts[number] for number in range(size)], [types.get(number, UNUSED) for number in range(size)]
 
 
-def _special_id(tokenizer: Any, config: dict[str, Any], key: str) -> int | None:
-    """Return the id of a special token, the first if a config lists several."""
+def _special_id(tokenizer: Any, config: dict[str, Any], key: str, size: int) -> int | None:
+    """Return the id of a special token, the first if a config lists several; None for one not below `size`."""
     number = getattr(tokenizer, f"{key}_token_id")
     number = config.get(f"{key}_token_id") if number is None else number
-    return number[0] if isinstance(number, list) else number
+    number = number[0] if isinstance(number, list) else number
+    return number if isinstance(number, int) and 0 <= number < size else None  # some configs say -1 for none
 
 
 def _ends(folder: Path, config: dict[str, Any], size: int) -> list[int]:
