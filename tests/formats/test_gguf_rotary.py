@@ -184,6 +184,7 @@ def exported(family: str, place: Path, **sizes: Any) -> Path:
         ("llama", {"rope_parameters": LINEAR}),
         ("llama", {"rope_parameters": YARN}),
         ("gemma3_text", GEMMA | every(6, 6) | {"rope_parameters": FULL}),
+        ("stablelm", {"rope_parameters": PLAIN | {"rope_theta": 1e6, "partial_rotary_factor": 0.25}}),
     ],
 )
 def test_scaled_positions_are_read_back(

@@ -1,4 +1,4 @@
-"""Facts of GGUF files that transformers passes over: scaled rotary positions, the scale of attention, biases.
+"""Facts of GGUF files that transformers passes over: rotary positions, the scale of attention, biases.
 
 Read into the model's config where that can say it; refused otherwise, since the model would be another one.
 """
@@ -39,6 +39,8 @@ def read_what_is_passed_over(model: PreTrainedModel, file: Path, header: GGUFHea
     if not positions or "rotary_dim" in config.to_dict():
         return
     full = positions.get("full_attention", positions)
+    if isinstance(base := header.entries.get(f"{kind}.rope.freq_base"), float):  # not read of all architectures
+        full["rope_theta"] = base
     width = int(head_dim * (full.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1))
     told = header.entries.get(f"{kind}.rope.dimension_count", width)
     if told != width:
