@@ -53,6 +53,11 @@ HEAD = "lm_head"  # which engines do not look for in the format
 TENSOR_SCALE = "tensor_scale"  # in the payload of a layer
 KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 HEADS_FILL_WIDTH = ("qwen2",)  # model types of which vLLM takes the width of a head to be width / heads
+NOT_LOADED = {  # why vLLM does not load model types in this format
+    "bloom": "it reshapes all that is stored of query_key_value, the shapes of packed matrices too",
+    "falcon_h1": "it looks up the forms of matrices by names that falcon_h1 does not have",
+    **dict.fromkeys(("mamba", "falcon_mamba"), "its Mamba multiplies dense matrices alone"),
+}
 INTEGERS = ("pack-quantized", "int-quantized")  # formats of grids
 
 
@@ -155,15 +160,17 @@ def to_compressed_tensors(opened: CompressedCheckpoint, output: Path, allow_dens
     return ExportReport("compressed-tensors", str(output), opened.bytes, size, kept, notes)
 
 
-def heads_obstacle(config: PreTrainedConfig) -> str | None:
-    """Return why vLLM does not load heads of a model; None if it does."""
+def model_obstacle(config: PreTrainedConfig) -> str | None:
+    """Return why vLLM does not load a model; None if it does."""
+    if config.model_type in NOT_LOADED:
+        return NOT_LOADED[config.model_type]
     obstacle = next(ModelConfig(config).head_obstacles(), None) if config.model_type in HEADS_FILL_WIDTH else None
     return obstacle and f"it takes heads of {config.model_type} to fill the width, and there are {obstacle}"
 
 
 def _obstacles_to_vllm(opened: CompressedCheckpoint, files: EngineFiles[Scheme]) -> Iterator[str]:
-    """Yield a sentence on heads, and one if linears that vLLM multiplies as one matrix are of several forms."""
-    if (why := heads_obstacle(opened.skeleton.config)) is not None:
+    """Yield a sentence on the model, and one if linears that vLLM multiplies as one matrix are of several forms."""
+    if (why := model_obstacle(opened.skeleton.config)) is not None:
         yield f"vLLM will not load this: {why}"
     blocks = architecture(opened.skeleton.config, opened.skeleton).blocks
     siblings = (names for block in blocks for names in block.siblings())

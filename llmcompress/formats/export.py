@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmcompress.errors import InputError, RecipeError
-from llmcompress.formats.compressed_tensors import heads_obstacle, kv_scales, to_compressed_tensors
+from llmcompress.formats.compressed_tensors import kv_scales, model_obstacle, to_compressed_tensors
 from llmcompress.formats.dense import to_dense
 from llmcompress.formats.engine_configs import EXL3, MLX, readable_entries
 from llmcompress.formats.engine_files import ExportReport
@@ -99,7 +99,7 @@ def check_model(folder: Path, config: dict[str, Any], to: str, trust_remote_code
     its engine reads otherwise, or a kind of model; RecipeError if a package is missing."""
     model = folder_skeleton(folder, trust_remote_code=trust_remote_code)
     _check_kind(model, folder, to)
-    if to == "compressed-tensors" and (why := heads_obstacle(model.config)) is not None:
+    if to == "compressed-tensors" and (why := model_obstacle(model.config)) is not None:
         raise InputError(f"vLLM does not load {folder}: {why}; leave the engine out")
     if to == "compressed-tensors" and find_spec("compressed_tensors") is None:
         raise RecipeError(f"{to} is the package that reads what this writes, and is missing; {INSTALL}")

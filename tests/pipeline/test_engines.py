@@ -15,9 +15,11 @@ import llmcompress as lc
 from llmcompress.benchmark.protocol import SpeedProtocol
 from llmcompress.cli.app import app
 from llmcompress.errors import DiskError, GateError, InputError, RecipeError
+from llmcompress.formats.export import check_model
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.files.checkpoint import check_manifest
 from llmcompress.models.files.compressed import CompressedCheckpoint
+from llmcompress.models.files.reading import read_json
 from llmcompress.pipeline import engines
 from llmcompress.pipeline.engines import ENGINES, compress_for, plan_for
 from llmcompress.pipeline.frontier import frontier
@@ -28,6 +30,7 @@ from llmcompress.reporting import report as reports
 from tests.formats.gguf_files import GRID, tiny_llama
 from tests.tiers import tiered, tiered_nightly
 from tests.tiny import save_tiny
+from tests.zoo import save_zoo
 
 SHORT = ["calibration.samples=4", "calibration.length=32", "calibration.held_out=1"]
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -313,6 +316,20 @@ def test_vllm_gets_heads_as_wide_as_it_takes_them_to_be(tmp_path: Path) -> None:
         "vLLM will not load this: it takes heads of qwen2 to fill the width, and there are 2 heads of 32 numbers, not "
         "of 128 in all",
     )
+
+
+@pytest.mark.parametrize(
+    ("family", "sentence"),
+    [
+        ("bloom", "it reshapes all that is stored of query_key_value"),
+        ("falcon_h1", "it looks up the forms of matrices by names"),
+        ("mamba", "its Mamba multiplies dense matrices alone"),
+    ],
+)
+def test_models_that_vllms_loaders_change_are_refused(family: str, sentence: str, tmp_path: Path) -> None:
+    source = save_zoo(family, tmp_path / "dense")
+    with pytest.raises(InputError, match=f"vLLM does not load .*: {sentence}.*; leave the engine out"):
+        check_model(source, read_json(source / "config.json"), "compressed-tensors")
 
 
 def test_a_sweep_for_an_engine_needs_a_model_that_it_runs(tmp_path: Path) -> None:
