@@ -124,7 +124,7 @@ class StoredExperts:
         inside = {name for names in self.members.values() for name in names}
         schemes = {name: scheme for name, scheme in files.packed.items() if name not in inside}
         plain = [name for name in dict.fromkeys((*files.plain, *self.beside)) if name not in {*schemes, *inside}]
-        stored = {self.paths.get(name, name): scheme for name, scheme in schemes.items()}
+        stored = {_target(self.paths.get(name, name)): scheme for name, scheme in schemes.items()}
         ignored = [self.paths.get(name, name) for name in plain]
         for path, names in self.members.items():
             pattern = f"re:{re.escape(self.paths[names[0]].rsplit('.', 2)[0])}[.].*"
@@ -138,6 +138,12 @@ class StoredExperts:
             else:
                 stored[pattern] = form
         return stored, ignored
+
+
+def _target(path: str) -> str:
+    """Return a module path, or a pattern for a matrix of what files call `mamba` and vLLM looks up as `mixer`."""
+    before, inside, leaf = path.partition(".mamba.")
+    return f"re:{re.escape(before)}[.](mamba|mixer)[.]{re.escape(leaf)}$" if inside else path
 
 
 def to_compressed_tensors(opened: CompressedCheckpoint, output: Path, allow_dense: bool = False) -> ExportReport:

@@ -20,6 +20,7 @@ from llmcompress.formats.compressed_tensors import pack_matrix, shared_factors
 from llmcompress.formats.engine_files import UnfitError
 from llmcompress.formats.export import export
 from llmcompress.methods.solvers.floats import LAYOUTS, nearest_floats
+from llmcompress.models.dense.model import resolve
 from llmcompress.models.files.compressed import CompressedCheckpoint
 from llmcompress.models.files.reading import read_json
 from llmcompress.weight.expression import dense
@@ -28,6 +29,7 @@ from llmcompress.weight.nodes import Minifloat
 from llmcompress.weight.runtime_formats import compressed_tensors_obstacle
 from tests.builders import compressed, correlated, gaussian, minifloat
 from tests.tiny import save_tiny
+from tests.zoo import save_zoo
 
 compressors = pytest.importorskip("compressed_tensors.compressors")
 HELD = ("fp8", "fp8_tensor", "mxfp8", "mxfp4", "nvfp4")
@@ -228,6 +230,23 @@ def test_a_compressed_head_is_refused_or_dense(tmp_path: Path) -> None:
     done = export(folder, tmp_path / "packed", "compressed-tensors", allow_dense=True)
     assert done.changed == ("1 matrices became bfloat16, lm_head first",)
     assert "lm_head.weight" in load_file(tmp_path / "packed" / "model.safetensors")
+
+
+def test_a_mamba_has_the_name_that_vllm_looks_up(tmp_path: Path) -> None:
+    """`mixer`, in its Granite 4, and that of the files, in transformers."""
+    from compressed_tensors.utils.match import match_name
+
+    source = save_zoo("granite4", tmp_path / "dense")
+    rules = [{"match": "*", "steps": [{"method": "rtn", "bits": 4, "group_size": 16}]}]
+    folder = lc.compress(source, {"version": 1, "rules": rules}, tmp_path / "out").folder
+    export(folder, tmp_path / "packed", "compressed-tensors")
+    groups = read_json(tmp_path / "packed" / "config.json")["quantization_config"]["config_groups"]
+    targets = [target for group in groups.values() for target in group["targets"]]
+    for path in (f"model.layers.0.{name}.{leaf}" for name in ("mamba", "mixer") for leaf in ("in_proj", "out_proj")):
+        assert sum(match_name(path, target) for target in targets) == 1, path
+    name = "model.layers.0.mamba.in_proj"
+    read, written = resolve(tmp_path / "packed").read(f"{name}.weight"), CompressedCheckpoint(folder).expression(name)
+    torch.testing.assert_close(read.float(), dense(written), rtol=0.01, atol=1e-3)
 
 
 def loaded(folder: Path) -> Any:

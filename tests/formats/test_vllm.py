@@ -110,6 +110,15 @@ def test_plain_linears_are_left_to_vllm(config: Any) -> None:
     assert config.get_quant_method(torch.nn.Identity(), "model.layers.0.self_attn.attn") is None
 
 
+def test_a_mamba_is_known_by_the_name_that_vllm_has(config: Any) -> None:
+    """Its Granite 4 looks up `mixer`, and loads `mamba`."""
+    layout, payload = pack_weight(codebook((48, 32), 200, 1, 1))
+    config.layouts = {"model.layers.0.mamba.in_proj": layout}
+    layer = vllm.LinearBase(32, [24, 24], config, "model.layers.0.mixer.in_proj")
+    vllm.load(layer, "weight", payload)
+    assert torch.equal(layer.get_parameter("weight"), payload)
+
+
 @pytest.mark.parametrize("prefix", ["model.embed_tokens", ""])  # some of vLLM's models give no name
 def test_tables_look_up_rows_and_serve_a_tied_head(folder: Path, config: Any, prefix: str) -> None:
     opened = CompressedCheckpoint(folder)

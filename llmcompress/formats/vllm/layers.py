@@ -92,8 +92,9 @@ class PayloadConfig(QuantizationConfig):
 
     def _layouts_of(self, prefix: str) -> list[Layout | None]:
         """Return the layouts of a layer's parts, in vLLM's order; None for a part that was not compressed."""
-        if prefix in self.layouts:
-            return [self.layouts[prefix]]
+        for name in (prefix, prefix.replace(".mixer.", ".mamba.")):  # which files of Granite 4 have
+            if name in self.layouts:
+                return [self.layouts[name]]
         parent, _, leaf = prefix.rpartition(".")
         parts = self.packed_modules_mapping.get(leaf, [leaf])
         return [self.layouts.get(f"{parent}.{part}" if parent else part) for part in parts]
