@@ -72,12 +72,16 @@ def test_default_options_are_those_that_fit_the_shape_and_leave_tables_alone(pla
     assert odd == rows, "52 columns are one group of 128 or of 64, and no smaller one divides them"
 
 
-@pytest.mark.parametrize("family", ["granite", "olmo2", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["granite", "olmo2", "qwen3_moe", "deepseek_v3", "qwen3_5_text", "olmo_hybrid"])
 def test_what_vllm_stacks_is_known_of_other_families(family: str, tmp_path: Path) -> None:
     arch = prepare(resolve(str(save_zoo(family, tmp_path / "model"))), read_recipe("gptq-4-g64")).arch
     stacks = {tuple(name.rpartition(".")[2] for name in names) for block in arch.blocks for names in block.siblings()}
     attention = set() if family == "deepseek_v3" else {("q_proj", "k_proj", "v_proj")}
-    assert stacks == attention | {("gate_proj", "up_proj")}
+    recurrent = {
+        "qwen3_5_text": {("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a")},
+        "olmo_hybrid": {("q_proj", "k_proj", "v_proj", "g_proj")},
+    }
+    assert stacks == attention | {("gate_proj", "up_proj")} | recurrent.get(family, set())
 
 
 def test_prices_of_other_options_are_refused(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,6 +148,9 @@ def test_vllm_errors_say_what_cannot_be_loaded(folder: Path, config: Any) -> Non
         vllm.LinearBase(32, [64], config, name)
     with pytest.raises(InputError, match="vLLM fuses model.layers.0.mlp.gate_proj into model.layers.0.mlp, which"):
         config.get_quant_method(torch.nn.Identity(), "model.layers.0.mlp")
+    config.packed_modules_mapping = {"in_proj_qkvz": ["o_proj", "in_proj_z"]}  # as of Qwen3.5: three parts and one
+    with pytest.raises(InputError, match="vLLM has 4 parts of .*in_proj_qkvz, several of which are one payload"):
+        vllm.LinearBase(32, [8, 8, 16, 16], config, "model.layers.0.self_attn.in_proj_qkvz")
     layer = vllm.LinearBase(32, [32], config, name)
     stored = CompressedCheckpoint(folder).read(f"{name}.weight")
     with pytest.raises(InputError, match="part 0 of .*o_proj is torch.uint8 .* in the file, not the"):

@@ -127,6 +127,11 @@ class PayloadMethod(LinearMethodBase):
         sizes = [(rows, input_size) for rows in output_partition_sizes]
         if len(self.given) == 1:
             sizes = [(output_size, input_size)]  # stored fused already
+        if len(self.given) != len(sizes):
+            raise InputError(
+                f"vLLM has {len(sizes)} parts of {self.prefix}, several of which are one payload in the checkpoint; "
+                f"export to dense or compressed-tensors instead"
+            )
         dense = [_dense(size, params_dtype) for size in sizes]
         self.layouts = [layout or plain for layout, plain in zip(self.given, dense, strict=True)]
         table = isinstance(layer, VocabParallelEmbedding)  # whose rows vLLM fills up to a round number

@@ -95,7 +95,13 @@ class Linear:
         return roles_of(self.name)
 
 
-STACKED = (("query", "key", "value"), ("gate", "up"))  # roles of what vLLM multiplies at once
+STACKED = (  # what vLLM multiplies at once: single roles, or last names of other linears
+    ("query", "key", "value", "g_proj"),
+    ("query", "key", "value"),
+    ("gate", "up"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+)
 
 
 @dataclass(frozen=True)
@@ -110,15 +116,16 @@ class BlockLayout:
         return tuple(linear for group in self.groups for linear in group if set(linear.roles) & set(roles))
 
     def siblings(self) -> tuple[tuple[str, ...], ...]:
-        """Return the names of linears of one module that vLLM multiplies as one matrix: q, k and v, or gate and up."""
-        modules: dict[str, dict[tuple[str, ...], str]] = {}
+        """Return the names of linears of one module that vLLM multiplies as one matrix, q, k and v for one."""
+        modules: dict[str, dict[str, str]] = {}
         for linear in (linear for group in self.groups for linear in group):
-            modules.setdefault(linear.name.rpartition(".")[0], {})[linear.roles] = linear.name
+            module, _, leaf = linear.name.rpartition(".")
+            modules.setdefault(module, {})[linear.roles[0] if len(linear.roles) == 1 else leaf] = linear.name
         return tuple(
-            tuple(names[(role,)] for role in roles)
+            tuple(names.pop(part) for part in parts)
             for names in modules.values()
-            for roles in STACKED
-            if all((role,) in names for role in roles)
+            for parts in STACKED
+            if names.keys() >= set(parts)
         )
 
 
