@@ -159,6 +159,18 @@ def test_vllm_errors_say_what_cannot_be_loaded(folder: Path, config: Any) -> Non
         vllm.load(layer, "weight", torch.zeros(32, 32))
 
 
+def test_a_payload_whose_rows_vllm_would_move_is_refused(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Falcon and Bloom store q, k and v head by head, and vLLM one after the other; one group of heads is both."""
+    layout, payload = pack_weight(codebook((48, 32), 200, 1, 1))
+    config.layouts = {(name := "transformer.h.0.self_attention.query_key_value"): layout}
+    monkeypatch.setattr(vllm.LinearBase, "total_num_kv_heads", 1, raising=False)
+    layer = vllm.LinearBase(32, [16, 16, 16], config, name)
+    assert layer.get_parameter("weight").shape == payload.shape
+    monkeypatch.setattr(vllm.LinearBase, "total_num_kv_heads", 2)
+    with pytest.raises(InputError, match="vLLM moves rows of .*query_key_value, and a payload has none; export"):
+        vllm.LinearBase(32, [16, 16, 16], config, name)
+
+
 def test_a_damaged_payload_is_not_served(tmp_path: Path, config: Any) -> None:
     """A code without an entry in its codebook would end the server."""
     layout, payload = pack_weight(codebook((48, 32), 200, 1, 1))

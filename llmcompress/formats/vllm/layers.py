@@ -11,6 +11,7 @@ start vLLM with `enforce_eager`.
 
 from __future__ import annotations
 
+import re
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -31,6 +32,7 @@ from llmcompress.weight.layout import NAMES, Layout
 from llmcompress.weight.modules import LIKE, CompressedEmbedding, CompressedLinear
 
 TABLES = ("embed_tokens", "wte", "embed_in")  # names of token tables, which some of vLLM's models do not pass on
+PER_HEAD = re.compile(r"transformer\.h\.\d+\.self_attention\.query_key_value")  # of Falcon and Bloom
 SHARDS: dict[str | None, int] = {None: 0, "q": 0, "k": 1, "v": 2}  # vLLM's names of fused parts; it numbers others
 
 
@@ -120,10 +122,12 @@ class PayloadMethod(LinearMethodBase):
     ) -> None:
         """Register the payload, with its loader.
 
-        Raises InputError under tensor parallelism, and for sizes other than the checkpoint's.
+        Raises InputError under tensor parallelism, for sizes other than the checkpoint's, and for rows that vLLM moves.
         """
         if input_size_per_partition != input_size or sum(output_partition_sizes) != output_size:
             raise InputError(f"{self.prefix} is one payload, which is not cut; set tensor_parallel_size to 1")
+        if PER_HEAD.fullmatch(self.prefix) and getattr(layer, "total_num_kv_heads", 1) != 1:  # rows are q k v q k v
+            raise InputError(f"vLLM moves rows of {self.prefix}, and a payload has none; export to dense instead")
         sizes = [(rows, input_size) for rows in output_partition_sizes]
         if len(self.given) == 1:
             sizes = [(output_size, input_size)]  # stored fused already
