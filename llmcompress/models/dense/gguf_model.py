@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerBase
 
-UNPACKING = 7  # counts the ways in which files were unpacked: part of a folder's name in the cache
+UNPACKING = 8  # counts the ways in which files were unpacked: part of a folder's name in the cache
 TOKENIZER, CHAT_TEMPLATE = "tokenizer.ggml", "tokenizer.chat_template"
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # types of tokens
 PADDING = re.compile(r"\[+PAD\d+\]+")  # names of the rows of a token table that no token has
