@@ -118,9 +118,11 @@ def open_mlx(folder: Path, _: int) -> Iterator[Opened]:
 def open_vllm(folder: Path, length: int) -> Iterator[Opened]:
     """Open a folder in vLLM, in this process."""
     os.environ.update(ENVIRONMENT)
+    from llvmlite.binding import ffi
     from vllm import SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    ffi.lib._fntab["__dict__"] = {}  # vLLM asks all that modules hold for it; llvmlite answers with a function
     engines = [VLLMEngine({"path": str(folder), "length": length + 1})]
     computed: list[Tensor] = []
 
