@@ -174,9 +174,12 @@ def _check_output(output: Path) -> None:
 
 def _folder_of(recipe: str, output: Path, is_alone: bool) -> Path:
     """Return the folder of a recipe's prices and checkpoints, where an earlier sweep has put them if one has."""
-    first, own = output / PRICES, output / recipe
-    if first.is_file() and read_json(first)["recipe"]["name"] == recipe:
-        return output
+    own = output / recipe
+    try:
+        if read_json(output / PRICES)["recipe"]["name"] == recipe:
+            return output
+    except (OSError, ValueError, LookupError, TypeError):  # none, or a damaged one, of which `check_prices` tells
+        pass
     return output if is_alone and not (own / PRICES).is_file() else own
 
 

@@ -209,12 +209,12 @@ def test_what_is_finished_is_read_and_more_budgets_are_added(
     more = swept(place, tmp_path / "out", "4,3")  # and another protocol: without the task
     assert [one["budget"] for one in more["series"][0]["points"]] == ["bpw-3", "bpw-4"]
     both = [recipe, read_recipe(values(place, name="two", options=GRIDS[1:]))]
-    written = (tmp_path / "out" / "bpw-3" / "model.safetensors").stat().st_mtime_ns
-    found = frontier(place / "dense", both, budgets("3", None), tmp_path / "out", protocol(place))
+    written = (tmp_path / "out" / "bpw-4" / "model.safetensors").stat().st_mtime_ns
+    found = frontier(place / "dense", both, budgets("4", None), tmp_path / "out", protocol(place))
     for result in (found, swept(place, tmp_path / "out", "4")):  # the first recipe stays where it was
         lines = {series["recipe"]: [one["budget"] for one in series["points"]] for series in result["series"]}
-        assert lines == {"one": ["bpw-3", "bpw-4"], "two": ["bpw-3"]}
-    assert (tmp_path / "out" / "bpw-3" / "model.safetensors").stat().st_mtime_ns == written
+        assert lines == {"one": ["bpw-3", "bpw-4"], "two": ["bpw-4"]}
+    assert (tmp_path / "out" / "bpw-4" / "model.safetensors").stat().st_mtime_ns == written
     assert not (tmp_path / "out" / "one").exists() and (tmp_path / "out" / "two" / PRICES).is_file()
     assert not more["dense"]["tasks"] and json.loads((tmp_path / "out" / "bpw-4" / SCORES).read_text())["tasks"] == []
 
