@@ -73,8 +73,7 @@ def verify(
         folder: a checkpoint of compress or `save_pretrained`, a GGUF file, or a folder for an engine, which is not run.
         against: the dense model that KL and top-1 agreement are measured from; None for neither.
         text: UTF-8 text to read, or files of documents; documentation of Python by default.
-        windows: how many windows of it.
-        length: tokens of a window, at most the context of the model.
+        windows, length: the number of windows of it, and tokens of each, at most the context of the model.
         device: where to compute: `cpu`, `cuda` or `cuda:1`.
         progress: receives what is being read, how much is done, and how much there is; None for a line in a notebook.
         trust_remote_code: True to run the Python code that models bring along, if transformers lacks their class.
@@ -88,14 +87,11 @@ def verify(
         NumericsError: for NaN in what the model computes.
     """
     progress = progress or progress_lines()
-    if not os.path.exists(folder := Path(folder)):
-        stored_by(folder)  # which says why
+    gguf = _gguf_files(folder := Path(folder))
     home = folder.parent if folder.is_file() else folder
     notes = () if check_manifest(home) else (UNCHECKED,)
-    gguf = [folder] if folder.is_file() else [] if (folder / MODEL).is_file() else sorted(folder.glob("[!.]*.gguf"))
-    if (home / TERMS).is_file() and (beside := [path for path in gguf if path.name != TERMS]) and len(beside) == 1:
-        gguf, folder = [*beside, home / TERMS], beside[0]
-        notes = (*notes, f"{folder.name} alone was run, without the low-rank terms of {TERMS}")
+    if len(gguf) == 2 and gguf[1].name == TERMS:
+        folder, notes = gguf[0], (*notes, f"{gguf[0].name} alone was run, without the low-rank terms of {TERMS}")
     engine = _open_for_engine(folder, bool(gguf), trust_remote_code)
     place = Place(str(folder), folder, trust_remote_code=trust_remote_code) if engine is None else engine.place
     references = [] if against is None else [locate(against, trust_remote_code=trust_remote_code)]
@@ -110,8 +106,8 @@ def verify(
         check_causal(model.config, "measuring a distance to another model")
     teacher = open_model(references[0], device) if references else None
     protocol = Protocol(text, windows, min(length, context_length(model.config) or length))
-    causal = is_causal(model.config)
-    scores = evaluate(model, tokenizer, protocol, against=teacher, progress=progress) if causal else None
+    scored = is_causal(model.config)
+    scores = evaluate(model, tokenizer, protocol, against=teacher, progress=progress) if scored else None
     return Verification(
         files=len(manifest(home) or files),
         layers=len(compressed_modules(model)) if layers is None else layers,
@@ -120,6 +116,16 @@ def verify(
         notes=notes,
         **_score_fields(scores),
     )
+
+
+def _gguf_files(folder: Path) -> list[Path]:
+    """Return the GGUF files that are to be verified, low-rank terms beside a model last. Raises InputError for none."""
+    if not os.path.exists(folder):
+        stored_by(folder)  # which says why
+    files = [folder] if folder.is_file() else [] if (folder / MODEL).is_file() else sorted(folder.glob("[!.]*.gguf"))
+    models = [path for path in files if path.name != TERMS]
+    terms = [path.with_name(TERMS) for path in models if path.with_name(TERMS).is_file()]
+    return [*models, *terms] if len(models) == 1 else files
 
 
 def _open_for_engine(folder: Path, is_gguf: bool, trust_remote_code: bool) -> DenseModel | None:

@@ -16,7 +16,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
@@ -175,11 +175,9 @@ def _check_output(output: Path) -> None:
 def _folder_of(recipe: str, output: Path, is_alone: bool) -> Path:
     """Return the folder of a recipe's prices and checkpoints, where an earlier sweep has put them if one has."""
     own = output / recipe
-    try:
+    with suppress(OSError, ValueError, LookupError, TypeError):  # no file, or a damaged one: `check_prices` tells of it
         if read_json(output / PRICES)["recipe"]["name"] == recipe:
             return output
-    except (OSError, ValueError, LookupError, TypeError):  # none, or a damaged one, of which `check_prices` tells
-        pass
     return output if is_alone and not (own / PRICES).is_file() else own
 
 
@@ -230,18 +228,15 @@ def _run_sweep(
         "peers": [_with_ratio(_as_point(peer, dense), dense) for peer in peers],
     }
     ranks.first(lambda: None if (output / FILE).is_file() else write_files(output, {FILE: _json(result)}))
-    earlier: list[dict[str, Any]] = ranks.first(partial(_earlier_series, output, result, len(lines) == 1))
-    names = [line.job.recipe.name for line in lines]
-    result["series"] += [series for series in earlier if series["recipe"] not in names]
+    result["series"] = ranks.first(partial(_earlier_series, output, result, lines, sizes))
     for line in lines:
         recipe = line.job.recipe.name
         callbacks.report_stage(f"{recipe}: prices for {len(sizes)} budgets")
         prices = price_list(line.folder / PRICES, line.job, line.choices, ranks.device, callbacks.pricing, ranks)
         seconds = ranks.first(lambda: prices.seconds)  # noqa: B023 - called at once
-        others = [point for each in earlier if each["recipe"] == recipe for point in each["points"]]
-        others = [point for point in others if point["budget"] not in {budget.name for budget in sizes}]
-        series: dict[str, Any] = {"recipe": recipe, "pricing_seconds": seconds, "points": others}
-        result["series"].append(series)
+        points = [point for each in result["series"] if each["recipe"] == recipe for point in each["points"]]
+        series: dict[str, Any] = {"recipe": recipe, "pricing_seconds": seconds, "points": points}
+        result["series"] = [*(each for each in result["series"] if each["recipe"] != recipe), series]
         for number, budget in enumerate(sizes, start=1):
             callbacks.report_stage(f"{recipe}: {budget.name}, {number} of {len(sizes)}")
             folder = line.folder / budget.name
@@ -252,16 +247,20 @@ def _run_sweep(
     return result
 
 
-def _earlier_series(output: Path, result: dict[str, Any], is_alone: bool) -> list[dict[str, Any]]:
-    """Return the series of an earlier sweep that is comparable and has the same prices, without lost checkpoints."""
+def _earlier_series(
+    output: Path, result: dict[str, Any], lines: Sequence[Line], sizes: Sequence[Budget]
+) -> list[dict[str, Any]]:
+    """Return the points of a comparable earlier sweep that are still there and not asked for."""
     before, now = read_json(output / FILE), json.loads(_json(result))
-    if any(before.get(key) != value for key, value in now.items() if key not in ("series", "peers")):
-        return []
-    for series in before["series"]:
-        folder = _folder_of(series["recipe"], output, is_alone)
-        has_prices = (folder / PRICES).is_file()
-        series["points"] = [each for each in series["points"] if has_prices and (folder / each["folder"]).is_dir()]
-    return [series for series in before["series"] if series["points"]]
+    same = all(before.get(key) == value for key, value in now.items() if key not in ("series", "peers"))
+    asked = {(line.job.recipe.name, budget.name) for line in lines for budget in sizes}
+    series = []
+    for each in before["series"] if same else ():
+        name, folder = each["recipe"], _folder_of(each["recipe"], output, len(lines) == 1)
+        points = [point for point in each["points"] if (name, point["budget"]) not in asked]
+        points = [point for point in points if (folder / PRICES).is_file() and (folder / point["folder"]).is_dir()]
+        series += [each | {"points": points}] if points else []
+    return series
 
 
 def _compress_budget(

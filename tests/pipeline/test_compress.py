@@ -106,7 +106,7 @@ def test_a_cut_run_goes_on_and_does_not_compress_again(
 
 
 def test_a_complete_output_leaves_nothing_beside_it(place: Path, tmp_path: Path) -> None:
-    """What a kill leaves at the end of a run to a target, or of a budget of a sweep, goes at the next start."""
+    """Leftovers of a kill at the end of a run to a target, or of a budget of a sweep, go at the next start."""
     asked, out = recipe(place, steps=1), tmp_path / "out"
     lc.compress(place / "dense", asked, out)
     lc.compress(place / "dense", {key: asked[key] for key in asked.keys() - {"distill"}}, tmp_path / "out.compressed")
