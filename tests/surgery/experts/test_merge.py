@@ -50,6 +50,13 @@ def test_merged_mixtures_load_with_fewer_experts(family: str, tmp_path: Path) ->
         assert len([row for row in block.experts if row.fate == "merged"]) == 2
 
 
+def test_experts_between_projections_are_merged(tmp_path: Path) -> None:
+    save_zoo("nemotron_h", tmp_path / "dense", moe_latent_size=24)
+    text = str(text_for_calibration(tmp_path))
+    report = lc.merge_experts(tmp_path / "dense", tmp_path / "out", keep=3, text=text, samples=4)
+    assert report.blocks and logits(load_complete(tmp_path / "out")).isfinite().all()
+
+
 @torch.no_grad()
 def test_merged_expert_averages_the_best_matched_neurons(tmp_path: Path) -> None:
     """Of experts with five neurons, by trying every order; the router row is that of the most used one."""
