@@ -110,6 +110,7 @@ def _run(
         own = copy.deepcopy(tokenizer)
         own.deprecation_warnings[TOO_LONG] = True  # `cut_prompts` counts the prompts that lm-eval cuts
         wrapped = model_class(pretrained=model, tokenizer=own, batch_size=protocol.batch_size)
+        wrapped.tok_decode = functools.partial(_decode_whole, own)
         if processes.accelerator is not None:
             # HFLM sets these itself when it loads a model by name; for one in memory it leaves them to its caller
             # ("custom distributed integration"), without an argument for them.
@@ -135,6 +136,14 @@ def _run(
             return TaskScores()
         cut = tuple(cut_prompts(results["samples"], wrapped))
     return TaskScores(_scores(results), _items(results), results, tracker, warnings=cut)
+
+
+def _decode_whole(tokenizer: Any, tokens: Any, skip_special_tokens: bool = True) -> str:
+    """Return the text of tokens with the space that it may begin with: some tokenizers strip it, programs need it."""
+    mark = tokenizer("a", add_special_tokens=False).input_ids
+    ids = [*mark, *([tokens] if isinstance(tokens, int) else tokens)]
+    whole: str = tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    return whole.removeprefix(tokenizer.decode(mark))
 
 
 def _scores(results: dict[str, Any]) -> Scores:

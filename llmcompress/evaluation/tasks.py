@@ -111,6 +111,11 @@ def _locate_tasks(manager_class: Any, protocol: Protocol) -> FoundTasks:
             raise RecipeError(f"there is no task {task!r}; {hint}")
         else:
             specs.append(task if spec is None else spec)
+    names = [spec["task"] if isinstance(spec, dict) else str(spec) for spec in specs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise RecipeError(
+            f"two tasks are called {twice[0]!r}, and their scores would be one; rename one, or leave it out"
+        )
     try:
         _check_examples(manager.load(specs)["tasks"].values(), protocol.num_fewshot)
     except (*FAILURES, yaml.YAMLError, DatasetsError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,8 @@ def verify(
         folder: a checkpoint of compress or `save_pretrained`, a GGUF file, or a folder for an engine, which is not run.
         against: the dense model that KL and top-1 agreement are measured from; None for neither.
         text: UTF-8 text to read, or files of documents; documentation of Python by default.
-        windows, length: the number of windows of it, and tokens of each, at most the context of the model.
+        windows: how many windows of it.
+        length: tokens of a window, at most the context of the model.
         device: where to compute: `cpu`, `cuda` or `cuda:1`.
         progress: receives what is being read, how much is done, and how much there is; None for a line in a notebook.
         trust_remote_code: True to run the Python code that models bring along, if transformers lacks their class.
@@ -86,7 +88,6 @@ def verify(
         MemoryLimitError: for models that do not fit into this machine together.
         NumericsError: for NaN in what the model computes.
     """
-    progress = progress or progress_lines()
     gguf = _gguf_files(folder := Path(folder))
     home = folder.parent if folder.is_file() else folder
     notes = () if check_manifest(home) else (UNCHECKED,)
@@ -106,8 +107,8 @@ def verify(
         check_causal(model.config, "measuring a distance to another model")
     teacher = open_model(references[0], device) if references else None
     protocol = Protocol(text, windows, min(length, context_length(model.config) or length))
-    scored = is_causal(model.config)
-    scores = evaluate(model, tokenizer, protocol, against=teacher, progress=progress) if scored else None
+    run = partial(evaluate, model, tokenizer, protocol, against=teacher, progress=progress or progress_lines())
+    scores = run() if is_causal(model.config) else None
     return Verification(
         files=len(manifest(home) or files),
         layers=len(compressed_modules(model)) if layers is None else layers,

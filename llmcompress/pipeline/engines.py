@@ -133,7 +133,9 @@ def compress_for(
     job = _open_job(engine, model, aimed, options.get("revision"), trust)
     if form is None:
         return compress(model, aimed, output, resume=resume, **options)
-    check_writable(output, 0 if aimed.target else _bytes_to_write(engine, job, output))
+    check_writable(output, 0)
+    if aimed.target is None:
+        check_writable(output, _bytes_to_write(engine, job, output))
     staging = output.with_name(output.name + EXPORT)
     is_ours(staging)  # raises now what would be in the way later
     with lock_output(staging, "output folder"):

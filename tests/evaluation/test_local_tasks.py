@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from llmcompress.errors import InputError
+from llmcompress.errors import InputError, RecipeError
 from llmcompress.evaluation import local_tasks
-from llmcompress.evaluation.lm_eval import run_tasks
+from llmcompress.evaluation.lm_eval import _decode_whole, run_tasks
 from llmcompress.evaluation.local_tasks import KINDS, local_task, run_program
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.tasks import find_tasks
@@ -128,6 +128,26 @@ def test_a_chat_asks_for_a_program_and_begins_the_answer(model: PreTrainedModel,
     prompt = f"<user>Complete this function, and repeat all of it:\n```python\n{ADD}\n```\n</user><assistant>"
     wanted = log_probability(model, f"{prompt}```python\n{ADD[:-1]}", "\n" + PROGRAM["canonical_solution"])
     assert result.scores["code"]["bits_per_byte"] == pytest.approx(-wanted / math.log(2) / 18, rel=1e-4)
+
+
+def test_the_space_that_a_written_text_begins_with_stays() -> None:
+    """Some tokenizers strip it from what they decode, and a program behind a docstring needs all of its spaces."""
+    from tokenizers import decoders
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    ids = tokenizer("    return a", add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids) == "   return a" and _decode_whole(tokenizer, ids) == "    return a"
+    assert _decode_whole(tokenizer, 257, skip_special_tokens=False) == "</s>"
+
+
+def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
+    for name, rows in (("a", PIQA), ("b", LAMBADA)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    tasks = tuple(f"{tmp_path}/{name}/test.jsonl" for name in "ab")
+    with pytest.raises(RecipeError, match="two tasks are called 'test'"):
+        find_tasks(tiny_tokenizer(), Protocol(tasks=tasks))
 
 
 @pytest.mark.parametrize(
