@@ -35,19 +35,23 @@ HELD_CHARACTERS = 1 << 28  # of them; fewer documents are held where they are lo
 class Reading:
     """The understanding of a text so far.
 
-    rows: number of rows read, `empty` of them without text; unread: number of messages by what was left out of them;
-    kinds: number of documents by the columns that they were read from; rows_by_place: number of rows by the file, or
-    data set, that has them; cuts: notes on documents that were cut, and on files that were not read; absence: the
-    sentence on the first row that lacks the columns.
+    rows_by_place: number of rows read by the file, or data set, that has them; empty: number of rows without text;
+    unread: number of messages by what was left out of them; kinds: number of documents by the columns that they were
+    read from; cuts: notes on documents that were cut, and on files that were not read; absence: the sentence on the
+    first row that lacks the columns.
     """
 
-    rows: int = 0
+    rows_by_place: dict[str, int] = field(default_factory=dict)
     empty: int = 0
     unread: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
-    rows_by_place: dict[str, int] = field(default_factory=dict)
     cuts: set[str] = field(default_factory=set)
     absence: str = ""
+
+    @property
+    def rows(self) -> int:
+        """The number of rows read."""
+        return sum(self.rows_by_place.values())
 
     def count(self, row: Any, document: Document, columns: tuple[str, ...]) -> None:
         """Count a row that is a document."""
@@ -107,7 +111,6 @@ def read_documents(
     else:
         sources = iter([(dataset, _named_rows(dataset, subset, revision, split, streaming, reading.cuts))])
     for place, number, row in _take_turns(sources, TURNS if several else 1):
-        reading.rows += 1
         reading.rows_by_place[place] = number
         where = f"{place}, row {number}"
         document, columns = read_row(row, column, where)

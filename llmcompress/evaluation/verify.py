@@ -120,7 +120,7 @@ def verify(
 
 
 def _gguf_files(folder: Path) -> list[Path]:
-    """Return the GGUF files that are to be verified, low-rank terms beside a model last. Raises InputError for none."""
+    """Return the GGUF files to verify, low-rank terms beside a model last. Raises InputError if nothing is there."""
     if not os.path.exists(folder):
         stored_by(folder)  # which says why
     files = [folder] if folder.is_file() else [] if (folder / MODEL).is_file() else sorted(folder.glob("[!.]*.gguf"))
