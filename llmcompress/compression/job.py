@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,17 +17,17 @@ from llmcompress.compression.rotation import rotated_source
 from llmcompress.compression.ties import CommonMatrix, common_matrices
 from llmcompress.data.calibration import CalibrationTokens, calibration_tokens, check_length
 from llmcompress.distillation.requirements import check_fused
-from llmcompress.errors import InputError, MemoryLimitError, RecipeError, format_bytes
+from llmcompress.errors import InputError, RecipeError
 from llmcompress.methods.layer import StepConfig, methods
 from llmcompress.models.dense.config import context_length
 from llmcompress.models.dense.families import Architecture, architecture
+from llmcompress.models.dense.load import load_writer
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.models.dense.skeleton import architectures, check_causal, is_causal
 from llmcompress.recipe.calibration import RANDOM, Calibration
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.matching import Assignment, assign
 from llmcompress.recipe.rules import InputRounding
-from llmcompress.runtime.memory import total_memory
 from llmcompress.runtime.phases import phase
 from llmcompress.runtime.precision import product_dtype
 from llmcompress.runtime.ranks import ALONE, Ranks
@@ -127,19 +127,9 @@ class Job:
         source, key = self.source, ("text", text.model_dump_json())
         if key not in self.shared:
             tokenizer = source.tokenizer()
-            self.shared[key] = calibration_tokens(text, tokenizer, self._load_writer, source.config)
+            self.shared[key] = calibration_tokens(text, tokenizer, partial(load_writer, source), source.config)
         tokens: CalibrationTokens = self.shared[key]
         return tokens
-
-    def _load_writer(self) -> PreTrainedModel:
-        """Return the dense model, which writes text on the CPU. Raises MemoryLimitError where it does not fit."""
-        needed, memory = 4 * self.source.parameters, total_memory()
-        if needed > memory:
-            raise MemoryLimitError(
-                f"writing calibration text takes {format_bytes(needed)} for {self.source.name} in float32, and this "
-                f"machine has {format_bytes(memory)}; give another text than dataset: self, or take a larger machine"
-            )
-        return self.source.load()
 
     @property
     def ungated(self) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Literal
 
@@ -17,6 +18,7 @@ from llmcompress.data.calibration import CalibrationTokens, calibration_tokens
 from llmcompress.errors import RecipeError
 from llmcompress.models.dense.config import context_length
 from llmcompress.models.dense.families import Architecture
+from llmcompress.models.dense.load import load_writer
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.recipe.calibration import Calibration
 
@@ -32,8 +34,8 @@ def judged_calibration(source: DenseModel, text: str, samples: int, one_in: int)
 
 
 def read_tokens(source: DenseModel, calibration: Calibration) -> CalibrationTokens:
-    """Return the tokens of a calibration. Raises InputError for a text that cannot serve."""
-    return calibration_tokens(calibration, source.tokenizer(), source.load, source.config)
+    """Return the tokens of a calibration. Raises InputError for a text that cannot serve, and as `load_writer` does."""
+    return calibration_tokens(calibration, source.tokenizer(), partial(load_writer, source), source.config)
 
 
 @dataclass(frozen=True, eq=False)

@@ -263,10 +263,10 @@ def test_a_host_that_cannot_hold_the_writer_of_text_is_refused(
     folder: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the device is."""
-    monkeypatch.setattr("llmcompress.compression.job.total_memory", lambda: 1000)
+    monkeypatch.setattr("llmcompress.models.dense.load.total_memory", lambda: 1000)
     own = {"dataset": "self", "samples": 4, "length": 16, "held_out": 1}
     job = prepare(resolve(folder), read_recipe(recipe(text, calibration=own)))
-    with pytest.raises(MemoryLimitError, match="writing calibration text takes .*; give another text than dataset: se"):
+    with pytest.raises(MemoryLimitError, match="writing calibration text holds .*; give another text than dataset: se"):
         _ = job.tokens
 
 

@@ -27,7 +27,7 @@ from llmcompress.models.dense.experts import experts_of
 from llmcompress.models.dense.families import block_stack
 from llmcompress.models.dense.headers import has_weights, model_files, read_headers
 from llmcompress.models.dense.locate import Place
-from llmcompress.models.dense.model import missing_weights, open_source
+from llmcompress.models.dense.model import DenseModel, missing_weights, open_source
 from llmcompress.models.dense.packed import OF_ENGINES, packing_method, rounds_inputs
 from llmcompress.models.dense.sizes import is_dense, own_sizes, sized_outline
 from llmcompress.models.dense.skeleton import auto_class, folder_skeleton
@@ -202,6 +202,13 @@ def check_fits(
         raise MemoryLimitError(
             f"{doing} holds {models} in {kind}, and this machine has {memory / 1e9:.1f} GB; {way_out}"
         )
+
+
+def load_writer(source: DenseModel) -> PreTrainedModel:
+    """Return a dense model on the CPU, to write calibration text. Raises MemoryLimitError if it does not fit there."""
+    way_out = "give another text than dataset: self, or take a larger machine"
+    check_fits("cpu", "writing calibration text", [source.place], way_out=way_out)
+    return source.load()
 
 
 def _bytes_held(place: Place, whole: bool, each: int) -> int:
