@@ -88,7 +88,7 @@ class BlockEntry:
         layouts = {name: Layout.from_json(layout) for name, layout in entry["layouts"].items()}
         rows = [LayerReport.from_json(row) for row in entry["rows"]]
         notes = entry["fused"], entry["unweighed"]
-        cost = int(entry["peak"]), entry["phases"]
+        cost = int(entry.get("peak", 0)), entry.get("phases", {})  # blocks of an earlier version have none
         return BlockEntry(rows, layouts, entry["learned"], *notes, float(entry["seconds"]), entry["kv_scales"], *cost)
 
 
@@ -290,12 +290,17 @@ def is_complete(output: Path, job: Job, device: str) -> bool:
     """
     if not output.is_dir() or not any(output.iterdir()):
         return False
-    if reports.read(output).run != run_name(identity_of(job, job.tokens, device)):
+    if not is_of(output, job, device):
         raise DiskError(
             f"{output} was left by a run with another recipe, model, text, device or version; remove it, or choose "
             f"another output folder"
         )
     return True
+
+
+def is_of(output: Path, job: Job, device: str) -> bool:
+    """True if this very job, but for its distillation, wrote the checkpoint `output`."""
+    return reports.read(output).run == run_name(identity_of(job, job.tokens, device))
 
 
 def _names_outside_blocks(job: Job) -> list[str]:

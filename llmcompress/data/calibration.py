@@ -17,10 +17,9 @@ from torch import Tensor
 from llmcompress.data import chat
 from llmcompress.data.builtin import stdlib_source
 from llmcompress.data.columns import Document
-from llmcompress.data.files import file_notes
 from llmcompress.data.generate import TextSampling, teacher_sequences
 from llmcompress.data.packing import PackedText, count_all, first_tokens, pack_documents
-from llmcompress.data.text import Reading, read_documents, shuffle
+from llmcompress.data.text import TURN, Reading, read_documents, shuffle
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.models.dense.config import context_length
 from llmcompress.recipe.calibration import OFFLINE, RANDOM, Calibration, Switch
@@ -212,7 +211,7 @@ def source_documents(config: Calibration, reading: Reading) -> Iterable[Document
         split=config.split,
         column=config.column,
         streaming=config.streaming,
-        in_turn=config.shuffle,
+        in_turn=TURN if config.shuffle else 0,
         reading=reading,
     )
     return shuffle(documents, config.seed) if config.shuffle else documents
@@ -222,7 +221,6 @@ def tokens_of(
     packed: PackedText, config: Calibration, bos: int | None, eos: int | None, reading: Reading
 ) -> CalibrationTokens:
     """Return packed text with its entries for the report; `reading`: what was understood of it."""
-    files = list_files(config.dataset) if is_file(config.dataset) else []
     published = source_name(config.model_copy(update={"dataset": hide_folder(config.dataset)}))
     return CalibrationTokens(
         sequences=packed.sequences.ids,
@@ -234,7 +232,7 @@ def tokens_of(
         packing=config.packing,
         documents=packed.read,
         dropped=packed.dropped,
-        notes=(*(note for path in files for note in file_notes(path)), *reading.notes(published)),
+        notes=tuple(reading.notes(published)),
         published=published,
         read_as=next(iter(reading.kinds), None) if config.dataset not in OFFLINE else None,
     )

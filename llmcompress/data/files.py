@@ -44,10 +44,10 @@ def read_text(path: Path) -> str:
         raise _unreadable(path, error) from error
 
 
-def file_rows(path: Path, longest: int | None = None) -> Iterator[Any]:
+def file_rows(path: Path, longest: int = LONGEST_TEXT) -> Iterator[Any]:
     """Yield the rows of a text file, or of a folder that `save_to_disk` of `datasets` wrote; one row for plain text.
 
-    longest: bytes of a row of plain text, by default LONGEST_TEXT; a longer file has several.
+    longest: bytes of a row of plain text; a longer file has several.
 
     Raises InputError for one that cannot be read.
     """
@@ -58,7 +58,7 @@ def file_rows(path: Path, longest: int | None = None) -> Iterator[Any]:
     try:
         match file_kind(path.name):
             case ".txt":
-                yield from _texts(path, longest or LONGEST_TEXT)
+                yield from _texts(path, longest)
             case ".jsonl":
                 yield from _json_rows(path)
             case ".json":
@@ -75,13 +75,6 @@ def file_rows(path: Path, longest: int | None = None) -> Iterator[Any]:
                 raise InputError(f"{path}: text is read from {known}, not from {kind}")
     except (OSError, EOFError, zlib.error) as error:  # the last two: of gzip
         raise _unreadable(path, error) from error
-
-
-def file_notes(path: Path) -> tuple[str, ...]:
-    """Return the report's note on a text file that is too long for one document."""
-    if path.suffix.lower() != ".txt" or not os.path.isfile(path) or path.stat().st_size <= LONGEST_TEXT:
-        return ()
-    return (f"{path} has {path.stat().st_size:,} bytes and is read as documents of at most {LONGEST_TEXT:,} bytes",)
 
 
 def parse_line(line: bytes | str, where: str, advice: str = "write one object per line") -> Any:

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from llmcompress.data.columns import Document, Message
+from llmcompress.data.files import LONGEST_TEXT
 from llmcompress.data.generate import Answer, Answerer, AnswerSampling
 from llmcompress.data.text import Reading, read_documents
 from llmcompress.errors import DiskError, InputError, RecipeError, Termination
+from llmcompress.models.dense.companions import GENERATION
 from llmcompress.models.dense.config import MODEL, read_entries
 from llmcompress.models.dense.load import check_fits, load_model
 from llmcompress.models.dense.locate import Place, locate
@@ -130,13 +132,13 @@ def answer(
     dtype = product_dtype("auto", device_of(device))
     whole = [place] if is_dense(read_entries(place.folder / MODEL, place.folder)) else []
     check_fits(device, "answering", whole, [] if whole else [place], dtype)
-    loaded, tokenizer = load_model(place, device, dtype), load_tokenizer(place.folder, trust_remote_code)
-    check_causal(loaded.config, "answering prompts")
-    answerer = Answerer(loaded, tokenizer, settings.sampling)
     made = {"model": place.name, "revision": place.revision, "dtype": str(dtype).removeprefix("torch.")}
     generation = made | asdict(settings.sampling) | {"versions": versions()}
     with lock_output(output, "file"):
         _check_new(output)  # once more, since another process may have ended
+        loaded, tokenizer = load_model(place, device, dtype), load_tokenizer(place.folder, trust_remote_code)
+        check_causal(loaded.config, "answering prompts")
+        answerer = Answerer(loaded, tokenizer, settings.sampling)
         try:
             store = _store(settings, place, output, generation)
             counts = _write(answerer, settings, output, generation, store, progress)
@@ -173,6 +175,7 @@ def prompts(settings: Answering) -> Iterator[Prompt]:
         revision=settings.revision,
         split=settings.split,
         column=settings.column,
+        in_turn=LONGEST_TEXT,
         reading=reading,
     )
     every = (_prompt(number, document) for number, document in enumerate(documents))
@@ -195,7 +198,7 @@ def _prompt(number: int, document: Document) -> Prompt | None:
 
 def _store(settings: Answering, place: Place, output: Path, generation: dict[str, Any]) -> Store:
     """Return the store beside `output`: a partial file of one run continues another of the same identity."""
-    ends = [path for path in [place.folder / "generation_config.json"] if path.is_file()]
+    ends = [path for path in [place.folder / GENERATION] if path.is_file()]
     digests = teacher_digest(place.folder, place.adapter), tokenizer_digest(place.folder), content_digest(ends)
     model = [*digests, *(generation[key] for key in ("model", "revision", "dtype"))]
     identity = {"model": model, "settings": asdict(settings), "versions": generation["versions"]}

@@ -19,13 +19,13 @@ from llmcompress.data.columns import Document, count_unread, describe_absence, r
 from llmcompress.data.files import DATASET_ERRORS, LONGEST_TEXT, arrow_rows, file_rows, is_saved
 from llmcompress.errors import InputError, first_line, list_names
 from llmcompress.recipe.calibration import OFFLINE, Calibration
-from llmcompress.recipe.text_files import FILE_KINDS, PACKED_KINDS, file_kind, is_file, list_files
+from llmcompress.recipe.text_files import FILE_KINDS, file_kind, is_file, list_files
 from llmcompress.recipe.yaml import shorten
 
 LOG = logging.getLogger("llmcompress")
 EXAMPLE = 100  # characters of the first document to show
 TURNS = 32  # files that are read in turn; the next one begins when one ends
-PART = 1 << 14  # bytes of a document of plain text where several files are read in turn
+TURN = 1 << 14  # bytes of a document of plain text where several files are read in turn for their tokens
 PATIENCE = 1000  # rows without the columns of a text before it is given up
 SHUFFLE_BUFFER = 4096  # documents held while shuffling; a smaller source is shuffled completely
 HELD_CHARACTERS = 1 << 28  # of them; fewer documents are held where they are longer
@@ -91,23 +91,24 @@ def read_documents(
     split: str | None = None,
     column: str | tuple[str, str] | None = None,
     streaming: bool = True,
-    in_turn: bool = False,
+    in_turn: int = 0,
     reading: Reading | None = None,
 ) -> Iterator[Document]:
     """Yield the documents of "builtin", "stdlib", local files as `list_files` names them, or a data set by name.
 
-    A .txt file is one document. `in_turn`: take a document of each of several files in turn, so that none is left out
-    where few documents are read; .txt files are then cut into short ones. Blank documents are left out; `reading`
-    counts them. How rows are understood is logged once, at INFO, as a record with a `note`. Raises InputError for text
-    that cannot be read.
+    A .txt file is one document of at most LONGEST_TEXT bytes; a longer one is several. `in_turn`: take a document of
+    each of several files in turn, of at most so many bytes of a .txt file, so that none is left out where few are read;
+    0: one file after the other. Blank documents are left out; `reading` counts them. How rows are understood is logged
+    once, at INFO, as a record with a `note`. Raises InputError for text that cannot be read.
     """
     reading = Reading() if reading is None else reading
     files = list_files(dataset) if is_file(dataset) else []
-    several = in_turn and len(files) > 1
+    several = in_turn > 0 and len(files) > 1
+    longest = in_turn if several else LONGEST_TEXT
     reading.rows_by_place.update(dict.fromkeys(map(str, files), 0))
     sources: Iterator[tuple[str, Iterable[Any]]]
     if files:
-        sources = ((str(path), file_rows(path, PART if several else None)) for path in files)
+        sources = ((str(path), file_rows(path, longest)) for path in files)
     else:
         sources = iter([(dataset, _named_rows(dataset, subset, revision, split, streaming, reading.cuts))])
     for place, number, row in _take_turns(sources, TURNS if several else 1):
@@ -124,8 +125,9 @@ def read_documents(
         reading.count(row, document, columns)
         if reading.kinds.total() == 1 and dataset not in OFFLINE:
             LOG.info("%s", _describe(dataset, reading, row, document, columns), extra={"note": True})
-        if number == 2 and not several and file_kind(place) == ".txt" and place.lower().endswith(PACKED_KINDS):
-            reading.cuts.add(f"{place} is read as documents of at most {LONGEST_TEXT:,} bytes")
+        if number == 2 and file_kind(place) == ".txt":
+            what = "long .txt files are read in turn," if several else f"{Path(place).name} is read"
+            reading.cuts.add(f"{what} as documents of at most {longest:,} bytes")
         yield document
     reading.check()
 

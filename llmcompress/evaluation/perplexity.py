@@ -20,7 +20,7 @@ from llmcompress.data.builtin import stdlib_text
 from llmcompress.data.calibration import bos_token, document_tokens
 from llmcompress.data.files import read_text
 from llmcompress.data.packing import count_all, pack_documents
-from llmcompress.data.text import Reading, read_documents
+from llmcompress.data.text import TURN, Reading, read_documents
 from llmcompress.errors import InputError, NumericsError, RecipeError
 from llmcompress.evaluation.logits import Counting, Readable, window_logits
 from llmcompress.evaluation.processes import ALONE, Processes
@@ -128,7 +128,7 @@ def _document_windows(
     """Do as `text_windows` for files of documents, which are joined as in calibration, without EOS."""
     _check_windows(windows, length, readers)
     reading, bos = Reading(), bos_token(tokenizer)
-    documents = read_documents(dataset, in_turn=True, reading=reading)
+    documents = read_documents(dataset, in_turn=TURN, reading=reading)
     pieces = (document_tokens(each, tokenizer, "auto", None, True, reading.cuts) for each in documents)
     tokens = (count_all(_strip_bos(each, bos)) for each in pieces)
     rows = pack_documents(tokens, bos, length, windows).sequences.ids

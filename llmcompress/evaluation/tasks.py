@@ -17,6 +17,7 @@ import os
 import random
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,15 +112,15 @@ def _locate_tasks(manager_class: Any, protocol: Protocol) -> FoundTasks:
             raise RecipeError(f"there is no task {task!r}; {hint}")
         else:
             specs.append(task if spec is None else spec)
-    names = [spec["task"] if isinstance(spec, dict) else str(spec) for spec in specs]
-    if twice := [name for name in names if names.count(name) > 1]:
+    try:
+        loaded = [task for spec in specs for task in manager.load([spec])["tasks"].items()]
+        _check_examples((task for _, task in loaded), protocol.num_fewshot)
+    except (*FAILURES, yaml.YAMLError, DatasetsError) as error:
+        raise InputError(describe_failure(error, tasks, "cannot be loaded")) from error
+    if twice := [name for name, count in Counter(name for name, _ in loaded).items() if count > 1]:
         raise RecipeError(
             f"two tasks are called {twice[0]!r}, and their scores would be one; rename one, or leave it out"
         )
-    try:
-        _check_examples(manager.load(specs)["tasks"].values(), protocol.num_fewshot)
-    except (*FAILURES, yaml.YAMLError, DatasetsError) as error:
-        raise InputError(describe_failure(error, tasks, "cannot be loaded")) from error
     return FoundTasks(specs, manager)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,8 +106,9 @@ def verify(
         check_causal(model.config, "measuring a distance to another model")
     teacher = open_model(references[0], device) if references else None
     protocol = Protocol(text, windows, min(length, context_length(model.config) or length))
-    run = partial(evaluate, model, tokenizer, protocol, against=teacher, progress=progress or progress_lines())
-    scores = run() if is_causal(model.config) else None
+    progress, scores = progress or progress_lines(), None
+    if is_causal(model.config):
+        scores = evaluate(model, tokenizer, protocol, against=teacher, progress=progress)
     return Verification(
         files=len(manifest(home) or files),
         layers=len(compressed_modules(model)) if layers is None else layers,
@@ -125,7 +125,7 @@ def _gguf_files(folder: Path) -> list[Path]:
         stored_by(folder)  # which says why
     files = [folder] if folder.is_file() else [] if (folder / MODEL).is_file() else sorted(folder.glob("[!.]*.gguf"))
     models = [path for path in files if path.name != TERMS]
-    terms = [path.with_name(TERMS) for path in models if path.with_name(TERMS).is_file()]
+    terms = [path.with_name(TERMS) for path in models if TERMS in (manifest(path.parent) or ())]
     return [*models, *terms] if len(models) == 1 else files
 
 

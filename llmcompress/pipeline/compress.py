@@ -25,7 +25,7 @@ from llmcompress.compression.job import Job, prepare
 from llmcompress.compression.plan import Plan, plan_of
 from llmcompress.compression.result import Result
 from llmcompress.compression.run import Progress
-from llmcompress.compression.run_files import is_complete
+from llmcompress.compression.run_files import is_complete, is_of
 from llmcompress.compression.time_estimate import estimate_time
 from llmcompress.data.text import preview_text
 from llmcompress.errors import DiskError, RecipeError
@@ -42,6 +42,7 @@ from llmcompress.models.files.output import (
     is_ours,
     lock_output,
     remove_folder,
+    staging_of,
 )
 from llmcompress.pipeline.quality_check import check_gates, is_unsettled, judge
 from llmcompress.recipe.compression import Recipe
@@ -314,7 +315,7 @@ def compress_job(
     may_be_done = resume and staged.is_dir() and (target / file_names.REPORT).is_file()
     if may_be_done and (result := completed_result(target, job, device)) is not None:  # an earlier run just ended
         return result
-    check_writable(target, 2 * plan_of(first).bytes)
+    check_writable(target, 2 * plan_of(first).bytes, [staged, staging_of(staged)])
     if not resume or not (staged / file_names.REPORT).is_file():  # or its removal was interrupted
         with lock_output(target, "output folder"), lock_output(staged, "output folder"):  # no other process trains it
             _discard_beside(target)
@@ -349,7 +350,9 @@ def completed_result(output: Path, job: Job, device: str) -> Result | None:
     with lock_output(output, "output folder") as staging:  # the earlier run may have ended before removing all this
         if is_ours(staging):
             remove_folder(staging)
-        if wanted is not None:
+        staged = output.with_name(output.name + STAGED)
+        whole = (staged / file_names.REPORT).is_file()
+        if wanted is not None and (not whole or is_of(staged, job.undistilled, device)):
             _discard_beside(output)
     return Result(output, reports.read(output), distillation=reports.read_distillation(output))
 

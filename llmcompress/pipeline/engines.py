@@ -39,7 +39,7 @@ from llmcompress.models.files.output import (
     remove_folder,
 )
 from llmcompress.models.files.reading import read_json
-from llmcompress.pipeline.compress import attach_note, completed_result, compress, plan, remove_checkpoint
+from llmcompress.pipeline.compress import STAGED, attach_note, completed_result, compress, plan, remove_checkpoint
 from llmcompress.pipeline.quality_check import is_unsettled
 from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.read import read_recipe
@@ -135,19 +135,18 @@ def compress_for(
         return compress(model, aimed, output, resume=resume, **options)
     check_writable(output, 0)
     if aimed.target is None:
-        check_writable(output, _bytes_to_write(engine, job, output))
+        ends = (CHECKPOINT, f"{CHECKPOINT}.partial", f"{CHECKPOINT}{STAGED}", EXPORT)
+        check_writable(output, _bytes_to_write(engine, job), [output.with_name(output.name + end) for end in ends])
     staging = output.with_name(output.name + EXPORT)
     is_ours(staging)  # raises now what would be in the way later
     with lock_output(staging, "output folder"):
         return _compress_and_export(engine, form, job, model, output, resume, options)
 
 
-def _bytes_to_write(engine: str, job: Job, output: Path) -> int:
-    """Return the bytes of checkpoint and export, which lie side by side at the end, without those of an earlier run."""
+def _bytes_to_write(engine: str, job: Job) -> int:
+    """Return the bytes of checkpoint and export, which lie side by side at the end."""
     planned = plan_of(job)
-    both = planned.bytes + plan_in_files(planned, job, SIZED[engine](job)).bytes
-    beside = [output.with_name(output.name + end) for end in (CHECKPOINT, f"{CHECKPOINT}.partial", EXPORT)]
-    return both - sum(path.stat().st_size for folder in beside for path in folder.rglob("*"))
+    return planned.bytes + plan_in_files(planned, job, SIZED[engine](job)).bytes
 
 
 def _compress_and_export(

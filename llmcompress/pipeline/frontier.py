@@ -167,9 +167,11 @@ def _check_recipes(recipes: Sequence[Recipe]) -> None:
 
 
 def _check_output(output: Path) -> None:
-    """Raise DiskError for a folder with other contents."""
+    """Raise DiskError for a folder with other contents, InputError for the damaged record of a sweep."""
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / FILE).is_file())):
         raise DiskError(f"{output} exists and is not an earlier sweep; remove it or choose another output folder")
+    if (output / FILE).is_file():
+        read_json(output / FILE, "remove that file, or choose another output folder")
 
 
 def _folder_of(recipe: str, output: Path, is_alone: bool) -> Path:

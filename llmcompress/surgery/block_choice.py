@@ -18,6 +18,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ from llmcompress.data.calibration import calibration_tokens
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.models.dense.blocks import body, states_between
 from llmcompress.models.dense.config import context_length
-from llmcompress.models.dense.load import check_fits, load_model
+from llmcompress.models.dense.load import check_fits, load_model, load_writer
 from llmcompress.models.dense.locate import Place, locate
 from llmcompress.models.dense.model import open_source
 from llmcompress.recipe.calibration import Calibration
@@ -105,7 +106,7 @@ def _read_text(place: Place, count: int, text: str, samples: int, device: str) -
     check_fits(device, "choosing blocks", [place])
     length = min(LENGTH, context_length(source.config) or LENGTH)
     calibration = Calibration(dataset=text, samples=samples, length=length, held_out=0)
-    tokens = calibration_tokens(calibration, source.tokenizer(), lambda: load_model(place), source.config)
+    tokens = calibration_tokens(calibration, source.tokenizer(), partial(load_writer, source), source.config)
     return tokens.sequences, tokens.source
 
 

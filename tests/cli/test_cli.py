@@ -554,7 +554,7 @@ def test_a_second_change_into_an_output_does_not_begin(
     monkeypatch.setattr(f"llmcompress.surgery.{work}", lambda *_, **__: pytest.fail("it has begun"))
     with lock_work(tmp_path / "out"):
         done = run(*words.split(), "-o", tmp_path / "out")
-    assert done.exit_code == 6 and "is being written by another process" in done.stderr
+    assert done.exit_code == 6 and f"{tmp_path / 'out'} is being written by another process" in done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -132,6 +133,15 @@ def test_where_a_disk_is_mounted_no_folder_can_go(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Path, "rename", nth(0, Path.rename, OSError(errno.EBUSY, "Device or resource busy")))
     with pytest.raises(DiskError, match=sentence), checkpoint.write_checkpoint(out) as writer:
         writer.write("config.json", "{}")
+
+
+def test_what_lies_beside_an_output_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "weights").write_bytes(bytes(60))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=50))
+    checkpoint.check_writable(tmp_path / "out", 100, [tmp_path / "copy", tmp_path / "none"])
+    with pytest.raises(DiskError, match="its disk has 50 B free"):
+        checkpoint.check_writable(tmp_path / "out", 100)
 
 
 def test_what_is_not_ours_stays(place: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from llmcompress.data import chat, files
 from llmcompress.data import text as texts
 from llmcompress.data.calibration import LONG_LINE, PIECE, CalibrationTokens, calibration_tokens, pieces
 from llmcompress.data.chat import render_chat
-from llmcompress.data.files import file_notes, file_rows
+from llmcompress.data.files import file_rows
 from llmcompress.data.text import read_documents, shuffle
 from llmcompress.errors import InputError
 from llmcompress.evaluation import perplexity
@@ -51,15 +51,11 @@ def test_a_long_file_is_several_documents_and_nothing_is_lost(tmp_path: Path, mo
     text = "Zwölf Wörter.\r\n" * 40 + "ü" * 100 + "word " * 40
     path = tmp_path / "text.txt"
     path.write_bytes(text.encode())
-    assert file_notes(path) == ()
+    monkeypatch.setattr(files, "NEAR", 10)
     for length in range(20, 90, 7):
-        monkeypatch.setattr(files, "LONGEST_TEXT", length)
-        monkeypatch.setattr(files, "NEAR", 10)
-        found = list(file_rows(path))
+        found = list(file_rows(path, length))
         assert "".join(found) == text.replace("\r\n", "\n")
         assert max(len(one.encode()) for one in found) <= length
-        [note] = file_notes(path)
-        assert f"at most {length} bytes" in note
 
 
 def test_a_long_line_is_cut_and_the_report_says_so(tmp_path: Path) -> None:

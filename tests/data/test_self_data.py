@@ -22,7 +22,7 @@ from llmcompress.cli.app import app
 from llmcompress.data import generate, self_data
 from llmcompress.data.calibration import calibration_tokens
 from llmcompress.data.generate import Answer, Answerer, AnswerSampling, repetitive, turn_end
-from llmcompress.data.self_data import Answering, answer
+from llmcompress.data.self_data import Answering, answer, prompts
 from llmcompress.errors import (
     DiskError,
     InputError,
@@ -223,6 +223,14 @@ def test_what_was_asked_for_is_answered(place: Path) -> None:
     for line in lines(place / "out.jsonl"):
         assert line["id"] in (0, 1, 2, 4)  # the third row has no question
         assert line["checked"] == (line["source"] == "teacher") == (line["generation"] is not None)
+
+
+def test_prompts_of_several_files_are_taken_in_turn(place: Path) -> None:
+    for name in "ab":
+        rows = [{"text": f"{name}{number}"} for number in range(3)]
+        (place / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    asked = request(place, dataset=f"{place}/a.jsonl,{place}/b.jsonl", prompts=3)
+    assert [prompt.messages[0]["content"] for prompt in prompts(asked)] == ["a0", "b0", "a1"]
 
 
 def test_the_reference_takes_the_place_of_what_failed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,7 @@ def test_a_packed_text_is_the_text(tmp_path: Path, suffix: str, monkeypatch: pyt
     packed.write_bytes(gzip.compress(text.encode()) if suffix == ".gz" else pack(text.encode()))
     assert read(packed).hash == read(tmp_path / "plain.txt").hash
     assert not read(packed).notes
-    monkeypatch.setattr(files, "LONGEST_TEXT", 100)
+    monkeypatch.setattr(sources, "LONGEST_TEXT", 100)
     assert "".join(read_documents(str(packed))) == text.replace("\r\n", "\n")  # type: ignore[arg-type]
     [note] = read(packed, samples=20).notes
     assert "is read as documents of at most" in note
@@ -269,28 +269,29 @@ def test_several_files_are_read_in_turn(tmp_path: Path, monkeypatch: pytest.Monk
     for name, count in (("a", 4), ("b", 2), ("c", 1)):
         (tmp_path / f"{name}.jsonl").write_bytes(lines([{"text": f"{name}{number}"} for number in range(count)]))
     rows = partial(read_documents, f"{tmp_path}/*.jsonl")
-    assert list(rows(in_turn=True)) == ["a0", "b0", "c0", "a1", "b1", "a2", "a3"]
+    assert list(rows(in_turn=100)) == ["a0", "b0", "c0", "a1", "b1", "a2", "a3"]
     assert list(rows()) == ["a0", "a1", "a2", "a3", "b0", "b1", "c0"]
     monkeypatch.setattr(sources, "TURNS", 2)  # as many files as may be open
-    assert list(rows(in_turn=True)) == ["a0", "b0", "a1", "b1", "a2", "a3", "c0"]
+    assert list(rows(in_turn=100)) == ["a0", "b0", "a1", "b1", "a2", "a3", "c0"]
     reading = Reading()
-    assert next(rows(in_turn=True, reading=reading)) == "a0"
+    assert next(rows(in_turn=100, reading=reading)) == "a0"
     assert reading.notes("*.jsonl") == [
         "b.jsonl, c.jsonl of *.jsonl gave no text: the others were enough, or these are empty"
     ]
 
 
 def test_plain_text_of_several_files_is_cut_to_be_read_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "PART", 8)
+    monkeypatch.setattr("llmcompress.data.calibration.TURN", 8)
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text("".join(f"line {name}{number}\n" for number in range(3)))
-    parts = list(read_documents(f"{tmp_path}/a.txt,{tmp_path}/b.txt", in_turn=True))
+    parts = list(read_documents(f"{tmp_path}/a.txt,{tmp_path}/b.txt", in_turn=8))
     assert parts == [f"line {name}{number}\n" for number in range(3) for name in "ab"]
-    assert list(read_documents(f"{tmp_path}/a.txt", in_turn=True)) == ["line a0\nline a1\nline a2\n"]
+    assert list(read_documents(f"{tmp_path}/a.txt", in_turn=8)) == ["line a0\nline a1\nline a2\n"]
     config = Calibration(dataset=f"{tmp_path}/*.txt", samples=2, length=8, held_out=0, shuffle=False)
     assert list(source_documents(config, Reading())) == [(tmp_path / f"{name}.txt").read_text() for name in "ab"]
-    both = source_documents(config.model_copy(update={"shuffle": True}), Reading())
+    both = source_documents(config.model_copy(update={"shuffle": True}), reading := Reading())
     assert sorted(map(str, both)) == sorted(parts)
+    assert reading.notes("*.txt") == ["long .txt files are read in turn, as documents of at most 8 bytes"]
 
 
 def test_recipes_in_outputs_name_the_files_without_folders(tmp_path: Path) -> None:

@@ -199,6 +199,12 @@ def test_too_few_examples_are_told_before_anything_is_scored(write: Write) -> No
     assert run_tasks(tiny("llama", max_position_embeddings=512), tiny_tokenizer(), most).failure is None
 
 
+def test_two_files_with_tasks_of_one_name_are_refused(write: Write) -> None:
+    tasks = tuple(write(name, [("a cat", "cat a")], task="mine") for name in ("one", "two"))
+    with pytest.raises(RecipeError, match="two tasks are called 'mine', and their scores would be one"):
+        find_tasks(tiny_tokenizer(), Protocol(tasks=tasks))
+
+
 def test_tasks_are_looked_up_before_a_text_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for door in ("perplexity", "distance", "windows_by_text"):
         monkeypatch.setattr(f"llmcompress.evaluation.evaluate.{door}", lambda *_: pytest.fail("noticed too late"))

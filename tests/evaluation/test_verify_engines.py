@@ -56,6 +56,9 @@ def test_what_an_engine_loads_is_verified(engine: str, dense: Path, tmp_path: Pa
     assert verified.kl == pytest.approx(scored["kl"]) and verified.bytes == scored["bytes"]
     if engine == "llama.cpp":
         assert lc.verify(folder / "model.gguf", windows=2, length=32).layers == len(report.layers)
+        shutil.copy(folder / "model.gguf", tmp_path / "copy.gguf")
+        (tmp_path / "lora.gguf").write_bytes(b"GGUF")  # another model's
+        assert lc.verify(tmp_path / "copy.gguf", windows=2, length=32).files == 1
 
 
 def refusal(*words: str | Path) -> str:

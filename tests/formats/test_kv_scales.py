@@ -62,7 +62,10 @@ def test_scales_are_of_the_largest_keys_and_values(source: Path, ours: Path) -> 
     assert found.keys() == wanted.keys()
     assert all(found[path] == pytest.approx(wanted[path], rel=1e-4) for path in wanted)
     entry = BlockEntry(kv_scales=found)
-    assert BlockEntry.from_json(json.loads(json.dumps(entry.to_json()))).kv_scales == found
+    stored = json.loads(json.dumps(entry.to_json()))
+    assert BlockEntry.from_json(stored).kv_scales == found
+    del stored["peak"], stored["phases"]  # as an earlier version wrote it
+    assert BlockEntry.from_json(stored) == entry
 
 
 def test_scales_are_of_values_whose_channels_were_scaled(tmp_path: Path) -> None:

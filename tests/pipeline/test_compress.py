@@ -114,6 +114,10 @@ def test_a_complete_output_leaves_nothing_beside_it(place: Path, tmp_path: Path)
     job = prepare(resolve(str(place / "dense")), read_recipe(asked))
     assert completed_result(out, job, "cpu") is not None
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    others = {key: asked[key] for key in asked.keys() - {"distill"}} | {"seed": 9}
+    lc.compress(place / "dense", others, tmp_path / "out.compressed")
+    assert completed_result(out, job, "cpu") is not None
+    assert (tmp_path / "out.compressed").is_dir(), "what another recipe made stays"
 
 
 @pytest.mark.slow

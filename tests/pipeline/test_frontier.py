@@ -434,6 +434,12 @@ def a_file(place: Path, out: Path) -> Any:
     return swept(place, out)
 
 
+def a_damaged_record(place: Path, out: Path) -> Any:
+    out.mkdir()
+    (out / sweep.FILE).write_text("{")
+    return swept(place, out)
+
+
 def too_little_text(place: Path, out: Path) -> Any:
     recipe = read_recipe(values(place))
     return frontier(place / "dense", [recipe], budgets("3", None), out, Protocol("short", 4, 48))
@@ -454,6 +460,7 @@ CANNOT = [
     (no_name_of_a_folder, 2, r"the recipe's name '\.\./b' cannot name a folder"),
     (something_else, 4, "out exists and is not an earlier sweep"),
     (a_file, 4, "out exists and is not an earlier sweep"),
+    (a_damaged_record, 5, "frontier.json is not readable JSON .*; remove that file"),
     (too_little_text, 5, "the evaluation text has 5 tokens, less than one window of 48"),
     (a_task_that_is_not_there, 5, "there is no task file none.yaml"),
     (no_model, 5, "nothing"),

@@ -288,6 +288,8 @@ def test_a_model_that_does_not_fit_is_not_loaded_to_choose_blocks(
     for choose in ways:
         with pytest.raises(MemoryLimitError, match="choosing blocks holds .*; take a larger machine"):
             choose(model, 1, text=str(written(tmp_path)))
+        with pytest.raises(MemoryLimitError, match="writing calibration text holds .*; give another text"):
+            choose(model, 1, text="self", device="cuda")
 
 
 @pytest.mark.parametrize("words, numbers", [("2", (2,)), ("13-15", (13, 14, 15)), ("4, 7-8", (4, 7, 8))])

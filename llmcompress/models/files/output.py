@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from llmcompress.errors import DiskError, LockedError, RecipeError, format_bytes
 from llmcompress.models.files.reading import is_text
 
+STAGING = "partial"  # the suffix of a folder or file of unfinished work
 MARK = ".llmcompress"  # a file in a folder of unfinished work, which says that it is ours
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # bytes, on Linux's file systems
 BESIDE = 24  # bytes that names beside an output have more than its own, such as ".training.partial.lock"
@@ -70,10 +71,10 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_writable(output: Path, needed: int) -> None:
+def check_writable(output: Path, needed: int, beside: Sequence[Path] = ()) -> None:
     """Raise DiskError unless a folder with `needed` bytes can be made at `output`, which must not exist yet.
 
-    Bytes in `<output>.partial` count as free: they will be resumed from or deleted.
+    Bytes in `<output>.partial` and in the folders `beside` count as free: they will be resumed from or deleted.
     """
     check_output_name(output)
     if output.is_symlink():
@@ -85,7 +86,8 @@ def check_writable(output: Path, needed: int) -> None:
     parent = _parent(output)
     staging = staging_of(output)
     is_ours(staging)
-    free = shutil.disk_usage(parent).free + sum(path.stat().st_size for path in staging.rglob("*"))
+    unfinished = (path for folder in (staging, *beside) for path in folder.rglob("*"))
+    free = shutil.disk_usage(parent).free + sum(path.stat().st_size for path in unfinished)
     if free < needed:
         raise DiskError(
             f"{output} needs {format_bytes(needed)} and its disk has {format_bytes(free)} free; choose another"
@@ -103,16 +105,18 @@ def _parent(output: Path) -> Path:
 def staging_of(output: Path) -> Path:
     """Return the folder or file that will become `output`. Raises what `check_name` raises."""
     check_name(output)
-    return output.with_name(output.name + ".partial")
+    return output.with_name(f"{output.name}.{STAGING}")
 
 
 @contextmanager
-def lock_output(output: Path, kind: str) -> Iterator[Path]:
+def lock_output(output: Path, kind: str, stage: str = STAGING) -> Iterator[Path]:
     """Keep other processes from writing `output`, and yield its staging path; `kind`: "output folder" or "file".
 
-    Raises LockedError while another process writes there, DiskError for a place that cannot be written to.
+    `stage`: the part of the work; other parts have locks of their own. Raises LockedError while another process writes
+    there, DiskError for a place that cannot be written to.
     """
-    staging = staging_of(output)
+    check_name(output)
+    staging = output.with_name(f"{output.name}.{stage}")
     lock = FileLock(staging.with_name(staging.name + ".lock"), timeout=0)
     _parent(output)
     try:
@@ -135,11 +139,7 @@ def lock_work(output: Path | None) -> Iterator[None]:
 
     Raises what `lock_output` raises.
     """
-    if output is None:
-        yield
-        return
-    check_name(output)
-    with lock_output(output.with_name(f"{output.name}.change"), "output folder"):
+    with nullcontext() if output is None else lock_output(output, "output folder", "change"):
         yield
 
 
