@@ -107,9 +107,12 @@ def _compress_items(
     names = list(dict.fromkeys((item.group, item.name) for item in items))
 
     def compress_rows(name: str, group: InputGroup) -> tuple[Layer, dict[int, Outcome]]:
-        layer, steps = layer_of(job, block, name, group), job.all_steps[name]
+        layer, steps, parts = layer_of(job, block, name, group), job.all_steps[name], dict[int, Outcome]()
         with phase("methods"):
-            parts = {item.rows.start: apply_to_run(layer, steps, item.rows) for item in items if item.name == name}
+            for item in (item for item in items if item.name == name):
+                parts[item.rows.start] = apply_to_run(layer, steps, item.rows)
+                if len(layer.weight) >= MANY:
+                    trim_memory()  # what a run has freed lies between what the runs keep
         return layer, parts
 
     tasks = [partial(compress_rows, name, groups[number]) for number, name in names]
@@ -205,8 +208,6 @@ def _pack_layer(job: Job, layer: Layer, parts: Sequence[Outcome], group: InputGr
     The errors of a large matrix are those of some rows, read from what was packed: a whole decoded token table may be
     most of a run's memory. Raises NumericsError for NaN or Inf in it.
     """
-    if len(layer.weight) >= MANY:
-        trim_memory()  # what runs have freed lies between what they keep
     stored, notes = join_runs(parts)
     with phase("pack"):
         packed = pack_weight(stored, group.format)

@@ -14,7 +14,13 @@ from llmcompress.distillation.objective.early_exits import Exits
 from llmcompress.distillation.objective.forward import check_boundaries, check_head
 from llmcompress.distillation.objective.hidden_states import last_block_read
 from llmcompress.distillation.on_policy import check_on_policy
-from llmcompress.distillation.parallel.launch import check_enough, is_sharded, loading_device, receives_shares
+from llmcompress.distillation.parallel.launch import (
+    check_enough,
+    check_experts,
+    is_sharded,
+    loading_device,
+    receives_shares,
+)
 from llmcompress.distillation.student.model import Student
 from llmcompress.distillation.teacher.cache import cache_teacher
 from llmcompress.distillation.teacher.predictions import (
@@ -26,7 +32,7 @@ from llmcompress.distillation.teacher.predictions import (
 )
 from llmcompress.distillation.teacher.quantized import load_quantized, measure_quantization
 from llmcompress.losses.loss import reads_states
-from llmcompress.models.dense.experts import unfuse
+from llmcompress.models.dense.experts import experts_of, unfuse
 from llmcompress.models.dense.headers import stored_dtype
 from llmcompress.models.dense.load import check_fits, load_model
 from llmcompress.models.dense.locate import Place
@@ -67,6 +73,8 @@ def check_job(job: DistillationJob, student: PreTrainedModel, teacher: PreTraine
     """Raise RecipeError or InputError for a job whose recipe, data and models do not go together, or for a model that
     does not compute its logits, or keep documents of one sequence apart, as the training does."""
     check_enough(len(job.data.sequences), job.recipe)
+    if experts_of(student):
+        check_experts(job.accelerator)
     check_on_policy(job)
     last_block_read(student, teacher, job.recipe.losses)
     if not receives_shares(job.accelerator):  # in such a process the models have another precision

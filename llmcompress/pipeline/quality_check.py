@@ -34,6 +34,7 @@ from llmcompress.recipe.target import Target
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.report import GATE_TOKENS, GATE_WINDOW, GateReport, Report, measured_gates, pending_gates
 from llmcompress.runtime.memory import peak_memory, total_memory
+from llmcompress.runtime.progress import digest_file
 from llmcompress.runtime.ranks import ALONE, Ranks
 
 
@@ -137,7 +138,8 @@ def _measure_folder(job: Job, folder: Path, device: str, progress: Counting | No
         except (InputError, MemoryLimitError) as error:
             return pending_gates(job.recipe.gates.of_quality, f"that failed ({error})")
 
-    if all(ranks.gather((folder / REPORT).is_file())):
+    digests = ranks.gather(digest_file(folder / REPORT) if (folder / REPORT).is_file() else None)
+    if len(set(digests)) == 1:  # on a disk that all machines see
         return measure_shared(ranks)
     return ranks.first(lambda: measure_shared(ALONE))
 

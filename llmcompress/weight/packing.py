@@ -48,8 +48,12 @@ def pack(codes: Tensor, levels: int) -> Tensor:
     flat = codes.reshape(-1)
     if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < levels:
         raise ValueError(f"codes {int(flat.min())}..{int(flat.max())} do not fit in {levels} levels")
-    codes_in_run = (digits_per_byte(levels) or 8) * RUNS
-    return torch.cat([_pack(run, levels) for run in flat.split(codes_in_run)])
+    digits = digits_per_byte(levels)
+    packed = flat.new_empty(packed_bytes(levels, flat.numel()), dtype=torch.uint8)  # pieces would lie between words
+    places = packed.split((1 if digits else stream_bits(levels)) * RUNS)
+    for run, place in zip(flat.split((digits or 8) * RUNS), places):
+        place.copy_(_pack(run, levels))
+    return packed
 
 
 def _pack(flat: Tensor, levels: int) -> Tensor:
@@ -62,7 +66,7 @@ def _pack(flat: Tensor, levels: int) -> Tensor:
     places = torch.arange(8, device=flat.device)
     word = (_rows(flat, 8).to(torch.int64) << (bits * places)).sum(1)
     octets = ((word[:, None] >> (8 * places[:bits])) & 255).to(torch.uint8)
-    return octets.reshape(-1)[: -(-flat.numel() * bits // 8)].clone()
+    return octets.reshape(-1)[: -(-flat.numel() * bits // 8)]
 
 
 def unpack(packed: Tensor, levels: int, count: int) -> Tensor:

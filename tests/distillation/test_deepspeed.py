@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llmcompress.distillation.parallel import launch
 from llmcompress.distillation.parallel.deepspeed import gather_piece, run_in_precision, take_piece
-from llmcompress.distillation.parallel.launch import check_partitioning, check_sharding
+from llmcompress.distillation.parallel.launch import check_experts, check_partitioning, check_sharding
 from llmcompress.distillation.parallel.strategy import Strategy
 from llmcompress.distillation.run import distill
 from llmcompress.errors import RecipeError
@@ -108,6 +108,11 @@ def test_codes_are_not_frozen_in_pieces() -> None:
     recipe = Distillation(rates={"codes": 1e-3}, freezing={})
     with pytest.raises(RecipeError, match="freezing removes gradients of single codes"):
         check_partitioning(accelerator(DeepSpeedPlugin(zero_stage=2)), recipe)
+
+
+def test_experts_do_not_train_in_pieces() -> None:
+    with pytest.raises(RecipeError, match="mixes gradients of experts where processes reach different ones; launch"):
+        check_experts(accelerator(DeepSpeedPlugin(zero_stage=2)))
 
 
 def test_deepspeed_is_for_gpus() -> None:

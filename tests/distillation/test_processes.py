@@ -373,7 +373,8 @@ def test_latents_can_start_at_a_compressed_teacher(place: Path, tmp_path: Path) 
 
 
 @launches
-def test_experts_that_no_token_of_a_step_reaches(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_experts_that_no_token_of_a_step_reaches(engine: str, place: Path, tmp_path: Path) -> None:
     """Each process reads one sequence, whose last tokens choose one of sixteen experts."""
     save_zoo("qwen3_moe", tmp_path / "moe", num_experts=16, num_experts_per_tok=1)
     data = {"dataset": str(place / "text.txt"), "samples": 8, "length": 32, "held_out": 2}
@@ -386,7 +387,7 @@ def test_experts_that_no_token_of_a_step_reaches(place: Path, tmp_path: Path) ->
         "rates": {"codes": 1e-2, "scales": 5e-3},
     }
     wanted = run(asked | {"output": str(tmp_path / "alone")})["history"]
-    for found in answers("ddp", [asked], tmp_path):
+    for found in answers(engine, [asked], tmp_path):
         for one, other in zip(wanted, found[0]["history"], strict=True):
             assert math.isclose(one["kl"], other["kl"], rel_tol=1e-5)
 

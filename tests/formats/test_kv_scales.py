@@ -65,7 +65,7 @@ def test_scales_are_of_the_largest_keys_and_values(source: Path, ours: Path) -> 
     stored = json.loads(json.dumps(entry.to_json()))
     assert BlockEntry.from_json(stored).kv_scales == found
     del stored["peak"], stored["phases"]  # as an earlier version wrote it
-    assert BlockEntry.from_json(stored) == entry
+    assert BlockEntry.from_json(stored).to_json() == entry.to_json()
 
 
 def test_scales_are_of_values_whose_channels_were_scaled(tmp_path: Path) -> None:

@@ -8,9 +8,12 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,6 +129,21 @@ def test_a_file_is_unpacked_once(file: Path, cache: Path, monkeypatch: pytest.Mo
     assert locate(file) == first
     assert companions(first.folder).left == (), "a run has nothing to say of the files"
     assert [path.name for path in cache.iterdir()] == [first.folder.name]
+
+
+def test_of_several_processes_one_unpacks_a_file(file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writing: list[Path] = []
+    write = gguf_model._write_model
+
+    def write_late(*given: Any) -> None:
+        writing.append(file)
+        time.sleep(0.5)  # for the other to come
+        write(*given)
+
+    monkeypatch.setattr(gguf_model, "_write_model", write_late)
+    with ThreadPoolExecutor(2) as pool:
+        found = [*pool.map(lambda _: gguf_model.unpack_to(cache / "both", file, "tiny").folder, range(2))]
+    assert found == [cache / "both"] * 2 and len(writing) == 1 and (cache / "both" / "config.json").is_file()
 
 
 def test_a_compressed_file_says_where_its_weights_come_from(file: Path, tmp_path: Path) -> None:

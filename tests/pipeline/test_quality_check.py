@@ -284,8 +284,9 @@ def test_processes_share_the_windows_where_all_see_the_model(count: int, place: 
     """Elsewhere the first one measures. One of five has no window of the four."""
     job = prepare(resolve(str(place / "dense")), read_recipe(recipe(place)))
     run.compress(job, tmp_path / "out")
-    for name in ("again", "once"):
+    for name in ("again", "once", "beside", "stale"):
         shutil.copytree(tmp_path / "out", tmp_path / name)
+    (tmp_path / "stale" / "report.json").write_text("{}")  # of an earlier run, on another machine's disk
     alone = quality_check.judge(job, tmp_path / "out", "cpu").gates
     assert alone is not None and alone.kl is not None and alone.held is False
     read_by: dict[Path, list[int]] = {}
@@ -301,6 +302,8 @@ def test_processes_share_the_windows_where_all_see_the_model(count: int, place: 
     assert set(read_by[tmp_path / "again"]) == set(range(min(count, 4)))
     unseen = in_lockstep(count, lambda ranks: judged(ranks, tmp_path / ("once" if ranks.rank == 0 else "nowhere")))
     assert unseen == [alone] * count and set(read_by[tmp_path / "once"]) == {0}
+    stale = in_lockstep(count, lambda ranks: judged(ranks, tmp_path / ("stale" if ranks.rank else "beside")))
+    assert stale == [alone] * count and set(read_by[tmp_path / "beside"]) == {0}
 
 
 def test_what_one_process_cannot_read_all_leave_unmeasured(place: Path, tmp_path: Path) -> None:

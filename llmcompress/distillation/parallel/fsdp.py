@@ -30,6 +30,7 @@ from llmcompress.data.batch import Batch
 from llmcompress.distillation.parallel.launch import receives_shares
 from llmcompress.distillation.parallel.strategy import Root, Strategy, full_tensor
 from llmcompress.distillation.student.model import PROJECTIONS
+from llmcompress.models.dense.experts import experts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +46,8 @@ class ShardedStrategy(Strategy):
         self.root = Root(self.objective, teacher)
         whole = take_whole(self.accelerator, self.root)
         self.accelerator.prepare(self.root, self.optimizer)
+        if experts_of(self.student.model):  # or a gradient would be added to that of another process's expert
+            cast(FSDPModule, self.root).set_reduce_scatter_unused_params(True)
         share_out(self.accelerator, self.root, whole)
         self.student.rebind_parameters()
 

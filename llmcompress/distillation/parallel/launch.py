@@ -19,7 +19,7 @@ from accelerate.utils import (
     KwargsHandler,
     patch_environment,
 )
-from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
 from llmcompress.data.calibration import held_out_count
 from llmcompress.distillation.metrics import tracker_arguments
@@ -225,6 +225,19 @@ def check_sharding(accelerator: Accelerator, recipe: Distillation) -> None:
         raise RecipeError(
             "models that were shared out cannot run after a phase, so no other phase can follow and no factors can be "
             "rounded; give each phase a recipe of its own, and factor_bits: 16"
+        )
+
+
+def check_experts(accelerator: Accelerator) -> None:
+    """Raise RecipeError for processes that cannot train a mixture, since a step's text may reach experts in one alone.
+
+    DeepSpeed joins the gradients that a process has; so does FSDP2 of a torch without the method that is asked for.
+    """
+    joins = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
+    if is_partitioned(accelerator) or (is_sharded(accelerator) and not joins):
+        raise RecipeError(
+            "the launcher's way to share work mixes gradients of experts where processes reach different ones; launch "
+            f"with {config_file('ddp.yaml')}, or with fsdp2.yaml beside it and the newest torch"
         )
 
 

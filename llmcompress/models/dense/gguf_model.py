@@ -20,6 +20,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
 from llmcompress.errors import DiskError, InputError, MemoryLimitError, first_line, format_bytes, is_out_of_memory
 from llmcompress.models.dense.config import check_numbers, config_errors
 from llmcompress.models.dense.packed import describe_few_bits
@@ -125,9 +127,12 @@ def unpack_to(target: Path, file: Path, name: str) -> UnpackedModel:
     """
     if not target.is_dir():
         header = read_gguf_header(file)
-        with stage(target) as folder:
-            _write_model(file, header, name, folder)
+        lock = FileLock(target.with_name(f".{target.name}.lock"))  # of several processes, one has the weights in memory
+        with stage(target) as folder, lock:
+            if not target.is_dir():
+                _write_model(file, header, name, folder)
             (folder / GGUF_SOURCE).write_text(json.dumps({"file": file.name, "types": header.types}) + "\n")
+        Path(lock.lock_file).unlink(missing_ok=True)
     return unpacked_model(target)
 
 
