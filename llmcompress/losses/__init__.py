@@ -18,19 +18,3 @@ from llmcompress.losses import (
     taid,
     topk,
 )
-
-__all__ = [
-    "bdkd",
-    "cross_entropy",
-    "dad",
-    "forward_kl",
-    "hidden",
-    "js",
-    "logit_mse",
-    "minilm",
-    "ofa",
-    "reverse_kl",
-    "skewed_kl",
-    "taid",
-    "topk",
-]

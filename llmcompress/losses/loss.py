@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch import Tensor
 
 Reads = Literal["whole", "merged", "nothing"]
@@ -49,10 +49,9 @@ class LossState(Protocol):
         """The inverse of `state_dict`. Raises KeyError for a missing value."""
 
 
-class LossConfig(BaseModel):
+class LossConfig(BaseModel, extra="forbid", frozen=True):
     """The arguments of a loss in a recipe. `examples` feed the conformance suite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     loss: str
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
 

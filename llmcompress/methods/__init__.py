@@ -13,28 +13,3 @@ from llmcompress.methods.grids import adadim, gguf, gptq, hqq, mxfp, rtn
 from llmcompress.methods.low_rank import alternate, factors
 from llmcompress.methods.pruning import scores, sparsegpt
 from llmcompress.methods.trellises import exl3, trellis
-
-__all__ = [
-    "adadim",
-    "alternate",
-    "billm",
-    "binary_low_rank",
-    "exl3",
-    "factors",
-    "fdb",
-    "gguf",
-    "gptq",
-    "hqq",
-    "mxfp",
-    "pb_llm",
-    "planes",
-    "presume",
-    "pv",
-    "refine",
-    "rotate",
-    "rtn",
-    "scores",
-    "sparsegpt",
-    "trellis",
-    "vq",
-]

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from torch import Tensor
 
 from llmcompress.errors import NumericsError, RecipeError
@@ -52,10 +52,9 @@ class Layer:
         return RotatedInputs(self.approx, self.rotation.signs, self.rotation.block)
 
 
-class StepConfig(BaseModel):
+class StepConfig(BaseModel, extra="forbid", frozen=True):
     """A method's arguments, as a recipe spells them. `examples` feed the conformance suite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     method: str
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     is_slow: ClassVar[bool] = False  # seconds for a million weights

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from llmcompress.errors import InputError, RecipeError
 from llmcompress.recipe.target import Target, parse_size
@@ -78,10 +78,9 @@ def _plain(value: float) -> str:
     return f"{value:.6f}".rstrip("0").rstrip(".")
 
 
-class Peer(BaseModel):
+class Peer(BaseModel, extra="forbid", frozen=True):
     """One point. `tasks`: the score in each."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     name: str = Field(min_length=1)
     bpw: float | None = Field(None, gt=0, le=64, description="stored bits per weight of the decoder's linears")
     bytes: int | None = Field(None, gt=0, description="of all weight files")
@@ -90,10 +89,9 @@ class Peer(BaseModel):
     tasks: dict[str, float] = Field(default_factory=dict)
 
 
-class Peers(BaseModel):
+class Peers(BaseModel, extra="forbid", frozen=True):
     """The contents of the file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     peers: tuple[Peer, ...]
 
 

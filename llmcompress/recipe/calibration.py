@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, model_validator
 
 from llmcompress.recipe.text_files import is_file, join_names
 
@@ -181,10 +181,9 @@ def _read_texts(value: Any) -> Any:
 Texts = Annotated[tuple[Domain, ...] | TextSource, BeforeValidator(_read_texts)]
 
 
-class Mixture(BaseModel):
+class Mixture(BaseModel, extra="forbid", frozen=True):
     """The shares of several texts in the steps of a distillation. A blockwise phase reads all of every text."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     reweight: Literal["none", "ddk"] = Field(
         default="none",
         description="none: shares are the weights in data; ddk: they follow the student's gap to its teacher",

@@ -23,7 +23,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     PrivateAttr,
     ValidationInfo,
@@ -51,10 +50,9 @@ class Origin:
     places: Places = field(default_factory=dict, compare=False)
 
 
-class Recipe(BaseModel):
+class Recipe(BaseModel, extra="forbid", frozen=True):
     """A compression run. `compress` and `plan` also read one from a file or from plain values."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     version: Literal[1] = Field(default=1, description="version of the recipe format")
     name: str = Field(
         default="recipe", min_length=1, max_length=200, description="name in reports; by default the file's name"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 import llmcompress.losses  # noqa: F401 (registers them)
 from llmcompress.losses.loss import LossConfig, loss_config, reads_states
@@ -48,10 +48,9 @@ def _read_weight(value: Any) -> Any:
         raise ValueError("a weight is a number above 0, or a map such as {from: 1.0, to: 0.0, until: 0.5}") from error
 
 
-class Term(BaseModel):
+class Term(BaseModel, extra="forbid", frozen=True):
     """One loss, and its share of the objective."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     of: Annotated[SerializeAsAny[LossConfig], BeforeValidator(_read_loss)] = Field(
         description="the loss and its arguments"
     )
@@ -113,10 +112,9 @@ CONTROLS: dict[Control, tuple[Term, ...]] = {
 }
 
 
-class Distillation(BaseModel):
+class Distillation(BaseModel, extra="forbid", frozen=True):
     """The distillation of a dense teacher into a student: a compressed model, or one with fewer or narrower blocks."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     version: Literal[1] = Field(default=1, description="version of the recipe format")
     name: str = Field(
         default="distillation", min_length=1, max_length=200, description="name in reports; by default the file's name"

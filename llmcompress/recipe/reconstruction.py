@@ -16,22 +16,20 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from llmcompress.recipe.sections import Estimator, Freezing, Kind, Rate
 
 
-class LowRankOffsets(BaseModel):
+class LowRankOffsets(BaseModel, extra="forbid", frozen=True):
     """Latent codes that move together (LoRA-Rounding of CBQ, arXiv 2312.07950)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     rank: int = Field(default=5, ge=1, description="numbers that train for each row and each column of a layer")
 
 
-class Reconstruction(BaseModel):
+class Reconstruction(BaseModel, extra="forbid", frozen=True):
     """The training of a model's blocks while it is compressed, on the calibration text."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     version: Literal[1] = Field(default=1, description="version of the recipe format")
     name: str = Field(default="reconstruct", description="name in reports; by default the recipe's")
     seed: int = Field(

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SerializeAsAny,
     SerializerFunctionWrapHandler,
@@ -73,10 +72,9 @@ def _compile(pattern: str) -> re.Pattern[str]:
         raise ValueError(f"match has {pattern[:100]!r}, which is no regular expression ({error})") from error
 
 
-class Matching(BaseModel):
+class Matching(BaseModel, extra="forbid", frozen=True):
     """A statement about the layers that match one of the patterns."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     match: tuple[str, ...] = Field(min_length=1, description="globs on module paths, or regular expressions as 're:…'")
 
     @field_validator("match", mode="before", json_schema_input_type=str | tuple[str, ...])
@@ -95,10 +93,9 @@ class Matching(BaseModel):
         return patterns
 
 
-class InputRounding(BaseModel):
+class InputRounding(BaseModel, extra="forbid", frozen=True):
     """The numbers that inputs of layers are rounded to, as the engine that runs the model rounds them."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     format: InputName = Field(description="the numbers: 8 bits, or 4 in groups of 16 (nvfp4)")
     scale: Literal["token", "tensor"] | None = Field(
         default=None,

@@ -40,10 +40,9 @@ def _check_layer(value: Any) -> Any:
 Layers = tuple[Annotated[int | tuple[int, int], BeforeValidator(_check_layer)], ...]
 
 
-class Fuse(BaseModel):
+class Fuse(BaseModel, extra="forbid", frozen=True):
     """The section `fuse:`: changes to the dense model before it is compressed. At least one of rotation and awq."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     rotation: bool = Field(False, description="turn the residual stream into a random basis (QuaRot)")
     untie: bool = Field(False, description="with rotation: give a head that is the token table its own matrix")
     awq: bool = Field(False, description="scale input channels before they are rounded (AWQ)")
@@ -57,13 +56,12 @@ class Fuse(BaseModel):
         return self
 
 
-class Tie(BaseModel):
+class Tie(BaseModel, extra="forbid", frozen=True):
     """The section `tie:`: blocks that share their matrices, and the low-rank term that each adds to them.
 
     Relaxed Recursive Transformers (arXiv 2410.20672). The rules compress the shared matrices like any others.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     blocks: int = Field(ge=1, description="number of blocks whose matrices are stored")
     pattern: Literal["neighbours", "loop"] = Field(
         default="neighbours",
@@ -89,7 +87,7 @@ class Tie(BaseModel):
         return term
 
 
-class Gates(BaseModel):
+class Gates(BaseModel, extra="forbid", frozen=True):
     """The section `gates:`: limits within which a run counts as done.
 
     Those of quality are measured at the end, after a distillation too, on at most 2,048 held-out tokens of the
@@ -97,7 +95,6 @@ class Gates(BaseModel):
     is kept for inspection, and `push` refuses it.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     max_fallback_layers: float = Field(
         default=0.02, ge=0, le=1, description="share of layers that may need a numeric fallback"
     )
@@ -118,10 +115,9 @@ class Gates(BaseModel):
         return {name: limit for name, limit in limits.items() if limit is not None}
 
 
-class Freezing(BaseModel):
+class Freezing(BaseModel, extra="forbid", frozen=True):
     """The section `freezing:`: codes that oscillate between neighbours are frozen above a frequency."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     momentum: float = Field(default=0.01, gt=0, lt=1, description="weight of the last step in the moving averages")
     threshold: float = Field(default=0.04, gt=0, le=1, description="frequency above which a code is frozen, at first")
     final_threshold: float = Field(
@@ -178,10 +174,9 @@ class Regrowth(Matching):
         return self
 
 
-class OnPolicy(BaseModel):
+class OnPolicy(BaseModel, extra="forbid", frozen=True):
     """The section `on_policy:` of a distillation: sequences that the student continues and the teacher judges."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     share: float = Field(default=0.5, gt=0, le=1, description="share of a step's sequences; the others are data")
     prompt: int = Field(
         default=32,
@@ -197,10 +192,9 @@ class OnPolicy(BaseModel):
         return [row for row, (before, end) in enumerate(zip([0, *ends], ends)) if end > before]
 
 
-class Teacher(BaseModel):
+class Teacher(BaseModel, extra="forbid", frozen=True):
     """The source of the teacher's predictions: the model itself, or a cache of its likeliest tokens."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["online", "cached"] = Field(
         default="online", description="online: run the teacher in every step; cached: store its predictions once"
     )
@@ -232,11 +226,10 @@ class Schedule(BaseModel):
     until: float = Field(default=1.0, gt=0, le=1, description="share of the steps after which it stays")
 
 
-class Phase(BaseModel):
+class Phase(BaseModel, extra="forbid", frozen=True):
     """One part of a distillation that has several. Values that are null are the recipe's. Every phase starts from the
     compressed weights of the one before."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     kind: PhaseKind = Field(description="train each decoder block by itself, or the whole model")
     rates: Rates | None = Field(default=None, description=AS_IN_RECIPE)
     adapt: Adaptation | None = Field(default=None, description="low-rank terms to add before it; null: none")

@@ -18,7 +18,7 @@ import re
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from llmcompress.recipe.yaml import shorten
 
@@ -50,10 +50,9 @@ def _check_engine(name: Any) -> Any:
     raise ValueError(f"unknown engine {shorten(name)!r}; {hint}")
 
 
-class Target(BaseModel):
+class Target(BaseModel, extra="forbid", frozen=True):
     """The aim, exactly one of bpw, bytes, kl and sparsity, and the engine that the model is for."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     bpw: float | None = Field(None, gt=0, le=16, description="bits per weight of the decoder's linear layers")
     bytes: Annotated[int | None, BeforeValidator(parse_size, json_schema_input_type=int | str | None)] = Field(
         None, gt=0, description="size of all weight files: a number of bytes, or text such as 40MB"

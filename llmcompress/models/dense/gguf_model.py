@@ -127,12 +127,10 @@ def unpack_to(target: Path, file: Path, name: str) -> UnpackedModel:
     """
     if not target.is_dir():
         header = read_gguf_header(file)
-        lock = FileLock(target.with_name(f".{target.name}.lock"))  # of several processes, one has the weights in memory
-        with stage(target) as folder, lock:
-            if not target.is_dir():
+        with stage(target) as folder:
+            if not target.is_dir():  # or another process has unpacked it meanwhile
                 _write_model(file, header, name, folder)
             (folder / GGUF_SOURCE).write_text(json.dumps({"file": file.name, "types": header.types}) + "\n")
-        Path(lock.lock_file).unlink(missing_ok=True)
     return unpacked_model(target)
 
 
@@ -325,10 +323,12 @@ def _byte_level(file: Path, header: GGUFHeader, steps: tuple[str, ...], whole_wo
 def stage(target: Path) -> Iterator[Path]:
     """A scratch folder beside `target` that becomes `target` when the block ends well, and vanishes otherwise.
 
-    When another process was faster, its result stays and ours vanishes.
+    Of several processes one is inside at a time. When another was faster, its result stays and ours vanishes.
     """
+    lock = FileLock(target.with_name(f".{target.name}.lock"), is_singleton=True)  # a stage may be inside another
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except OSError as error:
         raise DiskError(
@@ -347,6 +347,9 @@ def stage(target: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        lock.release()
+        if not lock.is_locked:
+            Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def build_pre_tokenizer(steps: Steps) -> PreTokenizer:
