@@ -176,20 +176,18 @@ def _check_output(output: Path) -> None:
 
 def _folder_of(recipe: str, output: Path, is_alone: bool) -> Path:
     """Return the folder of a recipe's prices and checkpoints, where an earlier sweep has put them if one has."""
-    own = output / recipe
     with suppress(OSError, ValueError, LookupError, TypeError):  # no file, or a damaged one: `check_prices` tells of it
         if read_json(output / PRICES)["recipe"]["name"] == recipe:
             return output
-    return output if is_alone and not (own / PRICES).is_file() else own
+    return output if is_alone and not (output / recipe / PRICES).is_file() else output / recipe
 
 
 def _identity(judge: Judge, recipes: Sequence[Recipe], sizes: Sequence[Budget]) -> dict[str, Any]:
     """Return what must be equal in all processes, by the name that an error gives it."""
-    protocol = {key: value for key, value in judge.settings.items() if key != "versions"}
     return {
         "recipes": [recipe.model_dump(mode="json") for recipe in recipes],
         "budgets": [budget.name for budget in sizes],
-        "text or tasks": protocol,
+        "text or tasks": {key: value for key, value in judge.settings.items() if key != "versions"},
         "versions": versions(),
         **judge.dense.content(),
     }
