@@ -124,7 +124,7 @@ def evaluate(
     the work; every one of them has to call this. `progress` receives ("block", blocks passed, blocks), ("window",
     windows read, windows) and, before tasks, ("tasks", 0, 0). `tasks`: those of the protocol, if already found.
     """
-    tasks = find_tasks(tokenizer, protocol) if tasks is None else tasks
+    tasks = find_tasks(tokenizer, protocol, processes.count) if tasks is None else tasks
     return _Evaluator(tokenizer, protocol, processes, progress, tasks).evaluate(model, against)
 
 
@@ -143,7 +143,7 @@ def evaluate_all(
     The others are functions that load a model; one at a time is in memory beside the reference. `progress`: as for
     `evaluate`, for each of the others, and for the reference's tasks. `tasks`: as for `evaluate`.
     """
-    tasks = find_tasks(tokenizer, protocol) if tasks is None else tasks
+    tasks = find_tasks(tokenizer, protocol, processes.count) if tasks is None else tasks
     evaluator = _Evaluator(tokenizer, protocol, processes, progress, tasks)
     evaluations = [evaluator.evaluate(load(), reference) for load in others]
     with evaluator.prepare_model(reference) as reference:

@@ -79,7 +79,7 @@ def run_tasks(
     Standard output, global random states, the environment, the tokenizer and the model's mode stay as they were. An
     error of lm-eval or of a task's own code becomes the `failure` of the result.
     """
-    tasks = find_tasks(tokenizer, protocol) if tasks is None else tasks
+    tasks = find_tasks(tokenizer, protocol, processes.count) if tasks is None else tasks
     if tasks is None:
         return TaskScores()
     try:

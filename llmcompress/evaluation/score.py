@@ -98,7 +98,7 @@ def score(
     size, tokenizer = size_of(place), load_tokenizer(place.folder, trust_remote_code)
     check_vocabularies(places)
     windows_by_text(tokenizer, protocol)  # texts and tasks are missed before models are loaded
-    tasks = find_tasks(tokenizer, protocol)
+    tasks = find_tasks(tokenizer, protocol, processes.count)
     shared: dict[str, Any] = {"processes": processes, "progress": progress or progress_lines(), "tasks": tasks}
     whole = places[: 1 + save] if protocol.tasks else []  # tasks are not read block by block
     check_fits(device, "scoring", whole, [each for each in places if each not in whole])
@@ -195,7 +195,7 @@ def compare(
     check_vocabularies(places)
     tokenizer = load_tokenizer(places[0].folder, trust_remote_code)
     windows_by_text(tokenizer, protocol)  # texts and tasks are missed before models are loaded
-    tasks = find_tasks(tokenizer, protocol)
+    tasks = find_tasks(tokenizer, protocol, processes.count)
     whole = bool(protocol.tasks)
     for pair in ([places[0], place] for place in places[1:]):
         check_fits(device, "comparing", pair if whole else [], [] if whole else pair)

@@ -13,6 +13,7 @@ import contextlib
 import difflib
 import io
 import logging
+import math
 import os
 import random
 import sys
@@ -65,13 +66,13 @@ class FoundTasks:
         return list(self.specs) if loaded.get("groups") else list(loaded["tasks"].values())
 
 
-def find_tasks(tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> FoundTasks | None:
+def find_tasks(tokenizer: PreTrainedTokenizerBase, protocol: Protocol, processes: int = 1) -> FoundTasks | None:
     """Return the tasks of `protocol`, loaded once as a check; None if it names none.
 
     A task is a name that lm-eval knows, "llmcompress_pairs", a .yaml file, a .jsonl file of `local_tasks`, or a folder
     of files of either form. A YAML file may name Python functions, which lm-eval then runs: use files you trust. Raises
-    RecipeError if lm-eval is missing, a task unknown or the tokenizer unsuitable, InputError for a task that cannot be
-    loaded.
+    RecipeError if lm-eval is missing, a task unknown, of fewer items than `processes`, or the tokenizer unsuitable,
+    InputError for a task that cannot be loaded.
     """
     if not protocol.tasks:
         return None
@@ -82,10 +83,10 @@ def find_tasks(tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> FoundT
     if protocol.chat_template:
         render_chat([{"role": "user", "content": "?"}], tokenizer)  # lm-eval would wait for one that never ends
     with contain_lm_eval():
-        return _locate_tasks(import_lm_eval()[1], protocol)
+        return _locate_tasks(import_lm_eval()[1], protocol, processes)
 
 
-def _locate_tasks(manager_class: Any, protocol: Protocol) -> FoundTasks:
+def _locate_tasks(manager_class: Any, protocol: Protocol, processes: int) -> FoundTasks:
     """Return the tasks with the task manager that knows them, after loading them once."""
     from datasets.exceptions import DatasetsError
 
@@ -115,6 +116,8 @@ def _locate_tasks(manager_class: Any, protocol: Protocol) -> FoundTasks:
     try:
         loaded = [task for spec in specs for task in manager.load([spec])["tasks"].items()]
         _check_examples((task for _, task in loaded), protocol.num_fewshot)
+        if processes > 1:
+            _check_items(loaded, protocol.limit, processes)
     except (*FAILURES, yaml.YAMLError, DatasetsError) as error:
         raise InputError(describe_failure(error, tasks, "cannot be loaded")) from error
     if twice := [name for name, count in Counter(name for name, _ in loaded).items() if count > 1]:
@@ -167,6 +170,16 @@ def _check_examples(tasks: Iterable[Any], num_fewshot: int | None) -> None:
                 f"the task {task.config.task} has {most} examples for a prompt, and num_fewshot asks for {number}; "
                 f"give at most {most}"
             )
+
+
+def _check_items(tasks: Iterable[tuple[str, Any]], limit: float | None, processes: int) -> None:
+    """Raise RecipeError for a task that leaves a process without an item, which lm-eval takes for a broken task."""
+    for name, task in tasks:
+        items = len(task.eval_docs)
+        if limit is not None:
+            items = math.ceil(items * limit) if limit < 1 else min(items, int(limit))
+        if items < processes:
+            raise RecipeError(f"the task {name} has {items} items for {processes} processes; start at most {items}")
 
 
 def import_lm_eval() -> tuple[Any, Any, Any, Any]:

@@ -199,6 +199,14 @@ def test_too_few_examples_are_told_before_anything_is_scored(write: Write) -> No
     assert run_tasks(tiny("llama", max_position_embeddings=512), tiny_tokenizer(), most).failure is None
 
 
+@pytest.mark.parametrize(("items", "limit"), [(1, None), (3, 1), (3, 0.3)])
+def test_a_task_of_fewer_items_than_processes_is_refused(write: Write, items: int, limit: float | None) -> None:
+    asked = Protocol(tasks=(write("few", [("a cat", "cat a")] * items),), limit=limit)
+    assert find_tasks(tiny_tokenizer(), asked) is not None
+    with pytest.raises(RecipeError, match="the task few has 1 items for 2 processes; start at most 1"):
+        find_tasks(tiny_tokenizer(), asked, 2)
+
+
 def test_two_files_with_tasks_of_one_name_are_refused(write: Write) -> None:
     tasks = tuple(write(name, [("a cat", "cat a")], task="mine") for name in ("one", "two"))
     with pytest.raises(RecipeError, match="two tasks are called 'mine', and their scores would be one"):
