@@ -18,7 +18,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,17 +27,17 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from llmcompress.calibration.streaming import States, StreamedModel, in_memory
-from llmcompress.data.calibration import calibration_tokens
 from llmcompress.errors import NumericsError, RecipeError
 from llmcompress.models.dense.blocks import body, states_between
 from llmcompress.models.dense.config import context_length
-from llmcompress.models.dense.load import check_fits, load_model, load_writer
+from llmcompress.models.dense.load import check_fits, load_model
 from llmcompress.models.dense.locate import Place, locate
 from llmcompress.models.dense.model import open_source
 from llmcompress.recipe.calibration import Calibration
 from llmcompress.runtime.precision import fast_float32, product_dtype, products
 from llmcompress.runtime.progress import count_each
 from llmcompress.surgery.drop import blocks_of
+from llmcompress.surgery.judged_walk import read_tokens
 
 LENGTH = 512  # of a sequence
 ALIKE_SAMPLES = 16  # sequences for cosines
@@ -106,7 +105,7 @@ def _read_text(place: Place, count: int, text: str, samples: int, device: str) -
     check_fits(device, "choosing blocks", [place])
     length = min(LENGTH, context_length(source.config) or LENGTH)
     calibration = Calibration(dataset=text, samples=samples, length=length, held_out=0)
-    tokens = calibration_tokens(calibration, source.tokenizer(), partial(load_writer, source), source.config)
+    tokens = read_tokens(source, calibration)
     return tokens.sequences, tokens.source
 
 
