@@ -40,6 +40,7 @@ from llmcompress.models.dense.skeleton import check_causal
 from llmcompress.models.files import file_names
 from llmcompress.recipe.distillation import Distillation, Teacher
 from llmcompress.runtime.precision import product_dtype
+from llmcompress.runtime.ranks import local_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,10 +53,11 @@ def load_pair(
     dtypes that they are stored in."""
     where = loading_device(accelerator)
     dtype = product_dtype(recipe.compute, accelerator.device) if recipe.teacher.bits is None else torch.float32
-    check_fits(where, "distilling", [student, teacher], dtype=dtype)
+    processes = 1 if is_sharded(accelerator) else local_count()  # sharded models are whole in the first process alone
+    check_fits(where, "distilling", [student, teacher], dtype=dtype, processes=processes)
     if recipe.teacher.bits is not None:
         way_out = "leave bits of the teacher out, or take a larger machine"
-        check_fits("cpu", "reading the held-out text beside a GPU", [teacher], way_out=way_out)
+        check_fits("cpu", "reading the held-out text beside a GPU", [teacher], way_out=way_out, processes=processes)
     dtypes = (torch.float32, dtype)
     if receives_shares(accelerator):
         dtypes = (stored_dtype(student.folder), stored_dtype(teacher.folder))

@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from llmcompress.runtime.devices import check_each, kind_of
-from llmcompress.runtime.ranks import Ranks, process_count
+from llmcompress.runtime.ranks import Ranks, local_count, process_count
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,6 +43,6 @@ def join_processes(device: str) -> Iterator[Processes]:
     check_each(accelerator.num_processes, count, device)
     device = "cpu" if place.type == "cpu" else str(accelerator.device)  # accelerate numbers CPUs, torch.load knows none
     try:
-        yield Processes(device, accelerator.process_index, count, accelerator=accelerator)
+        yield Processes(device, accelerator.process_index, count, local_count(), accelerator=accelerator)
     finally:
         PartialState().destroy_process_group()

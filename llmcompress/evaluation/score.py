@@ -101,7 +101,8 @@ def score(
     tasks = find_tasks(tokenizer, protocol, processes.count)
     shared: dict[str, Any] = {"processes": processes, "progress": progress or progress_lines(), "tasks": tasks}
     whole = places[: 1 + save] if protocol.tasks else []  # tasks are not read block by block
-    check_fits(device, "scoring", whole, [each for each in places if each not in whole])
+    passing = [each for each in places if each not in whole]
+    check_fits(device, "scoring", whole, passing, processes=processes.here)
     loaded, *dense_models = [open_model(each, device, each in whole) for each in places]
     if save:
         evaluations = evaluate_all(dense_models[0], [lambda: loaded], tokenizer, protocol, **shared)
@@ -198,7 +199,7 @@ def compare(
     tasks = find_tasks(tokenizer, protocol, processes.count)
     whole = bool(protocol.tasks)
     for pair in ([places[0], place] for place in places[1:]):
-        check_fits(device, "comparing", pair if whole else [], [] if whole else pair)
+        check_fits(device, "comparing", pair if whole else [], [] if whole else pair, processes=processes.here)
     first, *others = (partial(open_model, place, device, whole) for place in places)
     shared: dict[str, Any] = {"processes": processes, "progress": progress or progress_lines(), "tasks": tasks}
     evaluations = evaluate_all(first(), others, tokenizer, protocol, **shared)

@@ -125,7 +125,7 @@ def measure(
 
 def _measure_folder(job: Job, folder: Path, device: str, progress: Counting | None, ranks: Ranks) -> GateReport | None:
     """Return the numbers of the checkpoint in `folder`, without limits, or why there are none."""
-    windows, reason = ranks.first(lambda: _windows(job, device))
+    windows, reason = ranks.first(lambda: _windows(job, device, ranks.here))
     if windows is None:
         return pending_gates(job.recipe.gates.of_quality, reason)
 
@@ -144,9 +144,12 @@ def _measure_folder(job: Job, folder: Path, device: str, progress: Counting | No
     return ranks.first(lambda: measure_shared(ALONE))
 
 
-def _windows(job: Job, device: str) -> tuple[Tensor | None, str | None]:
-    """Return the windows that both models read, or the reason why there are none."""
-    reason, tokens = job.ungated or _too_large(job, device), None
+def _windows(job: Job, device: str, processes: int) -> tuple[Tensor | None, str | None]:
+    """Return the windows that both models read, or the reason why there are none.
+
+    `processes`: how many of them read on this machine.
+    """
+    reason, tokens = job.ungated or _too_large(job, device, processes), None
     if reason is None and (tokens := job.tokens) is not None and not tokens.held_out:
         reason = "the calibration text is one sequence, and none is held out"
     if reason is not None or tokens is None:
@@ -154,9 +157,9 @@ def _windows(job: Job, device: str) -> tuple[Tensor | None, str | None]:
     return gate_windows(tokens), None
 
 
-def _too_large(job: Job, device: str) -> str | None:
+def _too_large(job: Job, device: str, processes: int) -> str | None:
     """Return a clause if the comparison of both models does not fit into this machine; else None."""
-    needed, total = gate_bytes(job), total_memory()
+    needed, total = processes * gate_bytes(job), total_memory()
     if device != "cpu" or needed <= total:
         return None
     return f"that takes about {format_bytes(needed)}, and this machine has {format_bytes(total)}"

@@ -151,6 +151,11 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_count() -> int:
+    """Return the number of those processes that share this machine, and its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 @contextmanager
 def join_ranks(device: str) -> Iterator[Ranks]:
     """Connect the processes that a launcher started, each with its own device of the kind of `device`.
@@ -162,7 +167,7 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     if count == 1:
         yield Ranks(device)
         return
-    here, own = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), _own_device(device, count)
+    own = _own_device(device, count)
     if missing := [name for name in NEEDED if name not in os.environ]:
         raise RecipeError(
             f"WORLD_SIZE is {count} but {list_names(missing)} is not set; start the processes by torchrun or "
@@ -180,7 +185,7 @@ def join_ranks(device: str) -> Iterator[Ranks]:
             dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=PATIENCE)
         group = None
     try:
-        yield Ranks(own, rank, count, here, group)
+        yield Ranks(own, rank, count, local_count(), group)
     except LLMCompressError as error:
         if error.reported_elsewhere:
             time.sleep(GRACE)

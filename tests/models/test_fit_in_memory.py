@@ -6,11 +6,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+from accelerate import Accelerator
 
 import llmcompress as lc
+from llmcompress.distillation.setup import load_pair
 from llmcompress.errors import InputError, MemoryLimitError
+from llmcompress.evaluation.processes import Processes
+from llmcompress.evaluation.score import score
 from llmcompress.models.dense.load import check_fits
 from llmcompress.models.dense.locate import locate
+from llmcompress.recipe.distillation import Distillation
 from llmcompress.runtime import memory
 from llmcompress.runtime.memory import CgroupLimits
 from tests.tiny import save_tiny, tiny
@@ -55,6 +60,22 @@ def test_a_model_that_passes_takes_its_largest_part(
         monkeypatch.setattr("llmcompress.models.dense.load.total_memory", lambda size=size: size - 1)
         with pytest.raises(MemoryLimitError, match="scoring holds"):
             check_fits("cpu", "scoring", passing=places)
+
+
+def test_every_process_of_a_machine_has_its_own_models(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, compressed = folders
+    weights = sum(value.numel() for value in tiny("qwen3").parameters())
+    monkeypatch.setattr("llmcompress.models.dense.load.total_memory", lambda: 16 * weights - 1)
+    monkeypatch.setattr("llmcompress.evaluation.score.open_model", None)
+    with pytest.raises(TypeError):  # since two models block by block fit
+        score(compressed, lc.Protocol(windows=1, length=16), against=dense)
+    with pytest.raises(MemoryLimitError, match="scoring holds .* in float32 in each of 9 processes, and this machine"):
+        score(compressed, lc.Protocol(windows=1, length=16), against=dense, processes=Processes(here=9))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(MemoryLimitError, match="distilling holds .* in each of 2 processes"):
+        load_pair(locate(str(compressed)), locate(str(dense)), Distillation(), Accelerator(cpu=True))
 
 
 @pytest.mark.slow

@@ -186,21 +186,23 @@ def check_fits(
     passing: Sequence[Place] = (),
     dtype: torch.dtype = torch.float32,
     way_out: str = "take a larger machine, or a device with --device",
+    processes: int = 1,
 ) -> None:
     """Raise MemoryLimitError unless models in a `dtype` fit into the machine's memory together.
 
     `whole` ones are held whole, `passing` ones block by block: a compressed one as it is stored, beside the decoded
-    block. `doing`, `way_out`: the beginning and the end of the message.
+    block. `doing`, `way_out`: the beginning and the end of the message. `processes`: of this machine that hold them.
     """
     if device.partition(":")[0] != "cpu":
         return
     memory = total_memory()
     sizes = {place.name: _bytes_held(place, place in whole, dtype.itemsize) for place in (*whole, *passing)}
-    if sum(sizes.values()) > memory:
+    if processes * sum(sizes.values()) > memory:
         models = " and ".join(f"{name} ({size / 1e9:.1f} GB)" for name, size in sizes.items())
         kind = str(dtype).removeprefix("torch.")
+        each = f" in each of {processes} processes" if processes > 1 else ""
         raise MemoryLimitError(
-            f"{doing} holds {models} in {kind}, and this machine has {memory / 1e9:.1f} GB; {way_out}"
+            f"{doing} holds {models} in {kind}{each}, and this machine has {memory / 1e9:.1f} GB; {way_out}"
         )
 
 
