@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from llmcompress.runtime.facts import FolderFacts, GpuFacts, MachineFacts, Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from llmcompress.runtime.facts import FolderFacts, GpuFacts, MachineFacts
 
 PYTHON = (3, 11)
 GIGABYTE = 1e9
@@ -69,40 +72,19 @@ def _check_python(facts: MachineFacts) -> Findings:
 def _check_packages(facts: MachineFacts) -> Findings:
     """Yield required packages that are missing, and packages that are too old or excluded."""
     for required in facts.requirements:
-        package, version = required.package, facts.packages.get(required.package)
-        wanted = ",".join([f"{package}>={required.least}", *(f"!={each}" for each in required.excluded)])
-        way_out = f"run `pip install '{wanted}'`"
-        if version is None and required.extra is None:
+        package, version, extra = required.package, facts.packages.get(required.package), required.extra
+        way_out = f"run `pip install '{package}{required.versions}'`"
+        if version is None and extra is None:
             yield _error(package, f"{package} is required and not installed", way_out)
-        elif version is not None and _release(version) < _release(required.least) and _applies(required, facts):
-            yield _report_old_package(required, version, way_out)
-        elif version is not None and _release(version) in map(_release, required.excluded):
-            yield _error(package, f"{package} is {version}, with which llmcompress does not work", way_out)
+        elif version is not None and not _allows(required.versions, version):
+            user = "llmcompress" if extra is None else f"the extra `{extra}`"
+            fault = f"{package} is {version}, and {user} requires {required.versions}"
+            yield (_error if extra is None else _warning)(package, fault, way_out)
 
 
-def _report_old_package(required: Requirement, version: str, way_out: str) -> Finding:
-    package = required.package
-    if package == "transformers" and required.extra == "demo":
-        fault = f"transformers {version} misreads the tokenizer of the embedded model smollm2"
-        return _error(package, fault, way_out)
-    if required.extra is None:
-        return _error(package, f"{package} is {version}, and llmcompress requires {required.least}", way_out)
-    fault = f"{package} is {version}, and the extra `{required.extra}` requires {required.least}"
-    return _warning(package, fault, way_out)
-
-
-def _applies(required: Requirement, facts: MachineFacts) -> bool:
-    """True if the extra is in use: `demo` raises the bound of a package that everything needs."""
-    return required.extra != "demo" or facts.packages.get(EMBEDDED) is not None
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """Return the leading numbers of a version, without zeros at the end."""
-    match = re.match(r"\d+(\.\d+)*", version)
-    numbers = [int(part) for part in match[0].split(".")] if match else []
-    while numbers and numbers[-1] == 0:
-        numbers.pop()
-    return tuple(numbers)
+def _allows(versions: str, version: str) -> bool:
+    """True if `versions` have the release of a version, of which vendors name their builds as early ones."""
+    return SpecifierSet(versions).contains(Version(version).base_version)
 
 
 def _check_torch(facts: MachineFacts) -> Findings:

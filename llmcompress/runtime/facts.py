@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 import psutil
+from packaging import requirements
 
 from llmcompress.errors import first_line
 from llmcompress.runtime.load import usable_cores
@@ -36,12 +37,11 @@ VARIABLES = (
 
 @dataclass(frozen=True)
 class Requirement:
-    """A package that llmcompress uses, from version `least` on without `excluded`, always or for one of its extras."""
+    """A package that llmcompress uses in some `versions`, always or for one of its extras."""
 
     package: str
-    least: str
-    extra: str | None
-    excluded: tuple[str, ...] = ()
+    versions: str  # such as >=2.10,!=2.12.0
+    extra: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def gather(cache: Path, hub_cache: Path, others: tuple[str, ...] = ()) -> Machin
         hub_cache: folder of downloads.
         others: packages to look for, beside those that llmcompress requires.
     """
-    cores, total, required = usable_cores(), total_memory(), requirements()
+    cores, total, required = usable_cores(), total_memory(), list_requirements()
     names = {requirement.package for requirement in required} | set(others)
     return MachineFacts(
         python=sys.version_info[:3],
@@ -132,20 +132,17 @@ def gather(cache: Path, hub_cache: Path, others: tuple[str, ...] = ()) -> Machin
     )
 
 
-def requirements() -> tuple[Requirement, ...]:
+def list_requirements() -> tuple[Requirement, ...]:
     """Return the requirements in the metadata of llmcompress; none if it is not installed."""
     try:
         lines = metadata.requires("llmcompress") or []
     except metadata.PackageNotFoundError:
         return ()
     required = []
-    for line in lines:
-        specifier, _, marker = line.partition(";")
-        name, least = re.match(r"[\w.-]+", specifier), re.search(r">=\s*([\w.]+)", specifier)
-        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", marker)
-        if name and least and (extra is None or extra[1] != "dev"):
-            excluded = tuple(re.findall(r"!=\s*([\w.]+)", specifier))
-            required.append(Requirement(name[0].lower(), least[1], extra[1] if extra else None, excluded))
+    for line in map(requirements.Requirement, lines):
+        extra = re.search(r'extra == "([\w-]+)"', str(line.marker))
+        if extra is None or extra[1] != "dev":
+            required.append(Requirement(line.name.lower(), str(line.specifier), extra and extra[1]))
     return tuple(required)
 
 
