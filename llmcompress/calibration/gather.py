@@ -7,6 +7,7 @@ noise: its moments are filled up with those of all tokens, to a quarter of the a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -357,19 +358,14 @@ def _feed_all_tokens(
 ) -> None:
     """Call `add(name, input [tokens, in])` with what linears of experts would read of all calibration tokens."""
     paths = {_kind(name)[0] for name in names}
-    handles = [
-        experts.register_forward_pre_hook(_AllTokens(f"{run.path}.{path}", names, add, run.dtype))
-        for path, experts in experts_of(run.module).items()
-        if f"{run.path}.{path}" in paths
-    ]
-    try:
-        with for_products(run):
-            for batch in batches:
-                if not batch.held_out:
-                    run(hidden[batch.rows], batch.rows)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, for_products(run):
+        for path, experts in experts_of(run.module).items():
+            if f"{run.path}.{path}" in paths:
+                read = _AllTokens(f"{run.path}.{path}", names, add, run.dtype)
+                hooks.enter_context(experts.register_forward_pre_hook(read))
+        for batch in batches:
+            if not batch.held_out:
+                run(hidden[batch.rows], batch.rows)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -265,13 +265,9 @@ def _read_gradients(block: nn.Module, names: Mapping[str, str], read: Read) -> I
 
         return watch
 
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for inside, name in names.items():
             path = holder(inside, experts)
             routed = None if path is None else experts[path]
-            handles.append(block.get_submodule(inside).register_forward_hook(hook(name, routed)))
+            hooks.enter_context(block.get_submodule(inside).register_forward_hook(hook(name, routed)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -124,13 +124,10 @@ def key_value_scales(
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return args, named | {key: peaks}
 
-    handle = run.module.get_submodule(attention).register_forward_pre_hook(give_cache, with_kwargs=True)
-    try:
-        with ranks.agree_on_errors(), for_products(run):
-            for batch in (batch for batch in batches if not batch.held_out):
-                run(hidden[batch.rows], batch.rows)
-    finally:
-        handle.remove()
+    layer = run.module.get_submodule(attention)
+    with layer.register_forward_pre_hook(give_cache, with_kwargs=True), ranks.agree_on_errors(), for_products(run):
+        for batch in (batch for batch in batches if not batch.held_out):
+            run(hidden[batch.rows], batch.rows)
     every = ranks.gather((peaks.keys, peaks.values))
     most = [max(each) for each in zip(*every, strict=True)]
     return {f"{run.path}.{attention}": [peak / FP8 for peak in most]} if min(most) > 0 else {}

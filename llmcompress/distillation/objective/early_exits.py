@@ -13,7 +13,7 @@ It costs one more run of both models' heads.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -131,16 +131,13 @@ def ending_of(model: PreTrainedModel) -> tuple[nn.Module, ...]:
     stack = block_stack(model.config, model)
     holder, last = model.get_submodule(stack.rpartition(".")[0]), list(model.get_submodule(stack).children())[-1]
     called: list[nn.Module] = []
-    handles = [last.register_forward_hook(lambda *_: called.clear())]
-    handles += [each.register_forward_pre_hook(lambda module, _: called.append(module)) for each in holder.children()]
     blocks = depth(model)
-    try:
-        with states_between(model, [blocks]) as states:
-            ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-            read: Tensor = body(model)(input_ids=ids, use_cache=False)[0]
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, states_between(model, [blocks]) as states:
+        hooks.enter_context(last.register_forward_hook(lambda *_: called.clear()))
+        for each in holder.children():
+            hooks.enter_context(each.register_forward_pre_hook(lambda module, _: called.append(module)))
+        ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+        read: Tensor = body(model)(input_ids=ids, use_cache=False)[0]
     output = _run_modules(called, states[blocks])
     if output.shape != read.shape or not torch.allclose(output, read):
         kind = type(model).__name__

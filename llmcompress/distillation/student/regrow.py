@@ -10,7 +10,7 @@ recipe asks for the paper's way. `learned_masks` has masks that change in every 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -119,12 +119,10 @@ def _add_squares(model: PreTrainedModel, names: Iterable[str], norms: dict[str, 
 
         return add
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(hook(name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def mask_like(mask: Bitmap | Pattern, scores: Tensor) -> Bitmap | Pattern:

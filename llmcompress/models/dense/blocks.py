@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -46,18 +46,14 @@ def states_between(model: PreTrainedModel, numbers: Iterable[int]) -> Iterator[d
     """
     states: dict[int, Tensor] = {}
     blocks = _blocks(model)
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for number in numbers:
             if number < len(blocks):
                 record = partial(_record_input, states, number)
-                handles.append(blocks[number].register_forward_pre_hook(record, with_kwargs=True))
+                hooks.enter_context(blocks[number].register_forward_pre_hook(record, with_kwargs=True))
             else:
-                handles.append(blocks[-1].register_forward_hook(partial(_record_output, states, number)))
+                hooks.enter_context(blocks[-1].register_forward_hook(partial(_record_output, states, number)))
         yield states
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _record_input(
@@ -85,13 +81,11 @@ def arguments_of(module: nn.Module, forward: Callable[[], object]) -> tuple[Any,
     def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
         raise _StopForward(args)
 
-    handle = module.register_forward_pre_hook(stop)
     try:
-        forward()
+        with module.register_forward_pre_hook(stop):
+            forward()
     except _StopForward as stopped:
         return cast("tuple[Any, ...]", stopped.args[0])
-    finally:
-        handle.remove()
     return ()
 
 

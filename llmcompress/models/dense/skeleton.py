@@ -179,8 +179,5 @@ def _limit_parameters(folder: Path, most: int) -> Iterator[None]:
                 f"model again or correct it"
             )
 
-    handle = nn.modules.module.register_module_parameter_registration_hook(register)
-    try:
+    with nn.modules.module.register_module_parameter_registration_hook(register):
         yield
-    finally:
-        handle.remove()

@@ -208,8 +208,7 @@ def _products(visit: Visit, module: nn.Module, parts: Sequence[nn.Module]) -> Te
     def keep_call(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen.append((args[0].flatten(0, -2), (output[0] if isinstance(output, tuple) else output).flatten(0, -2)))
 
-    handle = module.register_forward_hook(keep_call)
-    try:
+    with module.register_forward_hook(keep_call):
         for batch in visit.calibrating:
             output = visit.run(visit.block.hidden[batch.rows], batch.rows)
             inputs, target = seen.pop()
@@ -219,8 +218,6 @@ def _products(visit: Visit, module: nn.Module, parts: Sequence[nn.Module]) -> Te
                 together = torch.stack([*(part(x) for part in parts), y]) / norm
                 flat = together.flatten(1).double()
                 total += (flat @ flat.T).cpu()
-    finally:
-        handle.remove()
     return total
 
 

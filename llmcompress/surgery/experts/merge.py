@@ -100,16 +100,13 @@ def mean_outputs(block: ExpertBlock) -> Tensor:
         x: Tensor = (*args, *kwargs.values())[0]
         seen.append(x.view(len(experts), -1, x.shape[-1]).sum(0) if experts.form.sorted else x)
 
-    handle = experts.register_forward_pre_hook(keep_input, with_kwargs=True)
     total, count = torch.zeros((), dtype=torch.float64), 0  # experts may read and give fewer numbers than the block
-    try:
+    with experts.register_forward_pre_hook(keep_input, with_kwargs=True):
         for batch in visit.calibrating:
             visit.run(visit.block.hidden[batch.rows], batch.rows)
             x = seen.pop()
             total = total + torch.stack([expert(x).sum(0, dtype=torch.float64) for expert in experts]).cpu()
             count += len(x)
-    finally:
-        handle.remove()
     return total / count
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -181,12 +182,10 @@ def _measure_usage(visit: Visit, experts: Experts) -> Usage:
         usage.weights[number] += weights.sum()
         usage.outputs[number] += (weights * norms).sum()
 
-    handles = [experts.register_forward_pre_hook(see_call, with_kwargs=True)]
-    handles += [expert.register_forward_hook(partial(add_output, number)) for number, expert in enumerate(experts)]
-    try:
+    with ExitStack() as hooks:
+        hooks.enter_context(experts.register_forward_pre_hook(see_call, with_kwargs=True))
+        for number, expert in enumerate(experts):
+            hooks.enter_context(expert.register_forward_hook(partial(add_output, number)))
         for batch in visit.calibrating:
             visit.run(visit.block.hidden[batch.rows], batch.rows)
-    finally:
-        for handle in handles:
-            handle.remove()
     return usage
