@@ -16,7 +16,7 @@ from llmcompress.kernels.cpu.matmul import FEW, MODES, Mode
 from llmcompress.kernels.cpu.prefill import decode_rows
 from llmcompress.kernels.cpu.prepare import PreparedWeight
 from llmcompress.kernels.one_token import restore_blocks, shorten_blocks
-from llmcompress.weight.modules import CompressedEmbedding, Multiplying, multiplying
+from llmcompress.weight.modules import CompressedEmbedding, Multiplying, is_traced, multiplying
 
 SWITCH = "LLMCOMPRESS_FAST"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of inputs that kernels take
@@ -47,19 +47,19 @@ class Fast:
     weight: ops.KeptWeight | None = None  # the last prepared one
 
     def __call__(self, layer: Multiplying, x: Tensor) -> Tensor | None:
-        """Return `x @ W.T`; None on other devices, for other dtypes or widths, for inputs that want a gradient, and for
-        a weight that accelerate reads anew at every call."""
+        """Return `x @ W.T`; None on other devices, for other dtypes or widths, for what torch's transforms follow, and
+        for a weight that accelerate reads anew at every call."""
         payload = layer._parameters["weight"]
         if payload is None or x.dtype not in DTYPES or x.device != payload.device or x.device.type not in DEVICES:
             return None
         if x.shape[-1] != layer.layout.size[1]:
             return None
-        if x.requires_grad and torch.is_grad_enabled():
-            return None
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return ops.call_operator(x, payload, layer.layout, self.mode)
+        if is_traced(x):
+            return None
         if not ops.has_kernels(x.device):
             return None
         if _is_offloaded(layer):
@@ -102,7 +102,7 @@ def accelerate(model: nn.Module, mode: str = "auto") -> Acceleration:
     On a CPU, blocks of the Llama kind also take fewer steps around their linears for one token (`one_token`).
     `from_pretrained` calls this, unless the environment variable LLMCOMPRESS_FAST is 0; its value may also be a mode.
     Weights are repacked at their first use. The stored payloads stay, so the model saves and loads as before.
-    Gradients, other devices and forms without a kernel are computed without kernels. GPUs need Triton.
+    Backward passes, other devices and forms without a kernel decode matrices one at a time. GPUs need Triton.
 
     Args:
         model: any module.

@@ -24,8 +24,8 @@ from llmcompress.runtime.memory import trim_memory
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.expression import describe
 from llmcompress.weight.expression import matmul as multiply_decoded
-from llmcompress.weight.layout import Layout
-from llmcompress.weight.modules import Multiplying
+from llmcompress.weight.layout import Layout, PackedWeight
+from llmcompress.weight.modules import Multiplying, multiply_back
 from llmcompress.weight.nodes import Weight
 
 PAGE_OUT = 21  # of madvise: give pages back, which are read again from their file when needed
@@ -88,6 +88,20 @@ def _operator(x: Tensor, payload: Tensor, layout: str, mode: str) -> Tensor:
 @_operator.register_fake
 def _(x: Tensor, payload: Tensor, layout: str, mode: str) -> Tensor:
     return x.new_empty(*x.shape[:-1], _layout(layout).size[0])
+
+
+def _save_weight(ctx: Any, inputs: tuple[Tensor, Tensor, str, str], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.layout = inputs[2]
+
+
+def _multiply_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    """Return the gradient of the operator's inputs."""
+    (payload,) = ctx.saved_tensors
+    return multiply_back(gradient, PackedWeight(_layout(ctx.layout), payload.detach())), None, None, None
+
+
+_operator.register_autograd(_multiply_back, setup_context=_save_weight)
 
 
 @lru_cache(maxsize=4096)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 from llmcompress.errors import InputError
 from llmcompress.weight import expression
@@ -98,9 +100,38 @@ class FastRows(Protocol):
     def __call__(self, table: CompressedEmbedding, ids: Tensor) -> Tensor | None: ...
 
 
+class _Product(torch.autograd.Function):
+    """A product that keeps the payload for its backward pass, and decodes it there again."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, layer: Multiplying) -> Tensor:
+        """`input [..., in]` to `[..., out]`."""
+        ctx.weight = layer.packed_weight()
+        return layer.product(input)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """The gradient `[..., out]` of the outputs to that of the inputs."""
+        return multiply_back(gradient, ctx.weight), None
+
+
+def multiply_back(gradient: Tensor, weight: PackedWeight) -> Tensor:
+    """Return `gradient [..., out] @ W`, `[..., in]`."""
+    w = decode(weight.layout.header, weight.layout.views(weight.payload))
+    return gradient @ expression.dense(w, gradient.device).to(gradient.dtype)
+
+
+def is_traced(x: Tensor) -> bool:
+    """True while a compiler or a transform of torch follows `x`, or a derivative goes forward with it."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return is_functorch_wrapped_tensor(x) or forward_ad._current_level >= 0
+
+
 class Multiplying(CompressedModule):
     """A compressed matrix that inputs are multiplied by, by a kernel where one fits (`kernels.accelerate`), else
-    decoded at every call unless inside `decoded(model)`."""
+    decoded at every call unless inside `decoded(model)`. A backward pass decodes it again, and holds it for no longer.
+    """
 
     ready: Weight | None
     fast: FastProduct | None
@@ -112,10 +143,16 @@ class Multiplying(CompressedModule):
 
     def product(self, input: Tensor) -> Tensor:
         """Return `input [..., in] @ W.T`, `[..., out]`, for the stored matrix alone; in the input's dtype."""
-        output = None if self.fast is None or self.ready is not None else self.fast(self, input)
-        if output is not None:
-            return output
-        return expression.matmul(input, self.expression() if self.ready is None else self.ready)
+        if self.ready is not None:
+            return expression.matmul(input, self.ready)
+        if input.requires_grad and torch.is_grad_enabled() and not is_traced(input):
+            return cast("Tensor", _Product.apply(input, self))
+        output = None if self.fast is None else self.fast(self, input)
+        return expression.matmul(input, self.expression()) if output is None else output
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is decoded inside `decoded(model)`, which undoes it in this module alone."""
+        return self.__dict__ | {"ready": None}
 
 
 class TiedMatrix(Multiplying):

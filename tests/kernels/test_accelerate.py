@@ -347,16 +347,54 @@ def test_adapters_train_as_on_plain_products(load: Load, products: list[tuple[in
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
-def test_gradients_of_inputs_are_those_of_plain_products(load: Load) -> None:
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_inputs_are_those_of_the_dense_matrix(
+    dtype: torch.dtype, fast: bool, load: Load, products: list[tuple[int, ...]]
+) -> None:
+    """By a kernel and without, once and twice; what waits for the backward pass holds no matrix."""
     layer: Any = load().get_submodule(UP)
-    x = torch.randn(3, 64)
-    found = []
-    for fast in (True, False):
-        layer.fast = Fast("exact") if fast else None
-        asked = x.clone().requires_grad_()
-        layer(asked).square().sum().backward()
-        found.append(asked.grad)
-    assert torch.equal(*found)
+    layer.fast = Fast("exact") if fast else None
+    dense, waiting = layer.dequantize().to(dtype), []
+    x = torch.randn(3, 64, dtype=dtype, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: waiting.append(tensor.shape) or tensor, lambda t: t):
+        y = layer(x)
+    assert bool(products) == fast and dense.shape not in waiting
+    (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    torch.testing.assert_close(first, 2 * y @ dense)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    torch.testing.assert_close(second, 2 * torch.ones_like(x) @ dense.T @ dense)
+
+
+def test_a_plain_call_multiplies_by_kernels(load: Load, products: list[tuple[int, ...]]) -> None:
+    """Norms and tables that may learn make every state want a gradient."""
+    model = load()
+    assert model(ids(5)).logits.requires_grad
+    called = len(products)
+    logits(model)
+    assert called == len(products) - called > 0
+
+
+def test_derivatives_that_go_forward_are_those_of_plain_products(load: Load) -> None:
+    layer: Any = load().get_submodule(UP)
+    x, direction = torch.randn(2, 3, 64)
+    wanted = direction @ layer.dequantize().T
+    _, found = torch.func.jvp(layer, (x,), (direction,))
+    close(found, wanted)
+    with torch.autograd.forward_ad.dual_level():
+        _, found = torch.autograd.forward_ad.unpack_dual(layer(torch.autograd.forward_ad.make_dual(x, direction)))
+    close(found, wanted)
+    close(torch.func.vmap(layer)(x), layer(x))
+    close(torch.func.grad(lambda x: layer(x).sum())(x), torch.ones(3, len(wanted[0])) @ layer.dequantize())
+
+
+def test_a_copy_made_while_decoded_multiplies_by_kernels(load: Load, products: list[tuple[int, ...]]) -> None:
+    model = load()
+    with lc.decoded(model):
+        twin = copy.deepcopy(model)
+    assert twin.get_submodule(UP).ready is None
+    logits(twin)
+    assert products
 
 
 @pytest.mark.parametrize("tokens", [1, pytest.param(5, marks=slow), pytest.param(40, marks=slow)])
@@ -374,8 +412,8 @@ def test_torch_compile_keeps_the_operator(tokens: int, load: Load, products: lis
 def test_torch_export_keeps_the_operator(load: Load, products: list[tuple[int, ...]]) -> None:
     layer = load().get_submodule("model.layers.0.mlp").eval()
     x = torch.randn(5, 64)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("tokens", min=1, max=64)},))
     with torch.no_grad():
-        program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("tokens", min=1, max=64)},))
         names = [str(node.target) for node in program.graph.nodes]
         assert names.count("llmcompress.linear.default") == 3
         for tokens in (1, 5, 40):

@@ -130,4 +130,5 @@ def test_a_model_trains_relaxed_and_goes_back(model: PreTrainedModel, tmp_path: 
     stored = model(tokens).logits
     assert {name: layer.layout for name, layer in compressed_linears(model).items()} == layouts
     model.save_pretrained(tmp_path / "trained")
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "trained")(tokens).logits, stored)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")  # multiplies by kernels
+    torch.testing.assert_close(again(tokens).logits, stored, rtol=1e-4, atol=1e-4)
