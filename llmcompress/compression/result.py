@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmcompress.models.files.checkpoint import copy_folder
 from llmcompress.reporting.report import Report
+from llmcompress.runtime.precision import ONE_BUILDER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +43,10 @@ class Result:
         import transformers
 
         loader = getattr(transformers, self.report.auto_class)
-        loaded: PreTrainedModel = loader.from_pretrained(self.folder, trust_remote_code=self.report.trust_remote_code)
+        with ONE_BUILDER:
+            loaded: PreTrainedModel = loader.from_pretrained(
+                self.folder, trust_remote_code=self.report.trust_remote_code
+            )
         return loaded
 
     def save(self, path: str | Path) -> Path:

@@ -15,6 +15,7 @@ from llmcompress.runtime.attention import FasterAttention
 from llmcompress.runtime.devices import alone, as_current
 
 ONE_THREAD = RLock()  # held while a thread compresses, distils or scores
+ONE_BUILDER = RLock()  # held while a thread makes a model: transformers' switches for that belong to the process
 PRECISE = 1e-6  # largest relative error of a float32 product; rounding to bfloat16 gives 2e-3
 
 

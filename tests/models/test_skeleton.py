@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from llmcompress.errors import InputError
-from llmcompress.models.dense.skeleton import auto_class, dense_skeleton
+from llmcompress.models.dense.skeleton import auto_class, dense_skeleton, outline
 from tests.tiers import tiered
 from tests.tiny import FAMILY_CONFIGS, tiny
 from tests.zoo import EVERY, ZOO, zoo
@@ -59,3 +60,24 @@ def test_a_model_that_cannot_fill_its_buffers_is_refused(tmp_path: Path, monkeyp
     monkeypatch.setattr(LlamaPreTrainedModel, "_init_weights", fail)
     with pytest.raises(InputError, match=r"does not describe a llama model that can be built \(no such rope\)"):
         dense_skeleton(config, tmp_path)
+
+
+def test_threads_build_beside_each_other(tmp_path: Path) -> None:
+    """Each thread gets its own model, other modules keep their numbers, and torch is as it was in the end."""
+    config = tiny("llama").config
+    before, found = (nn.Module.register_parameter, torch.nn.init.normal_), []
+
+    def build() -> None:
+        for _ in range(4):
+            model = dense_skeleton(config, tmp_path)
+            found.append(all(parameter.is_meta for parameter in model.parameters()))
+            outline(config, tmp_path, 100, 10**9)
+
+    threads = [Thread(target=build) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    places = set()
+    while any(thread.is_alive() for thread in threads):
+        places.add(nn.Linear(2, 2).weight.device.type)
+    assert places == {nn.Linear(2, 2).weight.device.type} == {"cpu"}
+    assert found == [True] * 12 and before == (nn.Module.register_parameter, torch.nn.init.normal_)

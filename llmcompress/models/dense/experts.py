@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError
+from llmcompress.runtime.precision import ONE_BUILDER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -167,7 +168,7 @@ def unfuse(model: nn.Module) -> None:
     count = sum(int(module.get_parameter(DOWN).shape[0]) for module, _ in found.values())
     if count > MOST:
         raise InputError(f"config.json describes {count} experts, which no model has; correct it")
-    with no_init_weights():
+    with ONE_BUILDER, no_init_weights():
         for name, (module, form) in found.items():
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, _unfuse_module(module, form))

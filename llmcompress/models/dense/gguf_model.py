@@ -30,6 +30,7 @@ from llmcompress.models.files.gguf_header import ENDS, FLOATS, ORIGINAL, GGUFHea
 from llmcompress.models.files.output import sync
 from llmcompress.models.files.reading import TokenizerReading
 from llmcompress.runtime.memory import total_memory
+from llmcompress.runtime.precision import ONE_BUILDER
 from llmcompress.runtime.progress import digest_file
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ def _write_model(file: Path, header: GGUFHeader, name: str, folder: Path) -> Non
     if hasattr(transformers, "GgufConfig"):  # later releases keep the weights packed unless told otherwise
         dequantize = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     loaded: Any
-    with _parse_once():
+    with ONE_BUILDER, _parse_once():
         tokenizer = _read_tokenizer(file, header)  # first: weights take longer
         try:
             loaded = transformers.AutoModelForCausalLM.from_pretrained(

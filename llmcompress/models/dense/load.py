@@ -34,6 +34,7 @@ from llmcompress.models.dense.skeleton import auto_class, folder_skeleton
 from llmcompress.models.files.reading import error_text
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.memory import total_memory
+from llmcompress.runtime.precision import ONE_BUILDER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,14 +72,15 @@ def load_model(
     failures: tuple[type[Exception], ...] = (*config_errors(), SafetensorError)
     model: PreTrainedModel
     try:
-        model, info = auto_class(load_config(place.folder, trusted)).from_pretrained(
-            place.folder,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=trusted,
-            output_loading_info=True,
-            **options,
-        )
+        with ONE_BUILDER:
+            model, info = auto_class(load_config(place.folder, trusted)).from_pretrained(
+                place.folder,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=trusted,
+                output_loading_info=True,
+                **options,
+            )
     except failures as error:
         if is_out_of_memory(error):
             raise

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from llmcompress.errors import InputError
 from llmcompress.models.dense.config import AUTO_MAP, MODEL, config_errors, load_config, model_code
 from llmcompress.models.dense.experts import unfuse
 from llmcompress.models.files.reading import error_text
+from llmcompress.runtime.precision import ONE_BUILDER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -94,9 +96,7 @@ def dense_skeleton(
 
     Raises InputError for a model that cannot be built.
     """
-    from accelerate import init_empty_weights
-
-    with init_empty_weights(include_buffers=False):
+    with ONE_BUILDER, _without_numbers():
         model = _build(config, folder, trust_remote_code)
     if unfused:
         unfuse(model)
@@ -125,7 +125,7 @@ def outline(
     Raises InputError for a model that cannot be built, that has many more parameters than the `stored` tensors, or
     whose buffers take more memory than the `disk` bytes of the weights allow.
     """
-    with _limit_parameters(folder, 2 * stored + 100), torch.device("meta"):  # tied ones are stored once
+    with ONE_BUILDER, _limit_parameters(folder, 2 * stored + 100), torch.device("meta"):  # tied ones are stored once
         model = _build(config, folder, trust_remote_code)
     check_buffers(model, str(folder / MODEL), disk)
     unfuse(model)
@@ -166,13 +166,27 @@ def _build(config: PreTrainedConfig, folder: Path, trust_remote_code: bool) -> P
 
 
 @contextmanager
+def _without_numbers() -> Iterator[None]:
+    """Hold the parameters of modules that this thread makes on meta."""
+    builder = get_ident()
+
+    def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta or get_ident() != builder:
+            return None  # it stays as it is
+        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    with nn.modules.module.register_module_parameter_registration_hook(empty):  # type: ignore[arg-type]  # or a new one
+        yield
+
+
+@contextmanager
 def _limit_parameters(folder: Path, most: int) -> Iterator[None]:
-    """Raise InputError as soon as modules are given more than `most` parameters in all."""
-    count = 0
+    """Raise InputError as soon as modules of this thread are given more than `most` parameters in all."""
+    count, builder = 0, get_ident()
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal count
-        count += parameter is not None
+        count += parameter is not None and get_ident() == builder
         if count > most:
             raise InputError(
                 f"{folder / MODEL} describes a model of more tensors than the weights beside it hold; download the "
