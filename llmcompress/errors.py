@@ -1,6 +1,13 @@
 """Errors that a user can meet: one type per exit code, one sentence per error (fault, place, way out)."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmcompress.compression.result import Result
 
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
@@ -49,7 +56,18 @@ class NumericsError(LLMCompressError):
 
 
 class GateError(NumericsError):
-    """The finished model is further from the dense one than the recipe's gates allow; its checkpoint stays."""
+    """The finished model is further from the dense one than the recipe's gates allow; its checkpoint stays.
+
+    `result`: what `compress` would have returned, also where it was given no output folder.
+    """
+
+    result: Result | None = None
+
+
+def check_several(values: object, name: str) -> None:
+    """Raise RecipeError for one text or path where several are needed, which would be read letter by letter."""
+    if isinstance(values, str | Path):
+        raise RecipeError(f"{name} is one name, {str(values)!r}, where a list of them is needed; put it into a list")
 
 
 class DiskError(LLMCompressError):

@@ -28,7 +28,6 @@ from llmcompress.models.dense.companions import companions
 from llmcompress.models.dense.config import code_files
 from llmcompress.models.dense.locate import Place, locate
 from llmcompress.models.dense.tokenizer import check_vocabularies, load_tokenizer
-from llmcompress.models.files.checkpoint import check_outside
 from llmcompress.models.files.identity import content_digest, teacher_digest, tokenizer_digest
 from llmcompress.models.files.output import check_writable, claim_folder, clear_folder, lock_output
 from llmcompress.models.files.store import Store
@@ -84,7 +83,6 @@ def distill(
     """
     progress = progress or progress_line("step", "loss", "tokens/s", "held-out KL")
     recipe, target = read_as(Distillation, recipe), Path(output)
-    check_outside(target, student)
     accelerator = launched_accelerator(device, recipe, target)
     with join_ranks("cpu") as ranks, lock_output(target, "output folder") if ranks.rank == 0 else nullcontext():
         with ranks.agree_on_errors():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.data.generate import NOTHING, continue_sequences, end_tokens
-from llmcompress.errors import InputError, RecipeError, first_line
+from llmcompress.errors import InputError, RecipeError, check_several, first_line
 from llmcompress.evaluation.distance import kl_divergence
 from llmcompress.evaluation.logits import Counting
 from llmcompress.evaluation.perplexity import describe_protocol, evaluation_windows, log_probability_chunks
@@ -118,6 +119,8 @@ def passport(
     """
     if find_spec("peft") is None:
         raise RecipeError("adapters need the package peft; install llmcompress[distill]")
+    check_several(adapters, "adapters")
+    adapters = [os.path.expanduser(adapter) for adapter in adapters]
     if not adapters:
         raise RecipeError("a passport is about adapters; give one or more folders or Hub ids of them")
     for adapter in adapters:

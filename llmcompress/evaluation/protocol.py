@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmcompress.errors import InputError, RecipeError
+from llmcompress.errors import InputError, RecipeError, check_several
 from llmcompress.recipe.text_files import holds_documents, split_names
 from llmcompress.runtime.json_values import JsonRecord
 
@@ -30,7 +31,11 @@ class Protocol(JsonRecord):
     generate: bool = False  # True: tasks of .jsonl files let the model write answers and programs, and run these
 
     def __post_init__(self) -> None:
-        """Raise RecipeError for a limit that is neither a number of items nor a share of them."""
+        """Take the path of a file in place of a text. Raise RecipeError for one name in place of several, and for a
+        limit that is neither a number of items nor a share of them."""
+        if isinstance(self.text, str) and os.path.isfile(os.path.expanduser(self.text)):
+            object.__setattr__(self, "text", Path(self.text))
+        check_several(self.tasks, "tasks")
         if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 1 and float(self.limit).is_integer())):
             raise RecipeError(
                 f"limit {self.limit} is neither a number of items nor a share of them; give a whole number, 1 or more, "
@@ -66,7 +71,7 @@ class Protocol(JsonRecord):
         """
         if self.domains is None:
             return {}
-        files = sorted(Path(self.domains).glob("[!.]*.txt"))
+        files = sorted(Path(self.domains).expanduser().glob("[!.]*.txt"))
         if not files:
             raise InputError(f"{self.domains} is no folder with .txt files; put one kind of text into each")
         return {file.stem: replace(self, text=file, domains=None, tasks=()) for file in files}

@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmcompress.errors import InputError, RecipeError
+from llmcompress.errors import InputError, RecipeError, check_several
 from llmcompress.evaluation.evaluate import Evaluation, Scoring, evaluate, evaluate_all
 from llmcompress.evaluation.logits import open_model
 from llmcompress.evaluation.perplexity import describe_protocol, windows_by_text
@@ -31,7 +31,7 @@ from llmcompress.models.dense.sizes import is_dense, with_sizes
 from llmcompress.models.dense.skeleton import folder_skeleton
 from llmcompress.models.dense.tokenizer import check_vocabularies, load_tokenizer
 from llmcompress.models.files import file_names
-from llmcompress.models.files.checkpoint import add_file, check_can_add, check_outside, write_checkpoint
+from llmcompress.models.files.checkpoint import add_file, check_can_add, write_checkpoint
 from llmcompress.models.files.output import check_new_file, check_writable, write_new_file
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.tables import comparison_markdown
@@ -92,7 +92,6 @@ def score(
     folder = _saving_folder(model, against) if save else None
     if output is not None:
         check_writable(output := Path(output), 0)
-        check_outside(output, model)
     place = locate(model, revision, trust_remote_code)
     places = [place, *([] if against is None else [locate(against, trust_remote_code=trust_remote_code)])]
     size, tokenizer = size_of(place), load_tokenizer(place.folder, trust_remote_code)
@@ -186,11 +185,11 @@ def compare(
         MemoryLimitError: for models that do not fit into this machine, two at a time.
         DiskError: for an output that cannot be written.
     """
-    if isinstance(models, str) or len(models) < 2:
+    check_several(models, "models")
+    if len(models) < 2:
         raise RecipeError("a comparison needs two models or more; give the one that the others are compared with first")
     if output is not None:
         check_new_file(output := Path(output), (".md", ".json"), "a comparison")
-        check_outside(output, *models)
     places = [locate(model, trust_remote_code=trust_remote_code) for model in models]
     sizes = [size_of(place) for place in places]
     check_vocabularies(places)

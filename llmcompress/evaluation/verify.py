@@ -23,9 +23,9 @@ from llmcompress.models.dense.locate import Place, locate
 from llmcompress.models.dense.model import DenseModel, open_source
 from llmcompress.models.dense.skeleton import check_causal, is_causal
 from llmcompress.models.dense.tokenizer import check_vocabularies, load_tokenizer
-from llmcompress.models.files.checkpoint import MANIFEST, check_manifest, manifest
+from llmcompress.models.files.checkpoint import check_manifest, manifest
 from llmcompress.models.files.compressed import stored_by
-from llmcompress.models.files.file_names import REPORT, TERMS
+from llmcompress.models.files.file_names import MANIFEST, REPORT, TERMS
 from llmcompress.models.files.gguf_header import read_gguf_header
 from llmcompress.models.files.integrity import weight_files
 from llmcompress.models.files.reading import MENDING
@@ -87,7 +87,7 @@ def verify(
         MemoryLimitError: for models that do not fit into this machine together.
         NumericsError: for NaN in what the model computes.
     """
-    gguf = _gguf_files(folder := Path(folder))
+    gguf = _gguf_files(folder := Path(folder).expanduser())
     home = folder.parent if folder.is_file() else folder
     notes = () if check_manifest(home) else (UNCHECKED,)
     if len(gguf) == 2 and gguf[1].name == TERMS:

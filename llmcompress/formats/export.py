@@ -19,8 +19,8 @@ from llmcompress.formats.mlx import to_mlx
 from llmcompress.formats.peft import to_peft
 from llmcompress.models.dense.experts import experts_of
 from llmcompress.models.dense.skeleton import check_causal, folder_skeleton
-from llmcompress.models.files.checkpoint import check_outside
 from llmcompress.models.files.compressed import CompressedCheckpoint
+from llmcompress.models.files.output import check_outside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,8 +64,8 @@ def export(
         raise RecipeError(f"only the export to gguf rounds to a type, not that to {to}; leave round_to out")
     if to not in FORMATS:
         raise RecipeError(f"there is no export to {to!r}; choose one of {', '.join(FORMATS)}")
-    opened, target = CompressedCheckpoint(Path(folder), trust_remote_code, rank), Path(output)
-    check_outside(target, folder)
+    opened, target = CompressedCheckpoint(Path(folder).expanduser(), trust_remote_code, rank), Path(output)
+    check_outside(target)
     if to != "dense":
         _check_form(opened, to)
     if to == "compressed-tensors":

@@ -17,8 +17,9 @@ from llmcompress.formats.model_card import DistillationRecord, Evidence, card, g
 from llmcompress.models.dense.companions import MORE_TEMPLATES, OURS, companions, is_named
 from llmcompress.models.dense.locate import client_errors
 from llmcompress.models.files import file_names
-from llmcompress.models.files.checkpoint import CARD, MANIFEST, PLOT, README, manifest, manifest_text
+from llmcompress.models.files.checkpoint import CARD, PLOT, README, manifest, manifest_text
 from llmcompress.models.files.compressed import check_kind
+from llmcompress.models.files.file_names import MANIFEST
 from llmcompress.models.files.reading import read_json
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.plots import layers_png
@@ -76,7 +77,7 @@ def push(
         GateError: for a checkpoint outside of its recipe's gates, or whose run ended before they were measured.
         HubError: where the Hub refuses or fails.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not REPOSITORY.fullmatch(repository):
         raise RecipeError(f"{repository!r} is not a Hub repository; give owner/name")
     if not dry_run:

@@ -32,24 +32,25 @@ KNOWN = READ | {"use_cache", "position_ids", "cache_position"}  # and those that
 class TokenFacts:
     """Facts of a token that blocks of a model share.
 
-    `mask`: the last one seen, `has_all`: True if it hides nothing. `signed`: the sines of its rotary embedding, and the
+    `mask`: the last one seen, and True if it hides nothing. `signed`: the sines of its rotary embedding, and the
     same with the sign of each half.
     """
 
-    mask: object = None
-    has_all: bool = False
+    mask: tuple[object, bool] = (None, False)
     signed: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
 
     def lets_all(self, mask: object) -> bool:
         """True if a mask of torch's attention, which nobody changes, hides nothing."""
-        if mask is not self.mask:
-            self.mask, self.has_all = mask, isinstance(mask, Tensor) and mask.dtype == torch.bool and bool(mask.all())
-        return self.has_all
+        known, has_all = self.mask  # read once: another thread may be at another token
+        if mask is not known:
+            has_all = isinstance(mask, Tensor) and mask.dtype == torch.bool and bool(mask.all())
+            self.mask = mask, has_all
+        return has_all
 
     def turn(self, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         """Return rotated heads `[heads, dimension]`; `cosines`, `sines`: `[1, 1, dimension]`."""
         half = heads.shape[-1] // 2
-        known, signed = self.signed  # read once: another thread may be at another token
+        known, signed = self.signed
         if known is not sines:
             signed = torch.cat((-sines[..., :half], sines[..., half:]), -1)[0]
             self.signed = sines, signed

@@ -28,13 +28,14 @@ from llmcompress.compression.run import Progress
 from llmcompress.compression.run_files import is_complete, is_of
 from llmcompress.compression.time_estimate import estimate_time
 from llmcompress.data.text import preview_text
-from llmcompress.errors import DiskError, RecipeError
+from llmcompress.errors import DiskError, GateError, RecipeError
 from llmcompress.models.dense.companions import companions
 from llmcompress.models.dense.locate import pinned_name
 from llmcompress.models.dense.model import resolve
 from llmcompress.models.files import file_names
-from llmcompress.models.files.checkpoint import MANIFEST, has_file, remove_unfinished
+from llmcompress.models.files.checkpoint import has_file, remove_unfinished
 from llmcompress.models.files.compressed import check_kind
+from llmcompress.models.files.file_names import MANIFEST
 from llmcompress.models.files.output import (
     check_output_name,
     check_writable,
@@ -128,12 +129,13 @@ def compress(
         The finished checkpoint and its report.
 
     Raises:
-        GateError: for a result outside of the recipe's gates. It is complete in `output`, and its report says so.
+        GateError: for a result outside of the recipe's gates, which is the error's `result`. It is complete in
+            `output`, and its report says so.
         LLMCompressError: in one sentence, for whatever is wrong. What is left behind then is only what the same call
             resumes from: finished blocks in `<output>.partial`, prices in `<output>.prices.json`, a compressed model in
             `<output>.compressed` and the state of its training in `<output>.training`.
     """
-    device_of(device)  # before a model is looked at
+    device_of(device := str(device))  # before a model is looked at
     progress = progress or progress_line("block", "tokens/s")
     pricing = pricing or progress_line("priced block", "tokens/s")
     training = training or progress_line("step", "loss", "tokens/s", "held-out KL")
@@ -221,9 +223,14 @@ def _judge_result(result: Result, job: Job, way: _RunOptions, plan: Allocation |
             stack.push(partial(attach_note, f"{result.folder} is complete, and the same command measures its gates"))
             ranks.first(lambda: stack.enter_context(lock_output(result.folder, "output folder")))
         report = judge(job, result.folder, ranks.device, way.judging, plan, ranks)
-    with ranks.agree_on_errors():
-        check_gates(report, result.folder, plan, stays)
-    return replace(result, report=report)
+    judged = replace(result, report=report)
+    try:
+        with ranks.agree_on_errors():
+            check_gates(report, result.folder, plan, stays)
+    except GateError as error:
+        error.result = judged  # a temporary folder lives as long as this
+        raise
+    return judged
 
 
 def _run_to_target(job: Job, output: Path | None, pricing: Progress | None, way: _RunOptions) -> Result:

@@ -29,7 +29,8 @@ from llmcompress.formats.engine_files import ExportReport
 from llmcompress.formats.export import export
 from llmcompress.models.dense.model import resolve
 from llmcompress.models.files import file_names
-from llmcompress.models.files.checkpoint import MANIFEST, files_of, write_checkpoint
+from llmcompress.models.files.checkpoint import files_of, write_checkpoint
+from llmcompress.models.files.file_names import MANIFEST
 from llmcompress.models.files.output import (
     check_writable,
     claim_folder,
@@ -184,10 +185,13 @@ def _compress_and_export(
         writer.write(file_names.RECIPE, (ours / file_names.RECIPE).read_text(encoding="utf-8"))
     remove_folder(staging)
     remove_checkpoint(ours)
-    if failure is not None:
-        raise GateError(str(failure).replace(str(ours), str(output))) from failure
     allocation = result.allocation and result.allocation | {"measured_bytes": report.bytes}
-    return replace(result, folder=output, report=report, allocation=allocation)
+    finished = replace(result, folder=output, report=report, allocation=allocation)
+    if failure is None:
+        return finished
+    missed = GateError(str(failure).replace(str(ours), str(output)))
+    missed.result = finished
+    raise missed from failure
 
 
 def _open_job(engine: str, model: str | Path, recipe: Recipe, revision: str | None, trust_remote_code: bool) -> Job:

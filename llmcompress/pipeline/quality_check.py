@@ -82,7 +82,9 @@ def check_gates(report: Report, folder: Path, plan: Allocation | None = None, st
     gates = report.gates
     if gates is None or gates.held is not False:
         return
-    where = f"it stays in {folder} for inspection, and push refuses it" if stays else "name an output folder to keep it"
+    where = (
+        f"it stays in {folder} for inspection, and push refuses it" if stays else "save the error's `result` to keep it"
+    )
     raise GateError(
         f"the compressed model is outside of its gates: {', '.join(gates.clauses())}, {gates.text_clause()}; {where}; "
         f"{_advice(gates, plan)}, or give other gates in the recipe (null for none)"

@@ -211,7 +211,7 @@ def read(folder: str | Path) -> Report:
         InputError: for a folder without a report, or with one that cannot be read.
     """
     try:
-        return Report.from_json(read_json(Path(folder) / REPORT))
+        return Report.from_json(read_json(Path(folder).expanduser() / REPORT))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{folder} holds no {REPORT}, so llmcompress did not write it; give a folder that compress wrote"

@@ -46,7 +46,7 @@ def products(device: torch.device, dtype: torch.dtype, attention: bool = True) -
 def fast_float32() -> Iterator[None]:
     """Compute float32 products by oneDNN on AMD's processors, where torch's MKL is half as fast; one thread at a time.
 
-    Gradients are recorded, even where the caller has switched them off.
+    Gradients are recorded, even where the caller has switched them off, and products are not autocast.
 
     torch asks oneDNN only where it may round to bfloat16. Nothing changes if it would round (a trial product tells),
     if a precision is chosen already, or on other processors, where MKL is faster.
@@ -54,7 +54,8 @@ def fast_float32() -> Iterator[None]:
     Other threads wait: torch's switch, and the default dtype that transformers sets while it loads a model, belong to
     the whole process.
     """
-    with ONE_THREAD, torch.inference_mode(False), torch.enable_grad():
+    plain = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
+    with ONE_THREAD, torch.inference_mode(False), torch.enable_grad(), plain[0], plain[1]:
         wanted = _made_by_amd() and _onednn_is_precise() and _switch().fp32_precision == "none"
         with by_onednn() if wanted else nullcontext():
             yield

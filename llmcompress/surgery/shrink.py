@@ -12,7 +12,7 @@ from llmcompress.distillation.student.folder import CompressedStudent
 from llmcompress.errors import RecipeError
 from llmcompress.models.dense.companions import companions
 from llmcompress.models.files import file_names
-from llmcompress.models.files.checkpoint import check_outside, write_checkpoint
+from llmcompress.models.files.checkpoint import write_checkpoint
 from llmcompress.models.files.compressed import CompressedCheckpoint, check_written, locate_size
 from llmcompress.models.files.identity import binding
 from llmcompress.reporting import report as reports
@@ -60,7 +60,6 @@ def shrink(folder: str | Path, rank: int, output: str | Path, *, trust_remote_co
     if rank < 0:
         raise RecipeError(f"a rank of {rank} is none; give 0, which leaves low-rank terms out, or more")
     source, target = locate_size(folder, rank, trust_remote_code).folder, Path(output)
-    check_outside(target, source)
     before, opened = reports.read(source), CompressedCheckpoint(source, trust_remote_code, rank)
     smaller: dict[str, Weight] = {}
     linears: dict[str, CompressedLinear] = {}

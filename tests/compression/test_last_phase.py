@@ -22,6 +22,7 @@ from llmcompress.distillation.run import distill
 from llmcompress.errors import DiskError, InputError, LLMCompressError, LockedError
 from llmcompress.evaluation.verify import verify
 from llmcompress.models.files import checkpoint, tensor_files
+from llmcompress.models.files.file_names import MANIFEST
 from llmcompress.models.files.output import MARK, claim_folder, lock_output
 from tests.compression.test_journal import RTN, begun, files, recipe
 from tests.compression.test_run import TEXT
@@ -289,7 +290,7 @@ def test_a_training_goes_on_with_its_models_alone(changed: str, place: Path, tmp
         save_file({name: value * 1.1 for name, value in load_file(path).items()}, path, {"format": "pt"})
     else:
         path.write_text(path.read_text() + "\n")
-        (tmp_path / "small" / checkpoint.MANIFEST).unlink()
+        (tmp_path / "small" / MANIFEST).unlink()
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     what = "teacher" if changed == "teacher" else "student"
     with pytest.raises(LLMCompressError, match=f"{what} changed|not the one that its weights were written with"):

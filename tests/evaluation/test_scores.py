@@ -12,6 +12,7 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,28 @@ def test_distance_equals_the_definition() -> None:
     assert math.isclose(found.top1_agreement, float(agreement.mean()))
     assert math.isclose(found.top1_agreement_stderr, float(agreement.std() / math.sqrt(3)))
     assert (found.teacher, found.student) == alone
+
+
+def test_a_path_in_a_text_is_that_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in (str(tmp_path / "text.txt"), "~/text.txt"):
+        found = evaluate(reader(), tiny_tokenizer(), Protocol(path, windows=2, length=32))
+        assert found.to_json() == evaluate(reader(), tiny_tokenizer(), Protocol(TEXT, windows=2, length=32)).to_json()
+    assert list(Protocol(domains="~").by_domain()) == ["text"]
+
+
+def test_one_name_in_place_of_several_is_refused() -> None:
+    calls: list[Callable[[], object]] = [
+        lambda: Protocol(tasks="piqa"),  # type: ignore[arg-type]
+        lambda: lc.compare("small"),
+        lambda: lc.compare(Path("small")),  # type: ignore[arg-type]
+        lambda: lc.bench("small", lc.SpeedProtocol(threads=(1,))),
+        lambda: lc.passport("small", "adapter", "dense"),
+    ]
+    for call in calls:
+        with pytest.raises(RecipeError, match=r"is one name, '\w+', where a list of them is needed"):
+            call()
 
 
 # --- one call for everything ------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import llmcompress as lc
 from llmcompress.errors import DiskError, InputError, RecipeError
 from llmcompress.formats.export import export
-from llmcompress.models.files.checkpoint import check_manifest
+from llmcompress.models.files.checkpoint import check_manifest, copy_folder
 from llmcompress.reporting.html.page import write_page
+from llmcompress.surgery.drop import drop_blocks
 from llmcompress.surgery.shrink import shrink
 from tests.tiny import save_tiny
 
@@ -70,6 +71,7 @@ def test_dense_export_loads_without_llmcompress(family: str, tied: bool, tmp_pat
 def test_no_output_goes_into_the_checkpoint_that_is_read(tmp_path: Path) -> None:
     small = compressed(save_tiny("llama", tmp_path / "dense"), tmp_path / "small", [SVD])
     distillation = {"version": 1, "rates": {"scales": 1e-3}}
+    recipe = {"version": 1, "rules": [{"match": "*", "steps": [GRID]}]}
     calls: list[Callable[[], object]] = [
         lambda: lc.export(small, small / "inside", "dense"),
         lambda: lc.score(small, output=small / "inside"),
@@ -77,6 +79,9 @@ def test_no_output_goes_into_the_checkpoint_that_is_read(tmp_path: Path) -> None
         lambda: shrink(small, 1, small / "inside"),
         lambda: lc.distill(small, tmp_path / "dense", distillation, small / "inside"),
         lambda: write_page(small, small / "inside.html"),
+        lambda: lc.compress(tmp_path / "dense", recipe, small / "inside" / "deeper"),
+        lambda: drop_blocks(tmp_path / "dense", [0], small / "inside"),
+        lambda: copy_folder(tmp_path / "dense", small / "inside"),
     ]
     for call in calls:
         with pytest.raises(DiskError, match=r"inside.* is inside the checkpoint .*small, where only its own files"):

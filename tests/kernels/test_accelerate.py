@@ -377,12 +377,12 @@ def test_a_plain_call_multiplies_by_kernels(load: Load, products: list[tuple[int
 
 def test_derivatives_that_go_forward_are_those_of_plain_products(load: Load) -> None:
     layer: Any = load().get_submodule(UP)
-    x, direction = torch.randn(2, 3, 64)
+    x, direction = torch.randn(3, 64), torch.randn(3, 64)
     wanted = direction @ layer.dequantize().T
-    _, found = torch.func.jvp(layer, (x,), (direction,))
+    found = torch.func.jvp(layer, (x,), (direction,))[1]
     close(found, wanted)
     with torch.autograd.forward_ad.dual_level():
-        _, found = torch.autograd.forward_ad.unpack_dual(layer(torch.autograd.forward_ad.make_dual(x, direction)))
+        found = torch.autograd.forward_ad.unpack_dual(layer(torch.autograd.forward_ad.make_dual(x, direction)))[1]
     close(found, wanted)
     close(torch.func.vmap(layer)(x), layer(x))
     close(torch.func.grad(lambda x: layer(x).sum())(x), torch.ones(3, len(wanted[0])) @ layer.dequantize())

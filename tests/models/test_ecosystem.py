@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import llmcompress as lc
@@ -55,8 +56,14 @@ def test_placed_by_accelerate(where: str, folder: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(model), expected)
     if where == "disk":
         assert model.model.layers[1].mlp.up_proj.weight.is_meta
+        with pytest.raises(InputError, match="cannot be made dense while it is offloaded"):
+            model.dequantize()
+        assert torch.equal(logits(model), expected)
         model.save_pretrained(tmp_path / "again")
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), expected)
+        model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+        with pytest.raises(InputError, match="cannot take adapters in while it is offloaded"):
+            lc.fold(model)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU beside the CPU")

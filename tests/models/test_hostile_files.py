@@ -30,8 +30,9 @@ from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import Place, _left_out
 from llmcompress.models.dense.model import open_source
 from llmcompress.models.files import tensor_files
-from llmcompress.models.files.checkpoint import MANIFEST, manifest
+from llmcompress.models.files.checkpoint import manifest
 from llmcompress.models.files.compressed import CompressedCheckpoint
+from llmcompress.models.files.file_names import MANIFEST
 from llmcompress.models.files.integrity import INDEX, SINGLE, weight_files, weight_map
 from llmcompress.models.files.reading import MOST_HEADER, MOST_JSON, open_tensors, read_json
 from llmcompress.models.transformers.hf_quantizer import LLMCompressConfig

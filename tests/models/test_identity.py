@@ -17,7 +17,7 @@ from llmcompress.errors import InputError
 from llmcompress.evaluation.protocol import Protocol
 from llmcompress.evaluation.score import score
 from llmcompress.models.files import tensor_files
-from llmcompress.models.files.checkpoint import MANIFEST
+from llmcompress.models.files.file_names import MANIFEST
 from llmcompress.models.files.identity import read_binding
 from llmcompress.models.files.integrity import SINGLE
 from llmcompress.models.files.tensor_files import shard_files

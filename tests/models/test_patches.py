@@ -201,7 +201,7 @@ def test_scores_of_objects_are_refused(llama: Path) -> None:
         lc.score(model)
     with pytest.raises(InputError, match="models are read from disk"):
         lc.compare([model, model])
-    with pytest.raises(RecipeError, match="two models or more"):
+    with pytest.raises(RecipeError, match="is one name"):
         lc.compare(str(llama))
 
 

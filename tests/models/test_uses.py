@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 import llmcompress as lc
@@ -187,6 +187,9 @@ def becomes_dense(folder: Path, place: Path) -> None:
     near(logits(dense), logits(model))
     dense.save_pretrained(place)
     assert torch.equal(logits(compressed(place)), logits(dense)) and not compressed_modules(compressed(place))
+    fresh = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))  # never compressed
+    fresh.save_pretrained(place / "fresh")
+    assert torch.equal(logits(compressed(place / "fresh")), logits(fresh.eval()))
 
 
 # --- saving and changing --------------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ from llmcompress.models.dense.load import load_model
 from llmcompress.models.dense.locate import locate
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.models.dense.tokenizer import load_tokenizer
-from llmcompress.models.files.checkpoint import MANIFEST, check_manifest
-from llmcompress.models.files.file_names import ALLOCATION, DISTILLATION, RECIPE, SCORES
+from llmcompress.models.files.checkpoint import check_manifest
+from llmcompress.models.files.file_names import ALLOCATION, DISTILLATION, MANIFEST, RECIPE, SCORES
 from llmcompress.pipeline import frontier as sweep
 from llmcompress.pipeline.frontier import PRICES, SILENT, SweepCallbacks, frontier
 from llmcompress.pipeline.frontier_inputs import budgets, read_peers

@@ -100,6 +100,15 @@ def test_a_ruined_model_is_no_success_and_stays_as_evidence(missed: tuple[Path, 
     assert "Held against the gates of the recipe" in (folder.parent / "page.html").read_text()
 
 
+def test_the_error_has_the_result(place: Path, tmp_path: Path) -> None:
+    """Also without an output folder, whose model would be gone."""
+    with pytest.raises(GateError, match="save the error's `result` to keep it") as error:
+        lc.compress(place / "dense", recipe(place, gates={"kl": 1e-9}), device=torch.device("cpu"))  # type: ignore[arg-type]
+    result = error.value.result
+    assert result is not None and result.report.gates is not None and result.report.gates.held is False
+    assert verify(result.save(tmp_path / "kept"), text=place / "text.txt", length=16).layers == 14
+
+
 @pytest.mark.slow
 def test_it_is_not_pushed(missed: tuple[Path, Any]) -> None:
     with pytest.raises(GateError, match=r"out is outside of its gates \(KL .*\) and is not pushed"):

@@ -83,6 +83,12 @@ def test_fast_float32_sets_the_switch_within_the_context(switch: Any) -> None:
     assert switch.fp32_precision == before
 
 
+def test_fast_float32_is_not_autocast() -> None:
+    x = torch.randn(4, 4)
+    with torch.autocast("cpu", torch.bfloat16), fast_float32():
+        assert (x @ x).dtype == torch.float32
+
+
 @pytest.mark.usefixtures("amd")
 @pytest.mark.parametrize("chosen", ["ieee", "bf16"])
 def test_fast_float32_keeps_a_chosen_precision(chosen: str, switch: Any) -> None:

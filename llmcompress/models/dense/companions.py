@@ -26,7 +26,8 @@ from llmcompress.errors import InputError, first_line, list_names
 from llmcompress.models.dense.config import MODEL, PROCESSORS, code_files, needs_code, public_entries
 from llmcompress.models.dense.tokenizer import load_tokenizer
 from llmcompress.models.files import file_names
-from llmcompress.models.files.checkpoint import CARD, MANIFEST
+from llmcompress.models.files.checkpoint import CARD
+from llmcompress.models.files.file_names import MANIFEST
 from llmcompress.models.files.identity import tokenizer_files
 from llmcompress.models.files.integrity import INDEX
 from llmcompress.models.files.reading import read_json

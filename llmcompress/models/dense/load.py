@@ -195,7 +195,7 @@ def check_fits(
     `whole` ones are held whole, `passing` ones block by block: a compressed one as it is stored, beside the decoded
     block. `doing`, `way_out`: the beginning and the end of the message. `processes`: of this machine that hold them.
     """
-    if device.partition(":")[0] != "cpu":
+    if str(device).partition(":")[0] != "cpu":
         return
     memory = total_memory()
     sizes = {place.name: _bytes_held(place, place in whole, dtype.itemsize) for place in (*whole, *passing)}

@@ -31,7 +31,8 @@ from llmcompress.models.dense.gguf_model import (
     unpack_to,
     unpacked_model,
 )
-from llmcompress.models.files.checkpoint import MANIFEST, manifest
+from llmcompress.models.files.checkpoint import manifest
+from llmcompress.models.files.file_names import MANIFEST
 from llmcompress.models.files.reading import check_folder, read_json
 
 HUB_FILES = [

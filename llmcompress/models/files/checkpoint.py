@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from llmcompress.errors import DiskError, InputError, RecipeError
-from llmcompress.models.files.file_names import REPORT
+from llmcompress.models.files.file_names import MANIFEST, REPORT
 from llmcompress.models.files.integrity import INDEX, MENDING, read_binding
 from llmcompress.models.files.output import (
     MOUNTED,
@@ -42,7 +42,6 @@ from llmcompress.models.files.tensor_files import data_bytes, merge_parts, part_
 from llmcompress.runtime.progress import count_each, digest_file
 
 FORMAT_VERSION = 3  # 2: digests in the weight files, every layout listed once; 3: a weight is one tensor
-MANIFEST = "manifest.json"
 NEXT_MANIFEST = ".manifest.json.next"  # of a folder that gets one more file
 UNFINISHED = ".*.partial"  # what `replace_file` stages
 README = "README.md"
@@ -171,16 +170,6 @@ def files_of(folder: Path) -> list[str]:
     """
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in names if not name.startswith("."))
-
-
-def check_outside(output: Path, *folders: str | Path) -> None:
-    """Raise DiskError for an output inside one of `folders` that llmcompress wrote, which have all their files."""
-    for folder in (Path(os.path.expanduser(folder)) for folder in folders):
-        is_ours = any((folder / name).is_file() for name in (MANIFEST, REPORT))
-        if is_ours and folder.resolve() in output.resolve().parents:
-            raise DiskError(
-                f"{output} is inside the checkpoint {folder}, where only its own files may be; write it elsewhere"
-            )
 
 
 def check_can_add(folder: Path) -> None:

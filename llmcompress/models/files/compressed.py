@@ -30,7 +30,8 @@ from llmcompress.models.dense.locate import Place, locate
 from llmcompress.models.dense.model import DenseModel
 from llmcompress.models.dense.skeleton import dense_skeleton, folder_skeleton, transposed_linears
 from llmcompress.models.dense.tokenizer import load_tokenizer
-from llmcompress.models.files.checkpoint import MANIFEST, PART, check_manifest, manifest
+from llmcompress.models.files.checkpoint import PART, check_manifest, manifest
+from llmcompress.models.files.file_names import MANIFEST
 from llmcompress.models.files.identity import check_binding, tokenizer_files
 from llmcompress.models.files.integrity import DIGESTS, MENDING, digest, files_beyond, read_digests, weight_files
 from llmcompress.models.files.reading import check_folder, open_tensors, read_json

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+CONFIG = "config.json"
+MANIFEST = "manifest.json"  # the digests of all other files
 REPORT = "report.json"
 TERMS = "lora.gguf"  # low-rank terms beside a GGUF file
 RECIPE = "recipe.yaml"

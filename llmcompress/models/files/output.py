@@ -14,6 +14,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from llmcompress.errors import DiskError, LockedError, RecipeError, format_bytes
+from llmcompress.models.files.file_names import CONFIG, MANIFEST, REPORT
 from llmcompress.models.files.reading import is_text
 
 STAGING = "partial"  # the suffix of a folder or file of unfinished work
@@ -94,8 +95,18 @@ def check_writable(output: Path, needed: int, beside: Sequence[Path] = ()) -> No
         )
 
 
+def check_outside(output: Path) -> None:
+    """Raise DiskError for an output inside a checkpoint that llmcompress wrote, which has all its files."""
+    for folder in output.absolute().resolve().parents:
+        if (folder / MANIFEST).is_file() and any((folder / name).is_file() for name in (REPORT, CONFIG)):
+            raise DiskError(
+                f"{output} is inside the checkpoint {folder}, where only its own files may be; write it elsewhere"
+            )
+
+
 def _parent(output: Path) -> Path:
     """Return the deepest folder above `output` that exists. Raises DiskError if nothing can be written there."""
+    check_outside(output)
     parent = next(folder for folder in output.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise DiskError(f"{parent} is not a folder that can be written to; choose another output folder")
@@ -222,6 +233,7 @@ def check_new_file(output: Path, kinds: Sequence[str], what: str) -> None:
         raise DiskError(f"{output} exists already; remove it or choose another output file")
     if not output.absolute().parent.is_dir():
         raise DiskError(f"there is no folder {output.absolute().parent}; make it or choose another output file")
+    check_outside(output)
     if not os.access(output.absolute().parent, os.W_OK):
         raise DiskError(f"{output.absolute().parent} cannot be written to; choose another output file")
 

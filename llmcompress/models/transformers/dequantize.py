@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,8 +33,10 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedM
     """Replace every compressed module by its dense one, and return the model, all in `dtype`.
 
     `dtype`: None for that of the model's dense tensors; `model.dequantize()` gives that of its config. Experts become
-    transformers' parameters again. Memory peaks at the dense model and the compressed rest.
+    transformers' parameters again. Memory peaks at the dense model and the compressed rest. Raises InputError for a
+    model that is offloaded, and changes nothing of it.
     """
+    check_in_memory(compressed_modules(model).values(), "be made dense")
     dtype = model.dtype if dtype is None else dtype
     plain, unfused = skeleton(type(model), model.config), skeleton(type(model), model.config)
     unfuse(unfused)
@@ -49,6 +52,12 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedM
     model.tie_weights()
     vars(model).pop("_weight_conversions", None)  # from compressed files; it saves by the names of its class
     return model
+
+
+def check_in_memory(modules: Iterable[nn.Module], doing: str) -> None:
+    """Raise InputError for compressed modules that are offloaded; `doing`: what they cannot."""
+    if any(module.get_parameter("weight").is_meta for module in modules):
+        raise InputError(f"a compressed model cannot {doing} while it is offloaded; load it in memory")
 
 
 def own_sizes(model: PreTrainedModel) -> dict[str, list[int]]:
@@ -120,8 +129,7 @@ def ready_to_resize(model: PreTrainedModel, tokens: int | None, multiple: int | 
         for name, module in model.named_modules()
         if isinstance(module, CompressedModule) and module in both
     }
-    if any(module.get_parameter("weight").is_meta for module in packed.values()):
-        raise InputError("a compressed token table cannot be resized while it is offloaded; load the model in memory")
+    check_in_memory(packed.values(), "have another number of tokens")
     if not set(packed.values()) <= set(outer):
         raise InputError(
             f"{list_names(packed)} cannot be resized with an adapter; do so before it is made, or after "

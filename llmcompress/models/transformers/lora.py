@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.errors import InputError, list_names
+from llmcompress.models.transformers.dequantize import check_in_memory
 from llmcompress.models.transformers.saving import describe_modules
 from llmcompress.weight.algebra import add_term
 from llmcompress.weight.modules import (
@@ -82,7 +83,7 @@ def fold(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         InputError: The adapters of compressed layers are not plain LoRA, they are beside inputs that are rounded, or
-            there are none. Nothing is changed then.
+            there are none; or the model is offloaded. Nothing is changed then.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -104,6 +105,7 @@ def fold(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
         raise InputError(
             f"the adapter {list_names(adapters)} touches no layer of the model; load the one that was trained"
         )
+    check_in_memory(compressed_modules(base).values(), "take adapters in")
     terms = {name: _terms(name, module, adapters) for name, module in adapted.items()}
     fast: list[Any] = [layer.fast for layer in multiplying(base).values() if layer.fast is not None]
     for name, module in adapted.items():

@@ -33,7 +33,7 @@ from llmcompress.weight.modules import (
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTuner
-    from transformers import PreTrainedModel, Trainer
+    from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
 BERTS_TABLE = "embeddings.word_embeddings"
 FROM_WEIGHTS = ("pissa", "olora", "corda", "loftq")  # beginnings of `init_lora_weights` that factor the dense weight
@@ -111,6 +111,8 @@ def _save_what_loads() -> None:
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         by_ours = type(vars(self).get("hf_quantizer")).__module__.startswith("llmcompress.")
         if not (by_ours or _is_ours(self)) or self._hf_peft_config_loaded:  # of one with adapters these alone are saved
+            if not _is_ours(self) and _names_ours(self.config):
+                vars(self.config).pop("quantization_config")  # a dense model, made from the config of a compressed one
             save(self, *args, **kwargs)
             return
         from llmcompress.models.transformers import saving  # other models are saved without it
@@ -379,6 +381,13 @@ def _without_payloads(name_of: Callable[..., str | None]) -> Callable[..., str |
         return None if is_payload else name_of(model, layer, is_adapted)
 
     return name
+
+
+def _names_ours(config: PreTrainedConfig) -> bool:
+    """True for the config of a compressed model."""
+    settings = getattr(config, "quantization_config", None)
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    return method == "llmcompress"
 
 
 def _is_ours(model: Any) -> bool:

@@ -21,8 +21,16 @@ from transformers.pytorch_utils import Conv1D
 from llmcompress.errors import InputError
 from llmcompress.models.dense.config import config_errors
 from llmcompress.models.dense.experts import unfuse
-from llmcompress.models.files.checkpoint import MANIFEST, NEXT_MANIFEST
-from llmcompress.models.files.file_names import ALLOCATION, DISTILLATION, GENERATIONS, PASSPORT, REPORT, SCORES
+from llmcompress.models.files.checkpoint import NEXT_MANIFEST
+from llmcompress.models.files.file_names import (
+    ALLOCATION,
+    DISTILLATION,
+    GENERATIONS,
+    MANIFEST,
+    PASSPORT,
+    REPORT,
+    SCORES,
+)
 from llmcompress.models.files.integrity import EXPONENTS, INDEX, MENDING, SINGLE, all_finite, weight_map
 from llmcompress.models.files.reading import error_text
 from llmcompress.models.transformers.dequantize import skeleton

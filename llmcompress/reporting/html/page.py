@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llmcompress.errors import InputError
 from llmcompress.models.files import file_names
-from llmcompress.models.files.checkpoint import add_file, check_outside
+from llmcompress.models.files.checkpoint import add_file
 from llmcompress.models.files.output import check_new_file, write_new_file
 from llmcompress.models.files.reading import MENDING
 from llmcompress.reporting import report as reports
@@ -52,7 +52,6 @@ def write_page(folder: str | Path, output: str | Path, generations: Generations 
     """
     folder, output = Path(folder), Path(output)
     check_new_file(output, (".html",), "a report")
-    check_outside(output, folder)
     context = page_context(_read_files(folder, generations))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
