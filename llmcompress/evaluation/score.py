@@ -81,7 +81,8 @@ def score(
         trust_remote_code: True to run the Python code that models bring along, if transformers lacks their class.
 
     Returns:
-        The scores with their standard errors, `bytes`, `bpw` and `model_bpw` (bits per weight), and the protocol.
+        The scores with their standard errors, `bytes`, `bpw` and `model_bpw` (bits per weight), and the protocol;
+        "tasks_failed", a sentence, in place of the scores of tasks that did not finish, and "warnings" on cut prompts.
 
     Raises:
         InputError: for a model that cannot be loaded, and for two that have different vocabularies.

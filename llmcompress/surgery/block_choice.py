@@ -123,6 +123,7 @@ class Alike:
     text: str
 
 
+@fast_float32()
 def alike_blocks(
     model: str | Path,
     count: int,

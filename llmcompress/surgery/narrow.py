@@ -25,6 +25,7 @@ from llmcompress.models.files import file_names
 from llmcompress.models.files.output import check_writable
 from llmcompress.runtime.devices import device_of
 from llmcompress.runtime.json_values import JsonRecord
+from llmcompress.runtime.precision import fast_float32
 from llmcompress.surgery.edited_model import NewTensor, writing_model
 from llmcompress.surgery.judged_walk import JudgedWalk, judged_calibration, read_tokens
 from llmcompress.surgery.unit_choice import DAMPING, UnitScore, choose_units
@@ -73,6 +74,7 @@ class NarrowReport(JsonRecord):
     warnings: tuple[str, ...]
 
 
+@fast_float32()
 def narrow(
     model: str | Path,
     output: str | Path | None = None,

@@ -200,6 +200,7 @@ def is_saved(folder: Path, place: Path) -> None:
     model = compressed(folder)
     model.save_pretrained(place)
     assert torch.equal(logits(compressed(place)), logits(model))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(place, config=model.config)), logits(model))
 
 
 @use("`model.base_model.save_pretrained(folder)`", "the blocks alone, for `AutoModel`")

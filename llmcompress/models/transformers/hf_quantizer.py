@@ -110,11 +110,12 @@ class LLMCompressConfig(QuantizationConfigMixin):
         size_level(self.nested, rank)  # raises for a size that is none
 
     def table(self) -> dict[str, Layout]:
-        """Return the layout of every compressed module by name, at the size that `rank` needs.
-
-        Raises InputError for an unreadable entry.
-        """
+        """Return every module's layout, at the size that `rank` needs. Raises InputError for an unreadable entry."""
         return self.levels()[-1]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return an entry, as transformers reads the config of a model that is loaded."""
+        return getattr(self, key, default)
 
     def levels(self) -> list[dict[str, Layout]]:
         """Return a table for each size in the files, from the smallest to the one that `rank` needs."""

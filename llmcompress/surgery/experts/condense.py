@@ -26,6 +26,7 @@ from llmcompress.calibration.walk import Progress
 from llmcompress.errors import InputError, RecipeError, list_names
 from llmcompress.models.dense.experts import DOWN, GATE, UP, Experts, Form
 from llmcompress.models.dense.model import DenseModel
+from llmcompress.runtime.precision import fast_float32
 from llmcompress.surgery.edited_model import ChangedConfig, NewTensor, change_config
 from llmcompress.surgery.experts.job import (
     SAMPLES,
@@ -47,6 +48,7 @@ SHARED = ("shared_expert", "shared_experts")
 ROUTERS = ("gate", "router", "shared_expert_gate")
 
 
+@fast_float32()
 def condense_experts(
     model: str | Path,
     output: str | Path | None = None,

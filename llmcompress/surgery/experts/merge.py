@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from llmcompress.calibration.walk import Progress
 from llmcompress.models.dense.experts import DOWN, Experts
 from llmcompress.models.dense.model import DenseModel
+from llmcompress.runtime.precision import fast_float32
 from llmcompress.surgery.edited_model import NewTensor
 from llmcompress.surgery.experts.job import (
     SAMPLES,
@@ -38,6 +39,7 @@ from llmcompress.surgery.experts.prune import plan_fewer_experts
 Clusters = tuple[tuple[int, ...], ...]  # of experts, the most used one first; in the order of the most used ones
 
 
+@fast_float32()
 def merge_experts(
     model: str | Path,
     output: str | Path | None = None,

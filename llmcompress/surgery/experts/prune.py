@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmcompress.calibration.walk import Progress
 from llmcompress.errors import InputError, RecipeError
+from llmcompress.runtime.precision import fast_float32
 from llmcompress.surgery.edited_model import ChangedConfig, NewTensor, change_config, select_entries
 from llmcompress.surgery.experts.job import (
     SAMPLES,
@@ -31,6 +32,7 @@ from llmcompress.surgery.experts.mixture import COUNTS, ExpertBlock, ExpertMixtu
 GROUP_LEAST = 2  # a group is chosen by its two best experts (DeepSeek-V3)
 
 
+@fast_float32()
 def prune_experts(
     model: str | Path,
     output: str | Path | None = None,

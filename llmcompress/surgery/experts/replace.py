@@ -40,6 +40,7 @@ from llmcompress.recipe.compression import Recipe
 from llmcompress.recipe.rules import Rule
 from llmcompress.reporting import report as reports
 from llmcompress.reporting.report import Report
+from llmcompress.runtime.precision import fast_float32
 from llmcompress.surgery.experts.job import (
     SAMPLES,
     BlockFate,
@@ -59,6 +60,7 @@ LONGEST = 40  # experts in one pattern of a recipe
 NAME = "replaced experts"  # of the recipe
 
 
+@fast_float32()
 def replace_experts(
     model: str | Path,
     output: str | Path | None = None,
