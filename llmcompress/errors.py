@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from llmcompress.compression.result import Result
+from typing import Any
 
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
@@ -61,7 +58,7 @@ class GateError(NumericsError):
     `result`: what `compress` would have returned, also where it was given no output folder.
     """
 
-    result: Result | None = None
+    result: Any = None  # a `Result`, of a room above this
 
 
 def check_several(values: object, name: str) -> None:

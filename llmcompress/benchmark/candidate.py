@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from llmcompress.benchmark.protocol import SpeedProtocol
-from llmcompress.errors import InputError, RecipeError
+from llmcompress.errors import InputError, RecipeError, check_several
 from llmcompress.evaluation.score import open_stored, size_of
 from llmcompress.models.dense.config import MODEL, context_length, read_entries
 from llmcompress.models.dense.experts import expert_share, experts_of
@@ -60,8 +60,8 @@ class Candidate:
 
 
 def find_candidates(
-    models: Iterable[str],
-    ggufs: Sequence[Path],
+    models: Sequence[str | Path],
+    ggufs: Sequence[str | Path],
     protocol: SpeedProtocol,
     against: str | None,
     trust_remote_code: bool = False,
@@ -69,14 +69,16 @@ def find_candidates(
     """Return the models, `against` first unless it is among them, then the GGUF files.
 
     Raises InputError for a model that is missing, unreadable, or of another vocabulary than `against`; RecipeError for
-    a name given twice, a turn longer than a model's context, and GGUF files without their package.
+    a name given twice or in place of a list, a turn longer than a model's context, and GGUF files without their package.
     """
-    names = list(models)
+    check_several(models, "models")
+    check_several(ggufs, "ggufs")
+    names, files = list(map(str, models)), [Path(file).expanduser() for file in ggufs]
     if against is not None and against not in names:
         names.insert(0, against)
-    if ggufs:
+    if files:
         check_engine("llama.cpp")
-    given = [*names, *map(str, ggufs)]
+    given = [*names, *map(str, files)]
     if twice := [name for name in given if given.count(name) > 1]:
         raise RecipeError(f"{twice[0]} is named twice; name every model once")
     places = [locate(name, trust_remote_code=trust_remote_code) for name in names]
@@ -86,7 +88,7 @@ def find_candidates(
         reference = places[names.index(against)]
         check_vocabularies([reference, *(place for place in places if place is not reference)], predictions=False)
     folders = [replace(describe_folder(place, protocol.dtype), name=name) for name, place in zip(names, places)]
-    candidates = [*folders, *map(_describe_gguf, ggufs)]
+    candidates = [*folders, *map(_describe_gguf, files)]
     for model in candidates:
         if model.context is not None and protocol.context > model.context:
             raise RecipeError(

@@ -18,7 +18,7 @@ from llmcompress.benchmark.candidate import Candidate, draw_prompt, find_candida
 from llmcompress.benchmark.protocol import SEED, WARM_UP, SpeedProtocol, buffer_bytes, machine_facts
 from llmcompress.benchmark.summary import speed_markdown, summary
 from llmcompress.benchmark.worker import Worker
-from llmcompress.errors import RecipeError, check_several
+from llmcompress.errors import RecipeError
 from llmcompress.evaluation.evaluate import Scoring
 from llmcompress.models.files.output import check_new_file, write_new_file
 from llmcompress.reporting.plots import check_matplotlib, speed_png
@@ -81,13 +81,9 @@ def bench(
         DiskError: for an output that cannot be written.
         MemoryLimitError: where memory runs out.
     """
-    check_several(models, "models")
-    check_several(ggufs, "ggufs")
     _check_outputs(table, numbers, plot)
     against = None if against is None else str(against)
-    candidates = find_candidates(
-        map(str, models), [Path(file).expanduser() for file in ggufs], protocol, against, trust_remote_code
-    )
+    candidates = find_candidates(models, ggufs, protocol, against, trust_remote_code)
     machine, load = machine_facts(), busy_note()
     size, short_memory = buffer_bytes(machine["cache_bytes"], machine["available_bytes"])
     with ExitStack() as stack:

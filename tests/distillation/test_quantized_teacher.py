@@ -290,7 +290,7 @@ def test_the_host_holds_the_dense_teacher_beside_a_gpu(place: Path, monkeypatch:
     monkeypatch.setattr(setup, "loading_device", lambda accelerator: "cuda")
     monkeypatch.setattr(setup, "load_model", lambda *_, **__: pytest.fail("loaded"))
     student, teacher = locate(str(place / "small")), locate(str(place / "dense"))
-    accelerator: Any = SimpleNamespace()
+    accelerator: Any = SimpleNamespace(is_fsdp2=False)
     with pytest.raises(MemoryLimitError, match=r"holds .*dense \(0.0 GB\) in float32.*; leave bits of the teacher out"):
         setup.load_pair(student, teacher, Distillation(teacher={"bits": 4}), accelerator)
 

@@ -283,6 +283,7 @@ def test_the_same_files_give_the_same_page(tmp_path: Path) -> None:
 
 def test_an_output_that_cannot_be_is_refused(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "small")
+    (folder / file_names.MANIFEST).write_text("{}")
     (tmp_path / "there.html").write_text("mine")
     for output, kind in (
         (tmp_path / "there.html", DiskError),
