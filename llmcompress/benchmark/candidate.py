@@ -69,7 +69,7 @@ def find_candidates(
     """Return the models, `against` first unless it is among them, then the GGUF files.
 
     Raises InputError for a model that is missing, unreadable, or of another vocabulary than `against`; RecipeError for
-    a name given twice or in place of a list, a turn longer than a model's context, and GGUF files without their package.
+    a name given twice or for a list, a turn longer than a model's context, and GGUF files without their package.
     """
     check_several(models, "models")
     check_several(ggufs, "ggufs")
