@@ -107,7 +107,8 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, layer: Multiplying) -> Tensor:
         """`input [..., in]` to `[..., out]`."""
         ctx.weight = layer.packed_weight()
-        return layer.product(input)
+        output = layer.product(input)
+        return output.clone() if output._is_view() else output  # some adapters add to it in place
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

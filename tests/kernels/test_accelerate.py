@@ -360,6 +360,7 @@ def test_gradients_of_inputs_are_those_of_the_dense_matrix(
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: waiting.append(tensor.shape) or tensor, lambda t: t):
         y = layer(x)
     assert bool(products) == fast and dense.shape not in waiting
+    assert layer(x[None]).add_(1).requires_grad  # as adapters do
     (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     torch.testing.assert_close(first, 2 * y @ dense)
     (second,) = torch.autograd.grad(first.sum(), x)
