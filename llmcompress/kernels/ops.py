@@ -24,7 +24,7 @@ from llmcompress.runtime.memory import trim_memory
 from llmcompress.weight.encoding import decode
 from llmcompress.weight.expression import describe
 from llmcompress.weight.expression import matmul as multiply_decoded
-from llmcompress.weight.layout import Layout, PackedWeight
+from llmcompress.weight.layout import Layout
 from llmcompress.weight.modules import Multiplying, multiply_back
 from llmcompress.weight.nodes import Weight
 
@@ -98,7 +98,7 @@ def _save_weight(ctx: Any, inputs: tuple[Tensor, Tensor, str, str], output: Tens
 def _multiply_back(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
     """Return the gradient of the operator's inputs."""
     (payload,) = ctx.saved_tensors
-    return multiply_back(gradient, PackedWeight(_layout(ctx.layout), payload.detach())), None, None, None
+    return multiply_back(gradient, _decode(payload, _layout(ctx.layout))), None, None, None
 
 
 _operator.register_autograd(_multiply_back, setup_context=_save_weight)

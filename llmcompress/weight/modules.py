@@ -113,12 +113,11 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """The gradient `[..., out]` of the outputs to that of the inputs."""
-        return multiply_back(gradient, ctx.weight), None
+        return multiply_back(gradient, decode(ctx.weight.layout.header, ctx.weight.views())), None
 
 
-def multiply_back(gradient: Tensor, weight: PackedWeight) -> Tensor:
-    """Return `gradient [..., out] @ W`, `[..., in]`."""
-    w = decode(weight.layout.header, weight.layout.views(weight.payload))
+def multiply_back(gradient: Tensor, w: Weight) -> Tensor:
+    """Return `gradient [..., out] @ dense(w)`, `[..., in]`."""
     return gradient @ expression.dense(w, gradient.device).to(gradient.dtype)
 
 
